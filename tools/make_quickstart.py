@@ -1,0 +1,120 @@
+"""Write a tiny model and an addition data set for which a whole run fits two CPU cores.
+
+    python tools/make_quickstart.py OUT [--seed 1]
+
+OUT/model        Hugging Face directory: a random Qwen3 (3 layers, hidden 128, 0.5 M parameters, float32) and a character tokenizer
+                 (printable ASCII and newline, 102 tokens; the model's vocabulary is padded to 128, so padding is real)
+OUT/train.jsonl  rows {"id", "prompt", "answer", "solution"}: "347+586=" -> "933"; one to three digits a number
+OUT/eval.jsonl   held-out rows: no sum of train.jsonl in either order
+
+The same seed writes the same bytes. A turn costs two tokens beside its text: <|user|>347+586=<|im_end|><|assistant|>933<|im_end|>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+SPECIAL_TOKENS = ["<|pad|>", "<|unk|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+PADDED_VOCAB_SIZE = 128
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# digits of both numbers -> (train rows, eval rows); one digit has only 55 sums
+NUM_ROWS = {1: (44, 11), 2: (1456, 85), 3: (4500, 160)}
+
+
+def make_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(train rows, eval rows), each shuffled; a sum a+b is in one of them at most, b+a included."""
+    rng = random.Random(seed)
+    splits: dict[str, list[tuple[int, int]]] = {"train": [], "eval": []}
+    for digits, (num_train, num_eval) in NUM_ROWS.items():
+        low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits - 1
+        sums: dict[tuple[int, int], tuple[int, int]] = {}
+        while len(sums) < num_train + num_eval:
+            a, b = rng.randint(low, high), rng.randint(low, high)
+            sums.setdefault((min(a, b), max(a, b)), (a, b))
+        chosen = list(sums.values())
+        rng.shuffle(chosen)
+        splits["eval"] += chosen[:num_eval]
+        splits["train"] += chosen[num_eval:]
+    rows = {}
+    for name, pairs in splits.items():
+        rng.shuffle(pairs)
+        rows[name] = [
+            {"id": f"{name}-{i}", "prompt": f"{a}+{b}=", "answer": str(a + b), "solution": str(a + b)} for i, (a, b) in enumerate(pairs)
+        ]
+    return rows["train"], rows["eval"]
+
+
+def write_tokenizer(directory: Path) -> None:
+    """tokenizer.json and tokenizer_config.json: one token a character, and a chat template of single-token headers."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS + CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        eos_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(directory)
+
+
+def write_model(directory: Path, seed: int) -> None:
+    """A random Qwen3ForCausalLM; every size divides by two, for tensor_model_parallel_size=2."""
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+    pad, end = SPECIAL_TOKENS.index("<|pad|>"), SPECIAL_TOKENS.index("<|im_end|>")
+    config = Qwen3Config(
+        vocab_size=PADDED_VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        initializer_range=0.05,  # 0.02 suits wide models; 128 wide trains faster from a larger start
+        pad_token_id=pad,
+        bos_token_id=None,
+        eos_token_id=end,
+        dtype=torch.float32,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config).float()
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=True, temperature=1.0)
+    model.save_pretrained(directory, safe_serialization=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="directory to write; created when missing")
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and of the rows (default 1)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(args.out / "model")
+    write_model(args.out / "model", args.seed)
+    for name, rows in zip(("train", "eval"), make_rows(args.seed), strict=True):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    print(f"wrote {args.out}/model, {args.out}/train.jsonl, {args.out}/eval.jsonl")
+
+
+if __name__ == "__main__":
+    main()
