@@ -1,0 +1,57 @@
+"""Unsharded float64 twins of the operations of this folder, for tests only: the definition, written as directly as torch allows.
+
+T tokens, V whole vocabulary (no padding), K top-k, B buckets = K + 1. Gradients come from autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def topk(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """ids_TK and values_TK in the total order (value descending, id ascending)."""
+    values, ids = logits_TV.double().sort(dim=-1, descending=True, stable=True)
+    return ids[:, :k], values[:, :k]
+
+
+def bucket_logprobs(logits_TV: Tensor, ids_TK: Tensor, *, temperature: float = 1.0, tail: str = "bucket") -> Tensor:
+    """Log-probabilities of the chosen ids, and of all the rest when `tail` is "bucket": [T, K + 1] or [T, K]."""
+    logp_TV = (logits_TV.double() / temperature).log_softmax(-1)
+    chosen_TK = logp_TV.gather(1, ids_TK)
+    if tail == "raw":
+        return chosen_TK
+    if tail == "renormalise":
+        return chosen_TK.log_softmax(-1)
+    if ids_TK.shape[1] == logits_TV.shape[1]:  # nothing is left: autograd through an empty logsumexp gives NaN
+        return torch.cat([chosen_TK, torch.full_like(chosen_TK[:, :1], -torch.inf)], dim=-1)
+    rest_T = logp_TV.scatter(1, ids_TK, -torch.inf).logsumexp(-1)
+    return torch.cat([chosen_TK, rest_T[:, None]], dim=-1)
+
+
+def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float) -> Tensor:
+    """KL(T||S) at beta 0, KL(S||T) at beta 1, else beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S: [T]."""
+    s, t = student_logq_TB.double(), teacher_logq_TB.double().detach()
+    if beta == 0:
+        return (t.exp() * (t - s)).sum(-1)
+    if beta == 1:
+        return (s.exp() * (s - t)).sum(-1)
+    m = (beta * t.exp() + (1 - beta) * s.exp()).log()
+    return (beta * t.exp() * (t - m) + (1 - beta) * s.exp() * (s - m)).sum(-1)
+
+
+def full_divergence(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, beta: float, temperature: float = 1.0) -> Tensor:
+    """The same divergence over the whole vocabulary: [T]."""
+    student_logq_TV, teacher_logq_TV = ((x.double() / temperature).log_softmax(-1) for x in (student_logits_TV, teacher_logits_TV))
+    return divergence(student_logq_TV, teacher_logq_TV, beta=beta)
+
+
+def sampled_logp(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Log-probability of the sampled token: [T]."""
+    return (logits_TV.double() / temperature).log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
+
+
+def entropy(logits_TV: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats: [T]."""
+    logp_TV = (logits_TV.double() / temperature).log_softmax(-1)
+    return -torch.special.xlogy(logp_TV.exp(), logp_TV.exp()).sum(-1)
