@@ -24,8 +24,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# digits of both numbers -> (train rows, eval rows); one digit has only 55 sums
-NUM_ROWS = {1: (44, 11), 2: (1456, 85), 3: (4500, 160)}
+# (digits of one number, of the other) -> (train rows, eval rows): graded difficulty; 1+1 digits has only 55 sums
+NUM_ROWS = {(1, 1): (44, 11), (1, 2): (756, 45), (1, 3): (900, 40), (2, 2): (2000, 80), (2, 3): (1100, 40), (3, 3): (1200, 40)}
 
 
 def make_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -33,10 +33,11 @@ def make_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     rng = random.Random(seed)
     splits: dict[str, list[tuple[int, int]]] = {"train": [], "eval": []}
     for digits, (num_train, num_eval) in NUM_ROWS.items():
-        low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits - 1
         sums: dict[tuple[int, int], tuple[int, int]] = {}
         while len(sums) < num_train + num_eval:
-            a, b = rng.randint(low, high), rng.randint(low, high)
+            a, b = (rng.randint(0 if n == 1 else 10 ** (n - 1), 10**n - 1) for n in digits)
+            if rng.random() < 0.5:
+                a, b = b, a
             sums.setdefault((min(a, b), max(a, b)), (a, b))
         chosen = list(sums.values())
         rng.shuffle(chosen)
