@@ -59,9 +59,7 @@ def teacher_contexts(
     if kind == "solution":
         solution = group.prompt.solution
         if not solution:
-            raise UserError(
-                f'row {group.prompt.id!r}: algorithm.teacher.context=solution needs a "solution" in every row; add one or drop the row'
-            )
+            raise UserError(f'row {group.prompt.id!r}: algorithm.teacher.context=solution reads the row\'s "solution"; add one')
         context = TeacherContext(with_solution(group.prompt.messages, solution, template=template), source="solution")
         return [context] * len(group.samples)
     if kind != "first_success":

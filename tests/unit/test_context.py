@@ -66,7 +66,13 @@ def test_thinking_is_stripped_unless_asked_for():
 
 
 @pytest.mark.parametrize(
-    "text, left", [("a", "a"), ("<think>x</think>a", "a"), ("x</think> a", "a"), ("<think>x</think>a<think>\ny</think>b", "ab")]
+    "text, left",
+    [
+        ("a", "a"),
+        ("<think>x</think>a", "a"),
+        ("x</think> a", "a"),
+        ("<think>x</think>a<think>\ny</think>b", "ab"),
+    ],
 )
 def test_without_thinking(text, left):
     assert without_thinking(text) == left
