@@ -133,18 +133,22 @@ def _check_whole_layers(params: Mapping[str, Tensor], names: Names, num_local_ex
 
 
 def _layout(rule: Rule, shape: Shape, name: str, rank: int, size: int) -> Layout:
-    """The rule's layout for one rank, checked against the local parameter's shape."""
-    rank, size = (0, 1) if rule.expert else (rank, size)
+    """The rule's layout for one tensor-parallel rank, checked against the local parameter's shape."""
     function = partial(rule.layout, rows=shape[0]) if rule.layout is mapping.vocab else rule.layout
     try:
         layout = function(tuple(rule.parts.values()), rank, size)
     except ValueError as error:
         raise UserError(f"{name}: {error}; choose another actor.tensor_model_parallel_size") from error
     if tuple(shape) != tuple(layout.shape):
-        raise UserError(
-            f"{name} has local shape {tuple(shape)}, {', '.join(rule.parts)} make {tuple(layout.shape)} on each of {size} ranks"
-        )
+        raise UserError(f"{name} has local shape {tuple(shape)}; {', '.join(rule.parts)} make {tuple(layout.shape)} on {size} ranks")
     return layout
+
+
+def _cut(rule: Rule, shape: Shape, ep_size: int) -> bool:
+    """Whether tensor-parallel ranks hold parts. Experts: not if expert_tensor_parallel_size is 1, which expert parallelism asks for."""
+    if not rule.expert:
+        return rule.layout is not mapping.replicated
+    return ep_size == 1 and tuple(rule.layout(tuple(rule.parts.values()), 0, 1).shape) != tuple(shape)
 
 
 @torch.no_grad()
@@ -178,7 +182,8 @@ def load_hf(
         plan = []
         for name, param in params.items():
             rule = names.lookup(canonical_name(name), ep_rank * num_local_experts)
-            layout = _layout(rule, tuple(param.shape), name, tp_rank, tp_size)
+            shape = tuple(param.shape)
+            layout = _layout(rule, shape, name, *((tp_rank, tp_size) if _cut(rule, shape, ep_size) else (0, 1)))
             plan.append((param, rule, layout, [checkpoint.slice(part, shape) for part, shape in rule.parts.items()]))
         for param, rule, layout, sources in plan:
             if rule.layout is mapping.vocab:
@@ -297,13 +302,15 @@ def export_hf(
     ep_group: ProcessGroup | None = None,
     layer_offset: int,
     dtype: torch.dtype | None = None,
+    wanted: bool = True,
 ) -> dict[str, Tensor] | None:
     """The whole model as Hugging Face tensors on the CPU, copied, in the model's order; None on all ranks but the first.
 
-    "First" is rank 0 of its tp_group, pp_group and ep_group: one rank of each data-parallel replica that calls. Every rank calls it (an
-    ep_group spans replicas). A None group is a group of one. `dtype`: cast to it before sending; None keeps each parameter's.
+    "First" is rank 0 of its tp_group, pp_group and ep_group: one rank of each data-parallel replica. Every rank calls it, for an ep_group
+    spans replicas; a replica whose ranks all pass wanted=False only lends its experts and gets None. A None group is a group of one.
+    `dtype`: cast to it before sending; None keeps each parameter's. Tied models export no lm_head.
     Collectives: per bucket of 256 MiB one gather over tp (experts: over ep), then over pp one all_gather of a byte per tensor and one
-    send per bucket and stage. Tied models export no lm_head. UserError names a tensor that no stage held.
+    send per bucket and stage. UserError names a tensor that no stage held.
     """
     names = Names(hf_config, layer_offset)
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -315,19 +322,19 @@ def export_hf(
         if local == "output_layer.weight" and hf_config.get("tie_word_embeddings"):
             continue  # the last stage's copy of the embedding
         rule, shape = names.lookup(local), tuple(param.shape)
-        if rule.expert:
+        if _cut(rule, shape, ep_size):
+            sharded.append(_Item(param, [rule] * tp_size, [_layout(rule, shape, name, rank, tp_size) for rank in range(tp_size)]))
+        elif rule.expert:
             rules = [names.lookup(local, rank * num_local_experts) for rank in range(ep_size)]
             experts.append(_Item(param, rules, [_layout(r, shape, name, 0, 1) for r in rules]))
-        elif rule.layout is mapping.replicated:
-            whole.append(_Item(param, [rule], [_layout(rule, shape, name, 0, 1)]))
         else:
-            sharded.append(_Item(param, [rule] * tp_size, [_layout(rule, shape, name, rank, tp_size) for rank in range(tp_size)]))
-
+            whole.append(_Item(param, [rule], [_layout(rule, shape, name, 0, 1)]))
     expert_group = ep_group if ep_size > 1 else None
-    collects = not any(group is not None and dist.get_rank(group) for group in (tp_group, expert_group))
+    collects = wanted and not any(group is not None and dist.get_rank(group) for group in (tp_group, expert_group))
     out: dict[str, Tensor] | None = {} if collects else None
     _gather(out, whole, None, dtype)
-    _gather(out, sharded, tp_group, dtype)
+    if wanted:
+        _gather(out, sharded, tp_group, dtype)
     _gather(out, experts, expert_group, dtype)
     if out is None:
         return None
