@@ -1,0 +1,334 @@
+"""The actor: a Megatron model that scores, learns, saves and exports. It never learns the name of the algorithm.
+
+A step is three calls, on every rank alike:  share = actor.take(batch);  states = actor.teach(share);  actor.train_step(share, states).
+R local response tokens, T those of one microbatch, V local vocabulary, h hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasd.actor import checkpoint, cpu, optimizer_fixes
+from megasd.actor.forward import project, run_microbatches
+from megasd.actor.parallel import Mesh, broadcast_tensors
+from megasd.batch import Batch, Microbatch, make_microbatches
+from megasd.config import Config
+from megasd.loss.objective import objective
+from megasd.loss.reduce import global_normaliser, megatron_loss, reduce_metrics, token_weights
+from megasd.ops.topk import vocab_parallel_topk
+from megasd.ops.vocab_parallel import bucket_logprobs, entropy, sampled_logp
+from megasd.weights.convert import export_hf, load_hf, read_hf_config
+
+SUMS = ("loss", "tokens", "taught_tokens")  # metrics that are sums over the batch; the others are means per token
+
+
+@dataclass
+class Share:
+    """This data-parallel rank's part of a step: its samples, which of them need a forward, and the weight of every token."""
+
+    batch: Batch
+    active: list[int]  # samples with a weight, an index into batch
+    num_microbatches: int  # the same on every rank
+    weights: dict[str, Tensor]  # term -> float32 [R]
+    figures: dict[str, float]  # of the global normaliser, for metrics
+
+
+@dataclass
+class TeacherStates:
+    """Final hidden states of the teacher at every taught response token, on the last pipeline stage (elsewhere empty).
+
+    `slot_R[r]` is the row of `hidden` that belongs to response token r of the share, -1 where there is none: that is how the
+    teacher's signal reaches the student's microbatch, whatever the prompts' lengths, context shards and microbatches are.
+    """
+
+    hidden: Tensor  # [tokens, h], model dtype
+    slot_R: Tensor  # int64 [R]
+    output_weight: Tensor | None  # [V, h], the teacher's own output layer
+
+
+class Actor:
+    """Model, optimizer and teacher on this rank. Every public method is collective: call it on all ranks, in the same order."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        """Build from config.model.path (weights included). Raises UserError for unsupported or broken model files."""
+        cpu.install()
+        optimizer_fixes.install()
+        from megasd.actor import model as build  # after cpu.install(): Megatron reads torch.cuda at class level in places
+        from megasd.actor.teacher import TeacherWeights
+
+        self.config, self.mesh, self.algorithm = config, mesh, config.algorithm
+        self.hf_config = read_hf_config(config.model.path)
+        family = build.family_of(config.model.path)
+        self.vocab_size = family.vocab_size
+        self.model_config = build.transformer_config(family, config.actor, mesh.device)
+        self.model = build.build_model(family, self.model_config, mesh)
+        self.layer_offset = build.layer_offset(self.model_config)
+        load_hf(
+            dict(self.model.named_parameters()),
+            config.model.path,
+            tp_rank=mesh.tp_rank,
+            tp_size=mesh.tp_size,
+            ep_rank=mesh.ep_rank,
+            ep_size=mesh.ep_size,
+            layer_offset=self.layer_offset,
+        )
+        self.ddp = build.wrap_data_parallel(self.model, self.model_config, config.actor)
+        self.optimizer, self.scheduler = build.build_optimizer(self.ddp, config.optimizer, config.actor, config.run.steps)
+        self.optimizer.reload_model_params()
+        teacher = self.algorithm.teacher
+        self.teacher = TeacherWeights(self.model, teacher) if teacher is not None and self.algorithm.distill is not None else None
+        # World rank that reports: first rank of the last pipeline stage (Megatron's order is tp-cp-ep-dp-pp, pp outermost).
+        self.reporter = mesh.world_size // mesh.pp_size * (mesh.pp_size - 1)
+
+    # ---- a training step ----
+
+    def take(self, batch: Batch) -> Share:
+        """Cut out this rank's share and weigh its tokens. Collectives: one small all-reduce over the data-parallel group."""
+        active = self._active(batch)
+        local, local_active = batch.shard(active, self.mesh.dp_rank, self.mesh.dp_size)
+        masks = {"distill": local.taught, "policy_gradient": local.scored, "nll": torch.ones(len(local), dtype=torch.bool)}
+        weights, figures = {}, {}
+        for term, mask in masks.items():
+            if getattr(self.algorithm, term) is None:
+                continue
+            normaliser = global_normaliser(
+                local.question_weight, local.question_size, mask, local.response_lens, dp_group=self.mesh.dp_group
+            )
+            weights[term] = token_weights(
+                local.question_weight, mask, local.response_lens, normaliser=normaliser, aggregation=self.algorithm.aggregation
+            )
+            figures = {"informative_questions": normaliser.num_questions, "mean_question_weight": normaliser.mean_weight}
+        return Share(
+            batch=local,
+            active=local_active.nonzero().squeeze(1).tolist(),
+            num_microbatches=batch.num_microbatches(active, self.mesh.dp_size, self.config.actor.micro_batch_size),
+            weights=weights,
+            figures=figures,
+        )
+
+    def _active(self, batch: Batch) -> Tensor:
+        """bool [N]: samples that some term gives a weight; the others are counted by the normalisers and need no forward."""
+        active = torch.zeros(len(batch), dtype=torch.bool)
+        if self.algorithm.nll is not None:
+            return ~active
+        if self.algorithm.distill is not None:
+            active |= batch.taught & (batch.question_weight > 0)
+        if self.algorithm.policy_gradient is not None:
+            first = batch.response_lens.cumsum(0) - batch.response_lens
+            active |= batch.scored & (batch.question_weight > 0) & (batch.streams["advantage"][first] != 0)
+        return active
+
+    @torch.no_grad()
+    def teach(self, share: Share) -> TeacherStates | None:
+        """Teacher pass, forward only, over the active taught samples; None when the algorithm has no teacher.
+
+        Collectives: the model's, and one all-reduce of the hidden states over the context-parallel group.
+        """
+        if self.teacher is None:
+            return None
+        batch, mesh = share.batch, self.mesh
+        samples = [i for i in share.active if batch.taught[i]]
+        slot_R, num_slots = _slots(batch, samples)
+        width = self.model_config.hidden_size if mesh.is_last_stage else 0
+        hidden = torch.zeros(num_slots, width, dtype=self.model_config.params_dtype, device=mesh.device)
+
+        def keep(microbatch: Microbatch, hidden_Th: Tensor) -> None:
+            slots = slot_R.to(mesh.device)[microbatch.response_index[microbatch.valid]]
+            hidden[slots] = hidden_Th[microbatch.valid].to(hidden.dtype)
+
+        with self.teacher.active():
+            self.model.eval()
+            microbatches = self._microbatches(batch, samples, "teacher", share.num_microbatches)
+            run_microbatches(self.ddp, microbatches, mesh, self.model_config, keep, forward_only=True)
+            self.model.train()
+        if mesh.cp_size > 1 and mesh.is_last_stage:
+            dist.all_reduce(hidden, group=mesh.cp_group)  # each token was filled on one rank, zero on the others
+        weight = self.teacher.tensor_of(self.model.output_weight()) if mesh.is_last_stage else None
+        return TeacherStates(hidden, slot_R, weight)
+
+    def train_step(self, share: Share, teacher: TeacherStates | None) -> dict[str, float]:
+        """One optimizer step on the share; returns global metrics on every rank.
+
+        Raises FloatingPointError when the gradient norm is not finite. Collectives: the model's, the gradient reduction over
+        DP x CP, one all-reduce and one broadcast of the metrics.
+        """
+        start = time.perf_counter()
+        totals: dict[str, Tensor] = {}
+
+        def loss_of(microbatch: Microbatch, hidden_Th: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss_T, sums = self._loss(share, teacher, microbatch, hidden_Th)
+            result = megatron_loss(loss_T, microbatch.valid.to(loss_T.dtype))
+            for name, value in (sums | result[2]).items():
+                totals[name] = totals.get(name, 0.0) + value.double()
+            return result
+
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        microbatches = self._microbatches(share.batch, share.active, "student", share.num_microbatches)
+        run_microbatches(self.ddp, microbatches, self.mesh, self.model_config, loss_of, forward_only=False)
+        self.scheduler.step(increment=1)  # before the step, so that warm-up starts at lr / warm-up steps and not at zero
+        learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = float(grad_norm)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm}: the step is not trustworthy; resume from the last checkpoint")
+        if self.teacher is not None:
+            self.teacher.update()
+        metrics = self._reduce(totals)
+        return metrics | {"grad_norm": grad_norm, "lr": learning_rate, "seconds": time.perf_counter() - start} | share.figures
+
+    def _loss(
+        self, share: Share, teacher: TeacherStates | None, microbatch: Microbatch, hidden_Th: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        device, index, valid = self.mesh.device, microbatch.response_index.cpu(), microbatch.valid
+        logits_TV = project(hidden_Th, self.model.output_weight(), self.mesh, self.model_config)
+        teacher_TV = None
+        if teacher is not None:
+            # Untaught and filler tokens get row 0: their weight is 0. The clone keeps a weight-0 token finite when there is no row at all.
+            rows = teacher.slot_R[index].clamp(min=0).to(device)
+            states = teacher.hidden[rows] if len(teacher.hidden) else hidden_Th.detach().clone()
+            with torch.no_grad():
+                teacher_TV = torch.nn.functional.linear(states, teacher.output_weight)
+        return objective(
+            logits_TV,
+            teacher_TV,
+            share.batch.response_ids[index].to(device),
+            {name: stream[index].to(device) for name, stream in share.batch.streams.items()},
+            {term: weight[index].to(device) * valid for term, weight in share.weights.items()},
+            valid,
+            self.algorithm,
+            temperature=self.config.rollout.temperature,
+            vocab_size=self.vocab_size,
+            tp_group=self.mesh.tp_group,
+        )
+
+    def _microbatches(self, batch: Batch, samples: list[int], view: str, count: int) -> list[Microbatch]:
+        mesh, actor = self.mesh, self.config.actor
+        sequence = 2 * mesh.cp_size if mesh.cp_size > 1 else 1
+        return make_microbatches(
+            batch,
+            samples,
+            view,
+            count=count,
+            micro_batch_size=actor.micro_batch_size,
+            packing=actor.packing,
+            cp_rank=mesh.cp_rank,
+            cp_size=mesh.cp_size,
+            multiple=sequence * (mesh.tp_size if actor.sequence_parallel else 1),
+        )
+
+    def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Sum over data- and context-parallel ranks of the last stage, then to everyone; sums become means per token."""
+        from megatron.core import parallel_state
+
+        reduced = {}
+        if self.mesh.is_last_stage:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            counts = {name: totals["taught_tokens" if name == "divergence" else "tokens"] for name in totals if name not in SUMS}
+            reduced = reduce_metrics(totals, counts, group=group, device=self.mesh.device)
+        sent = {name: torch.tensor(value, dtype=torch.float64) for name, value in reduced.items()}
+        return {name: float(value) for name, value in broadcast_tensors(sent, self.reporter).items()}
+
+    # ---- scoring ----
+
+    @torch.no_grad()
+    def score(self, batch: Batch, *, top_k: int, temperature: float = 1.0, view: str = "student") -> dict[str, Tensor]:
+        """Forward only, live weights: for every response token [R] of this rank's `batch` (not sharded over data-parallel ranks)
+
+        "logp" of the token, "entropy" (nats), "ids" and "logps" [R, K] of the K most likely tokens, float32, on the last stage;
+        an empty dict on other stages. Logits are never gathered. Collectives: the model's, ops/ over TP, one all-reduce over CP.
+        """
+        mesh, results = self.mesh, {}
+        k = min(top_k, self.vocab_size)
+        size = len(batch.response_ids)
+        if mesh.is_last_stage:
+            results = {"logp": torch.zeros(size), "entropy": torch.zeros(size), "ids": torch.zeros(size, k), "logps": torch.zeros(size, k)}
+            results = {name: t.to(mesh.device, torch.float64 if name == "ids" else torch.float32) for name, t in results.items()}
+        shard = {"vocab_size": self.vocab_size, "tp_group": mesh.tp_group}
+
+        def read(microbatch: Microbatch, hidden_Th: Tensor) -> None:
+            index, valid = microbatch.response_index, microbatch.valid
+            logits_TV = project(hidden_Th, self.model.output_weight(), mesh, self.model_config)
+            ids_TK, _ = vocab_parallel_topk(logits_TV, k, **shard)
+            targets_T = batch.response_ids.to(mesh.device)[index]
+            found = {
+                "logp": sampled_logp(logits_TV, targets_T, temperature=temperature, **shard),
+                "entropy": entropy(logits_TV, temperature=temperature, **shard),
+                "ids": ids_TK,
+                "logps": bucket_logprobs(logits_TV, ids_TK, temperature=temperature, tail="raw", **shard),
+            }
+            for name, values in found.items():
+                results[name][index[valid]] = values[valid].to(results[name].dtype)
+
+        self.model.eval()
+        count = -(-len(batch) // self.config.actor.micro_batch_size)
+        run_microbatches(
+            self.ddp, self._microbatches(batch, list(range(len(batch))), view, count), mesh, self.model_config, read, forward_only=True
+        )
+        self.model.train()
+        for name in results:
+            if mesh.cp_size > 1:
+                dist.all_reduce(results[name], group=mesh.cp_group)
+        return {name: t.long() if name == "ids" else t for name, t in results.items()}
+
+    def score_tokens(self, ids: list[int]) -> list[float]:
+        """Log-prob (nats, temperature 1) of ids[1:], each given its prefix, on every rank."""
+        length, none = len(ids) - 1, torch.zeros(0, dtype=torch.int64)
+        batch = Batch(
+            prompt_ids=torch.tensor(ids[:1]),
+            prompt_lens=torch.tensor([1]),
+            teacher_ids=none,
+            teacher_lens=torch.tensor([0]),
+            response_ids=torch.tensor(ids[1:]),
+            response_lens=torch.tensor([length]),
+            question_weight=torch.ones(1, dtype=torch.float64),
+            question_size=torch.ones(1, dtype=torch.int64),
+            scored=torch.ones(1, dtype=torch.bool),
+        )
+        found = self.score(batch, top_k=1)
+        sent = {"logp": found["logp"].cpu()} if dist.get_rank() == self.reporter else None
+        return broadcast_tensors(sent, self.reporter)["logp"].tolist()
+
+    # ---- weights and checkpoints ----
+
+    def export_hf(self) -> dict[str, Tensor] | None:
+        """Full Hugging Face tensors (CPU) on world rank 0, None elsewhere. Collectives: gathers over TP, EP and PP."""
+        mesh = self.mesh
+        return export_hf(
+            dict(self.model.named_parameters()),
+            self.hf_config,
+            tp_group=mesh.tp_group,
+            pp_group=mesh.pp_group,
+            ep_group=mesh.ep_group if mesh.ep_size > 1 else None,
+            layer_offset=self.layer_offset,
+        )
+
+    def save(self, directory: Path, step: int, state: dict) -> Path:
+        """Checkpoint model, optimizer, teacher, schedule and RNG as `<directory>/step-<step>`; see checkpoint.py."""
+        return checkpoint.save(directory, step, state, mesh=self.mesh, keep=self.config.checkpoint.keep, **self._parts())
+
+    def load(self, path: Path) -> dict:
+        """Restore a checkpoint; returns the state dict that was saved with it."""
+        return checkpoint.load(path, mesh=self.mesh, **self._parts())
+
+    def _parts(self) -> dict:
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "teacher": self.teacher}
+
+
+def _slots(batch: Batch, samples: list[int]) -> tuple[Tensor, int]:
+    """Consecutive rows for the response tokens of `samples`: (slot_R, number of rows)."""
+    slot_R = torch.full((len(batch.response_ids),), -1, dtype=torch.int64)
+    starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
+    used = 0
+    for i in samples:
+        length = int(batch.response_lens[i])
+        slot_R[starts[i] : starts[i] + length] = torch.arange(used, used + length)
+        used += length
+    return slot_R, used

@@ -1,0 +1,156 @@
+"""Distributed checkpoints: model, optimizer, EMA teacher, schedule and RNG, by Megatron's dist_checkpointing (torch_dist format).
+
+A checkpoint is written to `<dir>/.writing-step-<n>` and renamed to `<dir>/step-<n>` when whole, so that a killed run leaves
+either a whole checkpoint or none. Tensors are resharded on load: another TP, PP, CP or DP can go on from it. Megatron's
+own container files are pickles: load only checkpoints of runs you trust.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megasd.actor.model import Backbone
+from megasd.actor.parallel import Mesh
+from megasd.actor.teacher import TeacherWeights
+from megasd.types import UserError
+
+STATE_FILE = "megasd.json"  # what the left half needs: step, data position, layout
+
+
+def save(
+    directory: Path,
+    step: int,
+    state: dict,
+    *,
+    model: Backbone,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    teacher: TeacherWeights | None,
+    mesh: Mesh,
+    keep: int,
+) -> Path:
+    """Write `<directory>/step-<step>` and drop all but the `keep` newest. `state` is rank 0's JSON-able dict.
+
+    Collectives: Megatron's save over all ranks, two barriers.
+    """
+    writing, final = directory / f".writing-step-{step}", directory / f"step-{step}"
+    if mesh.rank == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+    sharded = _sharded_state(model, optimizer, teacher, mesh, is_loading=False)
+    dist_checkpointing.save(sharded | {"scheduler": scheduler.state_dict()}, str(writing))
+    dist.barrier()
+    if mesh.rank == 0:
+        (writing / STATE_FILE).write_text(json.dumps({**state, "step": step, "layout": _layout(mesh), "teacher": _has_shadow(teacher)}))
+        if final.exists():
+            shutil.rmtree(final)
+        writing.rename(final)
+        for old in list_checkpoints(directory)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(
+    path: Path,
+    *,
+    model: Backbone,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    teacher: TeacherWeights | None,
+    mesh: Mesh,
+) -> dict:
+    """Fill everything in place from a checkpoint of any layout; returns the saved `state` with its "step".
+
+    The RNG state is restored when the layout is the same. UserError when the checkpoint lacks the teacher that the
+    algorithm reads. Collectives: Megatron's load over all ranks.
+    """
+    state = read_state(path)
+    if _has_shadow(teacher) and not state["teacher"]:
+        raise UserError(f"{path}: the checkpoint has no teacher weights, but algorithm.teacher.weights={teacher.config.weights} needs them")
+    same_layout = state["layout"] == _layout(mesh)
+    sharded = _sharded_state(model, optimizer, teacher, mesh, is_loading=True)
+    if not same_layout:
+        del sharded["rng"]
+    loaded = dist_checkpointing.load(sharded | {"scheduler": scheduler.state_dict()}, str(path))
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    if _has_shadow(teacher):
+        for name, shadow in teacher.shadow.items():
+            shadow.copy_(loaded["teacher"][name])
+    if same_layout:
+        _set_rng_state(loaded["rng"])
+    return state
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [p for p in directory.glob("step-*") if (p / STATE_FILE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def read_state(path: Path) -> dict:
+    """The JSON state of a checkpoint; UserError when `path` is not a whole checkpoint."""
+    if not (path / STATE_FILE).is_file():
+        raise UserError(f"{path}: not a whole checkpoint (no {STATE_FILE}); give a directory like runs/x/checkpoints/step-100")
+    return json.loads((path / STATE_FILE).read_text())
+
+
+def _layout(mesh: Mesh) -> list[int]:
+    return [mesh.tp_size, mesh.pp_size, mesh.cp_size, mesh.ep_size, mesh.dp_size]
+
+
+def _has_shadow(teacher: TeacherWeights | None) -> bool:
+    return teacher is not None and bool(teacher.shadow)
+
+
+def _sharded_state(model: Backbone, optimizer: MegatronOptimizer, teacher: TeacherWeights | None, mesh: Mesh, *, is_loading: bool) -> dict:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",  # any TP, PP, DP can load it
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    model_state = model.sharded_state_dict(metadata=metadata)
+    sharded = {
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
+        "rng": ShardedObject("rng", _rng_state(), (mesh.world_size,), (mesh.rank,), replica_id=0),
+    }
+    if _has_shadow(teacher):
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        sharded["teacher"] = {
+            name_of[id(entry.data)]: _with_data(entry, teacher.shadow[name_of[id(entry.data)]])
+            for entry in model.sharded_state_dict(metadata=metadata).values()
+            if id(entry.data) in name_of
+        }
+    return sharded
+
+
+def _with_data(entry: object, tensor: torch.Tensor) -> object:
+    """The same shard description under the key "teacher.<key>", holding the fp32 average."""
+    changes = {"key": f"teacher.{entry.key}", "data": tensor}
+    if hasattr(entry, "dtype"):
+        changes["dtype"] = tensor.dtype
+    return dataclasses.replace(entry, **changes)
+
+
+def _rng_state() -> dict:
+    return {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+
+
+def _set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

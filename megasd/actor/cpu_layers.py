@@ -1,0 +1,117 @@
+"""Two modules for Megatron's local layer spec: RMSNorm that allows sequence parallelism, and SDPA core attention.
+
+TransformerEngine brings its own on a GPU. Megatron's local DotProductAttention refuses context parallelism and packed
+sequences (dot_product_attention.py:55), and WrappedTorchNorm refuses sequence parallelism (torch_norm.py:32).
+
+Shapes: s sequence (local), b batch, h heads (local), d head size, t packed tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dimension. The weight is marked so that its gradient is summed under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class SDPAttention(MegatronModule):
+    """Causal core attention on torch SDPA: `[s, b, h, d]` with right padding, or `[t, h, d]` packed.
+
+    Context parallelism: rank r holds chunks r and 2*cp-1-r of the (each) sequence (Megatron's zig-zag). Keys and values are
+    all-gathered over the context-parallel group (backward: reduce-scatter); the mask carries the global positions.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: object,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: object = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        if config.attention_dropout or attention_dropout:
+            raise ValueError("SDPAttention has no dropout: it would fall outside the tensor-parallel RNG tracker")
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.scale = softmax_scale
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """`[b, h, s, d]` tensors; mask True = may attend, None = causal."""
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=query.size(1) != key.size(1)
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: object = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """`[s, b, h, d]` -> `[s, b, h*d]`, or packed `[t, h, d]` -> `[t, h*d]`."""
+        if attention_mask is not None:
+            raise ValueError("SDPAttention is causal: right-pad or pack, and pass no mask")
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
+        mask = None
+        if self.cp_group is not None:
+            size, rank, half = self.cp_group.size(), self.cp_group.rank(), query.size(0) // 2
+            key, value = (gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group) for t in (key, value))
+            key_positions = torch.cat([zigzag_positions(half, size, r) for r in range(size)])
+            mask = zigzag_positions(half, size, rank)[:, None] >= key_positions[None, :]
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = self._sdpa(query, key, value, mask)
+        return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), -1)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int]) -> Tensor:
+        """One SDPA call a sequence; `cu_seqlens` counts global tokens, of which each context-parallel rank holds an equal share."""
+        query, key, value = (t.squeeze(1) if t.dim() == 4 else t for t in (query, key, value))
+        size, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
+        if size > 1:
+            # [t, h, d] of each rank, stacked: a sequence's chunks are cut out of every rank's part below
+            key, value = (
+                gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group).unflatten(0, (size, -1)) for t in (key, value)
+            )
+        outputs = []
+        for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+            local = slice(start // size, end // size)
+            mask = None
+            if size > 1:
+                half = (end - start) // (2 * size)
+                k, v = (t[:, local].flatten(0, 1) for t in (key, value))
+                key_positions = torch.cat([zigzag_positions(half, size, r) for r in range(size)])
+                mask = zigzag_positions(half, size, rank)[:, None] >= key_positions[None, :]
+            else:
+                k, v = key[local], value[local]
+            out = self._sdpa(query[local].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask)
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs).flatten(1)
+
+
+def zigzag_positions(half: int, size: int, rank: int) -> Tensor:
+    """Global positions `[2*half]` that context-parallel `rank` of `size` holds: chunk `rank` and its mirror image."""
+    low, high = rank * half, (2 * size - 1 - rank) * half
+    return torch.cat([torch.arange(low, low + half), torch.arange(high, high + half)])

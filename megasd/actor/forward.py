@@ -1,0 +1,98 @@
+"""Forward and backward passes through Megatron's schedules, and the projection of response tokens on the vocabulary.
+
+s sequence, b rows, T response tokens of the microbatch on this context-parallel rank, V local vocabulary, h hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megasd.actor.parallel import Mesh
+from megasd.batch import Microbatch
+from megasd.loss.reduce import without_division
+
+# (microbatch, hidden [T, h] of the tokens that predict its response tokens) -> what the pass is for
+TrainLoss = Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+Reader = Callable[[Microbatch, Tensor], object]
+
+
+def run_microbatches(
+    model: torch.nn.Module,
+    microbatches: list[Microbatch],
+    mesh: Mesh,
+    config: TransformerConfig,
+    on_hidden: TrainLoss | Reader,
+    *,
+    forward_only: bool,
+) -> list:
+    """One pass over the microbatches by Megatron's own schedule (no pipelining, or 1F1B).
+
+    On the last stage `on_hidden` gets each microbatch and its response hidden states `[T, h]`; its results are returned in
+    order (an empty list on other stages). With `forward_only` no graph is kept. Otherwise on_hidden returns Megatron's
+    (loss, num_tokens, log) and gradients are summed over DP x CP. Collectives: TP, PP, CP of the model, then the gradient reduction.
+    """
+
+    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        microbatch = next(iterator)
+        packed = None
+        if microbatch.cu_seqlens is not None:
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=microbatch.cu_seqlens,
+                cu_seqlens_kv=microbatch.cu_seqlens,
+                max_seqlen_q=microbatch.max_seqlen,
+                max_seqlen_kv=microbatch.max_seqlen,
+            )
+        hidden = model(microbatch.tokens, microbatch.position_ids, None, packed_seq_params=packed)
+        return hidden, partial(read, microbatch)
+
+    def read(microbatch: Microbatch, hidden: Tensor, non_loss_data: bool = False) -> object:
+        return on_hidden(microbatch, response_hidden(hidden, microbatch.rows, mesh, config))
+
+    config.finalize_model_grads_func = without_division(finalize_model_grads)
+    moved = [m.to(mesh.device) for m in microbatches]
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(moved),
+            model=[model],
+            num_microbatches=len(moved),
+            seq_length=max(m.max_seqlen for m in moved),
+            micro_batch_size=max(m.tokens.size(0) for m in moved),
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+
+def response_hidden(hidden: Tensor, rows: Tensor, mesh: Mesh, config: TransformerConfig) -> Tensor:
+    """Rows `[T, h]` of the last stage's output `[s, b, h]` (`[s / TP, b, h]` under sequence parallelism: gathered over TP)."""
+    if config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=mesh.tp_group)
+    return hidden.flatten(0, 1)[rows]
+
+
+def project(hidden: Tensor, weight: Tensor, mesh: Mesh, config: TransformerConfig) -> Tensor:
+    """Logits `[T, V]` of this rank's vocabulary shard, with Megatron's own gradient rules for the output layer.
+
+    Backward: one all-reduce of the hidden gradient over TP; under sequence parallelism the gather's reduce-scatter does it.
+    """
+    logits = linear_with_grad_accumulation_and_async_allreduce(
+        hidden.to(weight.dtype)[:, None],
+        weight,
+        None,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        allreduce_dgrad=mesh.tp_size > 1 and not config.sequence_parallel,
+        sequence_parallel=False,
+        tp_group=mesh.tp_group,
+    )
+    return logits[:, 0]

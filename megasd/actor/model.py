@@ -1,0 +1,171 @@
+"""Megatron-core GPTModel from a Hugging Face config: transformer config, layer spec, data-parallel wrapper, optimizer.
+
+On a GPU the TransformerEngine spec, on a CPU the local one with the modules of cpu_layers.py. megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megasd.actor.cpu_layers import RMSNorm, SDPAttention
+from megasd.actor.parallel import Mesh
+from megasd.config import ActorConfig, OptimizerConfig
+from megasd.weights import mapping
+from megasd.weights.qwen3 import Family, config_from_hf
+
+VOCAB_DIVISOR = 128  # Megatron's default: padded vocabulary is a multiple of this times TP on a GPU
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Backbone(GPTModel):
+    """GPTModel whose last stage returns the final hidden states `[s, b, h]`: the loss projects the rows it needs.
+
+    Prompt tokens are never projected on the vocabulary, and the teacher's hidden states can be kept (O(h) a token).
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """The vocabulary shard `[V / TP, h]` of the output layer, on the last stage."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+
+def read_hf_config(path: str) -> dict:
+    return json.loads((Path(path) / "config.json").read_text())
+
+
+def transformer_config(family: Family, actor: ActorConfig, device: torch.device) -> TransformerConfig:
+    """Megatron's TransformerConfig. What is off on the CPU needs TransformerEngine, Apex or CUDA, or is silently wrong on gloo."""
+    dtype, gpu = DTYPES[actor.dtype], device.type == "cuda"
+    pipelined = actor.pipeline_model_parallel_size > 1
+    return TransformerConfig(
+        **family.transformer,
+        tensor_model_parallel_size=actor.tensor_model_parallel_size,
+        pipeline_model_parallel_size=actor.pipeline_model_parallel_size,
+        context_parallel_size=actor.context_parallel_size,
+        expert_model_parallel_size=actor.expert_model_parallel_size,
+        expert_tensor_parallel_size=1 if actor.expert_model_parallel_size > 1 else None,
+        sequence_parallel=actor.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        variable_seq_lengths=pipelined,  # microbatches differ in length
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models included
+        calculate_per_token_loss=True,  # loss/reduce.py owns the normaliser, Megatron divides by nothing
+        recompute_granularity=actor.recompute_granularity,
+        recompute_method="uniform" if actor.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if actor.recompute_granularity == "full" else None,
+        use_cpu_initialization=not gpu,
+        persist_layer_norm=gpu,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=gpu,  # gloo: wrong numbers with interleaved pipelines, exit status 0
+        deallocate_pipeline_outputs=gpu,  # gloo: the send buffer would be freed in flight
+    )
+
+
+def layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec | TransformerBlockSubmodules:
+    """TransformerEngine's spec on a GPU; on a CPU the local one with our RMSNorm and SDPA attention."""
+    if device.type == "cuda":
+        return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = SDPAttention
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def build_model(family: Family, config: TransformerConfig, mesh: Mesh) -> Backbone:
+    """This rank's part of the model (its pipeline stage and tensor shard), on its device, weights uninitialised by the checkpoint."""
+    divisor = VOCAB_DIVISOR if mesh.device.type == "cuda" else 1
+    model = Backbone(
+        config,
+        layer_spec(config, mesh.device),
+        vocab_size=mapping.padded_vocab_size(family.vocab_size, divisor, mesh.tp_size),
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        parallel_output=True,
+        **family.gpt,
+    )
+    return model.to(mesh.device)
+
+
+def wrap_data_parallel(model: Backbone, config: TransformerConfig, actor: ActorConfig) -> DistributedDataParallel:
+    """bf16 wrapper where asked, then Megatron's DDP (gradients are summed over DP x CP in fp32)."""
+    module = Float16Module(config, model) if config.bf16 else model
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=actor.use_distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,  # the actor refuses a non-finite gradient norm itself
+    )
+    return DistributedDataParallel(config, ddp, module)
+
+
+def build_optimizer(
+    model: DistributedDataParallel, config: OptimizerConfig, actor: ActorConfig, num_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's Adam (fp32 main parameters for bf16 models) and its learning-rate schedule over `num_steps`."""
+    dtype = DTYPES[actor.dtype]
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=actor.use_distributed_optimizer,
+        ),
+        [model],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        lr_decay_steps=max(num_steps, config.lr_warmup_steps + 1),
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler
+
+
+def family_of(path: str) -> Family:
+    """Model family of a Hugging Face directory; UserError names what its config.json has that is not supported."""
+    return config_from_hf(read_hf_config(path))
+
+
+def layer_offset(config: TransformerConfig) -> int:
+    """Global index of this pipeline stage's first layer."""
+    return get_transformer_layer_offset(config)

@@ -1,0 +1,147 @@
+"""Process groups of the run: torch.distributed under torchrun, then Megatron's TP x CP x EP x DP x PP groups.
+
+Every rank runs the same program. `broadcast_tensors` carries rank 0's batch to the others: a JSON header and raw bytes,
+never a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megasd.config import ActorConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the parallel layout. Sizes and ranks are Megatron's; groups are torch process groups."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    ep_rank: int
+    ep_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup  # without context parallelism
+    ep_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What a sequence is padded to under context parallelism alone: 2 chunks a rank (Megatron's zig-zag)."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+
+def init_distributed(timeout_minutes: int = 60) -> torch.device:
+    """Join the torchrun process group (alone if not under torchrun) and pick this rank's device.
+
+    GPU machines get NCCL for CUDA tensors beside gloo for CPU tensors. Ranks wait for rank 0's rollouts inside a
+    collective, hence the long timeout. Collectives: the rendezvous.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    return device
+
+
+def init_model_parallel(config: ActorConfig, device: torch.device, seed: int) -> Mesh:
+    """Build Megatron's process groups (again, if they exist with another layout) and seed its RNG tracker.
+
+    Raises ValueError when the world size is not a multiple of TP x PP x CP. Collectives: group creation.
+    """
+    from megatron.core import parallel_state as ps
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if ps.model_parallel_is_initialized():
+        ps.destroy_model_parallel()
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=1 if config.expert_model_parallel_size > 1 else None,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Mesh(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        tp_size=ps.get_tensor_model_parallel_world_size(),
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        pp_size=ps.get_pipeline_model_parallel_world_size(),
+        cp_rank=ps.get_context_parallel_rank(),
+        cp_size=ps.get_context_parallel_world_size(),
+        dp_rank=ps.get_data_parallel_rank(),
+        dp_size=ps.get_data_parallel_world_size(),
+        ep_rank=ps.get_expert_model_parallel_rank(),
+        ep_size=ps.get_expert_model_parallel_world_size(),
+        tp_group=ps.get_tensor_model_parallel_group(),
+        pp_group=ps.get_pipeline_model_parallel_group(),
+        cp_group=ps.get_context_parallel_group(),
+        dp_group=ps.get_data_parallel_group(),
+        ep_group=ps.get_expert_model_parallel_group(),
+    )
+
+
+def broadcast_tensors(tensors: dict[str, Tensor] | None, src: int = 0) -> dict[str, Tensor]:
+    """Send `src`'s CPU tensors to every rank; the others pass None. Returns CPU tensors.
+
+    Three broadcasts over the world's CPU backend: header length, JSON header (names, dtypes, shapes), one byte buffer.
+    """
+    sender = dist.get_rank() == src
+    if dist.get_world_size() == 1:
+        return tensors or {}
+    header = b""
+    if sender:
+        entries = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]
+        header = json.dumps(entries).encode()
+    length = torch.tensor([len(header)])
+    dist.broadcast(length, src)
+    header_bytes = torch.frombuffer(bytearray(header), dtype=torch.uint8) if sender else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(header_bytes, src)
+    entries = json.loads(bytes(header_bytes.numpy()))
+    sizes = [torch.empty(0, dtype=getattr(torch, dtype)).element_size() * torch.Size(shape).numel() for _, dtype, shape in entries]
+    # Each tensor starts at a multiple of 8 bytes, so that it can be viewed in its own dtype.
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // 8) * 8)
+    buffer = torch.zeros(starts[-1], dtype=torch.uint8)
+    if sender:
+        for start, size, tensor in zip(starts, sizes, tensors.values(), strict=False):
+            buffer[start : start + size] = tensor.contiguous().reshape(-1).view(torch.uint8)
+    dist.broadcast(buffer, src)
+    return {
+        name: buffer[start : start + size].view(getattr(torch, dtype)).reshape(shape)
+        for (name, dtype, shape), start, size in zip(entries, starts, sizes, strict=False)
+    }
