@@ -49,8 +49,9 @@ class Engine(Protocol):
 class WeightSync:
     """`actor` on every rank, `rollout` on rank 0 (None elsewhere). Every rank calls `push`; a failure on rank 0 raises on all of them.
 
-    model_path: Hugging Face directory of the model (its config.json goes with the weights). probes: token id lists, the same on every rank.
-    local_engine: the engine runs on this machine, so the weights may go through shared memory; else through run_dir, on a shared file system.
+    model_path: Hugging Face directory of the model, whose config.json goes with the weights. probes: token id lists, the same on every
+    rank. local_engine: the engine runs on this machine, so the weights may go through shared memory; else through run_dir, which the
+    engine's machine must see.
     """
 
     def __init__(
@@ -83,32 +84,31 @@ class WeightSync:
         and SyncError elsewhere. Collectives: the actor's export, its scoring when probed, one status all-reduce for each of the two.
         """
         start = time.perf_counter()
-        tensors = self.actor.export_hf()
         probing = bool(self.config.verify_every) and self.pushes % self.config.verify_every == 0
         metrics: dict[str, float] = {}
         engine_logps: list[list[float]] = []
         failure: Exception | None = None
-        if self.is_first:
-            try:  # whatever goes wrong here, the other ranks wait in _agree: tell them, then raise it
+        try:  # whatever goes wrong here, the other ranks wait in _agree: tell them, then raise it
+            tensors = self.actor.export_hf()
+            if self.is_first:
                 check_tensors(tensors, self.expected)
                 directory = self._directory(tensors)
                 metrics["sync/bytes"] = float(write_weights(tensors, self.model_path, directory))
                 self.rollout.push(str(directory), version)
                 if probing:
                     engine_logps = [self.rollout.score(ids) for ids in self.probes]
-            except Exception as error:
-                failure = error
+        except Exception as error:
+            failure = error
         self._agree(failure, version)
         if probing:
             actor_logps = [self.actor.score_tokens(ids) for ids in self.probes]
             if self.is_first:
-                difference = max_difference(actor_logps, engine_logps)
-                metrics["sync/probe_max_diff"] = difference
-                if not difference <= self.config.tolerance:  # NaN fails too
+                metrics["sync/probe_max_diff"] = difference = max_difference(actor_logps, engine_logps)
+                if not difference <= self.config.tolerance:
                     failure = SyncError(
-                        f"weight version {version}: the engine's log-probs of the probe differ from the actor's by {difference:.3g} nats, more "
-                        f"than sync.tolerance={self.config.tolerance:g}; check that actor.dtype and rollout.engine.dtype agree (bfloat16 "
-                        "needs about 5e-2) and that the engine was started from model.path"
+                        f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe, more than "
+                        f"sync.tolerance={self.config.tolerance:g}; check that rollout.engine.dtype is actor.dtype (bfloat16 needs about "
+                        "5e-2) and that the engine was started from model.path"
                     )
             self._agree(failure, version)
         self.pushes += 1
@@ -132,7 +132,7 @@ class WeightSync:
         if self.root is None:
             nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
             self.root = _make_root(self.run_dir, 2 * nbytes, self.local_engine)
-        # The other one than the engine's last: a failed push is never repeated (the run ends), so parity is enough.
+        # Never the one of the last confirmed push, for only a confirmed push is counted.
         return self.root / "ab"[self.pushes % 2]
 
     def _agree(self, failure: Exception | None, version: int) -> None:
@@ -141,7 +141,7 @@ class WeightSync:
             failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
             dist.all_reduce(failed)
             if failed.item() and failure is None:
-                raise SyncError(f"weight version {version} was not pushed: rank 0 says why")
+                raise SyncError(f"weight version {version} was not pushed: another rank (most often rank 0) says why")
         if failure is not None:
             raise failure
 
@@ -159,10 +159,10 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
 
 
 def max_difference(actor_logps: Sequence[Sequence[float]], engine_logps: Sequence[Sequence[float]]) -> float:
-    """Largest absolute difference (nats) over all tokens of all probes; NaN when there is one in either."""
+    """Largest absolute difference (nats) over all tokens of all probes; NaN, which no tolerance admits, if any is NaN or lengths differ."""
     ours, theirs = (torch.tensor([x for logps in side for x in logps], dtype=torch.float64) for side in (actor_logps, engine_logps))
     if ours.shape != theirs.shape or not ours.numel():
-        raise SyncError(f"the engine scored {theirs.numel()} probe tokens, the actor {ours.numel()}")
+        return float("nan")
     return (ours - theirs).abs().max().item()
 
 

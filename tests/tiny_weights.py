@@ -1,0 +1,132 @@
+"""Tiny random checkpoints as transformers writes them, and the local parameters that a Megatron model of them has (plain tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FAMILIES = ("qwen3", "qwen3_tied", "qwen3_moe")
+
+
+def tiny_checkpoint(directory: Path, family: str) -> Path:
+    """Save a random 4-layer model (96 tokens, hidden 32, 4 heads over 2 groups) in float32; norms are random too."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    common: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    if family == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**common, tie_word_embeddings=family == "qwen3_tied"))
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "norm" in name:
+                param.uniform_(0.5, 1.5)
+    model.save_pretrained(directory)
+    return directory
+
+
+def local_params(
+    hf: Mapping[str, Any],
+    *,
+    tp_size: int,
+    ep_size: int = 1,
+    layers: Iterable[int] = range(4),
+    first: bool = True,
+    last: bool = True,
+    padded_vocab: int | None = None,
+    **_: Any,
+) -> dict[str, torch.Tensor]:
+    """What dict(GPTModel.named_parameters()) of one rank looks like (the shapes written out by hand), filled with NaN."""
+    hidden, heads, groups, dim = hf["hidden_size"], hf["num_attention_heads"], hf["num_key_value_heads"], hf["head_dim"]
+    rows = (padded_vocab or hf["vocab_size"]) // tp_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    if first:
+        shapes["embedding.word_embeddings.weight"] = (rows, hidden)
+    for layer in layers:
+        mlp: dict[str, tuple[int, ...]]
+        if hf["model_type"] == "qwen3_moe":
+            num_experts, width = hf["num_local_experts"], hf["moe_intermediate_size"]
+            mlp = {"mlp.router.weight": (num_experts, hidden)}
+            for expert in range(num_experts // ep_size):
+                mlp[f"mlp.experts.local_experts.{expert}.linear_fc1.weight"] = (2 * width, hidden)
+                mlp[f"mlp.experts.local_experts.{expert}.linear_fc2.weight"] = (hidden, width)
+        else:
+            width = hf["intermediate_size"] // tp_size
+            mlp = {"mlp.linear_fc1.weight": (2 * width, hidden), "mlp.linear_fc2.weight": (hidden, width)}
+        shapes |= {
+            f"decoder.layers.{layer}.{name}": shape
+            for name, shape in {
+                "input_layernorm.weight": (hidden,),
+                "self_attention.linear_proj.weight": (hidden, heads * dim // tp_size),
+                "self_attention.linear_qkv.weight": ((heads + 2 * groups) * dim // tp_size, hidden),
+                "self_attention.q_layernorm.weight": (dim,),
+                "self_attention.k_layernorm.weight": (dim,),
+                "pre_mlp_layernorm.weight": (hidden,),
+                **mlp,
+            }.items()
+        }
+    if last:
+        shapes["decoder.final_layernorm.weight"] = (hidden,)
+        if not hf["tie_word_embeddings"] or not first:
+            shapes["output_layer.weight"] = (rows, hidden)
+    return {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+
+
+def transformers_logps(model: torch.nn.Module, ids: list[int]) -> list[float]:
+    """Log-probs (nats) of ids[1:]."""
+    with torch.no_grad():
+        logps = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logps.gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).squeeze(-1).tolist()
+
+
+class TransformersEngine:
+    """The rollout facade's `push` and `score` on a transformers model that loads what is pushed; `ignore`: tensors that it skips later."""
+
+    def __init__(self, ignore: Iterable[str] = ()) -> None:
+        self.model, self.version, self.directory, self.ignore = None, None, None, set(ignore)
+
+    def push(self, directory: str, version: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+        if self.model is not None:
+            own = self.model.state_dict()
+            model.load_state_dict({name: own[name] if name in self.ignore else t for name, t in model.state_dict().items()})
+        self.model, self.directory, self.version = model, directory, version
+
+    def score(self, ids: list[int]) -> list[float]:
+        return transformers_logps(self.model, ids)
+
+
+class TensorActor:
+    """An actor that is nothing but Hugging Face tensors, scored by transformers."""
+
+    def __init__(self, model_path: str) -> None:
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+
+        self.tensors = load_file(f"{model_path}/model.safetensors")
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True)
+
+    def export_hf(self) -> dict[str, torch.Tensor]:
+        return dict(self.tensors)
+
+    def score_tokens(self, ids: list[int]) -> list[float]:
+        self.model.load_state_dict(self.tensors, strict=False)
+        return transformers_logps(self.model, ids)
