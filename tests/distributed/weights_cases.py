@@ -1,0 +1,159 @@
+"""Run by test_weights.py on 4 gloo ranks; its argument is a directory of tiny checkpoints, named after their families."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megasd.actor import cpu
+from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
+from megasd.config import ActorConfig, SyncConfig
+from megasd.sync import SyncError, WeightSync
+from megasd.weights import convert
+from megasd.weights.convert import export_hf, load_hf, read_hf_config
+from tests.tiny_weights import TransformersEngine, transformers_logps
+
+IDS = [1, 5, 9, 2, 44, 95, 7, 3]
+# name -> family, layout; 4 ranks, what is left over is data parallelism
+CASES = {
+    "TP2 DP2": ("qwen3", {"tensor_model_parallel_size": 2}),
+    "TP4, 2 query groups": ("qwen3", {"tensor_model_parallel_size": 4}),
+    "PP2 DP2": ("qwen3", {"pipeline_model_parallel_size": 2}),
+    "TP2 PP2": ("qwen3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "PP4 tied": ("qwen3_tied", {"pipeline_model_parallel_size": 4}),
+    "TP2 PP2 tied": ("qwen3_tied", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "MoE TP2 DP2, experts cut": ("qwen3_moe", {"tensor_model_parallel_size": 2}),
+    "MoE EP4": ("qwen3_moe", {"expert_model_parallel_size": 4}),
+    "MoE TP2 EP2": ("qwen3_moe", {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+    "MoE PP2 EP2": ("qwen3_moe", {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+}
+
+
+class MegatronActor:
+    """A model of this layout with a checkpoint's weights; the two calls that WeightSync makes."""
+
+    def __init__(self, path: Path, layout: dict[str, int]) -> None:
+        from megasd.actor import model as build
+
+        config = ActorConfig(dtype="float32", **layout)
+        self.mesh: Mesh = init_model_parallel(config, torch.device("cpu"), seed=1)
+        self.hf, family = read_hf_config(path), build.family_of(str(path))
+        transformer = build.transformer_config(family, config, self.mesh.device)
+        self.model, self.offset = build.build_model(family, transformer, self.mesh), build.layer_offset(transformer)
+        mesh = self.mesh
+        with torch.no_grad():
+            for param in self.model.parameters():
+                param.fill_(torch.nan)
+        ranks = {"tp_rank": mesh.tp_rank, "tp_size": mesh.tp_size, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}
+        load_hf(dict(self.model.named_parameters()), path, layer_offset=self.offset, **ranks)
+
+    def export_hf(self, **kwargs) -> dict[str, Tensor] | None:
+        mesh = self.mesh
+        groups = {"tp_group": mesh.tp_group, "pp_group": mesh.pp_group, "ep_group": mesh.ep_group}
+        return export_hf(dict(self.model.named_parameters()), self.hf, layer_offset=self.offset, **groups, **kwargs)
+
+    @torch.no_grad()
+    def score_tokens(self, ids: list[int]) -> list[float]:
+        """Without pipelining: every rank runs the same sequence, then gathers the vocabulary shards."""
+        self.model.eval()
+        hidden = self.model(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0), None)  # [s, 1, h]
+        local = (hidden[:, 0] @ self.model.output_weight().T).contiguous()
+        shards = [torch.empty_like(local) for _ in range(self.mesh.tp_size)]
+        dist.all_gather(shards, local, group=self.mesh.tp_group)
+        logps = torch.cat(shards, dim=-1)[:-1, : self.hf["vocab_size"]].log_softmax(-1)
+        return logps.gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).squeeze(-1).tolist()
+
+
+def same(found: dict[str, Tensor] | None, wanted: dict[str, Tensor], case: str) -> None:
+    assert found is not None and found.keys() == wanted.keys(), case
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), f"{case}: {name}"
+
+
+def round_trip(name: str, path: Path, layout: dict[str, int]) -> MegatronActor:
+    """Load into a real GPTModel, export: the file again, bit for bit; logits those of transformers."""
+    actor, stored, rank = MegatronActor(path, layout), load_file(path / "model.safetensors"), dist.get_rank()
+    assert not any(param.isnan().any() for param in actor.model.parameters()), name
+    exported = actor.export_hf()
+    mesh = actor.mesh
+    assert (exported is not None) == (mesh.tp_rank == 0 and mesh.pp_rank == 0 and mesh.ep_rank == 0), name
+    if exported is not None:  # the first rank of every replica
+        same(exported, stored, name)
+    only = actor.export_hf(dtype=torch.bfloat16, wanted=mesh.dp_rank == 0 and mesh.cp_rank == 0)
+    assert (only is not None) == (rank == 0), name
+    if only is not None:
+        same(only, {n: t.bfloat16() for n, t in stored.items()}, name)
+    if mesh.pp_size == 1:
+        logps = torch.tensor(actor.score_tokens(IDS))
+        if rank == 0:  # the only one to import transformers
+            difference = (logps - torch.tensor(transformers_logps(hf_model(path), IDS))).abs().max().item()
+            assert difference < 2e-5, f"{name}: log-probs {difference} from transformers"
+    return actor
+
+
+def hf_model(path: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+
+
+def many_buckets(path: Path) -> None:
+    """The same with buckets smaller than most tensors."""
+    whole, convert.BUCKET_BYTES = convert.BUCKET_BYTES, 5000
+    round_trip("TP2 PP2 in small buckets", path, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
+    convert.BUCKET_BYTES = whole
+
+
+def sync_agrees(path: Path, run_dir: Path) -> None:
+    """A push with TP2 DP2 is confirmed by the probe; a failure on rank 0, of the engine or of the probe, raises on every rank."""
+    actor, rank = MegatronActor(path, {"tensor_model_parallel_size": 2}), dist.get_rank()
+    engine = TransformersEngine(ignore={"model.layers.2.mlp.down_proj.weight"}) if rank == 0 else None
+    with WeightSync(actor, engine, SyncConfig(), run_dir, model_path=str(path), probes=[IDS]) as sync:
+        metrics = sync.push(0)
+        assert metrics["sync/probe_max_diff"] < 2e-5 if rank == 0 else metrics == {}, metrics
+        with torch.no_grad():
+            dict(actor.model.named_parameters())["decoder.layers.2.mlp.linear_fc2.weight"].mul_(1.5)
+        raised(sync, 1, "nats" if rank == 0 else "rank 0")  # the engine did not take the new tensor
+        if engine is not None:
+            engine.push = None  # the engine is gone
+        raised(sync, 2, "not callable" if rank == 0 else "rank 0", TypeError if rank == 0 else SyncError)
+    dist.barrier()
+
+
+def raised(sync: WeightSync, version: int, text: str, kind: type[Exception] = SyncError) -> None:
+    try:
+        sync.push(version)
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"push {version} on rank {dist.get_rank()} did not raise")
+
+
+def main(root: Path) -> None:
+    cpu.install()
+    init_distributed(timeout_minutes=2)
+    for name, (family, layout) in CASES.items():
+        start = time.perf_counter()
+        actor = round_trip(name, root / family, layout)
+        dist.barrier()
+        before = time.perf_counter()
+        actor.export_hf()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            now = time.perf_counter()
+            print(f"ok {name}: {now - start:.2f} s, an export {1e3 * (now - before):.0f} ms", flush=True)
+    many_buckets(root / "qwen3")
+    sync_agrees(root / "qwen3", root / "run")
+    if dist.get_rank() == 0:
+        print("ok all", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
