@@ -1,0 +1,287 @@
+"""Divergences and buckets in one process: golden vectors, the float64 twin, gradients, tiny and extreme inputs.
+
+Proves: values and closed-form gradients of bucket_logprobs -> divergence, of full_divergence, sampled_logp and entropy equal
+autograd through the direct formulas of ops/reference.py. Does not prove: anything about ranks (tests/distributed/test_ops.py) or speed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megasd.loss.divergence import divergence
+from megasd.ops import reference
+from megasd.ops.topk import vocab_parallel_topk
+from megasd.ops.vocab_parallel import TAILS, bucket_logprobs, entropy, full_divergence, sampled_logp
+
+# Golden vectors: computed from the published definitions by an independent script, six decimals.
+STUDENT = torch.tensor([[2.0, 1.0, 0.5, -1.0, -2.0]], dtype=torch.float64)
+TEACHER = torch.tensor([[0.5, 2.5, 0.0, -0.5, -3.0]], dtype=torch.float64)
+GOLDEN_FULL = {0.0: 0.770548, 0.1: 0.068074, 0.5: 0.187417, 0.9: 0.074210, 1.0: 0.868531}
+GOLDEN_TOP2 = {
+    ("bucket", 0.0): 0.758470,
+    ("bucket", 0.5): 0.183910,
+    ("bucket", 1.0): 0.851202,
+    ("renormalise", 0.0): 0.828725,
+    ("renormalise", 0.5): 0.208126,
+    ("renormalise", 1.0): 1.006842,
+    ("raw", 1.0): 0.764220,
+}
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+
+
+def on_support(student, teacher, k, *, beta, tail, vocab_size=None, temperature=1.0):
+    vocab_size = vocab_size or student.shape[1]
+    ids, _ = vocab_parallel_topk(student, k, vocab_size=vocab_size, tp_group=None)
+    s, t = (bucket_logprobs(x, ids, vocab_size=vocab_size, tp_group=None, temperature=temperature, tail=tail) for x in (student, teacher))
+    return divergence(s, t, beta=beta, normalised=tail != "raw")
+
+
+def full(student, teacher, *, beta, vocab_size=None, temperature=1.0):
+    return full_divergence(student, teacher, beta=beta, vocab_size=vocab_size or student.shape[1], tp_group=None, temperature=temperature)
+
+
+@pytest.mark.parametrize("beta", GOLDEN_FULL)
+def test_golden_full(beta):
+    assert full(STUDENT, TEACHER, beta=beta).item() == pytest.approx(GOLDEN_FULL[beta], abs=6e-7)
+
+
+@pytest.mark.parametrize("tail,beta", GOLDEN_TOP2)
+def test_golden_top2(tail, beta):
+    assert on_support(STUDENT, TEACHER, 2, beta=beta, tail=tail).item() == pytest.approx(GOLDEN_TOP2[tail, beta], abs=6e-7)
+
+
+def logits(num_tokens, vocab, seed, scale=3.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(num_tokens, vocab, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def with_padding(x, columns=3, value=1e4):
+    return torch.cat([x.detach(), torch.full((x.shape[0], columns), value, dtype=x.dtype)], dim=1)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_value_and_gradient_equal_the_twin(beta, tail, temperature):
+    """Padded columns hold garbage and get gradient zero."""
+    vocab = 23
+    student, teacher = logits(9, vocab, 0).requires_grad_(), logits(9, vocab, 1)
+    upstream = logits(9, 1, 2)[:, 0]
+    for k in (1, 3, vocab - 1, vocab):
+        padded = with_padding(student).requires_grad_()
+        loss = on_support(padded, with_padding(teacher, value=-7.0), k, beta=beta, tail=tail, vocab_size=vocab, temperature=temperature)
+        (grad,) = torch.autograd.grad(loss, padded, upstream)
+        ids, _ = reference.topk(student, k)
+        expected_tail = "raw" if k == vocab and tail == "bucket" else tail  # an empty tail adds nothing
+        s, t = (reference.bucket_logprobs(x, ids, temperature=temperature, tail=expected_tail) for x in (student, teacher))
+        expected = reference.divergence(s, t, beta=beta)
+        (expected_grad,) = torch.autograd.grad(expected, student, upstream)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(grad[:, :vocab], expected_grad, rtol=0, atol=1e-12)
+        assert (grad[:, vocab:] == 0).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_full_equals_the_twin_and_the_whole_support(beta):
+    student, teacher = logits(7, 19, 3).requires_grad_(), logits(7, 19, 4).requires_grad_()
+    padded = with_padding(student).requires_grad_()
+    loss = full(padded, with_padding(teacher), beta=beta, vocab_size=19, temperature=1.3)
+    expected = reference.full_divergence(student, teacher, beta=beta, temperature=1.3)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    (grad,) = torch.autograd.grad(loss.sum(), padded)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), student)
+    torch.testing.assert_close(grad[:, :19], expected_grad, rtol=0, atol=1e-12)
+    assert (grad[:, 19:] == 0).all()
+    whole = on_support(student, teacher, 19, beta=beta, tail="bucket", temperature=1.3)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-12)
+
+
+def test_sampled_logp_and_entropy_equal_the_twin():
+    x = logits(11, 17, 5).requires_grad_()
+    targets = torch.randint(17, (11,), generator=torch.Generator().manual_seed(0))
+    padded = with_padding(x).requires_grad_()
+    logp = sampled_logp(padded, targets, vocab_size=17, tp_group=None, temperature=0.8)
+    expected = reference.sampled_logp(x, targets, temperature=0.8)
+    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-12)
+    upstream = logits(11, 1, 6)[:, 0]
+    torch.testing.assert_close(
+        torch.autograd.grad(logp, padded, upstream)[0][:, :17], torch.autograd.grad(expected, x, upstream)[0], rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(entropy(padded, vocab_size=17, tp_group=None), reference.entropy(x), rtol=0, atol=1e-12)
+    one_hot = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, 0.0, -1e4]])
+    torch.testing.assert_close(entropy(one_hot, vocab_size=3, tp_group=None), torch.tensor([0.0, math.log(2)]))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradcheck(tail):
+    """Finite differences, apart from any twin."""
+    student, teacher = logits(4, 8, 7, scale=1.5).requires_grad_(), logits(4, 8, 8, scale=1.5)
+    ids = torch.stack([torch.randperm(8)[:3] for _ in range(4)])
+    assert torch.autograd.gradcheck(lambda z: bucket_logprobs(z, ids, vocab_size=8, tp_group=None, temperature=0.9, tail=tail), student)
+    teacher_logq = bucket_logprobs(teacher, ids, vocab_size=8, tp_group=None, tail=tail)
+    for beta in (0.0, 0.3, 1.0):
+        assert torch.autograd.gradcheck(
+            lambda z, beta=beta: divergence(
+                bucket_logprobs(z, ids, vocab_size=8, tp_group=None, tail=tail), teacher_logq, beta=beta, normalised=tail != "raw"
+            ),
+            student,
+        )
+        assert torch.autograd.gradcheck(lambda z, beta=beta: full(z, teacher, beta=beta), student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", BETAS)
+def test_teacher_equal_to_student_is_exactly_zero(dtype, beta):
+    for tail in TAILS:
+        x = logits(16, 40, 9, dtype=dtype).requires_grad_()
+        loss = on_support(x, x.detach().clone(), 5, beta=beta, tail=tail)
+        assert (loss == 0).all()
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        if tail != "raw" or 0 < beta < 1:  # the truncated KLs do have a gradient there: their "+1" does not cancel
+            assert (grad == 0).all()
+    x = logits(16, 40, 9, dtype=dtype).requires_grad_()
+    loss = full(x, x.detach().clone(), beta=beta)
+    assert (loss == 0).all() and (torch.autograd.grad(loss.sum(), x)[0] == 0).all()
+
+
+def test_more_support_never_lowers_the_divergence():
+    """Buckets are a coarser view, so their divergence is a lower bound that grows with K (data processing)."""
+    student, teacher = logits(50, 30, 10), logits(50, 30, 11)
+    for beta in BETAS:
+        rows = [on_support(student, teacher, k, beta=beta, tail="bucket") for k in (1, 2, 5, 12, 29, 30)]
+        for smaller, larger in zip(rows, rows[1:], strict=False):
+            assert (larger >= smaller - 1e-14).all()
+        torch.testing.assert_close(rows[-1], full(student, teacher, beta=beta), rtol=0, atol=1e-13)
+
+
+def test_the_ends_are_limits_only_after_division():
+    student, teacher = logits(20, 30, 12, scale=1.0), logits(20, 30, 13, scale=1.0)
+    small = 1e-7
+    torch.testing.assert_close(full(student, teacher, beta=small) / small, full(student, teacher, beta=0.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(full(student, teacher, beta=1 - small) / small, full(student, teacher, beta=1.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("noise,loss_tolerance,grad_tolerance", [(1.0, 2e-5, 1e-4), (0.1, 1e-4, 1e-3), (0.01, 1e-3, 1e-2)])
+def test_float32_keeps_tiny_divergences(beta, noise, loss_tolerance, grad_tolerance):
+    """Truth: float64 on the same float32 logits. The published 1 - sum formula is wrong by tens of percent here, and goes negative."""
+    student = logits(256, 4096, 14, scale=2.0, dtype=torch.float32)
+    student[:, 0] += torch.linspace(0, 25, 256)  # from flat to nearly certain: tiny tails
+    teacher = student + logits(256, 4096, 15, scale=noise, dtype=torch.float32)
+    for function in (lambda s, t: on_support(s, t, 100, beta=beta, tail="bucket"), lambda s, t: full(s, t, beta=beta)):
+        x, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+        loss, truth = function(x, teacher), function(wide, teacher.double())
+        assert (loss >= 0).all()
+        error = (loss.double() - truth).abs() / truth
+        assert error.quantile(0.99).item() < loss_tolerance
+        grad, truth_grad = torch.autograd.grad(loss.sum(), x)[0], torch.autograd.grad(truth.sum(), wide)[0]
+        rows = (grad.double() - truth_grad).norm(dim=1) / truth_grad.norm(dim=1)
+        assert rows.quantile(0.99).item() < grad_tolerance
+
+
+def test_log_tail_is_exact_when_tiny():
+    x = logits(200, 1000, 16, scale=2.0, dtype=torch.float32)
+    x[:, 0] += torch.linspace(0, 60, 200)
+    ids, _ = vocab_parallel_topk(x, 10, vocab_size=1000, tp_group=None)
+    tail = bucket_logprobs(x, ids, vocab_size=1000, tp_group=None)[:, -1]
+    truth = reference.bucket_logprobs(x, ids)[:, -1]
+    assert ((tail.double() - truth).abs() / truth.abs().clamp(min=1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits(beta, dtype):
+    """+-1e4, all equal, one-hot against one-hot, the largest floats: finite values and gradients, JSD at most ln 2."""
+    rows = torch.zeros(6, 12, dtype=dtype)
+    rows[0, 0], rows[1, 0], rows[2, 5], rows[3] = 1e4, -1e4, 1e4, torch.linspace(-1e4, 1e4, 12)
+    rows[4] = 3e38 if dtype == torch.float32 else 1e300
+    teacher = rows.roll(1, 0)
+    for tail in TAILS:
+        x = rows.clone().requires_grad_()
+        loss = on_support(x, teacher, 4, beta=beta, tail=tail)
+        assert loss.isfinite().all()
+        if tail != "raw":
+            assert (loss >= 0).all()
+        if 0 < beta < 1:
+            assert (loss <= math.log(2) + 1e-6).all()
+        assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
+    x = rows.clone().requires_grad_()
+    loss = full(x, teacher, beta=beta)
+    assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_impossible_tokens(beta):
+    """-inf columns on both sides, on one side, and in the whole tail: never NaN; infinite KLs are +inf, KL(T||S) with finite gradient."""
+    student, teacher = logits(4, 10, 17), logits(4, 10, 18)
+    student[0, 3:], teacher[0, 3:] = -torch.inf, -torch.inf  # both
+    student[1, 4] = -torch.inf  # KL(T||S) is infinite
+    teacher[2, 6] = -torch.inf  # KL(S||T) is infinite
+    for function in (lambda s, t: on_support(s, t, 9, beta=beta, tail="bucket"), lambda s, t: full(s, t, beta=beta)):
+        x = student.clone().requires_grad_()
+        loss = function(x, teacher)
+        assert not loss.isnan().any() and (loss >= 0).all()
+        assert loss[[0, 3]].isfinite().all()
+        assert (loss[1] == torch.inf) == (beta == 0)
+        assert (loss[2] == torch.inf) == (beta == 1)
+        grad = torch.autograd.grad(loss.sum(), x)[0]
+        assert grad[[0, 1, 3]].isfinite().all()
+    small = on_support(student[:1, :3].clone(), teacher[:1, :3], 2, beta=beta, tail="bucket")
+    masked = on_support(student[:1], teacher[:1], 2, beta=beta, tail="bucket")
+    torch.testing.assert_close(small, masked, rtol=0, atol=1e-14)
+
+
+def test_bfloat16_logits_are_computed_in_float32():
+    student, teacher = logits(8, 64, 19, dtype=torch.bfloat16), logits(8, 64, 20, dtype=torch.bfloat16)
+    x = student.clone().requires_grad_()
+    loss = on_support(x, teacher, 8, beta=0.5, tail="bucket")
+    assert loss.dtype == torch.float32
+    wide = student.double().requires_grad_()
+    truth = on_support(wide, teacher.double(), 8, beta=0.5, tail="bucket")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-7)
+    (grad,), (truth_grad,) = torch.autograd.grad(loss.sum(), x), torch.autograd.grad(truth.sum(), wide)
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad.double(), truth_grad, rtol=5e-3, atol=1e-6)
+
+
+def test_teacher_gets_no_gradient():
+    student, teacher = logits(3, 9, 21).requires_grad_(), logits(3, 9, 22).requires_grad_()
+    for loss in (on_support(student, teacher, 4, beta=0.5, tail="bucket"), full(student, teacher, beta=0.5)):
+        assert torch.autograd.grad(loss.sum(), teacher, allow_unused=True)[0] is None
+
+
+def test_no_tokens():
+    empty = torch.zeros(0, 6, requires_grad=True)
+    loss = on_support(empty, empty.detach(), 2, beta=0.5, tail="bucket")
+    assert loss.shape == (0,)
+    loss.sum().backward()
+    assert full(empty, empty.detach(), beta=0.5).shape == (0,) and entropy(empty, vocab_size=6, tp_group=None).shape == (0,)
+
+
+@pytest.mark.parametrize("k", [1, 4, 16, 40])
+def test_topk_is_a_total_order(k):
+    """Rounded logits tie at the boundary in most rows; equal values go by ascending id, and so do -inf columns."""
+    x = logits(300, 40, 23, scale=1.0).mul(2).round().div(2)
+    x[:10] = 0.0
+    x[10:20, 2:] = -torch.inf
+    for dtype in (torch.float64, torch.bfloat16):
+        ids, values = vocab_parallel_topk(with_padding(x.to(dtype)), k, vocab_size=40, tp_group=None)
+        expected_ids, expected_values = reference.topk(x, k)
+        assert (ids == expected_ids).all() and (values == expected_values).all() and ids.dtype == torch.int64
+
+
+def test_bad_arguments_are_named():
+    x = logits(2, 5, 24)
+    with pytest.raises(ValueError, match="k >= 1"):
+        vocab_parallel_topk(x, 0, vocab_size=5, tp_group=None)
+    with pytest.raises(ValueError, match="do not hold a vocabulary of 6"):
+        vocab_parallel_topk(x, 1, vocab_size=6, tp_group=None)
+    with pytest.raises(ValueError, match="tail must be one of"):
+        bucket_logprobs(x, torch.zeros(2, 1, dtype=torch.int64), vocab_size=5, tp_group=None, tail="none")
+    with pytest.raises(ValueError, match="beta"):
+        full(x, x, beta=1.5)
+    with pytest.raises(ValueError, match="temperature"):
+        full(x, x, beta=0.5, temperature=0.0)
