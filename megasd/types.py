@@ -1,0 +1,91 @@
+"""The nouns of the left half of the loop: prompts, samples, groups. Plain Python, no torch.
+
+prompt = Prompt(id="train-0", messages=[{"role": "user", "content": "2+3="}], answer="5")
+sample = Sample(prompt_id="train-0", index=0, prompt_ids=[7, 8], response_ids=[5, 1],
+                response_logps=[-0.1, -0.2], text="5", finish_reason="stop", version=0)
+group  = Group(prompt, [sample]);  sample.verdict = Verdict.RIGHT;  group.pass_rate == 1.0
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class UserError(ValueError):
+    """Bad input from the user: one line naming the file, key or row and what to do. The command line prints it without a traceback."""
+
+
+Message = dict[str, str]  # {"role": "user" | "system" | "assistant", "content": text}
+
+
+class Verdict(str, Enum):
+    """What a verifier said. ERROR and TIMEOUT are not wrong answers: they leave every pass rate."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+
+    @property
+    def counts(self) -> bool:
+        """True when the sample takes part in pass rates."""
+        return self in (Verdict.RIGHT, Verdict.WRONG)
+
+
+@dataclass
+class Prompt:
+    """One question. `id` is unique in its file, e.g. Prompt("train-3", [{"role": "user", "content": "7+8="}], "15", "7+8=15")."""
+
+    id: str
+    messages: list[Message]
+    answer: str  # gold answer, read by the verifier
+    solution: str | None = None  # reference solution, if the row has one (teacher contexts, NLL)
+
+
+@dataclass
+class Sample:
+    """One response to one prompt, e.g. Sample("train-3", 0, [11, 12], [4, 5, 2], [-.1, -.3, -.01], "15", "stop", 7)."""
+
+    prompt_id: str
+    index: int  # position in its group, 0..G-1
+    prompt_ids: list[int]
+    response_ids: list[int]  # sampled token ids, the stop token included when it was sampled
+    response_logps: list[float]  # engine log-probs (nats) of response_ids under the sampling temperature
+    text: str  # decoded response without special tokens
+    finish_reason: str  # "stop" | "length"
+    version: int  # weight version that every token was sampled with
+    verdict: Verdict | None = None  # None until scored
+    detail: str = ""  # why the verifier failed, for ERROR and TIMEOUT
+
+    @property
+    def reward(self) -> float:
+        """1.0 for a right answer, else 0.0. Unscored samples raise ValueError."""
+        if self.verdict is None:
+            raise ValueError(f"sample {self.prompt_id}/{self.index} has not been scored")
+        return 1.0 if self.verdict is Verdict.RIGHT else 0.0
+
+
+@dataclass
+class Group:
+    """A prompt and its G samples; Group(p, [right, wrong, wrong, timeout]).pass_rate == 1/3."""
+
+    prompt: Prompt
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def pass_rate(self) -> float | None:
+        """Successes / scored samples, in [0, 1]; None when no sample of the group could be scored."""
+        counted = [s for s in self.samples if s.verdict is not None and s.verdict.counts]
+        return sum(s.reward for s in counted) / len(counted) if counted else None
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """What the self-teacher of one sample reads in place of the prompt; `messages` ends with a user turn.
+
+    TeacherContext([{"role": "user", "content": "7+8=\\n\\nA correct solution: 15 ..."}], source="sibling 2")
+    """
+
+    messages: list[Message]
+    source: str  # where the privileged text came from, for the rollout log

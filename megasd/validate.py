@@ -1,0 +1,242 @@
+"""What the values of a config may be together, and with the files and ranks it meets. Stdlib only: answers before torch is imported.
+
+`validate` raises ConfigError, one line: the key, what is wrong, what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from megasd.config import Config, ConfigError, check_values, samples_per_step
+
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "rollouts", "checkpoints")  # any of these in run.dir: it holds a run
+
+
+def validate(config: Config, world_size: int | None = None, *, rank: int = 0) -> None:
+    """Refuse what cannot run on `world_size` ranks (None: the number that `megasd train` starts). Raises ConfigError.
+
+    Ranks other than 0 leave out the look into run.dir, which rank 0 may already be filling.
+    """
+    check_values(config)
+    _check_algorithm(config)
+    _check_lengths(config)
+    _check_parallel(config, world_size or default_world_size(config))
+    _check_model(config)
+    _check_data(config)
+    if rank == 0:
+        _check_run_dir(config)
+
+
+def default_world_size(config: Config) -> int:
+    """run.num_processes, or the fewest ranks that hold TP x PP x CP (and, for a MoE, EP x PP with expert TP 1)."""
+    actor = config.actor
+    dense = actor.tensor_model_parallel_size * actor.pipeline_model_parallel_size * actor.context_parallel_size
+    return config.run.num_processes or math.lcm(dense, actor.expert_model_parallel_size * actor.pipeline_model_parallel_size)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """World size / (TP x PP x CP); raises ConfigError when that is no whole number."""
+    actor = config.actor
+    dense = actor.tensor_model_parallel_size * actor.pipeline_model_parallel_size * actor.context_parallel_size
+    if world_size % dense:
+        raise ConfigError(
+            f"run.num_processes: {world_size} ranks cannot be split into TP {actor.tensor_model_parallel_size} x PP "
+            f"{actor.pipeline_model_parallel_size} x CP {actor.context_parallel_size}; start a multiple of {dense}"
+        )
+    return world_size // dense
+
+
+def sequence_multiple(config: Config) -> int:
+    """What a sequence is padded to: 2 chunks a context-parallel rank, and a whole share for each sequence-parallel rank (tokens)."""
+    actor = config.actor
+    chunks = 2 * actor.context_parallel_size if actor.context_parallel_size > 1 else 1
+    return chunks * (actor.tensor_model_parallel_size if actor.sequence_parallel else 1)
+
+
+def needs_engine(config: Config) -> bool:
+    """Whether the run samples at all: rollouts that are not replayed, or an evaluation."""
+    return config.data.eval is not None or (config.algorithm.source == "rollout" and config.rollout.replay_dir is None)
+
+
+def _check_algorithm(config: Config) -> None:
+    algorithm = config.algorithm
+    if algorithm.distill is None and algorithm.policy_gradient is None and algorithm.nll is None:
+        raise ConfigError("algorithm: no term to train on; give algorithm.distill, algorithm.policy_gradient or algorithm.nll")
+    if algorithm.distill and algorithm.teacher is None:
+        raise ConfigError("algorithm.teacher: algorithm.distill reads a teacher; give one, as in algorithm.teacher.weights=ema")
+    if algorithm.teacher and algorithm.distill is None:
+        raise ConfigError("algorithm.teacher: no term reads the teacher; set algorithm.teacher=null or give algorithm.distill")
+    if algorithm.source == "dataset":
+        for name in ("policy_gradient", "distill"):
+            if getattr(algorithm, name):
+                raise ConfigError(
+                    f"algorithm.{name}: learns from sampled responses, and algorithm.source=dataset has none; "
+                    f"set algorithm.{name}=null or algorithm.source=rollout"
+                )
+        if algorithm.question_weight != "none":
+            raise ConfigError(
+                f"algorithm.question_weight={algorithm.question_weight}: algorithm.source=dataset has no pass rates; set it to none"
+            )
+    elif algorithm.nll and algorithm.nll.context_fraction:
+        raise ConfigError("algorithm.nll.context_fraction: needs the rows' solutions; set it to 0 or algorithm.source=dataset")
+    optimizer, steps = config.optimizer, config.run.steps
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(f"optimizer.min_lr={optimizer.min_lr}: exceeds optimizer.lr={optimizer.lr}; lower it")
+    if optimizer.lr_decay_style != "constant" and optimizer.lr_warmup_steps >= steps:
+        raise ConfigError(
+            f"optimizer.lr_warmup_steps={optimizer.lr_warmup_steps}: {optimizer.lr_decay_style} decay over run.steps={steps} "
+            "never begins; give fewer warm-up steps"
+        )
+    if config.evaluation.every and config.data.eval is None:
+        raise ConfigError("data.eval: evaluation.every asks for held-out rows; give a JSONL file or set evaluation.every=0")
+
+
+def _check_lengths(config: Config) -> None:
+    rollout, engine = config.rollout, config.rollout.engine
+    total = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if needs_engine(config) and not engine.urls and total > engine.max_total_tokens:
+        raise ConfigError(
+            f"rollout.engine.max_total_tokens={engine.max_total_tokens}: holds not even one sample of rollout.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {total}; raise it"
+        )
+
+
+def _check_parallel(config: Config, world_size: int) -> None:
+    actor, wanted = config.actor, config.run.num_processes
+    if wanted and wanted != world_size:
+        raise ConfigError(f"run.num_processes={wanted}: torchrun started {world_size} ranks; leave it 0 or make the two equal")
+    if actor.sequence_parallel and actor.tensor_model_parallel_size == 1:
+        raise ConfigError("actor.sequence_parallel: needs actor.tensor_model_parallel_size > 1; set it to false")
+    if actor.expert_model_parallel_size > 1 and actor.tensor_model_parallel_size > 1 and not actor.sequence_parallel:
+        raise ConfigError("actor.sequence_parallel: Megatron needs it where tensor and expert parallelism meet; set it to true")
+    data_parallel = data_parallel_size(config, world_size)
+    expert = actor.expert_model_parallel_size * actor.pipeline_model_parallel_size
+    if world_size % expert:
+        raise ConfigError(
+            f"actor.expert_model_parallel_size={actor.expert_model_parallel_size}: {world_size} ranks cannot be split into EP x PP = "
+            f"{expert}; start a multiple of {expert}"
+        )
+    samples = samples_per_step(config)
+    size = "rollout.num_prompts" if config.algorithm.source == "dataset" else "rollout.num_prompts x rollout.num_samples"
+    if samples % data_parallel:
+        raise ConfigError(
+            f"rollout.num_prompts: {size} = {samples} samples a step cannot be shared by {data_parallel} data-parallel ranks; "
+            f"make it a multiple of {data_parallel}"
+        )
+    local = samples // data_parallel
+    if local % actor.micro_batch_size:
+        divisors = [n for n in range(1, min(local, actor.micro_batch_size) + 1) if local % n == 0]
+        raise ConfigError(
+            f"actor.micro_batch_size={actor.micro_batch_size}: does not divide the {local} samples of a data-parallel rank; "
+            f"the nearest that does is {divisors[-1]}"
+        )
+
+
+def _check_model(config: Config) -> None:
+    directory = Path(config.model.path)
+    if not directory.is_dir():
+        raise ConfigError(f"model.path={config.model.path}: no such directory; give a Hugging Face model directory on this machine")
+    model = _read_json(directory / "config.json", "model.path")
+    model_type = model.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(f"model.path: {directory}/config.json says model_type={model_type!r}; supported are {', '.join(MODEL_TYPES)}")
+    _check_weight_files(directory)
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(f"model.path={directory}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's own")
+
+    def number(key: str) -> int:
+        if type(model.get(key)) is not int or model[key] < 1:
+            raise ConfigError(f"model.path: {directory}/config.json: {key} must be a positive integer, not {model.get(key)!r}")
+        return model[key]
+
+    def divides(key: str, size: int, *names: str) -> None:
+        for name in names:
+            if number(name) % size:
+                raise ConfigError(f"actor.{key}={size}: does not divide {name}={model[name]} of {directory}/config.json; choose a divisor")
+
+    actor, is_moe = config.actor, model_type == "qwen3_moe"
+    tensor = actor.tensor_model_parallel_size
+    width = "moe_intermediate_size" if is_moe else "intermediate_size"
+    # Expert parallelism runs its experts without tensor parallelism (actor/parallel.py).
+    split = () if is_moe and actor.expert_model_parallel_size > 1 else (width,)
+    divides("tensor_model_parallel_size", tensor, "num_attention_heads", *split)
+    groups = number("num_key_value_heads")
+    if groups % tensor and tensor % groups:
+        raise ConfigError(
+            f"actor.tensor_model_parallel_size={tensor}: is neither a divisor nor a multiple of num_key_value_heads={groups} of "
+            f"{directory}/config.json; choose one that is"
+        )
+    divides("pipeline_model_parallel_size", actor.pipeline_model_parallel_size, "num_hidden_layers")
+    if actor.expert_model_parallel_size > 1:
+        if not is_moe:
+            raise ConfigError(f"actor.expert_model_parallel_size: {directory} is no mixture of experts ({model_type}); set it to 1")
+        divides("expert_model_parallel_size", actor.expert_model_parallel_size, "num_experts")
+
+    limit, multiple = number("max_position_embeddings"), sequence_multiple(config)
+    rollout = config.rollout
+    total = math.ceil((rollout.max_prompt_tokens + rollout.max_response_tokens) / multiple) * multiple
+    if total > limit:
+        raise ConfigError(
+            f"rollout.max_response_tokens={rollout.max_response_tokens}: with rollout.max_prompt_tokens={rollout.max_prompt_tokens} a "
+            f"sequence takes {total} tokens (padded to {multiple}), above max_position_embeddings={limit} of the model; lower one"
+        )
+    evaluated = config.evaluation.max_response_tokens
+    if evaluated and rollout.max_prompt_tokens + evaluated > limit:
+        raise ConfigError(
+            f"evaluation.max_response_tokens={evaluated}: with rollout.max_prompt_tokens={rollout.max_prompt_tokens} it exceeds "
+            f"max_position_embeddings={limit} of the model; lower it"
+        )
+
+
+def _check_weight_files(directory: Path) -> None:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        shards = _read_json(index, "model.path").get("weight_map")
+        if not isinstance(shards, dict):
+            raise ConfigError(f"model.path: {index}: holds no weight_map; download the model again")
+        missing = sorted({name for name in shards.values() if not (directory / str(name)).is_file()})
+        if missing:
+            raise ConfigError(f"model.path: {index} names {missing[0]}, which is missing ({len(missing)} in all); download the model again")
+    elif not any(directory.glob("*.safetensors")):
+        raise ConfigError(f"model.path={directory}: holds no *.safetensors; convert the weights or give another directory")
+
+
+def _read_json(path: Path, key: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}: {path} is missing; give a whole Hugging Face model directory") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{key}: {path} must hold a JSON object")
+    return content
+
+
+def _check_data(config: Config) -> None:
+    for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"{key}={path}: no such file; give a JSONL file")
+    replay = config.rollout.replay_dir
+    if replay is not None and not (Path(replay) / "rollouts").is_dir():
+        raise ConfigError(f"rollout.replay_dir={replay}: holds no rollouts/; give the run.dir of a finished run")
+
+
+def _check_run_dir(config: Config) -> None:
+    run, directory = config.run, Path(config.run.dir)
+    if run.resume not in ("none", "auto") and not Path(run.resume).is_dir():
+        raise ConfigError(f"run.resume={run.resume}: no such checkpoint directory; give one, or none, or auto")
+    if run.resume != "none" and run.overwrite:
+        raise ConfigError(f"run.overwrite: a run cannot be resumed (run.resume={run.resume}) and overwritten at once; drop one of the two")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"run.dir={run.dir}: {existing} is not a directory that can be written to; choose another")
+    held = [name for name in RUN_FILES if (directory / name).exists()]
+    if held and run.resume == "none" and not run.overwrite:
+        raise ConfigError(f"run.dir={run.dir}: already holds a run ({held[0]}); set run.resume=auto, run.overwrite=true or another run.dir")

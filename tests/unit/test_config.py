@@ -1,0 +1,319 @@
+"""Proves that a config is exactly its dataclasses (merge order, types, names, ranges) and that what cannot run is refused in one line
+that names the key and what to do. Does not prove that what is accepted trains: models here are empty files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megasd.algo.recipes import RECIPES
+from megasd.config import RULES, Config, ConfigError, DistillTerm, _all_keys, _type_at, load_config, samples_per_step, to_yaml, walk
+from megasd.validate import data_parallel_size, default_world_size, sequence_multiple, validate
+from tests.unit.fake_model import MOE, write_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = ["model.path=m", "data.train=d"]
+
+
+def load(*overrides: str, files: list[str] | None = None) -> Config:
+    return load_config(files or [], [*PATHS, *overrides], RECIPES)
+
+
+def refusal(*arguments, call=load, **options) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message, message
+    return message
+
+
+# --- merging ---
+
+
+def test_order_is_defaults_recipe_files_overrides(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("algorithm: {recipe: sdpo, distill: {beta: 0.1, top_k: 7}}\nrun: {steps: 3}\n")
+    second.write_text("algorithm: {distill: {beta: 0.2}}\nrun: {steps: 4}\n")
+    config = load("run.steps=5", files=[str(first), str(second)])
+    assert config.algorithm.distill == DistillTerm(beta=0.2, top_k=7)
+    assert config.algorithm.question_weight == "none"  # the row of sdpo, not the default sc_sdpo
+    assert (config.run.steps, config.run.seed) == (5, 1)
+
+
+def test_default_recipe_and_rows_are_not_shared():
+    config = load("algorithm.distill.beta=0.25")
+    assert config.algorithm.recipe == "sc_sdpo" and config.algorithm.question_weight == "sqrt_pq"
+    assert RECIPES["sc_sdpo"].distill.beta == 0.5
+
+
+def test_null_switches_a_term_off_and_a_key_below_builds_it():
+    assert load("algorithm.distill=null").algorithm.distill is None
+    assert load("algorithm.distill=null", "algorithm.distill.beta=0.1").algorithm.distill == DistillTerm(beta=0.1)
+    assert load("algorithm.nll.coefficient=0.5").algorithm.nll.coefficient == 0.5
+    assert load("algorithm.distill={beta: 0.2}").algorithm.distill.beta == 0.2
+    assert load("algorithm.tis_clip=null").algorithm.tis_clip is None
+
+
+def test_string_overrides_are_taken_as_written():
+    config = load("run.dir=no", "model.path=0123", "data.eval=null", "run.resume='auto'", "rollout.stop=['no', b]")
+    assert (config.run.dir, config.model.path, config.data.eval, config.run.resume) == ("no", "0123", None, "auto")
+    assert config.rollout.stop == ["no", "b"]
+
+
+def test_numbers_and_references(tmp_path):
+    config = load("optimizer.lr=1e-6", "optimizer.weight_decay=1", "run.dir=${model.path}/run")
+    assert config.optimizer.lr == 1e-6 and config.run.dir == "m/run"
+    assert isinstance(config.optimizer.weight_decay, float)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_yaml_reads_back_equal(recipe, tmp_path):
+    config = load(f"algorithm.recipe={recipe}", "optimizer.lr=1e-6", "data.eval=no")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config([str(path)], [], RECIPES) == config
+
+
+def test_every_number_has_a_rule_and_every_rule_a_key():
+    numbers = {key for key in _all_keys(Config) if _type_at(key.split("."))[0] in (int, float)}
+    assert numbers - set(RULES) == set()
+    assert set(RULES) - set(_all_keys(Config)) == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_files_load(path):
+    assert load(files=[str(path)])
+
+
+# --- one bad value: the source, the key, the rule ---
+
+BAD_OVERRIDES = {
+    "algorithm.distill.betta=0.1": "command line: algorithm.distill.betta: unknown key; did you mean algorithm.distill.beta?",
+    "algorthm.recipe=sdpo": "command line: algorthm: unknown key; did you mean algorithm?",
+    "lr=1": "command line: lr: unknown key; did you mean optimizer.lr?",
+    "zzz.yyy=1": "the keys of the top level are model, data, algorithm",
+    "rollout=": "rollout: is empty; its keys are num_prompts",
+    "rollout=8": "rollout: must be a section of keys, not 8",
+    "run.steps.x=1": "run.steps={'x': 1}: must be an integer",
+    "steps": "command line: 'steps' is not an override; write section.key=value",
+    ".steps=1": "is not an override",
+    "run.steps=many": "run.steps='many': must be an integer",
+    "run.steps=2.5": "run.steps=2.5: must be an integer",
+    "run.steps=true": "run.steps=True: must be an integer",
+    "run.steps=null": "run.steps=None: must be an integer",
+    "run.steps=[1": "run.steps: '[1' is not a YAML value",
+    "run.steps=0": "run.steps=0: must be greater than 0",
+    "run.tensorboard=1": "run.tensorboard=1: must be true or false",
+    "run.dir=": "run.dir='': must not be empty",
+    "run.seed=-1": "run.seed=-1: must lie in [0, 2**31)",
+    "run.seed=${rollout.num_prompt}": "command line: run.seed: Interpolation key 'rollout.num_prompt' not found",
+    "optimizer.lr=0": "optimizer.lr=0.0: must be greater than 0",
+    "optimizer.lr=.nan": "optimizer.lr=nan: must be a finite number",
+    "optimizer.lr=fast": "optimizer.lr='fast': must be a number",
+    "optimizer.lr_decay_style=cosin": "must be one of constant, linear, cosine; did you mean cosine?",
+    "algorithm.recipe=sc_sdp": "command line: algorithm.recipe: no recipe 'sc_sdp'; did you mean sc_sdpo?",
+    "algorithm.recipe=zzz": "choose one of sc_sdpo, sdpo",
+    "algorithm.distill.beta=1.5": "algorithm.distill.beta=1.5: must lie in [0, 1]",
+    "algorithm.distill.is_clip=0": "algorithm.distill.is_clip=0.0: must be greater than 0",
+    "algorithm.distill.is_clip=x": "must be a number (or null)",
+    "algorithm.distill.top_k=0": "algorithm.distill.top_k=0: must be greater than 0",
+    "algorithm.distill.support=teacher": "must be one of student, full",
+    "algorithm.teacher.ema_rate=0": "algorithm.teacher.ema_rate=0.0: must lie in (0, 1]",
+    "algorithm.teacher.template={prompt}": "must hold {prompt} and {solution} once each",
+    "rollout.temperature=0": "rollout.temperature=0.0: must be greater than 0",
+    "rollout.top_p=1.1": "rollout.top_p=1.1: must lie in (0, 1]",
+    "rollout.top_k=0": "rollout.top_k=0: must be -1 (off) or greater than 0",
+    "rollout.num_samples=-8": "rollout.num_samples=-8: must be greater than 0",
+    "rollout.stop=end": "rollout.stop='end': must be a list, as in [a, b]",
+    "rollout.stop=[a, no]": "the entry False must be a string; quote it",
+    "rollout.engine.port=70000": "rollout.engine.port=70000: must be 0 (a free port) or lie in [1024, 65535]",
+    "rollout.engine.host=0.0.0.0": "rollout.engine.host='0.0.0.0': must be a loopback address",
+    "rollout.engine.urls=[localhost]": "each must be http://HOST:PORT",
+    "actor.dtype=float16": "actor.dtype='float16': must be one of float32, bfloat16; did you mean bfloat16?",
+    "actor.recompute_granularity=half": "must be one of full, selective (or null)",
+}
+
+
+@pytest.mark.parametrize("override", BAD_OVERRIDES)
+def test_bad_override(override):
+    message = refusal(override)
+    assert message.startswith("command line: ") and BAD_OVERRIDES[override] in message
+
+
+BAD_FILES = {
+    "run: {steps: 1}\nrun: {steps: 2}\n": "bad.yaml:2: not valid YAML: found duplicate key run",
+    "run: {steps: 1, steps: 2}\n": "bad.yaml:1: not valid YAML: found duplicate key steps",
+    "run: [1\n": "bad.yaml:2: not valid YAML",
+    "run:\n\tsteps: 1\n": "bad.yaml:2: not valid YAML: found character that cannot start any token",
+    "5\n": "bad.yaml: cannot be read as a YAML mapping",
+    "- run\n": "bad.yaml: must hold a mapping of sections (model, data",
+    "run:\n": "bad.yaml: run: is empty; its keys are dir",
+    "run: {dir: no}\n": "bad.yaml: run.dir=False: must be a string, and YAML reads it as bool; quote it",
+    "run: {dir: 2024}\n": "bad.yaml: run.dir=2024: must be a string, and YAML reads it as int; quote it",
+    "run: {stepps: 3}\n": "bad.yaml: run.stepps: unknown key; did you mean run.steps?",
+    "run.steps: 3\n": "nest it under its section",
+    "run: {on: 3}\n": "bad.yaml: run.True: unknown key; YAML reads it as bool, and keys are strings",
+    "algorithm: {recipe: nope}\n": "bad.yaml: algorithm.recipe: no recipe 'nope'",
+    "algorithm: {distill: {beta: 2}}\n": "bad.yaml: algorithm.distill.beta=2.0: must lie in [0, 1]",
+    "actor: {dtype: on}\n": "bad.yaml: actor.dtype=True: must be one of float32, bfloat16",
+    "model: {path: '${nothing.here}'}\n": "bad.yaml: model.path: Interpolation key 'nothing.here' not found",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_bad_file(text, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    message = refusal([str(path)], [] if "path" in text else PATHS, RECIPES, call=load_config)
+    assert message.startswith(f"{tmp_path}/") and BAD_FILES[text] in message
+
+
+def test_missing_file_and_directory(tmp_path):
+    assert "absent.yaml: no such file; give the path of a YAML file" in refusal(files=["absent.yaml"])
+    assert "cannot be read as a YAML mapping" in refusal(files=[str(tmp_path)])
+    (tmp_path / "latin.yaml").write_bytes(b"run: {dir: \xe9\xff}\n")
+    assert "latin.yaml" in refusal(files=[str(tmp_path / "latin.yaml")])
+
+
+def test_mandatory_values(tmp_path):
+    template = tmp_path / "template.yaml"
+    template.write_text('model: {path: "???"}\n')
+    assert "template.yaml: model.path: is mandatory; set it" in refusal([str(template)], ["data.train=d"], RECIPES, call=load_config)
+    assert load(files=[str(template)]).model.path == "m"
+    assert "command line: data.train: is mandatory" in refusal([], ["model.path=m"], RECIPES, call=load_config)
+
+
+# --- values that do not go together ---
+
+
+def check(tmp_path, *overrides: str, world_size: int | None = None, rank: int = 0, **model: object) -> Config:
+    config = load_config([], [*write_inputs(tmp_path, **model), *overrides], RECIPES)
+    validate(config, world_size, rank=rank)
+    return config
+
+
+TP, PP, CP, EP = (f"actor.{n}_model_parallel_size" for n in ("tensor", "pipeline", "context", "expert"))
+CP = "actor.context_parallel_size"
+BAD_TOGETHER = [
+    (["algorithm.teacher=null"], "algorithm.teacher: algorithm.distill reads a teacher; give one"),
+    (["algorithm.distill=null", "algorithm.policy_gradient.coefficient=1"], "algorithm.teacher: no term reads the teacher"),
+    (["algorithm.distill=null", "algorithm.teacher=null"], "algorithm: no term to train on"),
+    (["algorithm.source=dataset"], "algorithm.distill: learns from sampled responses, and algorithm.source=dataset has none"),
+    (["algorithm.recipe=grpo", "algorithm.source=dataset"], "algorithm.policy_gradient: learns from sampled responses"),
+    (["algorithm.recipe=sft", "algorithm.question_weight=pq"], "algorithm.question_weight=pq: algorithm.source=dataset has no pass rates"),
+    (["algorithm.nll.context_fraction=0.5"], "algorithm.nll.context_fraction: needs the rows' solutions"),
+    (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: exceeds optimizer.lr=1e-05"),
+    (["optimizer.lr_decay_style=cosine", "run.steps=10"], "optimizer.lr_warmup_steps=10: cosine decay over run.steps=10 never begins"),
+    (["evaluation.every=5"], "data.eval: evaluation.every asks for held-out rows"),
+    (["rollout.engine.max_total_tokens=2047"], "rollout.engine.max_total_tokens=2047: holds not even one sample"),
+    ([f"{TP}=3"], f"{TP}=3: does not divide num_attention_heads=8"),
+    ([f"{PP}=3"], f"{PP}=3: does not divide num_hidden_layers=4"),
+    ([f"{EP}=2"], "actor.expert_model_parallel_size: "),
+    (["actor.sequence_parallel=true"], "actor.sequence_parallel: needs actor.tensor_model_parallel_size > 1"),
+    (["run.num_processes=3", f"{TP}=2"], "run.num_processes: 3 ranks cannot be split into TP 2 x PP 1 x CP 1; start a multiple of 2"),
+    (["run.num_processes=3"], "= 256 samples a step cannot be shared by 3 data-parallel ranks"),
+    (
+        ["actor.micro_batch_size=7"],
+        "actor.micro_batch_size=7: does not divide the 256 samples of a data-parallel rank; the nearest that does is 4",
+    ),
+    (["rollout.num_prompts=1", "actor.micro_batch_size=16"], "the nearest that does is 8"),
+    (["rollout.max_response_tokens=3073"], "a sequence takes 4097 tokens (padded to 1), above max_position_embeddings=4096"),
+    ([f"{CP}=2", "rollout.max_response_tokens=3073"], "a sequence takes 4100 tokens (padded to 4)"),
+    (["evaluation.max_response_tokens=4000"], "evaluation.max_response_tokens=4000: with rollout.max_prompt_tokens=1024 it exceeds"),
+    (["model.path=/nowhere"], "model.path=/nowhere: no such directory"),
+    (["data.train=/nowhere.jsonl"], "data.train=/nowhere.jsonl: no such file"),
+    (["data.eval=/nowhere.jsonl"], "data.eval=/nowhere.jsonl: no such file"),
+    (["rollout.replay_dir=/nowhere"], "rollout.replay_dir=/nowhere: holds no rollouts/"),
+    (["run.resume=/nowhere"], "run.resume=/nowhere: no such checkpoint directory; give one, or none, or auto"),
+    (["run.resume=auto", "run.overwrite=true"], "run.overwrite: a run cannot be resumed"),
+    (["run.dir=/dev/null/run"], "run.dir=/dev/null/run: /dev/null is not a directory that can be written to"),
+]
+
+
+@pytest.mark.parametrize("overrides, expected", BAD_TOGETHER, ids=[" ".join(o) for o, _ in BAD_TOGETHER])
+def test_bad_together(overrides, expected, tmp_path):
+    assert expected in refusal(tmp_path, *overrides, call=check)
+
+
+def test_torchrun_world_size_against_config(tmp_path):
+    assert "run.num_processes=4: torchrun started 2 ranks" in refusal(tmp_path, "run.num_processes=4", world_size=2, call=check)
+    assert "1 ranks cannot be split into TP 2" in refusal(tmp_path, f"{TP}=2", world_size=1, call=check)
+
+
+BAD_MODELS = [
+    ({"model_type": "llama"}, [], "says model_type='llama'; supported are qwen3, qwen3_moe"),
+    ({"num_attention_heads": None}, [], "num_attention_heads must be a positive integer, not None"),
+    ({"num_key_value_heads": 3}, [f"{TP}=2"], "is neither a divisor nor a multiple of num_key_value_heads=3"),
+    ({"intermediate_size": 63}, [f"{TP}=2"], f"{TP}=2: does not divide intermediate_size=63"),
+    ({**MOE}, [f"{EP}=4"], f"{EP}=4: does not divide num_experts=6"),
+    ({**MOE}, [f"{EP}=2", f"{TP}=2"], "actor.sequence_parallel: Megatron needs it where tensor and expert parallelism meet"),
+]
+
+
+@pytest.mark.parametrize("model, overrides, expected", BAD_MODELS, ids=[str(m) for m, _, _ in BAD_MODELS])
+def test_bad_model(model, overrides, expected, tmp_path):
+    assert expected in refusal(tmp_path, *overrides, call=check, **model)
+
+
+def test_model_files(tmp_path):
+    config = check(tmp_path)
+    model = Path(config.model.path)
+
+    def after(change) -> str:
+        change()
+        return refusal(config, call=validate)
+
+    index = model / "model.safetensors.index.json"
+    shards = {"a": "model-1.safetensors", "b": "model.safetensors"}
+    assert "names model-1.safetensors, which is missing" in after(lambda: index.write_text(json.dumps({"weight_map": shards})))
+    assert "holds no weight_map" in after(lambda: index.write_text("{}"))
+    index.unlink()
+    assert "holds no *.safetensors" in after((model / "model.safetensors").unlink)
+    (model / "model.safetensors").touch()
+    assert "holds no tokenizer" in after((model / "tokenizer.json").unlink)
+    assert "config.json cannot be read as JSON" in after(lambda: (model / "config.json").write_text("{"))
+    assert "config.json is missing" in after((model / "config.json").unlink)
+
+
+def test_run_dir_that_holds_a_run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    check(tmp_path)  # an empty directory is free
+    (run / "metrics.jsonl").touch()
+    assert "already holds a run (metrics.jsonl); set run.resume=auto, run.overwrite=true or another" in refusal(tmp_path, call=check)
+    for escape in ("run.resume=auto", "run.overwrite=true"):
+        check(tmp_path, escape)
+    check(tmp_path, rank=1)  # rank 0 may have begun to write
+
+
+# --- what goes ---
+
+GOOD = [
+    ([], {}, 1),
+    ([f"{TP}=2", f"{PP}=2", "actor.sequence_parallel=true"], {}, 4),
+    ([f"{TP}=8"], {}, 8),  # more ranks than key-value heads, as a multiple
+    ([f"{CP}=2", "run.num_processes=4"], {}, 4),
+    ([f"{EP}=3", "rollout.num_prompts=6"], MOE, 3),
+    ([f"{EP}=2", f"{TP}=2", "actor.sequence_parallel=true"], MOE, 2),
+    (["algorithm.recipe=sft", "algorithm.nll.context_fraction=0.5"], {}, 1),
+    (["algorithm.recipe=grpo"], {}, 1),
+    (["algorithm.distill.support=full", "algorithm.tis_clip=null"], {}, 1),
+    (["rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=3072"], {}, 1),
+]
+
+
+@pytest.mark.parametrize("overrides, model, ranks", GOOD, ids=[" ".join(o) or "defaults" for o, _, _ in GOOD])
+def test_good(overrides, model, ranks, tmp_path):
+    config = check(tmp_path, *overrides, **model)
+    assert default_world_size(config) == ranks
+    assert ranks % data_parallel_size(config, ranks) == 0
+
+
+def test_sizes(tmp_path):
+    config = load(f"{TP}=2", f"{CP}=2", "actor.sequence_parallel=true")
+    assert (sequence_multiple(config), samples_per_step(config), data_parallel_size(config, 8)) == (8, 256, 2)
+    assert samples_per_step(load("algorithm.recipe=sft")) == 32
+    assert dict(walk(config))["rollout.engine.port"] == 0
