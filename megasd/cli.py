@@ -122,7 +122,7 @@ def plan(config: Config, world_size: int) -> list[str]:
     lines.append(f"evaluation   {f'{every}before and after, {config.data.eval}' if config.data.eval else 'none'}")
     files = ["config.yaml", "metrics.jsonl", "summary.json"]
     files += ["tensorboard/"] if run.tensorboard else []
-    files += ["rollouts/"] if config.algorithm.source == "rollout" or config.data.eval else []
+    files += ["rollouts/"] if needs_engine(config) else []
     files += ["checkpoints/"] if config.checkpoint.every or config.checkpoint.save_at_end else []
     files += ["hf/"] if run.export else []
     return [*lines, f"writes       {run.dir}: {', '.join(files)}"]

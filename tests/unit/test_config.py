@@ -83,7 +83,7 @@ def test_every_number_has_a_rule_and_every_rule_a_key():
     assert set(RULES) - set(_all_keys(Config)) == set()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_files_load(path):
     assert load(files=[str(path)])
 
