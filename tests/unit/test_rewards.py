@@ -1,0 +1,275 @@
+"""data/rewards.py and its workers: what each verifier extracts, and that no check can hang, kill or mislead a run.
+
+Proves, with real worker processes: the verdicts of math-verify that depend on pinned versions; that a check hung in Python, hung in C, out
+of memory, raising or killed takes down neither the pool nor another row's verdict; that an orphaned worker ends by itself. The hostile
+checks run in the real worker loop with a check function that misbehaves on request; one hostile input goes to math-verify itself.
+Does not prove that math-verify is right in general.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from megasd.config import RewardConfig
+from megasd.data.rewards import MAX_ANSWER_CHARACTERS, RewardPool, extract_answer, last_boxed
+from megasd.types import Group, Prompt, Sample, UserError, Verdict
+
+R, W, E, T = Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
+
+MISBEHAVING_WORKER = """
+import os, signal, sys, time
+from megasd.data import verify_worker
+
+def check(answer, gold):
+    print("noise on stdout")
+    if answer == "hang in Python":
+        time.sleep(60)
+    if answer == "hang in C":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        time.sleep(60)
+    if answer == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if answer == "die once" and not os.path.exists(sys.argv[1]):
+        open(sys.argv[1], "w").close()
+        os._exit(3)
+    if answer == "raise":
+        raise ValueError("bad\\nnews")
+    if answer == "memory":
+        bytearray(1 << 40)
+    if answer == "slow":
+        time.sleep(0.4)
+    return answer.startswith("yes")
+
+verify_worker.main(sys.argv[2:], check)
+"""
+
+
+def make_group(answers: list[str], gold: str = "g", name: str = "p") -> Group:
+    prompt = Prompt(name, [{"role": "user", "content": "?"}], gold)
+    texts = [answer if "\\boxed" in answer else f"so \\boxed{{{answer}}}." for answer in answers]
+    return Group(prompt, [Sample(name, i, [1], [2], [-0.1], text, "stop", 0) for i, text in enumerate(texts)])
+
+
+def verdicts(group: Group) -> list[Verdict]:
+    return [sample.verdict for sample in group.samples]
+
+
+@pytest.fixture
+def misbehaving(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(MISBEHAVING_WORKER)
+    return [sys.executable, str(script), str(tmp_path / "died")]
+
+
+@pytest.fixture(scope="module")
+def math_pool():
+    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=6.0)) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("a \\boxed{1} b \\boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a\\}", r"a\\"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{1} then \boxed{2", None),
+        ("42", None),
+        ("\\boxed{", None),
+        ("\\boxed{a\\", None),
+        (r"<think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"<think>\boxed{1}", None),  # cut off while thinking
+        (r"<think>\boxed{1}</think> none", None),
+        (r"\boxed{1}</think>\boxed{2}", "2"),  # the prompt opened the block
+        (r"\boxed{}", ""),
+    ],
+)
+def test_math_reads_the_last_box(text, answer):
+    assert extract_answer("math", text) == answer
+
+
+def test_extraction_is_linear_in_hostile_text():
+    start = time.monotonic()
+    for text in ("\\boxed{" * 200_000, "{" * 1_000_000, "<think>" * 200_000, "<answer>" * 200_000, "A " * 500_000, "\\" * 999_999):
+        for verifier in ("math", "exact_match", "multiple_choice"):
+            extract_answer(verifier, text)
+    assert last_boxed("\\boxed{" + "{" * 1_000_000) is None
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("I think A. <answer> B </answer> or C", "B"),
+        ("<answer>A</answer> no, <answer>C", "C"),
+        ("<answer>(C)</answer>", "(C)"),  # the tag's text counts as it is
+        ("It is (B), not (A); so **C**. I checked.", "C"),
+        ("\\boxed{D}", "D"),
+        ("C.", "C"),
+        ("the C-H bond of B2, A's and He", None),
+        ("nothing here", None),
+        ("<think>A</think> B", "B"),
+        ("<think>A", None),
+    ],
+)
+def test_multiple_choice_reads_the_tag_else_the_last_letter(text, answer):
+    assert extract_answer("multiple_choice", text) == answer
+
+
+def test_plain_verifiers_need_no_worker():
+    for verifier, texts, expected in (
+        ("exact_match", [" 933\n", "0933", "<think>x</think>933", ""], [R, W, R, W]),
+        ("multiple_choice", ["<answer>933</answer>", "<answer>93</answer>", "A", "?"], [R, W, W, W]),
+    ):
+        group = Group(
+            Prompt("p", [{"role": "user", "content": "?"}], "933 "), [Sample("p", i, [], [], [], t, "stop", 0) for i, t in enumerate(texts)]
+        )
+        with RewardPool(RewardConfig(verifier=verifier)) as pool:
+            counts = pool.score([group])
+            assert pool._workers == []
+        assert verdicts(group) == expected
+        assert counts == {"right": expected.count(R), "wrong": expected.count(W), "error": 0.0, "timeout": 0.0, "restarts": 0.0}
+
+
+@pytest.mark.parametrize(
+    "answer, gold, verdict",
+    [
+        ("10\\%", "0.1", R),  # wrong under antlr 4.9.3: the pin of antlr4-python3-runtime
+        ("0.1", "10\\%", R),
+        ("\\frac12", "0.5", R),
+        ("x=3", "3", R),
+        ("1,000", "1000", R),
+        ("12,34", "1234", W),
+        ("(1,2)", "(1,2)", R),
+        ("(2,1)", "(1,2)", W),
+        ("\\sqrt{8}", "2\\sqrt{2}", R),
+        ("\\text{Tuesday}", "Tuesday", R),
+        ("Monday", "Tuesday", W),
+        ("\\frac{", "1", W),
+        ("7", "\\boxed{42} \\boxed{7}", R),  # the gold answer's last box
+        ("$5$", "5", R),
+        ("é", "1", W),
+    ],
+)
+def test_math_verdicts(math_pool, answer, gold, verdict):
+    group = make_group([answer], gold)
+    math_pool.score([group])
+    assert verdicts(group) == [verdict], group.samples[0].detail
+
+
+def test_math_verify_itself_hung_in_c_is_killed_and_the_rest_is_judged():
+    """10^(10^10) makes Python compute ten billion digits in C: no signal handler runs, only a kill ends it."""
+    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=1.0)) as pool:
+        groups = [make_group(["10^{10^{10}}", "3/6", "7"], "0.5"), make_group(["2/4", "8"], "1/2", name="q")]
+        start = time.monotonic()
+        counts = pool.score(groups)
+        assert time.monotonic() - start < 60
+        assert verdicts(groups[0])[1:] == [R, W] and verdicts(groups[1]) == [R, W]
+        assert verdicts(groups[0])[0] in (T, E)  # ERROR where memory ran out first
+        assert groups[0].pass_rate == 0.5 and counts["timeout"] + counts["error"] == 1
+
+
+def test_misbehaving_checks_leave_the_other_rows_alone(misbehaving, caplog):
+    answers = ["yes", "hang in Python", "no", "hang in C", "die", "die once", "raise", "memory", "yes 2", "slow"]
+    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=0.8), worker_command=misbehaving) as pool:
+        group = make_group(answers)
+        counts = pool.score([group])
+        assert verdicts(group) == [R, T, W, T, E, W, E, E, R, W]
+        details = {answer: sample.detail for answer, sample in zip(answers, group.samples, strict=True)}
+        assert "within 0.8 s; answer" in details["hang in Python"] and "the worker was killed" in details["hang in C"]
+        assert "died twice: killed by SIGKILL" in details["die"]
+        assert details["raise"].startswith("ValueError: bad news") and details["memory"].startswith("MemoryError")
+        assert "'die'" in details["die"] and details["yes"] == details["die once"] == ""
+        assert group.pass_rate == 2 / 5  # only right and wrong count
+        assert counts == {"right": 2, "wrong": 3, "error": 3, "timeout": 2, "restarts": 4}
+        assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 5 and "row p, sample 1: verifier timeout" in caplog.text
+
+        again = make_group(["yes", "no"] * 20)  # the pool survives, with all of its workers
+        assert pool.score([again])["right"] == 20 and len(pool._workers) == 2
+
+
+def test_a_worker_killed_from_outside_is_replaced(misbehaving):
+    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=5.0), worker_command=misbehaving) as pool:
+        pool.score([make_group(["yes"])])
+        os.kill(pool._workers[0].process.pid, signal.SIGKILL)  # idle
+        group = make_group(["slow", "yes"])
+        assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]
+
+        killer = threading.Timer(0.2, os.kill, (pool._workers[0].process.pid, signal.SIGKILL))  # in the middle of a check
+        killer.start()
+        group = make_group(["slow", "yes"])
+        assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]  # asked again once
+
+
+def test_equal_questions_are_asked_once(misbehaving):
+    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=0.3), worker_command=misbehaving) as pool:
+        start = time.monotonic()
+        group = make_group(["hang in Python"] * 30)
+        assert pool.score([group])["timeout"] == 30 and time.monotonic() - start < 6
+        assert group.pass_rate is None
+
+
+def test_long_answers_and_odd_characters_do_not_block(misbehaving):
+    long = "\U0001f600" * MAX_ANSWER_CHARACTERS
+    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=5.0), worker_command=misbehaving) as pool:
+        group = make_group(["yes" + long[:-3], "yes" + long, "yes \n\x00\x85\u2028 \ud800"], gold=long)
+        pool.score([group])
+        assert verdicts(group) == [R, W, R] and "more than 4096" in group.samples[1].detail
+        group = make_group(["yes"], gold=long + "x")
+        pool.score([group])
+        assert verdicts(group) == [E]
+
+
+def test_workers_that_cannot_start_are_one_error(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit('no module named what')"]
+    with RewardPool(RewardConfig(verifier="math"), worker_command=command) as pool:
+        with pytest.raises(UserError, match="do not start: exit status 1; no module named what") as caught:
+            pool.score([make_group(["1"])])
+        assert "\n" not in str(caught.value) and pool._workers == []
+
+
+def test_an_orphan_in_a_hung_check_ends(misbehaving, tmp_path):
+    parent = f"""
+import threading
+from megasd.config import RewardConfig
+from megasd.data.rewards import RewardPool
+from megasd.types import Group, Prompt, Sample
+pool = RewardPool(RewardConfig(verifier="math", workers=1, timeout=0.5), worker_command={misbehaving!r})
+score = lambda text: pool.score([Group(Prompt("p", [], "g"), [Sample("p", 0, [], [], [], text, "stop", 0)])])
+score("\\\\boxed{{yes}}")
+print(pool._workers[0].process.pid, flush=True)
+threading.Timer(0.2, __import__("os")._exit, (1,)).start()
+score("\\\\boxed{{hang in C}}")
+"""
+    run = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1, run.stderr
+    pid, end = int(run.stdout), time.monotonic() + 20
+    while os.path.exists(f"/proc/{pid}") and not is_zombie(pid):
+        assert time.monotonic() < end, "the orphan lives on"
+        time.sleep(0.1)
+
+
+def is_zombie(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_workers_import_neither_torch_nor_transformers():
+    program = (
+        "import sys; from megasd.data import rewards, verify_worker; assert 'sympy' not in sys.modules;"
+        "verify_worker.check_math('1', '2'); assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_bad_settings_are_one_line():
+    for config in (RewardConfig(verifier="nonsense"), RewardConfig(workers=0), RewardConfig(timeout=0.0)):
+        with pytest.raises(UserError, match="reward"):
+            RewardPool(config)
