@@ -164,8 +164,8 @@ def test_math_verdicts(math_pool, answer, gold, verdict):
     assert verdicts(group) == [verdict], group.samples[0].detail
 
 
-def test_math_verify_itself_hung_in_c_is_killed_and_the_rest_is_judged():
-    """10^(10^10) makes Python compute ten billion digits in C: no signal handler runs, only a kill ends it."""
+def test_a_hostile_answer_to_math_verify_costs_only_its_own_row():
+    """10^(10^10) is ten billion digits to compute: minutes without a deadline (seen: more than 170 s)."""
     with RewardPool(RewardConfig(verifier="math", workers=2, timeout=1.0)) as pool:
         groups = [make_group(["10^{10^{10}}", "3/6", "7"], "0.5"), make_group(["2/4", "8"], "1/2", name="q")]
         start = time.monotonic()
