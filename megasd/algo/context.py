@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import re
 
-from megasd.config import TeacherConfig
+from megasd.config import DEFAULT_TEMPLATE
 from megasd.types import Group, Message, TeacherContext, UserError, Verdict
 
-DEFAULT_TEMPLATE = TeacherConfig().template
 PLACEHOLDER = re.compile(r"\{(prompt|solution)\}")
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
