@@ -1,9 +1,7 @@
-"""The meeting point of the two halves: samples as flat tensors with named streams, and their cutting into microbatches.
+"""The meeting point of the two halves: a step's samples as flat tensors with named streams.
 
-N samples, R response tokens of all samples one after the other, b rows, s padded length, T response tokens of one
-microbatch that this context-parallel rank holds. A *view* is "student" (prompt + response) or "teacher" (teacher prompt
-+ response): the response is the same tail of both, and `response_index` names its tokens in either, so a teacher's
-hidden state can never meet another token than its own.
+Left of it plain Python over groups, right of it tensors on every rank. N samples, R response tokens of all samples one
+after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +11,12 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-VIEWS = ("student", "teacher")
+from megasd.algo.advantage import advantages
+from megasd.algo.context import teacher_contexts, with_solution
+from megasd.algo.pass_rate import question_weight
+from megasd.config import AlgorithmConfig
+from megasd.data.chat import Chat
+from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 
 @dataclass
@@ -103,100 +106,85 @@ def _dealt_to(k: int, dp_size: int) -> int:
     return place if lap % 2 == 0 else dp_size - 1 - place
 
 
-@dataclass
-class Microbatch:
-    """What one forward reads on one context-parallel rank."""
+def build_batch(groups: list[Group], algorithm: AlgorithmConfig, chat: Chat, *, max_length: int) -> tuple[Batch, dict[str, float]]:
+    """Scored groups -> the batch of a step, and figures about it.
 
-    tokens: Tensor  # int64 [b, s / cp] padded, or [1, t / cp] packed
-    position_ids: Tensor  # int64, like tokens
-    cu_seqlens: Tensor | None  # int32 [b + 1] for packed microbatches: global (all context ranks) padded lengths
-    max_seqlen: int
-    rows: Tensor  # int64 [T]: rows of hidden [s * b, h] whose logits predict a response token
-    response_index: Tensor  # int64 [T]: the predicted token, an index into the local batch's response_ids and streams
-    valid: Tensor  # bool [T]: False for filler (a rank must not run with T = 0)
-
-    def to(self, device: torch.device) -> Microbatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Microbatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
-
-
-def make_microbatches(
-    batch: Batch,
-    samples: list[int],
-    view: str,
-    *,
-    count: int,
-    micro_batch_size: int,
-    packing: bool,
-    cp_rank: int = 0,
-    cp_size: int = 1,
-    multiple: int = 1,
-    pad_id: int = 0,
-) -> list[Microbatch]:
-    """`count` microbatches of the given samples of the local batch, in order; missing ones are filler of weight zero.
-
-    Sequences are right-padded to a multiple of `multiple` (2 * cp_size under context parallelism, times TP under sequence
-    parallelism), each on its own when packed. Causal attention never lets a real token see the padding.
+    A teacher sequence longer than `max_length` tokens leaves its sample untaught; such samples are counted in "untaught_too_long".
     """
-    if view not in VIEWS:
-        raise ValueError(f"view {view!r} is none of {VIEWS}")
-    prompts = (batch.prompt_ids, batch.prompt_lens) if view == "student" else (batch.teacher_ids, batch.teacher_lens)
-    prompt_parts = prompts[0].split(prompts[1].tolist())
-    response_parts = batch.response_ids.split(batch.response_lens.tolist())
-    response_starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
-    if any(len(prompt_parts[i]) == 0 for i in samples):
-        raise ValueError(f"a sample without a {view} prompt was asked for")
-    microbatches = []
-    for start in range(0, count * micro_batch_size, micro_batch_size):
-        chosen = samples[start : start + micro_batch_size]
-        filler = not chosen
-        if filler:
-            chosen = [0]
-            prompt_parts = list(prompt_parts)
-            if len(prompt_parts[0]) == 0:  # an untaught sample may stand in for nothing: any one token will do
-                prompt_parts[0] = response_parts[0][:1]
-        sequences = [torch.cat([prompt_parts[i], response_parts[i]]) for i in chosen]
-        lengths = [-(-len(s) // multiple) * multiple for s in sequences]
-        if not packing:
-            lengths = [max(lengths)] * len(sequences)
-        tokens, positions, rows, index = [], [], [], []
-        local_start = 0
-        for row, (i, sequence, length) in enumerate(zip(chosen, sequences, lengths, strict=True)):
-            held = _held_positions(length, cp_rank, cp_size)
-            padded = torch.full((length,), pad_id, dtype=torch.int64)
-            padded[: len(sequence)] = sequence
-            tokens.append(padded[held])
-            positions.append(held)
-            # The logits at position q predict token q + 1: response tokens sit at len(prompt) .. len(sequence) - 1.
-            offset = held + 1 - len(prompt_parts[i])
-            predicts = ((offset >= 0) & (offset < len(response_parts[i]))).nonzero().squeeze(1)
-            rows.append(local_start + predicts if packing else predicts * len(chosen) + row)
-            index.append(response_starts[i] + offset[predicts])
-            local_start += len(held)
-        all_rows, all_index = torch.cat(rows), torch.cat(index)
-        valid = torch.ones(len(all_rows), dtype=torch.bool)
-        if filler or len(all_rows) == 0:
-            all_rows = all_index = torch.zeros(1, dtype=torch.int64)
-            valid = torch.zeros(1, dtype=torch.bool)
-        join = (lambda parts: torch.cat(parts)[None]) if packing else torch.stack
-        microbatches.append(
-            Microbatch(
-                tokens=join(tokens),
-                position_ids=join(positions),
-                cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if packing else None,
-                max_seqlen=max(lengths),
-                rows=all_rows,
-                response_index=all_index,
-                valid=valid,
+    weight_of = question_weight(algorithm.question_weight)
+    prompt_ids, teacher_ids, response_ids, logps, per_sample, too_long = [], [], [], [], [], 0
+    for group in groups:
+        contexts: list = [None] * len(group.samples)
+        if algorithm.teacher is not None:
+            teacher = algorithm.teacher
+            contexts = teacher_contexts(group, teacher.context, template=teacher.template, strip_thinking=teacher.strip_thinking)
+        advantages_G = [0.0] * len(group.samples)
+        if algorithm.policy_gradient is not None:
+            advantages_G = advantages(group, algorithm.policy_gradient.advantage)
+        encoded: dict[str, list[int]] = {}  # the failures of a group share one context
+        for sample, context, advantage in zip(group.samples, contexts, advantages_G, strict=True):
+            ids: list[int] = []
+            if context is not None:
+                key = context.messages[-1]["content"]
+                ids = encoded[key] = encoded.get(key) or chat.encode_prompt(context.messages)
+                if len(ids) + len(sample.response_ids) > max_length:
+                    ids, too_long = [], too_long + 1
+            prompt_ids.append(sample.prompt_ids)
+            teacher_ids.append(ids)
+            response_ids.append(sample.response_ids)
+            logps.append(sample.response_logps)
+            scored = sample.verdict is not None and sample.verdict.counts
+            per_sample.append((weight_of(group.pass_rate), len(group.samples), scored, advantage))
+    weights, sizes, scored, advantages_N = zip(*per_sample, strict=True)
+    lens = torch.tensor([len(r) for r in response_ids])
+    batch = Batch(
+        prompt_ids=_flat(prompt_ids),
+        prompt_lens=torch.tensor([len(p) for p in prompt_ids]),
+        teacher_ids=_flat(teacher_ids),
+        teacher_lens=torch.tensor([len(t) for t in teacher_ids]),
+        response_ids=_flat(response_ids),
+        response_lens=lens,
+        question_weight=torch.tensor(weights, dtype=torch.float64),
+        question_size=torch.tensor(sizes),
+        scored=torch.tensor(scored),
+        streams={
+            "rollout_logp": torch.tensor([x for one in logps for x in one], dtype=torch.float32),
+            "advantage": torch.tensor(advantages_N, dtype=torch.float32).repeat_interleave(lens),
+        },
+    )
+    taught = batch.taught & (batch.question_weight > 0)
+    tokens = int(batch.prompt_lens.sum() + batch.response_lens.sum())
+    return batch, {"taught_samples": float(taught.sum()), "untaught_too_long": float(too_long), "batch_tokens": float(tokens)}
+
+
+def dataset_groups(prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat, with_context: list[bool]) -> list[Group]:
+    """One sample a row: the row's own solution, its prompt carrying that solution where `with_context` says so. UserError without one."""
+    groups = []
+    for prompt, context in zip(prompts, with_context, strict=True):
+        if not prompt.solution:
+            raise UserError(f'row {prompt.id!r}: algorithm.source=dataset learns the row\'s "solution"; add one')
+        messages = with_solution(prompt.messages, prompt.solution, template=algorithm.nll.template) if context else prompt.messages
+        response = chat.encode_response(prompt.solution)
+        groups.append(
+            Group(
+                prompt,
+                [
+                    Sample(
+                        prompt_id=prompt.id,
+                        index=0,
+                        prompt_ids=chat.encode_prompt(messages),
+                        response_ids=response,
+                        response_logps=[0.0] * len(response),
+                        text=prompt.solution,
+                        finish_reason="stop",
+                        version=0,
+                        verdict=Verdict.RIGHT,
+                    )
+                ],
             )
         )
-    return microbatches
+    return groups
 
 
-def _held_positions(length: int, cp_rank: int, cp_size: int) -> Tensor:
-    """Positions of a padded sequence that this context-parallel rank holds: chunks r and 2*cp-1-r of 2*cp."""
-    if cp_size == 1:
-        return torch.arange(length)
-    chunk = length // (2 * cp_size)
-    low, high = cp_rank * chunk, (2 * cp_size - 1 - cp_rank) * chunk
-    return torch.cat([torch.arange(low, low + chunk), torch.arange(high, high + chunk)])
+def _flat(lists: list[list[int]]) -> Tensor:
+    return torch.tensor([x for one in lists for x in one], dtype=torch.int64)

@@ -43,6 +43,7 @@ class RunConfig:
 @dataclass
 class ModelConfig:
     path: str = "???"  # Hugging Face directory: config.json, *.safetensors, tokenizer
+    enable_thinking: Optional[bool] = None  # passed to the chat template (Qwen3: false = no thinking, as SDPO); null = its default
 
 
 @dataclass
@@ -151,6 +152,7 @@ class ActorConfig:
     micro_batch_size: int = 8  # samples of a microbatch, per data-parallel rank
     packing: bool = False  # packed (THD) instead of right-padded microbatches
     recompute_granularity: Optional[Literal["full", "selective"]] = None
+    make_vocab_size_divisible_by: int = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
 @dataclass
@@ -263,6 +265,7 @@ RULES: dict[str, Rule] = {
     "actor.context_parallel_size": POSITIVE,
     "actor.expert_model_parallel_size": POSITIVE,
     "actor.micro_batch_size": POSITIVE,
+    "actor.make_vocab_size_divisible_by": POSITIVE,
     "optimizer.lr": POSITIVE,
     "optimizer.min_lr": NOT_NEGATIVE,
     "optimizer.lr_warmup_steps": NOT_NEGATIVE,

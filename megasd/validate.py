@@ -113,8 +113,6 @@ def _check_parallel(config: Config, world_size: int) -> None:
         raise ConfigError(f"run.num_processes={wanted}: torchrun started {world_size} ranks; leave it 0 or make the two equal")
     if actor.sequence_parallel and actor.tensor_model_parallel_size == 1:
         raise ConfigError("actor.sequence_parallel: needs actor.tensor_model_parallel_size > 1; set it to false")
-    if actor.expert_model_parallel_size > 1 and actor.tensor_model_parallel_size > 1 and not actor.sequence_parallel:
-        raise ConfigError("actor.sequence_parallel: Megatron needs it where tensor and expert parallelism meet; set it to true")
     data_parallel = data_parallel_size(config, world_size)
     expert = actor.expert_model_parallel_size * actor.pipeline_model_parallel_size
     if world_size % expert:
@@ -166,6 +164,8 @@ def _check_model(config: Config) -> None:
     # Expert parallelism runs its experts without tensor parallelism (actor/parallel.py).
     split = () if is_moe and actor.expert_model_parallel_size > 1 else (width,)
     divides("tensor_model_parallel_size", tensor, "num_attention_heads", *split)
+    if is_moe and tensor > 1 and not actor.sequence_parallel:
+        raise ConfigError("actor.sequence_parallel: Megatron trains a mixture of experts under TP only with it; set it to true")
     groups = number("num_key_value_heads")
     if groups % tensor and tensor % groups:
         raise ConfigError(

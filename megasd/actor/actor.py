@@ -16,12 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasd.actor import checkpoint, cpu, optimizer_fixes
+from megasd.actor import model as build
 from megasd.actor.forward import project, run_microbatches
 from megasd.actor.parallel import Mesh, broadcast_tensors
-from megasd.batch import Batch, Microbatch, make_microbatches
+from megasd.actor.teacher import TeacherWeights
+from megasd.batch import Batch
 from megasd.config import Config
 from megasd.loss.objective import objective
 from megasd.loss.reduce import global_normaliser, megatron_loss, reduce_metrics, token_weights
+from megasd.microbatch import Microbatch, make_microbatches
 from megasd.ops.topk import vocab_parallel_topk
 from megasd.ops.vocab_parallel import bucket_logprobs, entropy, sampled_logp
 from megasd.weights.convert import export_hf, load_hf, read_hf_config
@@ -60,15 +63,12 @@ class Actor:
         """Build from config.model.path (weights included). Raises UserError for unsupported or broken model files."""
         cpu.install()
         optimizer_fixes.install()
-        from megasd.actor import model as build  # after cpu.install(): Megatron reads torch.cuda at class level in places
-        from megasd.actor.teacher import TeacherWeights
-
         self.config, self.mesh, self.algorithm = config, mesh, config.algorithm
         self.hf_config = read_hf_config(config.model.path)
         family = build.family_of(config.model.path)
         self.vocab_size = family.vocab_size
         self.model_config = build.transformer_config(family, config.actor, mesh.device)
-        self.model = build.build_model(family, self.model_config, mesh)
+        self.model = build.build_model(family, self.model_config, config.actor, mesh)
         self.layer_offset = build.layer_offset(self.model_config)
         load_hf(
             dict(self.model.named_parameters()),
@@ -308,6 +308,7 @@ class Actor:
             pp_group=mesh.pp_group,
             ep_group=mesh.ep_group if mesh.ep_size > 1 else None,
             layer_offset=self.layer_offset,
+            wanted=mesh.dp_rank == 0 and mesh.cp_rank == 0,
         )
 
     def save(self, directory: Path, step: int, state: dict) -> Path:

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megasd.actor.parallel import Mesh
-from megasd.batch import Microbatch
 from megasd.loss.reduce import without_division
+from megasd.microbatch import Microbatch
 
 # (microbatch, hidden [T, h] of the tokens that predict its response tokens) -> what the pass is for
 TrainLoss = Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]

@@ -28,7 +28,6 @@ from megasd.config import ActorConfig, OptimizerConfig
 from megasd.weights import mapping
 from megasd.weights.qwen3 import Family, config_from_hf
 
-VOCAB_DIVISOR = 128  # Megatron's default: padded vocabulary is a multiple of this times TP on a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -96,13 +95,12 @@ def layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec | 
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
-def build_model(family: Family, config: TransformerConfig, mesh: Mesh) -> Backbone:
+def build_model(family: Family, config: TransformerConfig, actor: ActorConfig, mesh: Mesh) -> Backbone:
     """This rank's part of the model (its pipeline stage and tensor shard), on its device, weights uninitialised by the checkpoint."""
-    divisor = VOCAB_DIVISOR if mesh.device.type == "cuda" else 1
     model = Backbone(
         config,
         layer_spec(config, mesh.device),
-        vocab_size=mapping.padded_vocab_size(family.vocab_size, divisor, mesh.tp_size),
+        vocab_size=mapping.padded_vocab_size(family.vocab_size, actor.make_vocab_size_divisible_by, mesh.tp_size),
         pre_process=mesh.is_first_stage,
         post_process=mesh.is_last_stage,
         parallel_output=True,

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megasd.actor import cpu
 from megasd.config import ActorConfig
 
 
@@ -65,6 +66,7 @@ def init_distributed(timeout_minutes: int = 60) -> torch.device:
     os.environ.setdefault("MASTER_PORT", "0")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
+    cpu.install()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:

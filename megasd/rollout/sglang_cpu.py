@@ -1,7 +1,8 @@
 """The real SGLang server on a machine without CUDA:  python -m megasd.rollout.sglang_cpu --model-path DIR --device cpu ...
 
-Nothing of SGLang is replaced or patched. Its wheel imports two packages that have no CPU build, for features that a text model on a CPU
-never calls; this file puts an empty stand-in in the place of each, and then calls SGLang's own server. A GPU machine never imports it.
+SGLang's wheel imports two packages that have no CPU build, for features that a text model on a CPU never calls; this file puts an empty
+stand-in in the place of each, leaves out imports that only cost start-up time, and calls SGLang's own server, whose loop over sequences in
+decode attention gives way to one batched call (sglang_cpu_attention.py). A GPU machine never imports it.
 
 The module body runs again in every process that SGLang spawns: multiprocessing "spawn" imports the parent's main module first. That is
 how the stand-ins reach the scheduler and the detokenizer too.
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import sys
 import types
+from pathlib import Path
 
 # Without it SGLang takes the vLLM path for rotary embeddings ("No module named 'vllm'").
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
@@ -59,8 +62,29 @@ def stand_in_for_torchvision() -> None:
     sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
 
 
+def leave_out_megatron() -> None:
+    """SGLang's tensor dumper imports Megatron-core when it finds it: 1.5 s in each of three processes, for a debugging aid."""
+    sys.modules["megatron.core"] = None  # makes the import raise ImportError, which the dumper expects
+
+
+def leave_out_other_models(model_path: Path) -> None:
+    """SGLang imports every one of its 200 model files in each process (a third of the start) unless they are disabled by name.
+
+    Keeps the file named after config.json's model_type (what it imports comes with it); without such a file every model stays.
+    """
+    model_type = json.loads((model_path / "config.json").read_text())["model_type"]
+    models = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "models"
+    names = {path.stem for path in models.glob("*.py")}
+    if model_type in names:
+        os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(names - {model_type})))
+
+
+if "--model-path" in sys.argv:  # SGLang's children inherit the environment
+    leave_out_other_models(Path(sys.argv[sys.argv.index("--model-path") + 1]))
+leave_out_megatron()
 stand_in_for_sgl_kernel()
 stand_in_for_torchvision()
+importlib.import_module("megasd.rollout.sglang_cpu_attention")
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,116 @@
+"""Samples of a rank cut into the microbatches that Megatron's schedules run.
+
+b rows, s padded length, t packed tokens, T response tokens of one microbatch that this context-parallel rank holds. A *view*
+is "student" (prompt + response) or "teacher" (teacher prompt + response): the response is the same tail of both, and
+`response_index` names its tokens in either, so a teacher's hidden state can never meet another token than its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from megasd.batch import Batch
+
+VIEWS = ("student", "teacher")
+
+
+@dataclass
+class Microbatch:
+    """What one forward reads on one context-parallel rank."""
+
+    tokens: Tensor  # int64 [b, s / cp] padded, or [1, t / cp] packed
+    position_ids: Tensor  # int64, like tokens
+    cu_seqlens: Tensor | None  # int32 [b + 1] for packed microbatches: global (all context ranks) padded lengths
+    max_seqlen: int
+    rows: Tensor  # int64 [T]: rows of hidden [s * b, h] whose logits predict a response token
+    response_index: Tensor  # int64 [T]: the predicted token, an index into the local batch's response_ids and streams
+    valid: Tensor  # bool [T]: False for filler (a rank must not run with T = 0)
+
+    def to(self, device: torch.device) -> Microbatch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Microbatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+
+
+def make_microbatches(
+    batch: Batch,
+    samples: list[int],
+    view: str,
+    *,
+    count: int,
+    micro_batch_size: int,
+    packing: bool,
+    cp_rank: int = 0,
+    cp_size: int = 1,
+    multiple: int = 1,
+    pad_id: int = 0,
+) -> list[Microbatch]:
+    """`count` microbatches of the given samples of the local batch, in order; missing ones are filler of weight zero.
+
+    Sequences are right-padded to a multiple of `multiple` (2 * cp_size under context parallelism, times TP under sequence
+    parallelism), each on its own when packed. Causal attention never lets a real token see the padding.
+    """
+    if view not in VIEWS:
+        raise ValueError(f"view {view!r} is none of {VIEWS}")
+    prompts = (batch.prompt_ids, batch.prompt_lens) if view == "student" else (batch.teacher_ids, batch.teacher_lens)
+    prompt_parts = prompts[0].split(prompts[1].tolist())
+    response_parts = batch.response_ids.split(batch.response_lens.tolist())
+    response_starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
+    if any(len(prompt_parts[i]) == 0 for i in samples):
+        raise ValueError(f"a sample without a {view} prompt was asked for")
+    microbatches = []
+    for start in range(0, count * micro_batch_size, micro_batch_size):
+        chosen = samples[start : start + micro_batch_size]
+        filler = not chosen
+        if filler:
+            chosen = [0]
+            prompt_parts = list(prompt_parts)
+            if len(prompt_parts[0]) == 0:  # an untaught sample may stand in for nothing: any one token will do
+                prompt_parts[0] = response_parts[0][:1]
+        sequences = [torch.cat([prompt_parts[i], response_parts[i]]) for i in chosen]
+        lengths = [-(-len(s) // multiple) * multiple for s in sequences]
+        if not packing:
+            lengths = [max(lengths)] * len(sequences)
+        tokens, positions, rows, index = [], [], [], []
+        local_start = 0
+        for row, (i, sequence, length) in enumerate(zip(chosen, sequences, lengths, strict=True)):
+            held = _held_positions(length, cp_rank, cp_size)
+            padded = torch.full((length,), pad_id, dtype=torch.int64)
+            padded[: len(sequence)] = sequence
+            tokens.append(padded[held])
+            positions.append(held)
+            # The logits at position q predict token q + 1: response tokens sit at len(prompt) .. len(sequence) - 1.
+            offset = held + 1 - len(prompt_parts[i])
+            predicts = ((offset >= 0) & (offset < len(response_parts[i]))).nonzero().squeeze(1)
+            rows.append(local_start + predicts if packing else predicts * len(chosen) + row)
+            index.append(response_starts[i] + offset[predicts])
+            local_start += len(held)
+        all_rows, all_index = torch.cat(rows), torch.cat(index)
+        valid = torch.ones(len(all_rows), dtype=torch.bool)
+        if filler or len(all_rows) == 0:
+            all_rows = all_index = torch.zeros(1, dtype=torch.int64)
+            valid = torch.zeros(1, dtype=torch.bool)
+        join = (lambda parts: torch.cat(parts)[None]) if packing else torch.stack
+        microbatches.append(
+            Microbatch(
+                tokens=join(tokens),
+                position_ids=join(positions),
+                cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if packing else None,
+                max_seqlen=max(lengths),
+                rows=all_rows,
+                response_index=all_index,
+                valid=valid,
+            )
+        )
+    return microbatches
+
+
+def _held_positions(length: int, cp_rank: int, cp_size: int) -> Tensor:
+    """Positions of a padded sequence that this context-parallel rank holds: chunks r and 2*cp-1-r of 2*cp."""
+    if cp_size == 1:
+        return torch.arange(length)
+    chunk = length // (2 * cp_size)
+    low, high = cp_rank * chunk, (2 * cp_size - 1 - cp_rank) * chunk
+    return torch.cat([torch.arange(low, low + chunk), torch.arange(high, high + chunk)])

@@ -1,0 +1,282 @@
+"""The parts of a run, built in the order that wastes least time, and closed whatever happens.
+
+Rank 0 holds the left half (prompts, engine, verifiers, files); every rank holds the actor. What rank 0 decides reaches the
+others as tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megasd.actor import checkpoint
+from megasd.actor.actor import Actor
+from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel
+from megasd.batch import Batch, build_batch, dataset_groups
+from megasd.config import Config, to_yaml
+from megasd.data.chat import Chat
+from megasd.data.prompts import DataError, PromptIterator, load_prompts
+from megasd.data.rewards import RewardPool, extract_answer
+from megasd.data.rollouts import load_groups, rollout_path, save_groups
+from megasd.evaluate import summarise
+from megasd.metrics import MetricSink
+from megasd.report import Report
+from megasd.rollout.generate import Rollout
+from megasd.sync import WeightSync
+from megasd.types import Group, Prompt, UserError
+from megasd.validate import needs_engine
+
+PROBE_TOKENS = 32  # length of the probe prompts that a push is verified with
+
+
+class Run(contextlib.ExitStack):
+    """Context manager; attributes `actor`, `sync`, `step` on every rank, the left half on rank 0 (None elsewhere)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        try:
+            self._build(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, config: Config) -> None:
+        self.config, self.started, self.dir = config, time.perf_counter(), Path(config.run.dir)
+        self.step, self.before = 0, None
+        self.timings: Counter[str] = Counter()
+        self.prompts = self.rewards = self.rollout = self.sink = self.report = None
+        device = init_distributed()
+        self.is_first = torch.distributed.get_rank() == 0
+        resume = self._resume_path()
+        self.chat = Chat(config.model.path, enable_thinking=config.model.enable_thinking)
+        self.from_first(lambda: self._build_left_half(resume))
+        mesh = init_model_parallel(config.actor, device, config.run.seed)
+        self.actor = Actor(config, mesh)
+        state = {}
+        if resume is not None:
+            state = self.actor.load(resume)
+            self.step, self.before = state["step"], state["before"]
+            if self.is_first:
+                self.prompts.load_state_dict(state["prompts"])
+        if self.is_first:
+            self.sink = self.enter_context(MetricSink(self.dir, config.run.tensorboard, first_step=self.step))
+        self.sync = self._build_sync(device)
+        if self.sync is not None:
+            self.from_first(self.rollout.wait_ready if self.is_first else dict)
+        if self.sync is not None:
+            self.sync.push(version=self.step)  # also after a resume: the engine was started from model.path
+
+    def _build_left_half(self, resume: Path | None) -> None:
+        config = self.config
+        teacher = config.algorithm.teacher
+        rows = load_prompts(
+            config.data.train,
+            max_row_bytes=config.data.max_row_bytes,
+            require_solution=config.algorithm.source == "dataset" or (teacher is not None and teacher.context == "solution"),
+        )
+        self.prompts = PromptIterator(rows, config.rollout.num_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+        self.prompt_ids = self._encode(rows, config.data.train)
+        self.eval_rows = []
+        if config.data.eval is not None:
+            self.eval_rows = load_prompts(config.data.eval, max_row_bytes=config.data.max_row_bytes)
+            self.eval_rows = self.eval_rows[: config.evaluation.num_prompts or None]
+            self.eval_ids = self._encode(self.eval_rows, config.data.eval)
+        if resume is None and self.dir.exists() and config.run.overwrite:
+            for name in ("rollouts", "checkpoints", "tensorboard", "hf", "metrics.jsonl", "summary.json"):
+                path = self.dir / name
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "config.yaml").write_text(to_yaml(config))
+        if needs_engine(config):
+            dtype = config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype
+            self.rollout = self.enter_context(
+                Rollout(
+                    config.rollout,
+                    model_path=config.model.path,
+                    device="cuda" if torch.cuda.is_available() else "cpu",
+                    dtype=dtype,
+                    run_dir=self.dir,
+                    seed=config.run.seed,
+                    stop_token_ids=self.chat.eos_token_ids,
+                    vocab_size=self.chat.vocab_size,
+                )
+            )
+            self.rollout.launch()  # it starts while the actor is built
+            self.rewards = self.enter_context(RewardPool(config.reward))
+
+    def _build_sync(self, device: torch.device) -> WeightSync | None:
+        """Weights go to the engine on every rank's account; None when nothing samples."""
+        if not needs_engine(self.config):
+            return None
+        probe = self.from_first(lambda: {"probe": torch.tensor(next(iter(self.prompt_ids.values()))[:PROBE_TOKENS])})["probe"].tolist()
+        return self.enter_context(
+            WeightSync(
+                self.actor, self.rollout, self.config.sync, self.dir, model_path=self.config.model.path, probes=[probe], device=device,
+                local_engine=not self.config.rollout.engine.urls,
+            )
+        )  # fmt: skip
+
+    def _encode(self, rows: list[Prompt], path: str) -> dict[str, list[int]]:
+        """Token ids of every prompt, checked before any model is loaded."""
+        limit, encoded = self.config.rollout.max_prompt_tokens, {}
+        for row in rows:
+            ids = self.chat.encode_prompt(row.messages)
+            if len(ids) > limit:
+                raise DataError(
+                    f"{path}: row {row.id!r} has {len(ids)} prompt tokens, more than rollout.max_prompt_tokens={limit}; raise it or drop the row"
+                )
+            encoded[row.id] = ids
+        return encoded
+
+    def _resume_path(self) -> Path | None:
+        resume = self.config.run.resume
+        if resume == "auto":
+            found = checkpoint.list_checkpoints(self.dir / "checkpoints")
+            return found[-1] if found else None
+        return None if resume == "none" else Path(resume)
+
+    def from_first(self, work: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor]:
+        """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other ranks leave in silence with it."""
+        tensors, failure = {}, None
+        if self.is_first:
+            try:
+                tensors = work() or {}
+            except Exception as error:
+                failure = error
+        found = broadcast_tensors(tensors | {"failed": torch.tensor(failure is not None)})
+        if failure is not None:
+            raise failure
+        if found.pop("failed"):
+            raise SystemExit(1)
+        return found
+
+    # ---- what the loop calls ----
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.timings[phase] += time.perf_counter() - start
+
+    def next_batch(self, step: int) -> tuple[Batch, dict[str, float]]:
+        """Rank 0 samples, scores and builds the batch of a step; every rank receives it. Metrics on rank 0."""
+        metrics: dict[str, float] = {}
+
+        def build() -> dict[str, Tensor]:
+            groups, figures = self._groups(step)
+            batch, more = build_batch(groups, self.config.algorithm, self.chat, max_length=self._max_length())
+            metrics.update(figures | {f"train/{name}": value for name, value in more.items()})
+            return batch.to_tensors()
+
+        return Batch.from_tensors(self.from_first(build)), metrics
+
+    def _groups(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        config, prompts = self.config, self.prompts.next()
+        if config.algorithm.source == "dataset":
+            nll = config.algorithm.nll
+            choice = random.Random(f"{config.run.seed}/{step}")  # the same rows carry their solution when the step is run again
+            with_context = [choice.random() < nll.context_fraction for _ in prompts]
+            return dataset_groups(prompts, config.algorithm, self.chat, with_context), {}
+        if config.rollout.replay_dir is not None:
+            path = rollout_path(config.rollout.replay_dir, step)
+            groups = load_groups(path)
+            if [g.prompt.id for g in groups] != [p.id for p in prompts]:
+                raise UserError(f"{path}: holds other prompts than step {step} of this run; replay with the same data.train and run.seed")
+            return groups, group_metrics(groups)
+        with self.timed("rollout"):
+            groups = self.sample(prompts, [self.prompt_ids[p.id] for p in prompts], step, config.rollout.num_samples)
+        with self.timed("reward"):
+            self.rewards.score(groups)
+        save_groups(rollout_path(self.dir / "rollouts", step), groups)
+        rollout_stats = {f"rollout/{name}": float(value) for name, value in self.rollout.stats.items()}
+        return groups, group_metrics(groups) | rollout_stats
+
+    def sample(self, prompts: list[Prompt], prompt_ids: list[list[int]], step: int, num_samples: int) -> list[Group]:
+        """Training samples of the current weights."""
+        rollout = self.config.rollout
+        return self.rollout.generate(
+            prompts, prompt_ids, self.chat.decode, step=step, num_samples=num_samples,
+            temperature=rollout.temperature, top_p=rollout.top_p, max_response_tokens=rollout.max_response_tokens,
+        )  # fmt: skip
+
+    def evaluate(self, step: int) -> dict[str, float] | None:
+        """Held-out figures on rank 0, None elsewhere or without data.eval; samples are kept in rollouts/eval-step-*.jsonl."""
+        result: dict[str, float] = {}
+        if self.config.data.eval is not None:
+            self.from_first(lambda: result.update(self._evaluate(step)))
+        return result or None
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        config = self.config
+        groups = self.rollout.generate(
+            self.eval_rows, [self.eval_ids[p.id] for p in self.eval_rows], self.chat.decode, step=step,
+            num_samples=config.evaluation.num_samples, temperature=config.evaluation.temperature, top_p=config.evaluation.top_p,
+            max_response_tokens=config.evaluation.max_response_tokens or config.rollout.max_response_tokens,
+        )  # fmt: skip
+        self.rewards.score(groups)
+        save_groups(self.dir / "rollouts" / f"eval-step-{step:06d}.jsonl", groups)
+        return summarise(groups, lambda text: extract_answer(config.reward.verifier, text))
+
+    def save(self) -> None:
+        """Checkpoint at the current step; every rank calls it."""
+        state = {"before": self.before, "prompts": self.prompts.state_dict()} if self.is_first else {}
+        self.actor.save(self.dir / "checkpoints", self.step, state)
+
+    def summary(self, after: dict[str, float] | None, steps: int) -> dict:
+        """runs/<name>/summary.json: written when the run ends."""
+        keep = ("mean_at_k", "maj_at_k")
+        pick = lambda figures: None if figures is None else {k: figures[k] for k in keep}  # noqa: E731
+        result = {
+            "before": pick(self.before),
+            "after": pick(after),
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "steps": steps,
+            "commit": _commit(),
+        }
+        writing = self.dir / ".summary.json"
+        writing.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(writing, self.dir / "summary.json")
+        return result
+
+    def _max_length(self) -> int:
+        return int(self.actor.hf_config["max_position_embeddings"])
+
+    def open_report(self) -> Report | None:
+        if not self.is_first:
+            return None
+        report = Report(self.config.run.steps, self.step)
+        self.callback(report.close)
+        return report
+
+
+def group_metrics(groups: list[Group]) -> dict[str, float]:
+    """Pass rates, verdicts, finish reasons and lengths of a step's groups."""
+    samples = [s for g in groups for s in g.samples]
+    rates = [g.pass_rate for g in groups if g.pass_rate is not None]
+    verdicts = Counter(s.verdict.value for s in samples if s.verdict is not None)
+    return {
+        "reward/pass_rate": sum(rates) / len(rates) if rates else 0.0,
+        "reward/all_right": float(sum(r == 1.0 for r in rates)),
+        "reward/all_wrong": float(sum(r == 0.0 for r in rates)),
+        **{f"reward/{name}": float(verdicts[name]) for name in ("right", "wrong", "error", "timeout")},
+        "rollout/response_tokens": sum(len(s.response_ids) for s in samples) / max(len(samples), 1),
+        "rollout/truncated": float(sum(s.finish_reason == "length" for s in samples)),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, or None outside a repository."""
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None

@@ -1,0 +1,82 @@
+"""The loop. Sample, verify, weigh, teach, learn, push; evaluate, save and log when due.
+
+SC-SDPO (2605.27765) is this loop with the recipe sc_sdpo: the self-teacher of a failed sample reads a correct sibling
+(SDPO, 2601.20802), questions weigh sqrt(p (1 - p)) over the mean of the informative ones. Every rank runs it; rank 0 alone
+samples, verifies and writes (run.py). What a method is, is in algo/recipes.py; this file does not know.
+"""
+
+from __future__ import annotations
+
+import time
+
+from megasd.config import Config
+from megasd.report import result_table
+from megasd.run import Run
+from megasd.weights.convert import save_hf
+
+
+def main(config: Config) -> None:
+    """Train to config.run.steps, from the start or a checkpoint, and leave a run directory."""
+    with Run(config) as run:
+        first = run.step
+        if first == 0:
+            run.before = run.evaluate(step=0)
+        run.report = run.open_report()
+        for step in range(first, config.run.steps):
+            started = time.perf_counter()
+            batch, metrics = run.next_batch(step)
+            share = run.actor.take(batch)
+            with run.timed("teach"):
+                teacher = run.actor.teach(share)
+            with run.timed("train"):
+                learned = run.actor.train_step(share, teacher)
+            run.step = step + 1
+            with run.timed("sync"):
+                pushed = run.sync.push(version=run.step) if run.sync is not None else {}
+            if _due(config.checkpoint.every, run.step) and run.step < config.run.steps:
+                run.save()
+            held_out = run.evaluate(run.step) if _due(config.evaluation.every, run.step) and run.step < config.run.steps else None
+            log(run, step, metrics | learned_metrics(learned) | pushed, held_out, time.perf_counter() - started)
+        finish(run, first)
+
+
+def learned_metrics(learned: dict[str, float]) -> dict[str, float]:
+    """The actor's figures under the names of the log."""
+    renamed = {"informative_questions": "weight/informative_questions", "mean_question_weight": "weight/mean"}
+    return {renamed.get(name, f"train/{name}"): value for name, value in learned.items()}
+
+
+def log(run: Run, step: int, metrics: dict[str, float], held_out: dict[str, float] | None, seconds: float) -> None:
+    """One line of metrics.jsonl and of the screen, on rank 0."""
+    timings = {f"seconds/{phase}": value for phase, value in run.timings.items()} | {"seconds/step": seconds}
+    run.timings.clear()
+    if not run.is_first:
+        return
+    speed = {"speed/tokens_per_second": metrics["train/batch_tokens"] / seconds} if "train/batch_tokens" in metrics else {}
+    evaluation = {f"eval/{name}": value for name, value in (held_out or {}).items()}
+    run.sink.log(step, metrics | timings | speed | evaluation)
+    run.report.step(step, metrics | timings | speed)
+    if held_out:
+        run.report.line(f"held-out after step {step + 1}: mean@k {held_out['mean_at_k']:.1%}, maj@k {held_out['maj_at_k']:.1%}")
+
+
+def finish(run: Run, first: int) -> None:
+    """Last checkpoint, final evaluation, Hugging Face export, summary and table."""
+    config = run.config
+    if config.checkpoint.save_at_end and run.step > first:
+        run.save()
+    after = run.evaluate(run.step)
+    tensors = run.actor.export_hf() if config.run.export else None
+    if not run.is_first:
+        return
+    if tensors is not None:
+        save_hf(tensors, config.model.path, run.dir / "hf")
+    summary = run.summary(after, config.run.steps)
+    run.report.close()
+    if after is not None and run.before is not None:
+        print(result_table(run.before, after, config.evaluation.num_samples))
+    print(f"{config.run.steps} steps, {summary['seconds']:.0f} s; everything is in {run.dir}")
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

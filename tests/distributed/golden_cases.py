@@ -1,0 +1,208 @@
+"""One golden run (tiny Qwen3, 4 SC-SDPO steps on a fixed batch) under every layout; run by test_golden.py under torchrun.
+
+    golden_cases.py MODEL_DIR MOE_DIR TRACE.json
+
+One rank writes the trace, other world sizes compare with it. The first step is also compared with a float64 twin made of
+transformers' model and ops/reference.py, which shares no code with the actor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+from megasd.actor.actor import Actor  # noqa: E402
+from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
+from megasd.batch import Batch  # noqa: E402
+from megasd.config import ActorConfig, AlgorithmConfig, Config, DistillTerm, TeacherConfig  # noqa: E402
+from megasd.ops import reference  # noqa: E402
+
+VOCAB, STEPS, TOP_K = 96, 4, 7
+TP, PP, CP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
+SP = {"sequence_parallel": True}
+CASES: dict[int, dict[str, dict]] = {
+    1: {
+        "tp1": {},
+        "micro 1": {"micro_batch_size": 1},
+        "micro 4": {"micro_batch_size": 4},
+        "packed": {"packing": True},
+        "recompute": {"recompute_granularity": "full"},
+        "plain optimizer": {"use_distributed_optimizer": False},
+    },
+    2: {
+        "tp2": {TP: 2},
+        "tp2 sp": {TP: 2, **SP},
+        "tp2 sp packed": {TP: 2, **SP, "packing": True},
+        "pp2": {PP: 2},
+        "pp2 micro 1": {PP: 2, "micro_batch_size": 1},
+        "cp2": {CP: 2},
+        "cp2 packed": {CP: 2, "packing": True},
+        "dp2": {},
+        "dp2 plain optimizer": {"use_distributed_optimizer": False},
+    },
+    4: {
+        "tp2 pp2": {TP: 2, PP: 2},
+        "tp2 dp2": {TP: 2},
+        "tp2 sp cp2 packed": {TP: 2, CP: 2, **SP, "packing": True},
+        "pp2 dp2": {PP: 2},
+        "cp2 dp2": {CP: 2},
+    },
+}
+MOE_CASES: dict[int, dict[str, dict]] = {
+    1: {"moe tp1": {}},
+    2: {"moe ep2": {EP: 2}, "moe tp2 sp": {TP: 2, **SP}},
+    4: {"moe tp2 ep2 sp": {TP: 2, EP: 2, **SP}},
+}
+
+
+def make_config(model: str, actor: dict, **algorithm: object) -> Config:
+    config = Config()
+    config.model.path, config.run.steps = model, STEPS
+    config.actor = ActorConfig(**({"dtype": "float32", "micro_batch_size": 2, "make_vocab_size_divisible_by": 20} | actor))
+    values = {"distill": DistillTerm(top_k=TOP_K), "teacher": TeacherConfig(), "question_weight": "sqrt_pq"} | algorithm
+    config.algorithm = AlgorithmConfig(**values)
+    config.optimizer.lr, config.optimizer.lr_warmup_steps, config.rollout.temperature = 1e-3, 2, 1.1
+    return config
+
+
+def make_batch() -> Batch:
+    """8 questions x 4 samples; half of the questions are uninformative, some samples are untaught, lengths vary."""
+    g = torch.Generator().manual_seed(5)
+    draw = lambda low, high, n=32: torch.randint(low, high, (n,), generator=g)  # noqa: E731
+    prompt_lens, teacher_lens, response_lens = draw(3, 12), draw(8, 20), draw(1, 9)
+    teacher_lens[::5] = 0
+    passes = torch.tensor([0, 1, 2, 3, 4, 0, 4, 1]) / 4
+    tokens = int(response_lens.sum())
+    return Batch(
+        prompt_ids=draw(0, VOCAB, int(prompt_lens.sum())),
+        prompt_lens=prompt_lens,
+        teacher_ids=draw(0, VOCAB, int(teacher_lens.sum())),
+        teacher_lens=teacher_lens,
+        response_ids=draw(0, VOCAB, tokens),
+        response_lens=response_lens,
+        question_weight=(passes * (1 - passes)).sqrt().double().repeat_interleave(4),
+        question_size=torch.full((32,), 4),
+        scored=torch.ones(32, dtype=torch.bool),
+        streams={
+            "rollout_logp": -4.5 + torch.rand(tokens, generator=g),
+            "advantage": torch.randn(tokens, generator=g),
+        },
+    )
+
+
+def run(config: Config, device: torch.device, batch: Batch, steps: int = STEPS) -> list[list[float]]:
+    """[[loss, gradient norm], ...] of a run."""
+    actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
+    trace = []
+    for _ in range(steps):
+        share = actor.take(batch)
+        metrics = actor.train_step(share, actor.teach(share))
+        trace.append([metrics["loss"], metrics["grad_norm"]])
+    return trace
+
+
+def twin(model_dir: str, batch: Batch, config: Config) -> list[float]:
+    """Loss and gradient norm of the first step in float64, from the formulas: one sample at a time, whole vocabulary on one device."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager")
+    temperature, term = config.rollout.temperature, config.algorithm.distill
+    per_question = batch.question_weight.view(-1, 4)[:, 0]
+    mean = per_question[per_question > 0].mean()
+    prompts, teachers = batch.prompt_ids.split(batch.prompt_lens.tolist()), batch.teacher_ids.split(batch.teacher_lens.tolist())
+    responses, mus = (x.split(batch.response_lens.tolist()) for x in (batch.response_ids, batch.streams["rollout_logp"]))
+    total = torch.zeros((), dtype=torch.float64)
+    for i, response in enumerate(responses):
+        if len(teachers[i]) == 0 or batch.question_weight[i] == 0:
+            continue
+        student = model(torch.cat([prompts[i], response])[None]).logits[0, len(prompts[i]) - 1 : -1]
+        with torch.no_grad():
+            teacher = model(torch.cat([teachers[i], response])[None]).logits[0, len(teachers[i]) - 1 : -1]
+            ids, _ = reference.topk(student, term.top_k)
+            logp = reference.sampled_logp(student, response, temperature=temperature)
+            tis = (logp - mus[i]).clamp(-20, 20).exp().clamp(max=config.algorithm.tis_clip)
+        logq = [reference.bucket_logprobs(x, ids, temperature=temperature) for x in (student, teacher)]
+        loss = reference.divergence(logq[0], logq[1], beta=term.beta)
+        total = total + batch.question_weight[i] / mean * (tis * loss).sum() / len(response) / len(batch)
+    total.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    return [float(total), float(norm)]
+
+
+def check(name: str, trace: list[list[float]], golden: list[list[float]], tolerance: float = 1e-5) -> None:
+    worst = max(abs(a - b) / abs(b) for row, want in zip(trace, golden, strict=True) for a, b in zip(row, want, strict=True))
+    assert worst < tolerance, f"{name}: relative difference {worst:.2e}\n{trace}\n{golden}"
+    if int(os.environ["RANK"]) == 0:
+        print(f"ok {name} {worst:.1e}", flush=True)
+
+
+def hf_parity(model_dir: str, config: Config, device: torch.device, name: str) -> None:
+    """Scores of the actor against transformers' logits, fp32: every log-prob of the vocabulary, and the sampled tokens'."""
+    from transformers import AutoModelForCausalLM
+
+    batch = make_batch()
+    actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
+    found = actor.score(batch, top_k=VOCAB)
+    if not found:
+        return
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    prompts, responses = batch.prompt_ids.split(batch.prompt_lens.tolist()), batch.response_ids.split(batch.response_lens.tolist())
+    with torch.no_grad():
+        logits = [model(torch.cat([p, r])[None]).logits[0, len(p) - 1 : -1] for p, r in zip(prompts, responses, strict=True)]
+    logp = torch.cat(logits).log_softmax(-1)
+    worst = (found["logps"] - logp.gather(1, found["ids"])).abs().max().item()
+    sampled = (found["logp"] - logp.gather(1, batch.response_ids[:, None])[:, 0]).abs().max().item()
+    spread = (found["entropy"] + (logp.exp() * logp).sum(-1)).abs().max().item()
+    assert max(worst, sampled, spread) < 1e-4, f"{name}: {worst:.2e} {sampled:.2e} {spread:.2e}"
+    if actor.mesh.tp_rank == 0:
+        print(f"ok hf {name} {max(worst, sampled, spread):.1e}", flush=True)
+
+
+def lone_question(batch: Batch) -> Batch:
+    """Only question 1 is informative, and only one of its samples is taught: most data-parallel ranks have nothing to learn from."""
+    weight = torch.zeros(32, dtype=torch.float64)
+    weight[4:8] = 0.4
+    chosen = batch.select(list(range(32)))
+    chosen.question_weight = weight
+    return chosen
+
+
+def main() -> None:
+    model_dir, moe_dir, trace_file = sys.argv[1:4]
+    device = init_distributed()
+    world, rank, batch = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), make_batch()
+    golden = json.loads(Path(trace_file).read_text()) if world > 1 else {}
+    if world == 1:
+        config = make_config(model_dir, {})
+        golden["dense"] = run(config, device, batch)
+        check("float64 twin", golden["dense"][:1], [twin(model_dir, batch, config)])
+        golden["moe"] = run(make_config(moe_dir, {}), device, batch)
+        golden["lone"] = run(make_config(model_dir, {}), device, lone_question(batch))
+        golden["token_mean"] = run(make_config(model_dir, {}, aggregation="token_mean"), device, batch)
+        golden["full"] = run(make_config(model_dir, {}, distill=DistillTerm(support="full", beta=0.0)), device, batch)
+        Path(trace_file).write_text(json.dumps(golden))
+    for name, actor in CASES[world].items():
+        check(name, run(make_config(model_dir, actor), device, batch), golden["dense"])
+    for name, actor in MOE_CASES[world].items():
+        check(name, run(make_config(moe_dir, actor), device, batch), golden["moe"])
+    layout = {1: {}, 2: {}, 4: {TP: 2}}[world]
+    check("lone question", run(make_config(model_dir, layout), device, lone_question(batch)), golden["lone"])
+    check("token mean", run(make_config(model_dir, layout, aggregation="token_mean"), device, batch), golden["token_mean"])
+    full = make_config(model_dir, layout, distill=DistillTerm(support="full", beta=0.0))
+    check("full support", run(full, device, batch), golden["full"])
+    for name, actor in {1: {"tp1": {}}, 2: {"tp2": {TP: 2}, "pp2": {PP: 2}, "cp2": {CP: 2}}, 4: {"tp2 pp2": {TP: 2, PP: 2}}}[world].items():
+        hf_parity(model_dir, make_config(model_dir, actor), device, name)
+    if rank == 0:
+        print("all ok", flush=True)
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()
