@@ -134,7 +134,8 @@ class Run(contextlib.ExitStack):
             ids = self.chat.encode_prompt(row.messages)
             if len(ids) > limit:
                 raise DataError(
-                    f"{path}: row {row.id!r} has {len(ids)} prompt tokens, more than rollout.max_prompt_tokens={limit}; raise it or drop the row"
+                    f"{path}: row {row.id!r} has {len(ids)} prompt tokens, more than rollout.max_prompt_tokens={limit}; "
+                    "raise it or drop the row"
                 )
             encoded[row.id] = ids
         return encoded

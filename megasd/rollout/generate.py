@@ -317,8 +317,8 @@ class Rollout:
         """P groups of G = num_samples samples in the prompts' order, each sample exactly once, all of weight version `self.version`.
 
         Samples that an engine lost, aborted, or sampled with other weights are asked again (config.max_retries times; with
-        config.allow_stale the latter are kept and say their version). `self.stats` then holds: samples, requests retried (retries),
-        restarts, aborted, stale, response_tokens, seconds. Raises UserError for a prompt that no engine can take, EngineError naming the
+        config.allow_stale the latter are kept and say their version). `self.stats` then holds: samples, response_tokens, seconds, restarts,
+        and how many samples were asked again or kept: retries (lost), aborted, stale. Raises UserError for a prompt that no engine can take, EngineError naming the
         prompt for a refusal (HTTP 4xx, never asked again) and when retries or restarts are used up.
         """
         if len(prompts) != len(prompt_ids):
@@ -341,10 +341,12 @@ class Rollout:
         if self.config.stop:
             sampling_params["stop"] = self.config.stop
         began = time.monotonic()
-        outputs = self._call(self._generate(asks, sampling_params, max_response_tokens))
+        try:
+            outputs = self._call(self._generate(asks, sampling_params, max_response_tokens))
+        finally:
+            self.stats = dict(self._counts) | {"seconds": time.monotonic() - began}
         samples = [self._to_sample(ask, output, decode) for ask, output in zip(asks, outputs, strict=True)]
-        tokens = sum(len(sample.response_ids) for sample in samples)
-        self.stats = dict(self._counts) | {"samples": len(samples), "response_tokens": tokens, "seconds": time.monotonic() - began}
+        self.stats |= {"samples": len(samples), "response_tokens": sum(len(sample.response_ids) for sample in samples)}
         return [Group(prompt, samples[p * num_samples : (p + 1) * num_samples]) for p, prompt in enumerate(prompts)]
 
     async def _generate(self, asks: list[Ask], sampling_params: dict[str, Any], max_response_tokens: int) -> list[dict[str, Any]]:

@@ -1,0 +1,29 @@
+# Everything goes through two commands: make quickstart, make test. Both install first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test lint clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megasd needs Python 3.11: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[sglang-cpu,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["sglang"][0])')"
+	@touch $@
+
+quickstart: install
+	$(BIN)/python tools/make_quickstart.py runs/quickstart-start
+	$(BIN)/megasd train configs/quickstart_warmup.yaml run.overwrite=true
+	$(BIN)/megasd train configs/quickstart.yaml run.overwrite=true
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf runs

@@ -1,0 +1,339 @@
+"""The rollout against a real SGLang server on the CPU and Hugging Face transformers on the same weights.
+
+Proves: P x G samples exactly once, in order, with log-probs of the sampled tokens; pushes change what is computed and what is stamped;
+what would kill or fool the engine is refused before it is sent; a dead scheduler, a dead server and a frozen one lose and double nothing
+and never bring the start weights back; URLs; no process outlives the trainer.
+Does not prove: CUDA, several engines at once on several machines, tensor parallelism of the engine, speed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megasd.config import EngineConfig, RolloutConfig
+from megasd.rollout.engine import EngineError
+from megasd.rollout.generate import Rollout
+from megasd.types import Group, Prompt, UserError
+
+VOCAB, STOP, CONTEXT = 128, 2, 512
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def make_model(directory: Path, seed: int) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        initializer_range=0.12,
+        bos_token_id=None,
+        eos_token_id=STOP,
+        pad_token_id=0,
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(directory)
+    return directory
+
+
+def hf_logps(directory: Path, prompt_ids: list[int], response_ids: list[int], temperature: float) -> torch.Tensor:
+    from transformers import Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
+    logps = torch.log_softmax(logits / temperature, dim=-1)[len(prompt_ids) - 1 : -1]
+    return logps.gather(1, torch.tensor(response_ids)[:, None]).squeeze(1)
+
+
+def hf_greedy(directory: Path, ids: list[int], n: int) -> list[int]:
+    from transformers import Qwen3ForCausalLM
+
+    model, out = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32), []
+    with torch.no_grad():
+        while len(out) < n and STOP not in out:
+            out.append(int(model(torch.tensor([ids + out])).logits[0, -1].argmax()))
+    return out
+
+
+def questions(num: int, *, length: int = 12) -> tuple[list[Prompt], list[list[int]]]:
+    generator = torch.Generator().manual_seed(num)
+    ids = [torch.randint(3, VOCAB, (length + p % 5,), generator=generator).tolist() for p in range(num)]
+    return [Prompt(f"q{p}", [{"role": "user", "content": "?"}], "") for p in range(num)], ids
+
+
+def decode(ids: list[int]) -> str:
+    return " ".join(str(token) for token in ids if token != STOP)
+
+
+def ask(
+    rollout: Rollout, num: int, num_samples: int, max_response_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0
+) -> list[Group]:
+    prompts, ids = questions(num)
+    return rollout.generate(
+        prompts, ids, decode, step=0, num_samples=num_samples, temperature=temperature, top_p=top_p, max_response_tokens=max_response_tokens
+    )
+
+
+def check_groups(
+    groups: list[Group], directory: Path, num: int, num_samples: int, *, version: int, temperature: float = 1.0, compare: int = 8
+) -> None:
+    """Exactly P x G samples in order, of one version, with the log-probs that transformers gives them under `directory`."""
+    prompts, ids = questions(num)
+    assert [group.prompt for group in groups] == prompts
+    assert [[(s.prompt_id, s.index) for s in group.samples] for group in groups] == [
+        [(p.id, g) for g in range(num_samples)] for p in prompts
+    ]
+    samples = [s for group in groups for s in group.samples]
+    assert {s.version for s in samples} == {version}
+    assert all(s.prompt_ids == ids[i // num_samples] and s.text == decode(s.response_ids) for i, s in enumerate(samples))
+    assert len({tuple(s.response_ids) for s in samples}) == len(samples)  # no output was given out twice
+    for sample in samples[:: max(1, len(samples) // compare)]:
+        expected = hf_logps(directory, sample.prompt_ids, sample.response_ids, temperature)
+        assert (torch.tensor(sample.response_logps) - expected).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("start"), 0)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("other"), 1)
+
+
+@pytest.fixture(scope="session")
+def rollout(start: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One engine for the whole file, started as a torchrun rank would."""
+    before = dict(os.environ)
+    os.environ |= TORCHRUN
+    config = RolloutConfig(engine=EngineConfig(start_timeout=500, max_restarts=3))
+    with make_rollout(config, start, tmp_path_factory.mktemp("run")) as rollout:
+        os.environ.clear()
+        os.environ |= before
+        tree = [psutil.Process(rollout.engines[0].process.pid)]
+        tree += tree[0].children(recursive=True)
+        assert len(tree) >= 3
+        os.environ |= TORCHRUN  # restarts happen later
+        yield rollout
+        process = psutil.Process(rollout.engines[0].process.pid)
+        tree = [process, *process.children(recursive=True)]
+    os.environ.clear()
+    os.environ |= before
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in tree)
+
+
+def make_rollout(config: RolloutConfig, model_path: Path, run_dir: Path) -> Rollout:
+    return Rollout(
+        config, model_path=str(model_path), device="cpu", dtype="float32", run_dir=run_dir, seed=1, stop_token_ids=[STOP], vocab_size=VOCAB
+    )
+
+
+@pytest.mark.parametrize("temperature, max_response_tokens", [(1.0, 6), (0.7, 40)])
+def test_samples_match_transformers(rollout: Rollout, start: Path, temperature: float, max_response_tokens: int) -> None:
+    groups = ask(rollout, 6, 4, max_response_tokens, temperature=temperature)
+    check_groups(groups, start, 6, 4, version=0, temperature=temperature)
+    tokens = sum(len(s.response_ids) for group in groups for s in group.samples)
+    assert {k: v for k, v in rollout.stats.items() if k != "seconds"} == {
+        "samples": 24,
+        "response_tokens": tokens,
+        "retries": 0,
+        "restarts": 0,
+        "aborted": 0,
+        "stale": 0,
+    }
+
+
+def test_logps_are_those_before_top_p(rollout: Rollout, start: Path) -> None:
+    check_groups(ask(rollout, 4, 4, 12, top_p=0.7), start, 4, 4, version=0)
+
+
+def test_responses_end_at_the_stop_token(rollout: Rollout) -> None:
+    samples = [s for group in ask(rollout, 8, 8, 60) for s in group.samples]
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    for sample in samples:
+        if sample.finish_reason == "stop":
+            assert sample.response_ids.index(STOP) == len(sample.response_ids) - 1
+        else:
+            assert STOP not in sample.response_ids and len(sample.response_ids) == 60
+
+
+def test_greedy_and_score_match_transformers(rollout: Rollout, start: Path) -> None:
+    for ids in questions(4)[1]:
+        response, logps = rollout.greedy(ids, 10)
+        assert response == hf_greedy(start, ids, 10)
+        assert (torch.tensor(logps) - hf_logps(start, ids, response, 1.0)).abs().max() < 1e-4
+        assert (torch.tensor(rollout.score(ids)) - hf_logps(start, ids[:1], ids[1:], 1.0)).abs().max() < 1e-4
+
+
+def test_what_the_engine_could_not_take_is_refused_first(rollout: Rollout, start: Path) -> None:
+    prompts, ids = questions(2)
+    settings = dict(step=0, num_samples=1, temperature=1.0, top_p=1.0)
+    for bad, room, words in (
+        ([[5], [VOCAB]], 4, "prompt q1: token id 128"),
+        ([[5], [-1]], 4, "prompt q1: token id -1"),
+        ([[5], []], 4, "prompt q1: the prompt is empty"),
+        (ids, CONTEXT - 2, "prompt q0: 12 prompt [+] 510 response tokens exceed the engine's 510"),
+    ):
+        with pytest.raises(UserError, match=words):
+            rollout.generate(prompts, bad, decode, max_response_tokens=room, **settings)
+    # the bound is exact: all the room is used, and not silently less
+    sample = rollout.generate(prompts[:1], ids[:1], decode, max_response_tokens=CONTEXT - 2 - 12, **settings)[0].samples[0]
+    assert sample.finish_reason == "stop" or len(sample.response_ids) == CONTEXT - 2 - 12
+
+
+def test_a_4xx_names_the_prompt_and_is_not_retried(rollout: Rollout) -> None:
+    with pytest.raises(EngineError, match="prompt q0: .*answered 400.*temperature"):
+        ask(rollout, 2, 2, 4, temperature=-1.0)
+    assert rollout.stats["retries"] == 0 and rollout.stats["restarts"] == 0
+    check_len = ask(rollout, 2, 2, 4)
+    assert [len(group.samples) for group in check_len] == [2, 2]
+
+
+def test_wrong_tensors_are_refused_before_sending(rollout: Rollout, other: Path, tmp_path: Path) -> None:
+    tensors = load_file(other / "model.safetensors")
+    norm = "model.norm.weight"
+    for name, changed, words in (
+        ("shape", tensors | {norm: torch.ones(64)}, rf"tensor {norm} has shape \[64\], the engine holds \[128\]"),
+        ("missing", {k: v for k, v in tensors.items() if k != norm}, f"tensor {norm} is missing"),
+        ("unknown", tensors | {"model.norm.bias": torch.ones(64)}, "tensor model.norm.bias is not in the start model"),
+    ):
+        directory = tmp_path / name
+        directory.mkdir()
+        save_file(changed, directory / "model.safetensors")
+        with pytest.raises(UserError, match=words):
+            rollout.push(str(directory), 9)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-4])
+    with pytest.raises(UserError, match="its header promises"):
+        rollout.push(str(cut), 9)
+    assert rollout.version == 0
+    rollout.score([5, 6, 7])  # raises if the engine said version 9
+
+
+def test_push_changes_outputs_and_version(rollout: Rollout, other: Path) -> None:
+    rollout.push(str(other), 7)
+    assert rollout.version == 7
+    check_groups(ask(rollout, 4, 4, 12), other, 4, 4, version=7)
+    ids = questions(1)[1][0]
+    assert rollout.greedy(ids, 10)[0] == hf_greedy(other, ids, 10)
+
+
+def test_a_url_is_used_and_foreign_weights_are_noticed(rollout: Rollout, start: Path, other: Path, tmp_path: Path) -> None:
+    """A second run on the same server puts its weights there; the first one sees foreign versions and puts its own back."""
+    url = rollout.engines[0].url
+    with make_rollout(RolloutConfig(engine=EngineConfig(urls=[url + "/"])), start, tmp_path) as second:
+        check_groups(ask(second, 2, 2, 6), start, 2, 2, version=0)
+        groups = ask(rollout, 4, 2, 6)
+    check_groups(groups, other, 4, 2, version=7)
+    assert rollout.stats["stale"] == 8 and rollout.stats["restarts"] == 0
+
+
+@pytest.mark.parametrize("victim", ["scheduler", "server", "frozen"])
+def test_a_dead_engine_loses_and_doubles_nothing(rollout: Rollout, other: Path, victim: str) -> None:
+    """Killed in the middle of a rollout, it comes back with the pushed weights, not with those it started from."""
+    engine = rollout.engines[0]
+    process = psutil.Process(engine.process.pid)
+    scheduler = next(child for child in process.children(recursive=True) if "scheduler" in child.name())
+
+    def strike() -> None:
+        deadline = time.monotonic() + 20
+        while engine.in_flight < 10 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        struck.append(engine.in_flight)
+        if victim == "frozen":
+            scheduler.send_signal(signal.SIGSTOP)
+        else:
+            (scheduler if victim == "scheduler" else process).send_signal(signal.SIGKILL)
+
+    struck: list[int] = []
+    patience = rollout.config.engine.progress_timeout
+    rollout.config.engine.progress_timeout = 3.0 if victim == "frozen" else patience
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        groups = ask(rollout, 16, 8, 300)
+    finally:
+        rollout.config.engine.progress_timeout = patience
+        thread.join()
+    assert struck[0] > 0
+    check_groups(groups, other, 16, 8, version=7)
+    assert rollout.stats["restarts"] == 1 and rollout.stats["retries"] > 0
+    assert engine.process.pid != process.pid
+
+
+def test_restarts_are_bounded(rollout: Rollout) -> None:
+    """The last test of the shared engine: it has used up its restarts."""
+    os.killpg(rollout.engines[0].process.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"died again after rollout.engine.max_restarts=3: .*status -9.*engine\.log"):
+        ask(rollout, 1, 1, 4)
+    rollout.engines[0].launch()  # something to close in the fixture
+
+
+def test_port_in_use(start: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"rollout.engine.port: 127.0.0.1:{port} cannot be bound"):
+            make_rollout(RolloutConfig(engine=EngineConfig(port=port)), start, tmp_path).start()
+    assert not (tmp_path / "engine.log").exists()
+
+
+def test_bad_urls_and_secrets(start: Path, tmp_path: Path) -> None:
+    for url, words in (("localhost:30000", "is not of the form http://host:port"), ("http://127.0.0.1:9", "no SGLang server answers")):
+        with pytest.raises(UserError, match=f"rollout.engine.urls: .*{words}"):
+            make_rollout(RolloutConfig(engine=EngineConfig(urls=[url])), start, tmp_path).start()
+    with pytest.raises(UserError, match="--api-key would show"):
+        make_rollout(RolloutConfig(engine=EngineConfig(extra_args=["--api-key", "secret"])), start, tmp_path).start()
+
+
+def test_an_engine_that_cannot_start_says_why(start: Path, tmp_path: Path) -> None:
+    config = RolloutConfig(engine=EngineConfig(start_timeout=200, extra_args=["--no-such-flag"]))
+    with pytest.raises(EngineError, match="exited with status 2 while starting: .*--no-such-flag.*engine.log"):
+        make_rollout(config, start, tmp_path).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_trainer_leaves_no_server(start: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """SGLang's own children ask the same of the server; here the server itself is watched."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from megasd.config import RolloutConfig
+from megasd.rollout.generate import Rollout
+rollout = Rollout(RolloutConfig(), model_path={str(start)!r}, device="cpu", dtype="float32", run_dir=Path({str(tmp_path)!r}), seed=1,
+                  stop_token_ids=[2], vocab_size=128)
+rollout.launch()
+print(rollout.engines[0].process.pid, flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    server = psutil.Process(int(trainer.stdout.readline()))
+    assert server.is_running()
+    trainer.send_signal(number)
+    trainer.wait()
+    trainer.stdout.close()
+    gone, alive = psutil.wait_procs([server], timeout=10)
+    assert not alive
