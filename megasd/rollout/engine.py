@@ -142,8 +142,7 @@ class Engine:
         command = [sys.executable, "-m", module, "--model-path", os.path.abspath(self.model_path), "--host", host, "--port", port]
         command += ["--device", self.device, "--dtype", self.dtype, "--tensor-parallel-size", str(self.config.tensor_parallel_size)]
         command += ["--max-total-tokens", str(self.config.max_total_tokens), "--random-seed", str(self.seed), "--weight-version", "0"]
-        # An idle engine leaves its core to the trainer; a request for one token stands in for SGLang's warm-up.
-        command += ["--sleep-on-idle", "--skip-server-warmup", "--log-level-http", "warning"]
+        command += ["--sleep-on-idle", "--log-level-http", "warning"]  # an idle engine leaves its core to the trainer
         if not self.need_text:
             command += ["--skip-tokenizer-init"]  # responses are read as token ids; only stop strings need text
         return command + list(self.config.extra_args)
@@ -152,6 +151,8 @@ class Engine:
         """The trainer's environment without torchrun's variables; the hub stays unasked."""
         environment = {name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)}
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        no_proxy = ",".join(filter(None, [environment.get("NO_PROXY") or environment.get("no_proxy"), self.config.host]))
+        environment |= {"NO_PROXY": no_proxy, "no_proxy": no_proxy}  # SGLang's warm-up asks itself over HTTP
         if self.device == "cpu":
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
             if self.config.tensor_parallel_size > 1:  # one core a rank; SGLang asks for it where NUMA nodes are fewer than ranks

@@ -318,7 +318,9 @@ class Rollout:
 
         Samples that an engine lost, aborted, or sampled with other weights are asked again (config.max_retries times; with
         config.allow_stale the latter are kept and say their version). `self.stats` then holds: samples, response_tokens, seconds, restarts,
-        and how many samples were asked again or kept: retries (lost), aborted, stale. Raises UserError for a prompt that no engine can take, EngineError naming the
+        and how many samples were asked again or kept: retries (lost), aborted, stale.
+
+        Raises UserError for a prompt that no engine can take, EngineError naming the
         prompt for a refusal (HTTP 4xx, never asked again) and when retries or restarts are used up.
         """
         if len(prompts) != len(prompt_ids):
@@ -432,7 +434,8 @@ class Rollout:
         params = {"max_new_tokens": 0, "temperature": 1.0}
         output = self._probe(lambda: self._body([ids], params, logprob_start_len=0), "score")
         logprobs = output["meta_info"]["input_token_logprobs"]
-        if [token for _, token, *_ in logprobs] != ids:
+        # SGLang 0.5.23 labels the vocabulary's last id 0 here; the log-prob beside it is the right one.
+        if len(logprobs) != len(ids) or any(token not in (sent, 0) for (_, token, *_), sent in zip(logprobs, ids, strict=True)):
             raise EngineError(f"score: sent {len(ids)} tokens, got log-probs of {len(logprobs)} or of others")
         return [logp for logp, *_ in logprobs[1:]]
 

@@ -8,7 +8,7 @@ Does not prove: CUDA, several engines at once on several machines, tensor parall
 
 from __future__ import annotations
 
-import os
+import functools
 import signal
 import socket
 import subprocess
@@ -54,20 +54,22 @@ def make_model(directory: Path, seed: int) -> Path:
     return directory
 
 
-def hf_logps(directory: Path, prompt_ids: list[int], response_ids: list[int], temperature: float) -> torch.Tensor:
+@functools.cache
+def hf_model(directory: Path) -> torch.nn.Module:
     from transformers import Qwen3ForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def hf_logps(directory: Path, prompt_ids: list[int], response_ids: list[int], temperature: float) -> torch.Tensor:
     with torch.no_grad():
-        logits = model(torch.tensor([prompt_ids + response_ids])).logits[0]
+        logits = hf_model(directory)(torch.tensor([prompt_ids + response_ids])).logits[0]
     logps = torch.log_softmax(logits / temperature, dim=-1)[len(prompt_ids) - 1 : -1]
     return logps.gather(1, torch.tensor(response_ids)[:, None]).squeeze(1)
 
 
 def hf_greedy(directory: Path, ids: list[int], n: int) -> list[int]:
-    from transformers import Qwen3ForCausalLM
-
-    model, out = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32), []
+    model, out = hf_model(directory), []
     with torch.no_grad():
         while len(out) < n and STOP not in out:
             out.append(int(model(torch.tensor([ids + out])).logits[0, -1].argmax()))
@@ -111,35 +113,36 @@ def check_groups(
         assert (torch.tensor(sample.response_logps) - expected).abs().max() < 1e-4
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("start"), 0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("other"), 1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rollout(start: Path, tmp_path_factory: pytest.TempPathFactory):
-    """One engine for the whole file, started as a torchrun rank would."""
-    before = dict(os.environ)
-    os.environ |= TORCHRUN
-    config = RolloutConfig(engine=EngineConfig(start_timeout=500, max_restarts=3))
-    with make_rollout(config, start, tmp_path_factory.mktemp("run")) as rollout:
-        os.environ.clear()
-        os.environ |= before
-        tree = [psutil.Process(rollout.engines[0].process.pid)]
-        tree += tree[0].children(recursive=True)
-        assert len(tree) >= 3
-        os.environ |= TORCHRUN  # restarts happen later
-        yield rollout
-        process = psutil.Process(rollout.engines[0].process.pid)
-        tree = [process, *process.children(recursive=True)]
-    os.environ.clear()
-    os.environ |= before
-    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in tree)
+    """One engine for the whole file, started (and restarted) as by a torchrun rank. Afterwards none of its processes is left."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TORCHRUN.items():
+            patch.setenv(name, value)
+        config = RolloutConfig(engine=EngineConfig(start_timeout=500, max_restarts=2))
+        with make_rollout(config, start, tmp_path_factory.mktemp("run")) as rollout:
+            tree = engine_processes(rollout)
+            yield rollout
+            tree += engine_processes(rollout)
+        assert not psutil.wait_procs(tree, timeout=10)[1]
+
+
+def engine_processes(rollout: Rollout) -> list[psutil.Process]:
+    """The server first, then its children; none when it is down."""
+    if rollout.engines[0].process is None:
+        return []
+    server = psutil.Process(rollout.engines[0].process.pid)
+    return [server, *server.children(recursive=True)]
 
 
 def make_rollout(config: RolloutConfig, model_path: Path, run_dir: Path) -> Rollout:
@@ -249,46 +252,65 @@ def test_a_url_is_used_and_foreign_weights_are_noticed(rollout: Rollout, start: 
     assert rollout.stats["stale"] == 8 and rollout.stats["restarts"] == 0
 
 
-@pytest.mark.parametrize("victim", ["scheduler", "server", "frozen"])
-def test_a_dead_engine_loses_and_doubles_nothing(rollout: Rollout, other: Path, victim: str) -> None:
-    """Killed in the middle of a rollout, it comes back with the pushed weights, not with those it started from."""
-    engine = rollout.engines[0]
-    process = psutil.Process(engine.process.pid)
-    scheduler = next(child for child in process.children(recursive=True) if "scheduler" in child.name())
+class Strike(threading.Thread):
+    """Sends a signal to a process in the middle of a rollout: once the engine has requests in flight."""
 
-    def strike() -> None:
-        deadline = time.monotonic() + 20
-        while engine.in_flight < 10 and time.monotonic() < deadline:
+    def __init__(self, rollout: Rollout, process: psutil.Process, number: signal.Signals):
+        super().__init__()
+        self.engine, self.process, self.number, self.in_flight = rollout.engines[0], process, number, 0
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 30
+        while self.engine.in_flight < 5 and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(0.1)
-        struck.append(engine.in_flight)
-        if victim == "frozen":
-            scheduler.send_signal(signal.SIGSTOP)
-        else:
-            (scheduler if victim == "scheduler" else process).send_signal(signal.SIGKILL)
+        self.in_flight = self.engine.in_flight
+        self.process.send_signal(self.number)
 
-    struck: list[int] = []
-    patience = rollout.config.engine.progress_timeout
-    rollout.config.engine.progress_timeout = 3.0 if victim == "frozen" else patience
-    thread = threading.Thread(target=strike)
-    thread.start()
-    try:
-        groups = ask(rollout, 16, 8, 300)
-    finally:
-        rollout.config.engine.progress_timeout = patience
-        thread.join()
-    assert struck[0] > 0
+
+def scheduler_of(rollout: Rollout) -> psutil.Process:
+    return next(process for process in engine_processes(rollout) if "scheduler" in process.name())
+
+
+def test_a_frozen_url_is_named(rollout: Rollout, other: Path, tmp_path: Path) -> None:
+    """It accepts requests and finishes none. It belongs to somebody else, so it is reported, not restarted; thawed, it serves on."""
+    engine = EngineConfig(urls=[rollout.engines[0].url], progress_timeout=2.0)
+    with make_rollout(RolloutConfig(engine=engine), other, tmp_path) as guest:
+        scheduler = scheduler_of(rollout)
+        strike = Strike(guest, scheduler, signal.SIGSTOP)
+        strike.start()
+        try:
+            with pytest.raises(
+                UserError, match=f"rollout.engine.urls: no engine is left.*{guest.engines[0].url}.*no request finished for 2 s"
+            ):
+                ask(guest, 16, 8, 300)
+        finally:
+            strike.join()
+            scheduler.send_signal(signal.SIGCONT)
+        assert strike.in_flight > 0
+        guest.config.engine.progress_timeout = 120.0
+        check_groups(ask(guest, 2, 2, 6), other, 2, 2, version=0)
+
+
+@pytest.mark.parametrize("victim", ["scheduler", "server"])
+def test_a_dead_engine_loses_and_doubles_nothing(rollout: Rollout, other: Path, victim: str) -> None:
+    """Killed in the middle of a rollout, it comes back with the pushed weights, not with those it started from."""
+    server = engine_processes(rollout)[0]
+    strike = Strike(rollout, server if victim == "server" else scheduler_of(rollout), signal.SIGKILL)
+    strike.start()
+    groups = ask(rollout, 16, 8, 300)
+    strike.join()
+    assert strike.in_flight > 0
     check_groups(groups, other, 16, 8, version=7)
     assert rollout.stats["restarts"] == 1 and rollout.stats["retries"] > 0
-    assert engine.process.pid != process.pid
+    assert engine_processes(rollout)[0].pid != server.pid
 
 
 def test_restarts_are_bounded(rollout: Rollout) -> None:
     """The last test of the shared engine: it has used up its restarts."""
-    os.killpg(rollout.engines[0].process.pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match=r"died again after rollout.engine.max_restarts=3: .*status -9.*engine\.log"):
+    engine_processes(rollout)[0].kill()
+    with pytest.raises(EngineError, match=r"died again after rollout.engine.max_restarts=2: .*status -9.*engine\.log"):
         ask(rollout, 1, 1, 4)
-    rollout.engines[0].launch()  # something to close in the fixture
 
 
 def test_port_in_use(start: Path, tmp_path: Path) -> None:
