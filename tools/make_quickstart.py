@@ -99,6 +99,8 @@ def write_model(directory: Path, seed: int) -> None:
     )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config).float()
+    with torch.no_grad():  # transformers zeroes the pad row; RMSNorm of a zero vector has a gradient of 1/sqrt(eps) should it be sampled
+        model.model.embed_tokens.weight[pad].normal_(std=config.initializer_range)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=True, temperature=1.0)
     model.save_pretrained(directory, safe_serialization=True)
 
