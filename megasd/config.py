@@ -129,7 +129,7 @@ class RolloutConfig:
     max_concurrency: int = 256  # requests in flight
     max_retries: int = 5  # a request, on 5xx, resets and restarts; a 4xx is never retried
     allow_stale: bool = False  # train on samples of an older weight version (they are counted either way)
-    replay_dir: Optional[str] = None  # read rollouts from this run's rollouts/ instead of an engine
+    replay_dir: Optional[str] = None  # run.dir of another run, whose rollouts/ are read instead of sampling
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 

@@ -190,7 +190,7 @@ class Run(contextlib.ExitStack):
             with_context = [choice.random() < nll.context_fraction for _ in prompts]
             return dataset_groups(prompts, config.algorithm, self.chat, with_context), {}
         if config.rollout.replay_dir is not None:
-            path = rollout_path(config.rollout.replay_dir, step)
+            path = rollout_path(Path(config.rollout.replay_dir) / "rollouts", step)
             groups = load_groups(path)
             if [g.prompt.id for g in groups] != [p.id for p in prompts]:
                 raise UserError(f"{path}: holds other prompts than step {step} of this run; replay with the same data.train and run.seed")

@@ -29,7 +29,7 @@ def save_groups(path: Path, groups: list[Group]) -> None:
 def load_groups(path: Path) -> list[Group]:
     """The groups of a step as `save_groups` wrote them; UserError names the file and line that is missing or broken."""
     if not path.is_file():
-        raise UserError(f"{path}: no such rollout file; rollout.replay_dir must be the rollouts/ of a run with at least this many steps")
+        raise UserError(f"{path}: no such rollout file; rollout.replay_dir must be the run.dir of a run with at least this many steps")
     groups: dict[str, Group] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
