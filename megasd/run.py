@@ -100,20 +100,19 @@ class Run(contextlib.ExitStack):
         (self.dir / "config.yaml").write_text(to_yaml(config))
         if needs_engine(config):
             dtype = config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype
-            self.rollout = self.enter_context(
-                Rollout(
-                    config.rollout,
-                    model_path=config.model.path,
-                    device="cuda" if torch.cuda.is_available() else "cpu",
-                    dtype=dtype,
-                    run_dir=self.dir,
-                    seed=config.run.seed,
-                    stop_token_ids=self.chat.eos_token_ids,
-                    vocab_size=self.chat.vocab_size,
-                )
-            )
-            self.rollout.launch()  # it starts while the actor is built
             self.rewards = self.enter_context(RewardPool(config.reward))
+            self.rollout = Rollout(
+                config.rollout,
+                model_path=config.model.path,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                dtype=dtype,
+                run_dir=self.dir,
+                seed=config.run.seed,
+                stop_token_ids=self.chat.eos_token_ids,
+                vocab_size=self.chat.vocab_size,
+            )
+            self.callback(self.rollout.close)  # entering it as a context would wait here until the engine is up
+            self.rollout.launch()  # it starts while the actor is built
 
     def _build_sync(self, device: torch.device) -> WeightSync | None:
         """Weights go to the engine on every rank's account; None when nothing samples."""
