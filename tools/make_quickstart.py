@@ -4,8 +4,8 @@
 
 OUT/model        Hugging Face directory: a random Qwen3 (3 layers, hidden 128, 0.5 M parameters, float32) and a character tokenizer
                  (printable ASCII and newline, 102 tokens; the model's vocabulary is padded to 128, so padding is real)
-OUT/train.jsonl  rows {"id", "prompt", "answer", "solution"}: "347+586=" -> "933"; one to three digits a number
-OUT/eval.jsonl   held-out rows: no sum of train.jsonl in either order
+OUT/warmup.jsonl, train.jsonl, eval.jsonl
+                 rows {"id", "prompt", "answer", "solution"}: "347+586=" -> "933"; one to three digits a number; no sum is in two files
 
 The same seed writes the same bytes. A turn costs two tokens beside its text: <|user|>347+586=<|im_end|><|assistant|>933<|im_end|>.
 """
@@ -24,32 +24,41 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# (digits of one number, of the other) -> (train rows, eval rows): graded difficulty; 1+1 digits has only 55 sums
-NUM_ROWS = {(1, 1): (44, 11), (1, 2): (756, 45), (1, 3): (900, 40), (2, 2): (2000, 80), (2, 3): (1100, 40), (3, 3): (1200, 40)}
+SPLITS = ("warmup", "train", "eval")
+# (digits of one number, of the other) -> rows of each split: graded difficulty; 1+1 digits has only 55 sums, 1+2 has 900
+NUM_ROWS = {
+    (1, 1): (22, 22, 11),
+    (1, 2): (400, 400, 45),
+    (1, 3): (1500, 1500, 40),
+    (2, 2): (1700, 2200, 80),
+    (2, 3): (1500, 1400, 40),
+    (3, 3): (1500, 1000, 40),
+}
 
 
-def make_rows(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(train rows, eval rows), each shuffled; a sum a+b is in one of them at most, b+a included."""
+def make_rows(seed: int) -> dict[str, list[dict[str, str]]]:
+    """Rows of each split, shuffled; a sum a+b is in one of them at most, b+a included: what is learned must carry over."""
     rng = random.Random(seed)
-    splits: dict[str, list[tuple[int, int]]] = {"train": [], "eval": []}
-    for digits, (num_train, num_eval) in NUM_ROWS.items():
+    pairs: dict[str, list[tuple[int, int]]] = {name: [] for name in SPLITS}
+    for digits, counts in NUM_ROWS.items():
         sums: dict[tuple[int, int], tuple[int, int]] = {}
-        while len(sums) < num_train + num_eval:
+        while len(sums) < sum(counts):
             a, b = (rng.randint(0 if n == 1 else 10 ** (n - 1), 10**n - 1) for n in digits)
             if rng.random() < 0.5:
                 a, b = b, a
             sums.setdefault((min(a, b), max(a, b)), (a, b))
         chosen = list(sums.values())
         rng.shuffle(chosen)
-        splits["eval"] += chosen[:num_eval]
-        splits["train"] += chosen[num_eval:]
+        for name, count in zip(SPLITS, counts, strict=True):
+            pairs[name] += [chosen.pop() for _ in range(count)]
     rows = {}
-    for name, pairs in splits.items():
-        rng.shuffle(pairs)
+    for name in SPLITS:
+        rng.shuffle(pairs[name])
         rows[name] = [
-            {"id": f"{name}-{i}", "prompt": f"{a}+{b}=", "answer": str(a + b), "solution": str(a + b)} for i, (a, b) in enumerate(pairs)
+            {"id": f"{name}-{i}", "prompt": f"{a}+{b}=", "answer": str(a + b), "solution": str(a + b)}
+            for i, (a, b) in enumerate(pairs[name])
         ]
-    return rows["train"], rows["eval"]
+    return rows
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -113,10 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(args.out / "model")
     write_model(args.out / "model", args.seed)
-    for name, rows in zip(("train", "eval"), make_rows(args.seed), strict=True):
+    for name, rows in make_rows(args.seed).items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (args.out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    print(f"wrote {args.out}/model, {args.out}/train.jsonl, {args.out}/eval.jsonl")
+    print(f"wrote {args.out}/model and {', '.join(f'{name}.jsonl' for name in SPLITS)}")
 
 
 if __name__ == "__main__":
