@@ -249,7 +249,7 @@ BAD_MODELS = [
     ({"num_key_value_heads": 3}, [f"{TP}=2"], "is neither a divisor nor a multiple of num_key_value_heads=3"),
     ({"intermediate_size": 63}, [f"{TP}=2"], f"{TP}=2: does not divide intermediate_size=63"),
     ({**MOE}, [f"{EP}=4"], f"{EP}=4: does not divide num_experts=6"),
-    ({**MOE}, [f"{EP}=2", f"{TP}=2"], "actor.sequence_parallel: Megatron needs it where tensor and expert parallelism meet"),
+    ({**MOE}, [f"{EP}=2", f"{TP}=2"], "actor.sequence_parallel: Megatron trains a mixture of experts under TP only with it"),
 ]
 
 
