@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import NoReturn
 
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [item for item in rest if item.startswith("-")]
     if unknown:
         parser.error(f"unrecognized argument {unknown[0]}")
+    alone = "RANK" not in os.environ  # a rank that torchrun started leaves it to the agent to say so
     try:
         return _train(args.items + rest, args.dry_run, argv)  # `rest`: positionals that follow an option
     except UserError as error:
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"megasd: {_rank_prefix()}{error}", file=sys.stderr, flush=True)
         return REFUSED
     except KeyboardInterrupt:
-        if "RANK" not in os.environ:
+        if alone:
             print("megasd: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
 
@@ -82,6 +84,7 @@ def _train(items: list[str], dry_run: bool, argv: list[str]) -> int:
         return _start_ranks(argv, world_size)
 
     signal.signal(signal.SIGTERM, _stop)
+    _quiet_libraries()
     from megasd import train
 
     train.main(config)
@@ -142,6 +145,20 @@ def _torchrun_world_size() -> int | None:
         if not os.environ[name].isdecimal():
             raise UserError(f"environment: {name}={os.environ[name]!r} is not a number; start with torchrun, or unset it")
     return int(os.environ["WORLD_SIZE"])
+
+
+def _quiet_libraries() -> None:
+    """Before the libraries are imported: keep what they say about themselves off the screen.
+
+    Megatron without TransformerEngine and Apex warns in every module that it will use torch instead, and torch that Megatron calls old
+    names. Neither is news to the user nor in his hands. Our own warnings, and those of libraries not named here, are shown as ever.
+    `python -W` and PYTHONWARNINGS, or these variables, bring them back.
+    """
+    if not sys.warnoptions:
+        for library in ("megatron", "torch", "transformers"):
+            warnings.filterwarnings("ignore", module=rf"{library}\b")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _start_ranks(argv: list[str], world_size: int) -> int:
