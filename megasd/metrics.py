@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megasd.types import UserError
+
 RESERVED = ("step", "time")
 
 
@@ -66,7 +68,7 @@ class MetricSink:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order, without a torn last one. Raises ValueError on any other line that is not JSON."""
+    """The lines of a metrics.jsonl, in order, without a torn last one. Raises UserError on any other line that is not JSON."""
     rows: list[dict[str, Any]] = []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
@@ -74,7 +76,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a JSON line; delete it") from error
+                raise UserError(f"{path}:{number}: not a JSON line; delete it") from error
     return rows
 
 

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from megasd.actor import checkpoint
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel
+from megasd.algo.context import with_solution
 from megasd.batch import Batch, build_batch, dataset_groups
 from megasd.config import Config, to_yaml
 from megasd.data.chat import Chat
@@ -33,11 +35,13 @@ from megasd.evaluate import summarise
 from megasd.metrics import MetricSink
 from megasd.report import Report
 from megasd.rollout.generate import Rollout
-from megasd.sync import WeightSync
+from megasd.sync import SyncError, WeightSync
 from megasd.types import Group, Prompt, UserError
 from megasd.validate import needs_engine
+from megasd.weights.convert import check_hf, read_hf_config
 
 PROBE_TOKENS = 32  # length of the probe prompts that a push is verified with
+LEAVE_SECONDS = 30  # that a rank waits for rank 0 to end first
 
 
 class Run(contextlib.ExitStack):
@@ -55,31 +59,28 @@ class Run(contextlib.ExitStack):
         self.config, self.started, self.dir = config, time.perf_counter(), Path(config.run.dir)
         self.step, self.before = 0, None
         self.timings: Counter[str] = Counter()
-        self.prompts = self.rewards = self.rollout = self.sink = self.report = None
+        self.chat = self.prompts = self.rewards = self.rollout = self.sink = self.report = None
         device = init_distributed()
         self.is_first = torch.distributed.get_rank() == 0
         resume = self._resume_path()
-        self.chat = Chat(config.model.path, enable_thinking=config.model.enable_thinking)
         self.from_first(lambda: self._build_left_half(resume))
         mesh = init_model_parallel(config.actor, device, config.run.seed)
         self.actor = Actor(config, mesh)
-        state = {}
         if resume is not None:
             state = self.actor.load(resume)
             self.step, self.before = state["step"], state["before"]
-            if self.is_first:
-                self.prompts.load_state_dict(state["prompts"])
-        if self.is_first:
-            self.sink = self.enter_context(MetricSink(self.dir, config.run.tensorboard, first_step=self.step))
         self.sync = self._build_sync(device)
         if self.sync is not None:
             self.from_first(self.rollout.wait_ready if self.is_first else dict)
-        if self.sync is not None:
-            self.sync.push(version=self.step)  # also after a resume: the engine was started from model.path
+        self.push()  # also after a resume: the engine was started from model.path
+        self.from_first(lambda: self._open_run_dir(is_fresh=resume is None))
 
     def _build_left_half(self, resume: Path | None) -> None:
+        """Hold everything that the user gave against the program, cheapest first; the engine's log is the first thing written."""
         config = self.config
         teacher = config.algorithm.teacher
+        check_hf(config.model.path)
+        self.chat = Chat(config.model.path, enable_thinking=config.model.enable_thinking)
         rows = load_prompts(
             config.data.train,
             max_row_bytes=config.data.max_row_bytes,
@@ -87,17 +88,20 @@ class Run(contextlib.ExitStack):
         )
         self.prompts = PromptIterator(rows, config.rollout.num_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
         self.prompt_ids = self._encode(rows, config.data.train)
+        if config.algorithm.source == "dataset":
+            self._check_solutions(rows)
         self.eval_rows = []
         if config.data.eval is not None:
             self.eval_rows = load_prompts(config.data.eval, max_row_bytes=config.data.max_row_bytes)
             self.eval_rows = self.eval_rows[: config.evaluation.num_prompts or None]
             self.eval_ids = self._encode(self.eval_rows, config.data.eval)
-        if resume is None and self.dir.exists() and config.run.overwrite:
-            for name in ("rollouts", "checkpoints", "tensorboard", "hf", "metrics.jsonl", "summary.json"):
-                path = self.dir / name
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "config.yaml").write_text(to_yaml(config))
+        first = 0
+        if resume is not None:
+            state = checkpoint.read_state(resume, teacher_weights=teacher.weights if teacher else "live")
+            self.prompts.load_state_dict(state["prompts"])
+            first = state["step"]
+        if config.rollout.replay_dir is not None and config.algorithm.source == "rollout":
+            self._check_replay(first)
         if needs_engine(config):
             dtype = config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype
             self.rewards = self.enter_context(RewardPool(config.reward))
@@ -113,6 +117,16 @@ class Run(contextlib.ExitStack):
             )
             self.callback(self.rollout.close)  # entering it as a context would wait here until the engine is up
             self.rollout.launch()  # it starts while the actor is built
+
+    def _open_run_dir(self, *, is_fresh: bool) -> None:
+        """Written only now, when nothing can be refused any more: a run that never began leaves no trace, nor spoils an older one."""
+        if is_fresh and self.config.run.overwrite:
+            for name in ("rollouts", "checkpoints", "tensorboard", "hf", "metrics.jsonl", "summary.json"):
+                path = self.dir / name
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.sink = self.enter_context(MetricSink(self.dir, self.config.run.tensorboard, first_step=self.step))
+        (self.dir / "config.yaml").write_text(to_yaml(self.config))
 
     def _build_sync(self, device: torch.device) -> WeightSync | None:
         """Weights go to the engine on every rank's account; None when nothing samples."""
@@ -139,6 +153,43 @@ class Run(contextlib.ExitStack):
             encoded[row.id] = ids
         return encoded
 
+    def _check_solutions(self, rows: list[Prompt]) -> None:
+        """Solutions are responses to learn: they fit rollout.max_response_tokens and, read in context, the model."""
+        limit, longest, nll = self.config.rollout.max_response_tokens, model_length(self.config), self.config.algorithm.nll
+        for row in rows:
+            where, size = f"{self.config.data.train}: row {row.id!r}", len(self.chat.encode_response(row.solution))
+            if size > limit:
+                raise DataError(
+                    f"{where} has {size} solution tokens, more than rollout.max_response_tokens={limit}; raise it or drop the row"
+                )
+            if nll.context_fraction:
+                messages = with_solution(row.messages, row.solution, template=nll.template)
+                total = len(self.chat.encode_prompt(messages)) + size
+                if total > longest:
+                    raise DataError(
+                        f"{where}: with its solution in context (algorithm.nll.context_fraction) it takes {total} tokens, more than the "
+                        f"model's max_position_embeddings={longest}; drop the row"
+                    )
+
+    def _check_replay(self, first: int) -> None:
+        """Every step's file is there, and the first of them holds this run's prompts."""
+        directory = Path(self.config.rollout.replay_dir) / "rollouts"
+        for step in range(first, self.config.run.steps):
+            if not rollout_path(directory, step).is_file():
+                raise UserError(f"rollout.replay_dir: {rollout_path(directory, step)} is missing; lower run.steps={self.config.run.steps}")
+        position = self.prompts.state_dict()
+        self._replay(self.prompts.next(), first)
+        self.prompts.load_state_dict(position)
+
+    def _replay(self, prompts: list[Prompt], step: int) -> list[Group]:
+        path = rollout_path(Path(self.config.rollout.replay_dir) / "rollouts", step)
+        groups = load_groups(path)
+        if [g.prompt.id for g in groups] != [p.id for p in prompts]:
+            raise UserError(
+                f"rollout.replay_dir: {path} holds other prompts than step {step} of this run; replay with the same data.train and run.seed"
+            )
+        return groups
+
     def _resume_path(self) -> Path | None:
         resume = self.config.run.resume
         if resume == "auto":
@@ -147,7 +198,7 @@ class Run(contextlib.ExitStack):
         return None if resume == "none" else Path(resume)
 
     def from_first(self, work: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor]:
-        """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other ranks leave in silence with it."""
+        """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other ranks leave in silence after it."""
         tensors, failure = {}, None
         if self.is_first:
             try:
@@ -158,8 +209,19 @@ class Run(contextlib.ExitStack):
         if failure is not None:
             raise failure
         if found.pop("failed"):
-            raise SystemExit(1)
+            _leave_after_first()
         return found
+
+    def push(self) -> dict[str, float]:
+        """The actor's weights into the engine as version `step`; metrics on rank 0. Does nothing where nothing samples."""
+        if self.sync is None:
+            return {}
+        try:
+            return self.sync.push(version=self.step)
+        except SyncError:
+            if not self.is_first:
+                _leave_after_first()
+            raise
 
     # ---- what the loop calls ----
 
@@ -175,7 +237,7 @@ class Run(contextlib.ExitStack):
 
         def build() -> dict[str, Tensor]:
             groups, figures = self._groups(step)
-            batch, more = build_batch(groups, self.config.algorithm, self.chat, max_length=self._max_length())
+            batch, more = build_batch(groups, self.config.algorithm, self.chat, max_length=model_length(self.config))
             metrics.update(figures | {f"train/{name}": value for name, value in more.items()})
             return batch.to_tensors()
 
@@ -189,10 +251,7 @@ class Run(contextlib.ExitStack):
             with_context = [choice.random() < nll.context_fraction for _ in prompts]
             return dataset_groups(prompts, config.algorithm, self.chat, with_context), {}
         if config.rollout.replay_dir is not None:
-            path = rollout_path(Path(config.rollout.replay_dir) / "rollouts", step)
-            groups = load_groups(path)
-            if [g.prompt.id for g in groups] != [p.id for p in prompts]:
-                raise UserError(f"{path}: holds other prompts than step {step} of this run; replay with the same data.train and run.seed")
+            groups = self._replay(prompts, step)
             return groups, group_metrics(groups)
         with self.timed("rollout"):
             groups = self.sample(prompts, [self.prompt_ids[p.id] for p in prompts], step, config.rollout.num_samples)
@@ -249,15 +308,24 @@ class Run(contextlib.ExitStack):
         os.replace(writing, self.dir / "summary.json")
         return result
 
-    def _max_length(self) -> int:
-        return int(self.actor.hf_config["max_position_embeddings"])
-
     def open_report(self) -> Report | None:
         if not self.is_first:
             return None
         report = Report(self.config.run.steps, self.step)
         self.callback(report.close)
         return report
+
+
+def model_length(config: Config) -> int:
+    """Tokens of the longest sequence that the model can take."""
+    return int(read_hf_config(config.model.path)["max_position_embeddings"])
+
+
+def _leave_after_first() -> NoReturn:
+    """End a rank other than 0 after a failure that rank 0 reports. torchrun ends every rank when the first has gone, and rank 0 must not be
+    ended before it has said why and closed its engine."""
+    time.sleep(LEAVE_SECONDS)
+    raise SystemExit(1)
 
 
 def group_metrics(groups: list[Group]) -> dict[str, float]:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasd.config import SyncConfig
+from megasd.types import UserError
 from megasd.weights.convert import expected_tensors, read_hf_config, write_weights
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -30,6 +31,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 class SyncError(RuntimeError):
     """The engine does not hold the actor's weights."""
+
+
+class ProbeError(SyncError, UserError):
+    """Engine and actor compute different numbers. Most often two settings that do not go together; the message names them."""
 
 
 class Exporter(Protocol):
@@ -105,7 +110,7 @@ class WeightSync:
             if self.is_first:
                 metrics["sync/probe_max_diff"] = difference = max_difference(actor_logps, engine_logps)
                 if not difference <= self.config.tolerance:
-                    failure = SyncError(
+                    failure = ProbeError(
                         f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe, more than "
                         f"sync.tolerance={self.config.tolerance:g}; check that rollout.engine.dtype is actor.dtype (bfloat16 needs about "
                         "5e-2) and that the engine was started from model.path"

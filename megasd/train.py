@@ -32,7 +32,7 @@ def main(config: Config) -> None:
                 learned = run.actor.train_step(share, teacher)
             run.step = step + 1
             with run.timed("sync"):
-                pushed = run.sync.push(version=run.step) if run.sync is not None else {}
+                pushed = run.push()
             if _due(config.checkpoint.every, run.step) and run.step < config.run.steps:
                 run.save()
             held_out = run.evaluate(run.step) if _due(config.evaluation.every, run.step) and run.step < config.run.steps else None

@@ -222,7 +222,7 @@ def _read_json(path: Path, key: str) -> dict[str, Any]:
 def _check_data(config: Config) -> None:
     for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if path is not None and not Path(path).is_file():
-            raise ConfigError(f"{key}={path}: no such file; give a JSONL file")
+            raise ConfigError(f"{key}={path}: {'not a regular' if Path(path).exists() else 'no such'} file; give a JSONL file")
     replay = config.rollout.replay_dir
     if replay is not None and not (Path(replay) / "rollouts").is_dir():
         raise ConfigError(f"rollout.replay_dir={replay}: holds no rollouts/; give the run.dir of a finished run")

@@ -25,6 +25,7 @@ from megasd.actor.parallel import Mesh
 from megasd.actor.teacher import TeacherWeights
 from megasd.types import UserError
 
+MEGATRON_FILES = (".metadata", "metadata.json", "common.pt")
 STATE_FILE = "megasd.json"  # what the left half needs: step, data position, layout
 
 
@@ -77,9 +78,7 @@ def load(
     The RNG state is restored when the layout is the same. UserError when the checkpoint lacks the teacher that the
     algorithm reads. Collectives: Megatron's load over all ranks.
     """
-    state = read_state(path)
-    if _has_shadow(teacher) and not state["teacher"]:
-        raise UserError(f"{path}: the checkpoint has no teacher weights, but algorithm.teacher.weights={teacher.config.weights} needs them")
+    state = read_state(path, teacher_weights=teacher.config.weights if teacher is not None else "live")
     same_layout = state["layout"] == _layout(mesh)
     sharded = _sharded_state(model, optimizer, teacher, mesh, is_loading=True)
     if not same_layout:
@@ -102,11 +101,21 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def read_state(path: Path) -> dict:
-    """The JSON state of a checkpoint; UserError when `path` is not a whole checkpoint."""
-    if not (path / STATE_FILE).is_file():
-        raise UserError(f"{path}: not a whole checkpoint (no {STATE_FILE}); give a directory like runs/x/checkpoints/step-100")
-    return json.loads((path / STATE_FILE).read_text())
+def read_state(path: Path, *, teacher_weights: str) -> dict:
+    """The JSON state of a checkpoint. UserError when `path` is not a whole one, or lacks the teacher that `teacher_weights` needs."""
+    for name in (STATE_FILE, *MEGATRON_FILES):
+        if not (path / name).is_file():
+            raise UserError(f"run.resume: {path} is not a whole checkpoint (no {name}); give a directory like runs/x/checkpoints/step-100")
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+    except ValueError as error:
+        raise UserError(f"run.resume: {path / STATE_FILE} is damaged ({error}); resume from another checkpoint") from error
+    if teacher_weights != "live" and not state["teacher"]:
+        raise UserError(
+            f"run.resume: {path} holds no teacher, and algorithm.teacher.weights={teacher_weights} needs one; set it to live, or resume "
+            "from a checkpoint of a run that had one"
+        )
+    return state
 
 
 def _layout(mesh: Mesh) -> list[int]:

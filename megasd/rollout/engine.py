@@ -51,6 +51,10 @@ class EngineError(RuntimeError):
     """An engine that did not do what it was asked, and would not if asked again."""
 
 
+class StartError(EngineError, UserError):
+    """An engine that does not start; its log says why, most often about rollout.engine's settings or the machine's memory."""
+
+
 class Refused(EngineError):
     """HTTP 4xx: asking again would be refused again."""
 
@@ -244,7 +248,10 @@ class Engine:
             raise Refused(f"{self.url}{path} answered {response.status}: {_message(text)}")
         if response.status >= 300:
             raise Unreachable(f"{self.url}{path} answered {response.status}: {_message(text)}")
-        return json.loads(text) if text else None
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            raise Refused(f"{self.url}{path} answered {_message(text)!r}, which is no JSON; is it an SGLang server?") from error
 
     async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """POST /generate for a batch of `input_ids`; one output each, in order. Unreachable when the engine makes no progress."""
@@ -277,20 +284,20 @@ class Engine:
     # ---- life ----------------------------------------------------------------------------------------------------------------------
 
     async def wait_ready(self) -> None:
-        """Until the engine has generated a token (at most start_timeout). EngineError with the log's last error; UserError for a URL."""
+        """Until the engine has generated a token (at most start_timeout). StartError with the log's last error; UserError for a URL."""
         if not self.owned:
             return await self._check_url()
         deadline = time.monotonic() + self.config.start_timeout
         body = {"input_ids": [[0]], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
         while True:
             if self.exit_code() is not None:
-                raise EngineError(
+                raise StartError(
                     f"the engine exited with status {self.exit_code()} while starting: {self.last_error()} (log: {self.log_path})"
                 )
             if time.monotonic() > deadline:
                 self.kill()
                 limit = f"rollout.engine.start_timeout={self.config.start_timeout:g} s"
-                raise EngineError(f"the engine gave no token within {limit}: {self.last_error()} (log: {self.log_path})")
+                raise StartError(f"the engine gave no token within {limit}: {self.last_error()} (log: {self.log_path})")
             try:
                 await self.request("POST", "/generate", body, timeout=max(deadline - time.monotonic(), 1.0))
                 break

@@ -88,7 +88,10 @@ class Rollout:
     # ---- life ----------------------------------------------------------------------------------------------------------------------
 
     def launch(self) -> None:
-        """Start the engine's process and return at once, to overlap its start with other work; `wait_ready` must follow."""
+        """Start the engine's process and return at once, to overlap its start with other work; `wait_ready` must follow.
+
+        URLs are asked here already: UserError for one that no SGLang server of this model answers at.
+        """
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
@@ -97,7 +100,10 @@ class Rollout:
 
         async def launch() -> None:  # in the loop's thread: an engine dies with the thread that started it
             for engine in self.engines:
-                engine.launch()
+                if engine.owned:
+                    engine.launch()
+                else:
+                    await engine.wait_ready()  # a URL that does not answer is told before a model is built
 
         try:
             self._call(launch())
@@ -106,7 +112,7 @@ class Rollout:
             raise
 
     def wait_ready(self) -> None:
-        """Until every engine answers. EngineError with the log's last error, UserError for a URL."""
+        """Until every engine answers. StartError with the log's last error, UserError for a URL."""
         try:
             self._call(self._wait_ready())
         except BaseException:

@@ -30,9 +30,9 @@ from torch.distributed import ProcessGroup
 from megasd.types import UserError
 from megasd.weights import mapping
 from megasd.weights.mapping import Layout, Shape
-from megasd.weights.qwen3 import Names, Rule, canonical_name, check_supported, expected_tensors
+from megasd.weights.qwen3 import Names, Rule, canonical_name, check_supported, config_from_hf, expected_tensors
 
-__all__ = ["expected_tensors", "export_hf", "load_hf", "read_hf_config", "save_hf", "write_weights"]
+__all__ = ["check_hf", "expected_tensors", "export_hf", "load_hf", "read_hf_config", "save_hf", "write_weights"]
 
 BUCKET_BYTES = 256 << 20  # of one rank's data in one message
 SHARD_BYTES = 4 << 30  # of one safetensors file of save_hf
@@ -119,6 +119,21 @@ def _check_names(names: Iterable[str], hf: Mapping[str, Any], where: Path) -> No
         raise UserError(
             f"{where}: tensor {unknown[0]} (and {len(unknown) - 1} more) belongs to no part of this model; is config.json its own?"
         )
+
+
+def check_hf(hf_dir: str | os.PathLike[str]) -> None:
+    """Raise UserError for whatever `load_hf` would refuse in any layout: config.json, and every tensor's name, shape and dtype.
+
+    Reads headers only. One rank does it before the others build a model that they cannot load.
+    """
+    hf_dir = Path(hf_dir)
+    hf = read_hf_config(hf_dir)
+    config_from_hf(hf)
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint(hf_dir, stack)
+        _check_names(checkpoint.file_of, hf, hf_dir)
+        for name, shape in expected_tensors(hf).items():
+            checkpoint.slice(name, shape)
 
 
 def _check_whole_layers(params: Mapping[str, Tensor], names: Names, num_local_experts: int) -> None:
