@@ -171,7 +171,7 @@ class OptimizerConfig:
 @dataclass
 class SyncConfig:
     verify_every: int = 1  # pushes between log-prob probes of the engine; 0 = never
-    tolerance: float = 1e-3  # largest |log-prob actor - log-prob engine| of a probe (nats); 5e-2 suits bfloat16
+    tolerance: Optional[float] = None  # largest |log-prob actor - log-prob engine| of a probe (nats); null = 1e-3 in float32, else 0.1
 
 
 @dataclass
@@ -482,7 +482,7 @@ def _suggest(name: Any, prefix: str, types: Mapping[str, Any]) -> str:
     near = [prefix + match for match in difflib.get_close_matches(name, types, n=1)]
     everywhere = list(_all_keys(Config))
     near = near or [key for key in everywhere if key.rpartition(".")[2] == name.rpartition(".")[2]][:3]
-    near = near or difflib.get_close_matches(prefix + name, everywhere, n=1)
+    near = near or difflib.get_close_matches(prefix + name, everywhere, n=1, cutoff=0.8)
     nested = "; nest it under its section in a file" if "." in name else ""
     if near:
         return f"; did you mean {' or '.join(near)}?{nested}"

@@ -57,7 +57,7 @@ class Run(contextlib.ExitStack):
 
     def _build(self, config: Config) -> None:
         self.config, self.started, self.dir = config, time.perf_counter(), Path(config.run.dir)
-        self.step, self.before = 0, None
+        self.step, self.before, self.pushed = 0, None, None
         self.timings: Counter[str] = Counter()
         self.chat = self.prompts = self.rewards = self.rollout = self.sink = self.report = None
         device = init_distributed()
@@ -135,7 +135,8 @@ class Run(contextlib.ExitStack):
         probe = self.from_first(lambda: {"probe": torch.tensor(next(iter(self.prompt_ids.values()))[:PROBE_TOKENS])})["probe"].tolist()
         return self.enter_context(
             WeightSync(
-                self.actor, self.rollout, self.config.sync, self.dir, model_path=self.config.model.path, probes=[probe], device=device,
+                self.actor, self.rollout, self.config.sync, self.dir,
+                model_path=self.config.model.path, probes=[probe], device=device,
                 local_engine=not self.config.rollout.engine.urls,
             )
         )  # fmt: skip
@@ -212,10 +213,16 @@ class Run(contextlib.ExitStack):
             _leave_after_first()
         return found
 
+    @property
+    def samples(self) -> bool:
+        """Whether training itself reads the engine; else only an evaluation does, and pushes when it is due."""
+        return self.config.algorithm.source == "rollout" and self.config.rollout.replay_dir is None
+
     def push(self) -> dict[str, float]:
-        """The actor's weights into the engine as version `step`; metrics on rank 0. Does nothing where nothing samples."""
-        if self.sync is None:
+        """The actor's weights into the engine as version `step`; metrics on rank 0. Nothing to do where nothing samples, or twice."""
+        if self.sync is None or self.pushed == self.step:
             return {}
+        self.pushed = self.step
         try:
             return self.sync.push(version=self.step)
         except SyncError:
@@ -273,6 +280,7 @@ class Run(contextlib.ExitStack):
         """Held-out figures on rank 0, None elsewhere or without data.eval; samples are kept in rollouts/eval-step-*.jsonl."""
         result: dict[str, float] = {}
         if self.config.data.eval is not None:
+            self.push()
             self.from_first(lambda: result.update(self._evaluate(step)))
         return result or None
 
@@ -294,7 +302,7 @@ class Run(contextlib.ExitStack):
 
     def summary(self, after: dict[str, float] | None, steps: int) -> dict:
         """runs/<name>/summary.json: written when the run ends."""
-        keep = ("mean_at_k", "maj_at_k")
+        keep = ("mean_at_k", "maj_at_k", "unscored_samples")
         pick = lambda figures: None if figures is None else {k: figures[k] for k in keep}  # noqa: E731
         result = {
             "before": pick(self.before),

@@ -32,7 +32,7 @@ def main(config: Config) -> None:
                 learned = run.actor.train_step(share, teacher)
             run.step = step + 1
             with run.timed("sync"):
-                pushed = run.push()
+                pushed = run.push() if run.samples else {}
             if _due(config.checkpoint.every, run.step) and run.step < config.run.steps:
                 run.save()
             held_out = run.evaluate(run.step) if _due(config.evaluation.every, run.step) and run.step < config.run.steps else None
@@ -63,7 +63,7 @@ def log(run: Run, step: int, metrics: dict[str, float], held_out: dict[str, floa
 def finish(run: Run, first: int) -> None:
     """Last checkpoint, final evaluation, Hugging Face export, summary and table."""
     config = run.config
-    if config.checkpoint.save_at_end and run.step > first:
+    if (config.checkpoint.save_at_end or _due(config.checkpoint.every, run.step)) and run.step > first:
         run.save()
     after = run.evaluate(run.step)
     tensors = run.actor.export_hf() if config.run.export else None

@@ -85,6 +85,12 @@ def _check_algorithm(config: Config) -> None:
             )
     elif algorithm.nll and algorithm.nll.context_fraction:
         raise ConfigError("algorithm.nll.context_fraction: needs the rows' solutions; set it to 0 or algorithm.source=dataset")
+    rollout = config.rollout
+    if algorithm.source == "rollout" and algorithm.tis_clip is not None and (rollout.top_p < 1 or rollout.top_k > 0):
+        raise ConfigError(
+            "algorithm.tis_clip: the engine's log-probs are those before top-p and top-k, so the ratio to what was sampled is unknown; "
+            "set it to null, or rollout.top_p=1 and rollout.top_k=-1"
+        )
     optimizer, steps = config.optimizer, config.run.steps
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={optimizer.min_lr}: exceeds optimizer.lr={optimizer.lr}; lower it")

@@ -81,7 +81,6 @@ class Actor:
         )
         self.ddp = build.wrap_data_parallel(self.model, self.model_config, config.actor)
         self.optimizer, self.scheduler = build.build_optimizer(self.ddp, config.optimizer, config.actor, config.run.steps)
-        self.optimizer.reload_model_params()
         teacher = self.algorithm.teacher
         self.teacher = TeacherWeights(self.model, teacher) if teacher is not None and self.algorithm.distill is not None else None
         # World rank that reports: first rank of the last pipeline stage (Megatron's order is tp-cp-ep-dp-pp, pp outermost).
@@ -204,7 +203,8 @@ class Actor:
             {term: weight[index].to(device) * valid for term, weight in share.weights.items()},
             valid,
             self.algorithm,
-            temperature=self.config.rollout.temperature,
+            # The rows of a dataset were not sampled at any temperature.
+            temperature=self.config.rollout.temperature if self.algorithm.source == "rollout" else 1.0,
             vocab_size=self.vocab_size,
             tp_group=self.mesh.tp_group,
         )

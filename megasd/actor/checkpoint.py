@@ -58,6 +58,9 @@ def save(
         if final.exists():
             shutil.rmtree(final)
         writing.rename(final)
+        for other in list_checkpoints(directory):
+            if _step_of(other) > step:  # of a branch that a resume from an older checkpoint left behind
+                shutil.rmtree(other)
         for old in list_checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -98,7 +101,7 @@ def load(
 def list_checkpoints(directory: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = [p for p in directory.glob("step-*") if (p / STATE_FILE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
 
 
 def read_state(path: Path, *, teacher_weights: str) -> dict:
@@ -116,6 +119,10 @@ def read_state(path: Path, *, teacher_weights: str) -> dict:
             "from a checkpoint of a run that had one"
         )
     return state
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _layout(mesh: Mesh) -> list[int]:

@@ -50,6 +50,8 @@ def run_microbatches(
                 qkv_format="thd",
                 cu_seqlens_q=microbatch.cu_seqlens,
                 cu_seqlens_kv=microbatch.cu_seqlens,
+                cu_seqlens_q_padded=microbatch.cu_seqlens,  # the lengths are the padded ones already
+                cu_seqlens_kv_padded=microbatch.cu_seqlens,
                 max_seqlen_q=microbatch.max_seqlen,
                 max_seqlen_kv=microbatch.max_seqlen,
             )

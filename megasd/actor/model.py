@@ -154,7 +154,9 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=True,
+        # The config is the truth after a resume: a raised run.steps or another rate must act.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
 

@@ -50,29 +50,22 @@ class Mesh:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    @property
-    def sequence_multiple(self) -> int:
-        """What a sequence is padded to under context parallelism alone: 2 chunks a rank (Megatron's zig-zag)."""
-        return 2 * self.cp_size if self.cp_size > 1 else 1
 
-
-def init_distributed(timeout_minutes: int = 60) -> torch.device:
+def init_distributed(timeout_minutes: int = 24 * 60) -> torch.device:
     """Join the torchrun process group (alone if not under torchrun) and pick this rank's device.
 
-    GPU machines get NCCL for CUDA tensors beside gloo for CPU tensors. Ranks wait for rank 0's rollouts inside a
-    collective, hence the long timeout. Collectives: the rendezvous.
+    GPU machines get NCCL for CUDA tensors beside gloo for CPU tensors. Ranks wait for rank 0's whole rollout inside a
+    collective, hence the long timeout; a rank that dies closes its sockets and is noticed at once. Collectives: the rendezvous.
     """
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
     cpu.install()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        # Alone, no port is opened: torch's TCPStore would listen on all interfaces.
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), **alone)
     return device
 
 

@@ -27,9 +27,8 @@ class TeacherWeights:
     def update(self) -> None:
         """After an optimizer step; frozen and live teachers do not move."""
         if self.config.weights == "ema":
-            names, shadows = zip(*self.shadow.items(), strict=True)
-            students = [p.detach().float() for p in (dict(self.model.named_parameters())[name] for name in names)]
-            torch._foreach_lerp_(list(shadows), students, self.config.ema_rate)
+            for name, p in self.model.named_parameters():
+                self.shadow[name].lerp_(p.detach().float(), self.config.ema_rate)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -7,7 +7,7 @@
     engine.kill()                                     # the whole process tree; also when the trainer is killed
 
 An engine is dead when its process has exited, when it refuses connections repeatedly, or when requests wait in it and none has finished
-for `progress_timeout` seconds: SGLang's own /health goes on answering for a while in each of these cases.
+nor grown by a token for `progress_timeout` seconds: SGLang's own /health goes on answering for a while in each of these cases.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ if os.getppid() == int(sys.argv[1]):
 # What torchrun tells its ranks; torch.distributed inside the engine must not read it as its own (it would wait for the trainer's store).
 TORCHRUN_VARIABLES = re.compile(r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_|MASTER_)|(RANK|WORLD_SIZE|OMP_NUM_THREADS)$")
 KEEP_ALIVE = 2.0  # seconds; SGLang closes an idle connection after 5, and a request that meets the closing is lost
+LOAD_TIMEOUT = 1800.0  # seconds an engine may take to read a pushed directory; a silent one must not hold all ranks for ever
 PROBES = 4  # connections refused in a row that make an engine dead
 
 
@@ -133,6 +134,7 @@ class Engine:
         self.max_tokens: int | None = None  # prompt + response tokens that a request may have
         self.in_flight = 0  # generate requests
         self.hung = False
+        self._load: list | None = None  # the scheduler's load when it was last asked
         self._last_progress = 0.0
         self._log_start = 0
         self.lock = asyncio.Lock()  # one caller revives
@@ -169,9 +171,13 @@ class Engine:
         """Start the process and return at once (nothing to do for a URL). UserError if the port is taken, before any model is loaded."""
         if not self.owned:
             return
+        given = {arg.split("=")[0] for arg in self.config.extra_args}
         for flag in ("--api-key", "--admin-api-key"):
-            if any(arg.split("=")[0] == flag for arg in self.config.extra_args):
+            if flag in given:
                 raise UserError(f"rollout.engine.extra_args: {flag} would show in process lists and logs; a started engine needs none")
+        for flag in ("--host", "--port", "--model-path", "--weight-version", "--trust-remote-code"):
+            if flag in given:
+                raise UserError(f"rollout.engine.extra_args: {flag} is not to be given here; the run sets it, or refuses it for safety")
         self.url = f"http://{self.config.host}:{self._choose_port()}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
@@ -268,11 +274,24 @@ class Engine:
                     self._last_progress = time.monotonic()
                     return outputs
                 if time.monotonic() >= self._last_progress + self.config.progress_timeout:
+                    if await self._generating():  # long answers: none is finished, and all grow
+                        self._last_progress = time.monotonic()
+                        continue
                     self.hung = True
-                    raise Unreachable(f"{self.url}: no request finished for {self.config.progress_timeout:g} s")
+                    raise Unreachable(f"{self.url}: no token in {self.config.progress_timeout:g} s")
         finally:
             self.in_flight -= 1
             task.cancel()
+
+    async def _generating(self) -> bool:
+        """Whether the scheduler's load (requests and tokens held) has moved since this was last asked; the first answer counts as moved."""
+        try:
+            answer = await self.request("GET", "/v1/loads", timeout=10)
+        except (Unreachable, Refused):
+            return False
+        names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
+        before, self._load = self._load, [[load.get(name) for name in names] for load in answer["loads"]]
+        return self._load != before
 
     async def close(self) -> None:
         """Close the connections and kill an owned engine."""
@@ -310,7 +329,9 @@ class Engine:
         try:
             info = await self.request("GET", "/model_info", timeout=10)
         except (Unreachable, Refused) as error:
-            raise UserError(f"rollout.engine.urls: no SGLang server answers there ({error})") from error
+            raise UserError(
+                f"rollout.engine.urls: no SGLang server answers there ({error}); start it first, or leave the list empty"
+            ) from error
         wanted = json.loads((Path(self.model_path) / "config.json").read_text()).get("architectures")
         if not isinstance(info, dict) or "weight_version" not in info:
             raise UserError(f"rollout.engine.urls: {self.url}/model_info is not that of an SGLang 0.5.23 server")
@@ -330,7 +351,7 @@ class Engine:
     async def why_dead(self) -> str | None:
         """Why the engine counts as dead, None if it lives. Takes some seconds to be sure of a refused connection."""
         if self.hung:
-            return f"no request finished for {self.config.progress_timeout:g} s"
+            return f"no token in {self.config.progress_timeout:g} s"
         reason = ""
         for attempt in range(PROBES):
             if self.exit_code() is not None:
@@ -356,7 +377,7 @@ class Engine:
             "abort_all_requests": True,  # whatever still runs belongs to a request that was given up
         }
         try:
-            answer = await self.request("POST", "/update_weights_from_disk", body)
+            answer = await self.request("POST", "/update_weights_from_disk", body, timeout=LOAD_TIMEOUT)
         except Refused as error:
             raise EngineError(f"the engine did not load {directory}: {error}") from error
         if not answer.get("success"):

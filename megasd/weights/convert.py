@@ -101,7 +101,9 @@ class _Checkpoint:
         except SafetensorError as error:
             raise UserError(f"{path}: no tensor {name}, though the index says so; fetch it again") from error
         if tuple(found.get_shape()) != tuple(shape):
-            raise UserError(f"{path}: {name} has shape {tuple(found.get_shape())}, config.json asks for {tuple(shape)}")
+            raise UserError(
+                f"{path}: {name} has shape {tuple(found.get_shape())}, config.json asks for {tuple(shape)}; is config.json its own?"
+            )
         if found.get_dtype() not in _FILE_DTYPES:
             raise UserError(f"{path}: {name} is {found.get_dtype()}; take the float checkpoint (bfloat16, float16 or float32)")
         return found
@@ -111,7 +113,7 @@ def _check_names(names: Iterable[str], hf: Mapping[str, Any], where: Path) -> No
     expected, found = expected_tensors(hf), set(names)
     for name in expected:
         if name not in found:
-            raise UserError(f"{where}: tensor {name} is missing; config.json asks for it")
+            raise UserError(f"{where}: tensor {name} is missing, which config.json asks for; fetch the directory again")
     if hf.get("tie_word_embeddings"):
         found.discard("lm_head.weight")  # some tied checkpoints carry a copy of the embedding
     unknown = sorted(found - expected.keys())
@@ -128,7 +130,10 @@ def check_hf(hf_dir: str | os.PathLike[str]) -> None:
     """
     hf_dir = Path(hf_dir)
     hf = read_hf_config(hf_dir)
-    config_from_hf(hf)
+    try:
+        config_from_hf(hf)
+    except UserError as error:  # which begins with "config.json" and cannot know where it lies
+        raise UserError(f"{hf_dir}/{error}") from error
     with ExitStack() as stack:
         checkpoint = _Checkpoint(hf_dir, stack)
         _check_names(checkpoint.file_of, hf, hf_dir)

@@ -288,7 +288,7 @@ def test_a_frozen_url_is_named(rollout: Rollout, other: Path, tmp_path: Path) ->
         strike.start()
         try:
             with pytest.raises(
-                UserError, match=f"rollout.engine.urls: no engine is left.*{guest.engines[0].url}.*no request finished for 2 s"
+                UserError, match=f"rollout.engine.urls: no engine is left.*{guest.engines[0].url}.*no token in 2 s"
             ):
                 ask(guest, 8, 8, 300)
         finally:
