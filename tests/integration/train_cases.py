@@ -10,5 +10,6 @@ import sys
 
 from megasd import cli
 
-for arguments in json.loads(sys.argv[1]):
-    assert cli.main(["train", *arguments]) == 0, arguments
+if __name__ == "__main__":  # Megatron's checkpoint writer is spawned, and imports this file again
+    for arguments in json.loads(sys.argv[1]):
+        assert cli.main(["train", *arguments]) == 0, arguments
