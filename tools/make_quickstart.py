@@ -5,9 +5,10 @@
 OUT/model        Hugging Face directory: a random Qwen3 (3 layers, hidden 128, 0.5 M parameters, float32) and a character tokenizer
                  (printable ASCII and newline, 102 tokens; the model's vocabulary is padded to 128, so padding is real)
 OUT/warmup.jsonl, train.jsonl, eval.jsonl
-                 rows {"id", "prompt", "answer", "solution"}: "347+586=" -> "933"; one to three digits a number; no sum is in two files
+                 rows {"id", "prompt", "answer", "solution"}: "47+86=" -> "133"; one or two digits a number; no sum is in two files.
+                 Four in ten solutions of warmup.jsonl have a wrong digit
 
-The same seed writes the same bytes. A turn costs two tokens beside its text: <|user|>347+586=<|im_end|><|assistant|>933<|im_end|>.
+The same seed writes the same bytes. A turn costs two tokens beside its text: <|user|>47+86=<|im_end|><|assistant|>133<|im_end|>.
 """
 
 from __future__ import annotations
@@ -25,14 +26,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SPLITS = ("warmup", "train", "eval")
+NOISE = 0.4  # share of warm-up rows whose solution has one wrong digit: the warmed model knows more than it says, as pretrained ones do
 # (digits of one number, of the other) -> rows of each split: graded difficulty; 1+1 digits has only 55 sums, 1+2 has 900
 NUM_ROWS = {
     (1, 1): (22, 22, 11),
-    (1, 2): (400, 400, 45),
-    (1, 3): (1500, 1500, 40),
-    (2, 2): (1700, 2200, 80),
-    (2, 3): (1500, 1400, 40),
-    (3, 3): (1500, 1000, 40),
+    (1, 2): (420, 400, 75),
+    (2, 2): (1900, 1900, 170),
 }
 
 
@@ -54,11 +53,20 @@ def make_rows(seed: int) -> dict[str, list[dict[str, str]]]:
     rows = {}
     for name in SPLITS:
         rng.shuffle(pairs[name])
-        rows[name] = [
-            {"id": f"{name}-{i}", "prompt": f"{a}+{b}=", "answer": str(a + b), "solution": str(a + b)}
-            for i, (a, b) in enumerate(pairs[name])
-        ]
+        rows[name] = []
+        for i, (a, b) in enumerate(pairs[name]):
+            answer = str(a + b)
+            noisy = name == "warmup" and rng.random() < NOISE
+            solution = with_a_wrong_digit(answer, rng) if noisy else answer
+            rows[name].append({"id": f"{name}-{i}", "prompt": f"{a}+{b}=", "answer": answer, "solution": solution})
     return rows
+
+
+def with_a_wrong_digit(answer: str, rng: random.Random) -> str:
+    """One digit replaced by another; the first does not become 0."""
+    place = rng.randrange(len(answer))
+    digits = [d for d in "0123456789" if d != answer[place] and (d != "0" or place)]
+    return answer[:place] + rng.choice(digits) + answer[place + 1 :]
 
 
 def write_tokenizer(directory: Path) -> None:
