@@ -1,6 +1,6 @@
 """One golden run (tiny Qwen3, 4 SC-SDPO steps on a fixed batch) under every layout; run by test_golden.py under torchrun.
 
-    golden_cases.py MODEL_DIR MOE_DIR TRACE.json
+    golden_cases.py MODEL_DIR MOE_DIR TIED_DIR TRACE.json
 
 One rank writes the trace, other world sizes compare with it. The first step is also compared with a float64 twin made of
 transformers' model and ops/reference.py, which shares no code with the actor.
@@ -60,6 +60,11 @@ MOE_CASES: dict[int, dict[str, dict]] = {
     2: {"moe ep2": {EP: 2}, "moe tp2 sp": {TP: 2, **SP}},
     4: {"moe tp2 ep2 sp": {TP: 2, EP: 2, **SP}},
 }
+
+
+TIED_CASES: dict[int, dict[str, dict]] = {1: {}, 2: {"tied tp2": {TP: 2}, "tied pp2": {PP: 2}}, 4: {"tied tp2 pp2": {TP: 2, PP: 2}}}
+BF16 = {"dtype": "bfloat16"}  # parameters; main parameters, gradients and the EMA teacher are fp32
+BF16_CASES: dict[int, dict[str, dict]] = {1: {}, 2: {"bf16 tp2 sp": {TP: 2, **SP}, "bf16 pp2": {PP: 2}, "bf16 dp2": {}}, 4: {}}
 
 
 def make_config(model: str, actor: dict, **algorithm: object) -> Config:
@@ -175,7 +180,7 @@ def lone_question(batch: Batch) -> Batch:
 
 
 def main() -> None:
-    model_dir, moe_dir, trace_file = sys.argv[1:4]
+    model_dir, moe_dir, tied_dir, trace_file = sys.argv[1:5]
     device = init_distributed()
     world, rank, batch = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), make_batch()
     golden = json.loads(Path(trace_file).read_text()) if world > 1 else {}
@@ -184,6 +189,10 @@ def main() -> None:
         golden["dense"] = run(config, device, batch)
         check("float64 twin", golden["dense"][:1], [twin(model_dir, batch, config)])
         golden["moe"] = run(make_config(moe_dir, {}), device, batch)
+        golden["tied"] = run(make_config(tied_dir, {}), device, batch)
+        check("tied float64 twin", golden["tied"][:1], [twin(tied_dir, batch, config)])
+        golden["bf16"] = run(make_config(model_dir, BF16), device, batch)
+        check("bf16 near fp32", golden["bf16"][:1], golden["dense"][:1], tolerance=5e-2)
         golden["lone"] = run(make_config(model_dir, {}), device, lone_question(batch))
         golden["token_mean"] = run(make_config(model_dir, {}, aggregation="token_mean"), device, batch)
         golden["full"] = run(make_config(model_dir, {}, distill=DistillTerm(support="full", beta=0.0)), device, batch)
@@ -192,6 +201,10 @@ def main() -> None:
         check(name, run(make_config(model_dir, actor), device, batch), golden["dense"])
     for name, actor in MOE_CASES[world].items():
         check(name, run(make_config(moe_dir, actor), device, batch), golden["moe"])
+    for name, actor in TIED_CASES[world].items():
+        check(name, run(make_config(tied_dir, actor), device, batch), golden["tied"])
+    for name, actor in BF16_CASES[world].items():
+        check(name, run(make_config(model_dir, actor | BF16), device, batch, steps=2), golden["bf16"][:2], tolerance=5e-2)
     layout = {1: {}, 2: {}, 4: {TP: 2}}[world]
     check("lone question", run(make_config(model_dir, layout), device, lone_question(batch)), golden["lone"])
     check("token mean", run(make_config(model_dir, layout, aggregation="token_mean"), device, batch), golden["token_mean"])
