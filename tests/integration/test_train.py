@@ -30,9 +30,9 @@ from tests.launch import ROOT, torchrun
 from tools import make_quickstart
 
 P, G, STEPS = 8, 8, 4
-LONG = 160  # response tokens: a rollout lasts some seconds
-WARM_STEPS = 45
-TEMPLATE = 'algorithm.teacher.template="{prompt}({solution})"'
+LONG = 120  # response tokens: a rollout lasts some seconds
+WARM_STEPS = 35
+TEMPLATE = "algorithm.teacher.template={prompt}({solution})"
 
 
 def megasd(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
@@ -70,11 +70,12 @@ def write_rows(path: Path, numbers: range) -> None:
 
 
 def teach_to_toss(model: torch.nn.Module, chat: Chat, prompts: list[Prompt]) -> None:
-    """A model that answers right, wrong, or endlessly, a third of the time each: every question is informative, and rollouts last."""
+    """A model that answers right, wrong, or endlessly: most questions are informative, and rollouts last."""
     sequences, lens = [], []
     for prompt in prompts:
         start = chat.encode_prompt(prompt.messages)
-        for answer in (chat.encode_response(prompt.answer), chat.encode_response("x"), chat.encode_response("~" * 20)[:-1]):
+        right, wrong, endless = chat.encode_response(prompt.answer), chat.encode_response("x"), chat.encode_response("~" * 12)[:-1]
+        for answer in (right, right, wrong, endless):
             sequences.append(torch.tensor(start + answer))
             lens.append(len(start))
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
@@ -121,7 +122,6 @@ class Job:
     """A finished run of 4 steps, whose engine was killed in the rollout of step 1 (the second)."""
 
     run: Path
-    arguments: list[str]
     output: str
     killed: int  # processes of the engine
 
@@ -158,7 +158,8 @@ def job(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
         assert not rollout_path(run / "rollouts", 1).exists(), "killed too late"
     finally:
         output = finish(process, log)
-    return Job(run, arguments, output, len(engine))
+    assert not [p for p in psutil.process_iter(["cmdline"]) if f"{start}/warm" in (p.info["cmdline"] or [])]  # of the second engine
+    return Job(run, output, len(engine))
 
 
 def test_the_run_directory(job: Job) -> None:
@@ -176,7 +177,7 @@ def test_the_run_directory(job: Job) -> None:
     assert any((job.run / "tensorboard").glob("events.out.tfevents.*"))
     summary = json.loads((job.run / "summary.json").read_text())
     assert list(summary) == ["before", "after", "seconds", "steps", "commit"]
-    assert summary["steps"] == STEPS and set(summary["before"]) == set(summary["after"]) == {"mean_at_k", "maj_at_k"}
+    assert summary["steps"] == STEPS and set(summary["before"]) == set(summary["after"]) >= {"mean_at_k", "maj_at_k"}
     model = AutoModelForCausalLM.from_pretrained(job.run / "hf", dtype=torch.float32)
     ids = torch.tensor([Chat(job.run / "hf").encode_prompt([{"role": "user", "content": "3+3="}])])
     assert torch.isfinite(model(ids).logits).all()
@@ -266,7 +267,7 @@ def replay(start: Path, replayed: Path, run: Path, steps: int, *arguments: str) 
     return [
         f"model.path={start}/small", f"data.train={start}/rows.jsonl", f"rollout.replay_dir={replayed}", TEMPLATE,
         f"rollout.num_prompts={P}", "rollout.num_samples=4", "rollout.max_prompt_tokens=32", "rollout.max_response_tokens=16",
-        "actor.dtype=float32", "actor.micro_batch_size=4", "actor.tensor_model_parallel_size=2",
+        "actor.dtype=float32", "actor.micro_batch_size=16", "actor.tensor_model_parallel_size=2",
         "optimizer.lr=1e-3", "optimizer.lr_warmup_steps=10", "checkpoint.keep=9", "run.tensorboard=false", "run.export=false",
         f"run.dir={run}", f"run.steps={steps}", *arguments,
     ]  # fmt: skip
