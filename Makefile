@@ -1,6 +1,9 @@
 # Everything goes through two commands: make quickstart, make test. Both install first.
 PYTHON ?= python3
 BIN := .venv/bin
+# More overrides for the quickstart's two runs, such as ARGS="optimizer.lr=2e-4".
+WARMUP_ARGS ?=
+ARGS ?=
 
 .PHONY: install quickstart test lint clean
 
@@ -15,8 +18,9 @@ install: .venv/.installed
 
 quickstart: install
 	$(BIN)/python tools/make_quickstart.py runs/quickstart-start
-	$(BIN)/megasd train configs/quickstart_warmup.yaml run.overwrite=true
-	$(BIN)/megasd train configs/quickstart.yaml run.overwrite=true
+	$(BIN)/megasd train configs/quickstart_warmup.yaml run.overwrite=true $(WARMUP_ARGS)
+	$(BIN)/megasd train configs/quickstart.yaml run.overwrite=true $(ARGS)
+	@echo "try next: megasd train configs/quickstart.yaml algorithm.recipe=sdpo run.dir=runs/sdpo   (plain SDPO, unweighted questions)"
 
 lint: install
 	$(BIN)/ruff check .

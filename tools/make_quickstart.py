@@ -95,6 +95,7 @@ def write_model(directory: Path, seed: int) -> None:
     """A random Qwen3ForCausalLM; every size divides by two, for tensor_model_parallel_size=2."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
     pad, end = SPECIAL_TOKENS.index("<|pad|>"), SPECIAL_TOKENS.index("<|im_end|>")
     config = Qwen3Config(
@@ -119,6 +120,7 @@ def write_model(directory: Path, seed: int) -> None:
     with torch.no_grad():  # transformers zeroes the pad row; RMSNorm of a zero vector has a gradient of 1/sqrt(eps) should it be sampled
         model.model.embed_tokens.weight[pad].normal_(std=config.initializer_range)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=True, temperature=1.0)
+    logging.disable_progress_bar()
     model.save_pretrained(directory, safe_serialization=True)
 
 

@@ -1,0 +1,60 @@
+"""Every command of the README is run: the make targets for real (the quickstart shortened), `megasd` lines on a tiny model.
+
+Does not prove the figures that the README shows: those are of a full `make quickstart`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megasd import cli
+from tests.tiny_weights import tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)]
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if re.match(r"(make|megasd) ", line)]
+
+
+def test_the_readme_names_only_these_make_targets() -> None:
+    assert [c for c in COMMANDS if c.startswith("make ")] == ["make quickstart", "make test"]
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in ci.splitlines()
+
+
+def test_make_quickstart_shortened(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "configs", "tools", ".venv"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    warmup = "WARMUP_ARGS=run.steps=12 optimizer.lr_warmup_steps=2 rollout.num_prompts=64"
+    short = "ARGS=run.steps=2 rollout.num_prompts=8 evaluation.num_prompts=8 evaluation.num_samples=2 actor.micro_batch_size=64"
+    done = subprocess.run(["make", "quickstart", warmup, short], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"^step 2/2 pass .* informative .* div .* gnorm .* tok/s .* s: rollout", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^mean@2 +\S+% +\S+% +[+-]", done.stdout, re.MULTILINE) and "try next: megasd train" in done.stdout
+    summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
+    assert {"before", "after", "seconds", "steps", "commit"} <= summary.keys() and {"mean_at_k", "maj_at_k"} <= summary["after"].keys()
+    held = {path.name for path in (tmp_path / "runs" / "quickstart").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "hf", "engine.log", "summary.json"} <= held
+
+
+def test_megasd_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    model = tiny_checkpoint(tmp_path / "model", "qwen3")
+    (model / "tokenizer.json").write_text("{}")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    row = json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n"
+    for name in ("train.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_text(row)
+    commands = [c for c in COMMANDS if c.startswith("megasd ")]
+    assert commands
+    for command in commands:
+        assert cli.main(shlex.split(command.replace("/models/Qwen3-8B", str(model)))[1:]) == 0, command
+        assert "# ranks " in capsys.readouterr().out
