@@ -346,7 +346,7 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
         "reward/all_right": float(sum(r == 1.0 for r in rates)),
         "reward/all_wrong": float(sum(r == 0.0 for r in rates)),
         **{f"reward/{name}": float(verdicts[name]) for name in ("right", "wrong", "error", "timeout")},
-        "rollout/response_tokens": sum(len(s.response_ids) for s in samples) / max(len(samples), 1),
+        "rollout/mean_response_tokens": sum(len(s.response_ids) for s in samples) / max(len(samples), 1),
         "rollout/truncated": float(sum(s.finish_reason == "length" for s in samples)),
     }
 
