@@ -287,9 +287,7 @@ def test_a_frozen_url_is_named(rollout: Rollout, other: Path, tmp_path: Path) ->
         strike = Strike(guest.engines[0], scheduler.suspend)
         strike.start()
         try:
-            with pytest.raises(
-                UserError, match=f"rollout.engine.urls: no engine is left.*{guest.engines[0].url}.*no token in 2 s"
-            ):
+            with pytest.raises(UserError, match=f"rollout.engine.urls: no engine is left.*{guest.engines[0].url}.*no token in 2 s"):
                 ask(guest, 8, 8, 300)
         finally:
             strike.join()
