@@ -1,0 +1,87 @@
+"""Batch and microbatches: every response token is predicted exactly once, by the right row, in both views, whatever the cut.
+
+Does not prove the model's numbers (tests/distributed/test_golden.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasd.batch import Batch
+from megasd.microbatch import make_microbatches
+
+
+def make_batch(num: int = 7) -> Batch:
+    g = torch.Generator().manual_seed(3)
+    prompt, teacher, response = (torch.randint(low, 9, (num,), generator=g) for low in (1, 4, 1))
+    teacher[2] = 0
+    tokens = int(response.sum())
+    return Batch(
+        prompt_ids=torch.arange(int(prompt.sum())),
+        prompt_lens=prompt,
+        teacher_ids=torch.arange(1000, 1000 + int(teacher.sum())),
+        teacher_lens=teacher,
+        response_ids=torch.arange(100, 100 + tokens),
+        response_lens=response,
+        question_weight=torch.ones(num, dtype=torch.float64),
+        question_size=torch.ones(num, dtype=torch.int64),
+        scored=torch.ones(num, dtype=torch.bool),
+        streams={"rollout_logp": torch.arange(tokens, dtype=torch.float32)},
+    )
+
+
+@pytest.mark.parametrize("view", ["student", "teacher"])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_each_response_token_is_predicted_once(view: str, packing: bool, cp_size: int, micro_batch_size: int) -> None:
+    batch = make_batch()
+    samples = [i for i in range(len(batch)) if view == "student" or batch.taught[i]]
+    count = -(-len(samples) // micro_batch_size) + 1  # one of filler
+    seen: list[int] = []
+    for cp_rank in range(cp_size):
+        cut = make_microbatches(
+            batch, samples, view, count=count, micro_batch_size=micro_batch_size, packing=packing,
+            cp_rank=cp_rank, cp_size=cp_size, multiple=2 * cp_size,
+        )  # fmt: skip
+        assert len(cut) == count
+        for m in cut:
+            flat = m.tokens[0] if packing else m.tokens.T.reshape(-1)  # rows of Megatron's hidden [s, b, h]
+            positions = m.position_ids[0] if packing else m.position_ids.T.reshape(-1)
+            assert m.tokens.shape == m.position_ids.shape and len(m.rows) == len(m.valid) > 0
+            for row, index in zip(m.rows[m.valid].tolist(), m.response_index[m.valid].tolist(), strict=True):
+                seen.append(index)
+                # The row holds the token before the predicted one: a response token, or the prompt's last.
+                before = int(flat[row])
+                assert before == 100 + index - 1 or before not in batch.response_ids.tolist()
+                assert positions[row] >= 0
+    taught = torch.isin(torch.arange(len(batch)), torch.tensor(samples)).repeat_interleave(batch.response_lens)
+    assert sorted(seen) == taught.nonzero().squeeze(1).tolist()
+
+
+def test_shards_hold_every_sample_once_and_share_the_work() -> None:
+    batch = make_batch(16)
+    active = torch.arange(16) % 3 != 0
+    shards = [batch.shard(active, rank, 4) for rank in range(4)]
+    ids = torch.cat([local.response_ids for local, _ in shards])
+    assert sorted(ids.tolist()) == batch.response_ids.tolist()
+    counts = [int(flags.sum()) for _, flags in shards]
+    assert sum(counts) == int(active.sum()) and max(counts) - min(counts) <= 1
+    assert batch.num_microbatches(active, 4, 2) == -(-max(counts) // 2)
+
+
+def test_tensors_and_back() -> None:
+    batch = make_batch()
+    again = Batch.from_tensors(batch.to_tensors())
+    assert all(torch.equal(a, b) for a, b in zip(batch.to_tensors().values(), again.to_tensors().values(), strict=True))
+
+
+def test_inconsistent_batches_are_refused() -> None:
+    tensors = make_batch().to_tensors()
+    with pytest.raises(ValueError, match="rollout_logp"):
+        Batch.from_tensors(tensors | {"stream:rollout_logp": torch.zeros(1)})
+    with pytest.raises(ValueError, match="prompt_ids"):
+        Batch.from_tensors(tensors | {"prompt_ids": torch.zeros(1, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="view"):
+        make_microbatches(make_batch(), [0], "judge", count=1, micro_batch_size=1, packing=False)
