@@ -45,7 +45,7 @@ class MegatronActor:
         self.mesh: Mesh = init_model_parallel(config, torch.device("cpu"), seed=1)
         self.hf, family = read_hf_config(path), build.family_of(str(path))
         transformer = build.transformer_config(family, config, self.mesh.device)
-        self.model, self.offset = build.build_model(family, transformer, self.mesh), build.layer_offset(transformer)
+        self.model, self.offset = build.build_model(family, transformer, config, self.mesh), build.layer_offset(transformer)
         mesh = self.mesh
         with torch.no_grad():
             for param in self.model.parameters():
