@@ -72,12 +72,11 @@ def test_expected_tensors_are_those_of_the_file(checkpoint: Path) -> None:
     assert {name: tuple(t.shape) for name, t in stored.items()} == expected
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
-def test_round_trip_is_bit_exact(checkpoint: Path, tp: int, ep: int) -> None:
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_round_trip_is_bit_exact(checkpoint: Path, tp: int) -> None:
     hf = read_hf_config(checkpoint)
-    if ep > 1 and hf["model_type"] != "qwen3_moe":
-        pytest.skip("no experts")
-    equal(merge_all(hf, load_all(checkpoint, tp, ep), tp, ep), load_file(checkpoint / "model.safetensors"))
+    for ep in (1, 2) if hf["model_type"] == "qwen3_moe" and tp < 4 else (1,):
+        equal(merge_all(hf, load_all(checkpoint, tp, ep), tp, ep), load_file(checkpoint / "model.safetensors"))
 
 
 def test_one_process_export_is_bit_exact(checkpoint: Path) -> None:
