@@ -58,9 +58,12 @@ class DataConfig:
 class DistillTerm:
     coefficient: float = 1.0
     beta: float = 0.5  # weight of the teacher in the mixture; 0 = KL(T||S), 1 = KL(S||T) (SDPO alpha, GKD beta)
-    support: Literal["student", "full"] = "student"  # the student's top_k tokens | the whole vocabulary
+    # whose top_k tokens the divergence is taken on: student (SDPO) | teacher | union of both | full = the exact whole vocabulary
+    support: Literal["student", "teacher", "union", "full"] = "student"
     top_k: int = 100  # tokens of the support; clipped to the vocabulary (SDPO: 100)
     tail: Literal["bucket", "renormalise", "raw"] = "bucket"  # what becomes of the mass off the support
+    pointwise_clip: Optional[float] = None  # upper bound of each token's summand (nats; OPSD: 0.05); null = off
+    teacher_temperature: Optional[float] = None  # of the teacher's softmax; null = rollout.temperature, as the student's (SDPO)
     is_clip: Optional[float] = 2.0  # upper bound of pi_theta / pi_old, detached (SDPO); null = off
 
 
@@ -87,6 +90,9 @@ class TeacherConfig:
     # the teacher's last user turn; {prompt} and {solution} each stand in it once (SDPO's order: question, solution, instruction)
     template: str = DEFAULT_TEMPLATE
     strip_thinking: bool = True  # leave <think>...</think> out of a demonstration (SDPO)
+    # what is kept of the teacher per response token: its hidden state (any support), or a record of its distill.top_k tokens and the
+    # tail (8 top_k + 4 bytes, support teacher only; the teacher is projected on the vocabulary once)
+    transport: Literal["hidden", "record"] = "hidden"
 
 
 @dataclass
@@ -151,6 +157,8 @@ class ActorConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # fp32 main parameters are kept by the optimizer
     micro_batch_size: int = 8  # samples of a microbatch, per data-parallel rank
     packing: bool = False  # packed (THD) instead of right-padded microbatches
+    loss_memory_mib: int = 512  # budget of the loss's logits, a chunk of tokens at a time (MiB per rank)
+    overlap_grad_reduce: bool = False  # reduce gradients over DP x CP while the backward runs
     recompute_granularity: Optional[Literal["full", "selective"]] = None
     make_vocab_size_divisible_by: int = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
@@ -229,6 +237,8 @@ RULES: dict[str, Rule] = {
     "algorithm.distill.coefficient": POSITIVE,
     "algorithm.distill.beta": FRACTION,
     "algorithm.distill.top_k": POSITIVE,
+    "algorithm.distill.pointwise_clip": POSITIVE,
+    "algorithm.distill.teacher_temperature": POSITIVE,
     "algorithm.distill.is_clip": POSITIVE,
     "algorithm.policy_gradient.coefficient": POSITIVE,
     "algorithm.policy_gradient.clip_low": NONZERO_FRACTION,
@@ -265,6 +275,7 @@ RULES: dict[str, Rule] = {
     "actor.context_parallel_size": POSITIVE,
     "actor.expert_model_parallel_size": POSITIVE,
     "actor.micro_batch_size": POSITIVE,
+    "actor.loss_memory_mib": POSITIVE,
     "actor.make_vocab_size_divisible_by": POSITIVE,
     "optimizer.lr": POSITIVE,
     "optimizer.min_lr": NOT_NEGATIVE,

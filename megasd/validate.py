@@ -72,6 +72,11 @@ def _check_algorithm(config: Config) -> None:
         raise ConfigError("algorithm.teacher: algorithm.distill reads a teacher; give one, as in algorithm.teacher.weights=ema")
     if algorithm.teacher and algorithm.distill is None:
         raise ConfigError("algorithm.teacher: no term reads the teacher; set algorithm.teacher=null or give algorithm.distill")
+    if algorithm.distill and algorithm.teacher.transport == "record" and algorithm.distill.support != "teacher":
+        raise ConfigError(
+            f"algorithm.teacher.transport=record: holds the teacher's own top tokens, which algorithm.distill.support="
+            f"{algorithm.distill.support} does not ask for; set the support to teacher or the transport to hidden"
+        )
     if algorithm.source == "dataset":
         for name in ("policy_gradient", "distill"):
             if getattr(algorithm, name):

@@ -17,19 +17,20 @@ from torch import Tensor
 
 from megasd.actor import checkpoint, cpu, optimizer_fixes
 from megasd.actor import model as build
-from megasd.actor.forward import project, run_microbatches
+from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh, broadcast_tensors
 from megasd.actor.teacher import TeacherWeights
+from megasd.actor.teacher_signal import TeacherSignal
 from megasd.batch import Batch
 from megasd.config import Config
-from megasd.loss.objective import objective
-from megasd.loss.reduce import global_normaliser, megatron_loss, reduce_metrics, token_weights
+from megasd.loss.objective import objective, readout_spec
+from megasd.loss.reduce import exact_words, global_normalisers, megatron_loss, reduce_metrics, token_weights
 from megasd.microbatch import Microbatch, make_microbatches
-from megasd.ops.topk import vocab_parallel_topk
-from megasd.ops.vocab_parallel import bucket_logprobs, entropy, sampled_logp
+from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout, fused_linear_record
+from megasd.ops.readout import Readout, ReadoutSpec
 from megasd.weights.convert import export_hf, load_hf, read_hf_config
 
-SUMS = ("loss", "tokens", "taught_tokens")  # metrics that are sums over the batch; the others are means per token
+SUMS = ("loss", "tokens", "taught_tokens", "teacher_mib")  # metrics that are sums over the batch; the others are means per token
 
 
 @dataclass
@@ -39,21 +40,8 @@ class Share:
     batch: Batch
     active: list[int]  # samples with a weight, an index into batch
     num_microbatches: int  # the same on every rank
-    weights: dict[str, Tensor]  # term -> float32 [R]
+    weights: dict[str, Tensor]  # term -> float64 [R]
     figures: dict[str, float]  # of the global normaliser, for metrics
-
-
-@dataclass
-class TeacherStates:
-    """Final hidden states of the teacher at every taught response token, on the last pipeline stage (elsewhere empty).
-
-    `slot_R[r]` is the row of `hidden` that belongs to response token r of the share, -1 where there is none: that is how the
-    teacher's signal reaches the student's microbatch, whatever the prompts' lengths, context shards and microbatches are.
-    """
-
-    hidden: Tensor  # [tokens, h], model dtype
-    slot_R: Tensor  # int64 [R]
-    output_weight: Tensor | None  # [V, h], the teacher's own output layer
 
 
 class Actor:
@@ -83,6 +71,13 @@ class Actor:
         self.optimizer, self.scheduler = build.build_optimizer(self.ddp, config.optimizer, config.actor, config.run.steps)
         teacher = self.algorithm.teacher
         self.teacher = TeacherWeights(self.model, teacher) if teacher is not None and self.algorithm.distill is not None else None
+        self.spec = readout_spec(
+            self.algorithm,
+            # The rows of a dataset were not sampled at any temperature.
+            temperature=config.rollout.temperature if self.algorithm.source == "rollout" else 1.0,
+            vocab_size=self.vocab_size,
+        )
+        self.loss_memory_bytes = config.actor.loss_memory_mib * 2**20
         # World rank that reports: first rank of the last pipeline stage (Megatron's order is tp-cp-ep-dp-pp, pp outermost).
         self.reporter = mesh.world_size // mesh.pp_size * (mesh.pp_size - 1)
 
@@ -93,17 +88,16 @@ class Actor:
         active = self._active(batch)
         local, local_active = batch.shard(active, self.mesh.dp_rank, self.mesh.dp_size)
         masks = {"distill": local.taught, "policy_gradient": local.scored, "nll": torch.ones(len(local), dtype=torch.bool)}
+        masks = {term: mask for term, mask in masks.items() if getattr(self.algorithm, term) is not None}
+        normalisers = global_normalisers(
+            local.question_weight, local.question_size, masks, local.response_lens, dp_group=self.mesh.dp_group
+        )
         weights, figures = {}, {}
-        for term, mask in masks.items():
-            if getattr(self.algorithm, term) is None:
-                continue
-            normaliser = global_normaliser(
-                local.question_weight, local.question_size, mask, local.response_lens, dp_group=self.mesh.dp_group
-            )
+        for term, normaliser in normalisers.items():
             weights[term] = token_weights(
-                local.question_weight, mask, local.response_lens, normaliser=normaliser, aggregation=self.algorithm.aggregation
+                local.question_weight, masks[term], local.response_lens, normaliser=normaliser, aggregation=self.algorithm.aggregation
             )
-            figures = {"informative_questions": normaliser.num_questions, "mean_question_weight": normaliser.mean_weight}
+            figures = {"informative_questions": float(normaliser.num_questions), "mean_question_weight": normaliser.mean_weight}
         return Share(
             batch=local,
             active=local_active.nonzero().squeeze(1).tolist(),
@@ -125,34 +119,55 @@ class Actor:
         return active
 
     @torch.no_grad()
-    def teach(self, share: Share) -> TeacherStates | None:
+    def teach(self, share: Share) -> TeacherSignal | None:
         """Teacher pass, forward only, over the active taught samples; None when the algorithm has no teacher.
 
-        Collectives: the model's, and one all-reduce of the hidden states over the context-parallel group.
+        Collectives: the model's, those of ops/readout.py for records, and the signal's all-reduces over the context-parallel group.
         """
         if self.teacher is None:
             return None
         batch, mesh = share.batch, self.mesh
         samples = [i for i in share.active if batch.taught[i]]
-        slot_R, num_slots = _slots(batch, samples)
-        width = self.model_config.hidden_size if mesh.is_last_stage else 0
-        hidden = torch.zeros(num_slots, width, dtype=self.model_config.params_dtype, device=mesh.device)
+        record_k = min(self.spec.top_k, self.vocab_size) if self.spec.support == "record" else None
+        signal = TeacherSignal.empty(
+            batch,
+            samples,
+            hidden_size=self.model_config.hidden_size if mesh.is_last_stage else 0,
+            top_k=record_k,
+            dtype=self.model_config.params_dtype,
+            device=mesh.device,
+        )
 
         def keep(microbatch: Microbatch, hidden_Th: Tensor) -> None:
-            slots = slot_R.to(mesh.device)[microbatch.response_index[microbatch.valid]]
-            hidden[slots] = hidden_Th[microbatch.valid].to(hidden.dtype)
+            slots = signal.slot_R[microbatch.response_index[microbatch.valid]]
+            hidden_Th = hidden_Th[microbatch.valid].to(self.model_config.params_dtype)
+            if record_k is None:
+                signal.hidden_Sh[slots] = hidden_Th
+                return
+            record = fused_linear_record(
+                hidden_Th,
+                self.model.output_weight(),
+                record_k,
+                vocab_size=self.vocab_size,
+                temperature=self.spec.teacher_temperature,
+                tp_group=mesh.tp_group,
+                memory_bytes=self.loss_memory_bytes,
+            )
+            signal.record.ids_TK[slots], signal.record.logq_TK[slots] = record.ids_TK, record.logq_TK
+            signal.record.log_tail_T[slots] = record.log_tail_T
 
         with self.teacher.active():
             self.model.eval()
             microbatches = self._microbatches(batch, samples, "teacher", share.num_microbatches)
             run_microbatches(self.ddp, microbatches, mesh, self.model_config, keep, forward_only=True)
             self.model.train()
-        if mesh.cp_size > 1 and mesh.is_last_stage:
-            dist.all_reduce(hidden, group=mesh.cp_group)  # each token was filled on one rank, zero on the others
-        weight = self.teacher.tensor_of(self.model.output_weight()) if mesh.is_last_stage else None
-        return TeacherStates(hidden, slot_R, weight)
+        if mesh.is_last_stage:
+            signal.complete(mesh.cp_group if mesh.cp_size > 1 else None)
+            if record_k is None:
+                signal.output_weight_Vh = self.teacher.tensor_of(self.model.output_weight())
+        return signal
 
-    def train_step(self, share: Share, teacher: TeacherStates | None) -> dict[str, float]:
+    def train_step(self, share: Share, teacher: TeacherSignal | None) -> dict[str, float]:
         """One optimizer step on the share; returns global metrics on every rank.
 
         Raises FloatingPointError when the gradient norm is not finite. Collectives: the model's, the gradient reduction over
@@ -162,11 +177,10 @@ class Actor:
         totals: dict[str, Tensor] = {}
 
         def loss_of(microbatch: Microbatch, hidden_Th: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss_T, sums = self._loss(share, teacher, microbatch, hidden_Th)
-            result = megatron_loss(loss_T, microbatch.valid.to(loss_T.dtype))
-            for name, value in (sums | result[2]).items():
-                totals[name] = totals.get(name, 0.0) + value.double()
-            return result
+            loss, sums = self._loss(share, teacher, microbatch, hidden_Th)
+            for name, words in sums.items():
+                totals[name] = totals[name] + words if name in totals else words
+            return megatron_loss(loss)
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -180,33 +194,33 @@ class Actor:
             raise FloatingPointError(f"gradient norm is {grad_norm}: the step is not trustworthy; resume from the last checkpoint")
         if self.teacher is not None:
             self.teacher.update()
+        if teacher is not None:
+            totals["teacher_mib"] = exact_words(torch.tensor(teacher.num_bytes / 2**20))
         metrics = self._reduce(totals)
         return metrics | {"grad_norm": grad_norm, "lr": learning_rate, "seconds": time.perf_counter() - start} | share.figures
 
     def _loss(
-        self, share: Share, teacher: TeacherStates | None, microbatch: Microbatch, hidden_Th: Tensor
+        self, share: Share, teacher: TeacherSignal | None, microbatch: Microbatch, hidden_Th: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device, index, valid = self.mesh.device, microbatch.response_index.cpu(), microbatch.valid
-        logits_TV = project(hidden_Th, self.model.output_weight(), self.mesh, self.model_config)
-        teacher_TV = None
-        if teacher is not None:
-            # Untaught and filler tokens get row 0: their weight is 0. The clone keeps a weight-0 token finite when there is no row at all.
-            rows = teacher.slot_R[index].clamp(min=0).to(device)
-            states = teacher.hidden[rows] if len(teacher.hidden) else hidden_Th.detach().clone()
-            with torch.no_grad():
-                teacher_TV = torch.nn.functional.linear(states, teacher.output_weight)
-        return objective(
-            logits_TV,
-            teacher_TV,
+        streams_T = {name: stream[index].to(device) for name, stream in share.batch.streams.items()}
+        weights_T = {term: weight[index].to(device) * valid for term, weight in share.weights.items()}
+
+        def loss_fn(readout: Readout, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            streams, weights = ({name: t[tokens] for name, t in part.items()} for part in (streams_T, weights_T))
+            return objective(readout, streams, weights, valid[tokens], self.algorithm)
+
+        weight_Vh = self.model.output_weight()
+        return fused_linear_loss(
+            hidden_Th.to(weight_Vh.dtype),
+            weight_Vh,
             share.batch.response_ids[index].to(device),
-            {name: stream[index].to(device) for name, stream in share.batch.streams.items()},
-            {term: weight[index].to(device) * valid for term, weight in share.weights.items()},
-            valid,
-            self.algorithm,
-            # The rows of a dataset were not sampled at any temperature.
-            temperature=self.config.rollout.temperature if self.algorithm.source == "rollout" else 1.0,
-            vocab_size=self.vocab_size,
+            self.spec,
+            loss_fn,
+            teacher=None if teacher is None else teacher.of(microbatch.response_index),
             tp_group=self.mesh.tp_group,
+            memory_bytes=self.loss_memory_bytes,
+            reduce_hidden_grad=not self.config.actor.sequence_parallel,
         )
 
     def _microbatches(self, batch: Batch, samples: list[int], view: str, count: int) -> list[Microbatch]:
@@ -225,13 +239,13 @@ class Actor:
         )
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Sum over data- and context-parallel ranks of the last stage, then to everyone; sums become means per token."""
+        """Words summed over data- and context-parallel ranks of the last stage, then values to everyone; sums become means per token."""
         from megatron.core import parallel_state
 
         reduced = {}
         if self.mesh.is_last_stage:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            counts = {name: totals["taught_tokens" if name == "divergence" else "tokens"] for name in totals if name not in SUMS}
+            counts = {name: "taught_tokens" if name == "divergence" else "tokens" for name in totals if name not in SUMS}
             reduced = reduce_metrics(totals, counts, group=group, device=self.mesh.device)
         sent = {name: torch.tensor(value, dtype=torch.float64) for name, value in reduced.items()}
         return {name: float(value) for name, value in broadcast_tensors(sent, self.reporter).items()}
@@ -251,19 +265,15 @@ class Actor:
         if mesh.is_last_stage:
             results = {"logp": torch.zeros(size), "entropy": torch.zeros(size), "ids": torch.zeros(size, k), "logps": torch.zeros(size, k)}
             results = {name: t.to(mesh.device, torch.float64 if name == "ids" else torch.float32) for name, t in results.items()}
-        shard = {"vocab_size": self.vocab_size, "tp_group": mesh.tp_group}
+        spec = ReadoutSpec(vocab_size=self.vocab_size, top_k=k, tail="raw", temperature=temperature)
 
         def read(microbatch: Microbatch, hidden_Th: Tensor) -> None:
             index, valid = microbatch.response_index, microbatch.valid
-            logits_TV = project(hidden_Th, self.model.output_weight(), mesh, self.model_config)
-            ids_TK, _ = vocab_parallel_topk(logits_TV, k, **shard)
-            targets_T = batch.response_ids.to(mesh.device)[index]
-            found = {
-                "logp": sampled_logp(logits_TV, targets_T, temperature=temperature, **shard),
-                "entropy": entropy(logits_TV, temperature=temperature, **shard),
-                "ids": ids_TK,
-                "logps": bucket_logprobs(logits_TV, ids_TK, temperature=temperature, tail="raw", **shard),
-            }
+            weight_Vh, targets_T = self.model.output_weight(), batch.response_ids.to(mesh.device)[index]
+            readout = fused_linear_readout(
+                hidden_Th.to(weight_Vh.dtype), weight_Vh, targets_T, spec, tp_group=mesh.tp_group, memory_bytes=self.loss_memory_bytes
+            )
+            found = {"logp": readout.logp_T, "entropy": readout.entropy_T, "ids": readout.ids_TA, "logps": readout.student_logq_TB}
             for name, values in found.items():
                 results[name][index[valid]] = values[valid].to(results[name].dtype)
 
@@ -321,15 +331,3 @@ class Actor:
 
     def _parts(self) -> dict:
         return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "teacher": self.teacher}
-
-
-def _slots(batch: Batch, samples: list[int]) -> tuple[Tensor, int]:
-    """Consecutive rows for the response tokens of `samples`: (slot_R, number of rows)."""
-    slot_R = torch.full((len(batch.response_ids),), -1, dtype=torch.int64)
-    starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
-    used = 0
-    for i in samples:
-        length = int(batch.response_lens[i])
-        slot_R[starts[i] : starts[i] + length] = torch.arange(used, used + length)
-        used += length
-    return slot_R, used

@@ -1,6 +1,6 @@
-"""Forward and backward passes through Megatron's schedules, and the projection of response tokens on the vocabulary.
+"""Forward and backward passes through Megatron's schedules, and the hidden states that predict response tokens.
 
-s sequence, b rows, T response tokens of the microbatch on this context-parallel rank, V local vocabulary, h hidden.
+s sequence, b rows, T response tokens of the microbatch on this context-parallel rank, h hidden.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -81,20 +80,3 @@ def response_hidden(hidden: Tensor, rows: Tensor, mesh: Mesh, config: Transforme
     if config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=mesh.tp_group)
     return hidden.flatten(0, 1)[rows]
-
-
-def project(hidden: Tensor, weight: Tensor, mesh: Mesh, config: TransformerConfig) -> Tensor:
-    """Logits `[T, V]` of this rank's vocabulary shard, with Megatron's own gradient rules for the output layer.
-
-    Backward: one all-reduce of the hidden gradient over TP; under sequence parallelism the gather's reduce-scatter does it.
-    """
-    logits = linear_with_grad_accumulation_and_async_allreduce(
-        hidden.to(weight.dtype)[:, None],
-        weight,
-        None,
-        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
-        allreduce_dgrad=mesh.tp_size > 1 and not config.sequence_parallel,
-        sequence_parallel=False,
-        tp_group=mesh.tp_group,
-    )
-    return logits[:, 0]

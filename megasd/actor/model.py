@@ -115,10 +115,13 @@ def wrap_data_parallel(model: Backbone, config: TransformerConfig, actor: ActorC
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=actor.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=actor.overlap_grad_reduce,
         check_for_nan_in_grad=False,  # the actor refuses a non-finite gradient norm itself
     )
-    return DistributedDataParallel(config, ddp, module)
+    wrapped = DistributedDataParallel(config, ddp, module)
+    if actor.overlap_grad_reduce:
+        config.no_sync_func = wrapped.no_sync  # only the last microbatch of a step starts the reduction
+    return wrapped
 
 
 def build_optimizer(

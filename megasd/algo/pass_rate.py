@@ -1,9 +1,12 @@
-"""Question weights from pass rates (SC-SDPO 2605.27765): how much a question teaches, judged by how often it was solved in this step."""
+"""Question weights from pass rates (SC-SDPO 2605.27765): how much a question teaches, judged by how often it was solved in this step.
+
+Raw weights: loss/reduce.py divides them by their mean over the informative questions of the whole batch, so a constant factor does nothing.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 QuestionWeight = Callable[[float | None], float]
 
@@ -35,16 +38,3 @@ def question_weight(name: str) -> QuestionWeight:
     if name not in QUESTION_WEIGHTS:
         raise ValueError(f"question_weight must be one of {', '.join(QUESTION_WEIGHTS)}, got {name!r}")
     return QUESTION_WEIGHTS[name]
-
-
-def normalise(weight_by_question: Mapping[str, float]) -> dict[str, float]:
-    """Weights over their mean across informative questions (weight > 0), so that those average to 1; the others stay 0.
-
-    Unique questions of one batch, not samples or tokens; no epsilon; the total is the number of informative questions; none of them: all 0.
-    {"a": 0.0, "b": 0.25, "c": 0.1875} -> {"a": 0.0, "b": 1.142857, "c": 0.857143}. loss/reduce.py does the same over ranks.
-    """
-    informative = [w for w in weight_by_question.values() if w > 0]
-    if not informative:
-        return dict.fromkeys(weight_by_question, 0.0)
-    mean = sum(informative) / len(informative)
-    return {question: w / mean for question, w in weight_by_question.items()}

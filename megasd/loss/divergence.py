@@ -1,6 +1,6 @@
 """Divergence of a student from a teacher over a few buckets: forward KL, reverse KL, generalised Jensen-Shannon.
 
-T tokens, B buckets: K chosen tokens and, with a tail, all the rest (ops/vocab_parallel.py makes them). Replicated work, no process group.
+T tokens, B buckets: the chosen tokens and, with a tail, all the rest (ops/readout.py makes them). Replicated work, no process group.
 
 With S student, T teacher (constant), M = beta T + (1 - beta) S; beta is the weight of the teacher (alpha in SDPO 2601.20802, beta in GKD
 2306.13649):
@@ -25,8 +25,8 @@ class _Divergence(torch.autograd.Function):
     """The gradient in the student's log-probabilities is w of ops/pointwise.py; autograd through exp and log would give NaN at log 0."""
 
     @staticmethod
-    def forward(ctx, student_logq_TB, teacher_logq_TB, beta, normalised):
-        phi_TB, w_TB = divergence_terms(student_logq_TB, teacher_logq_TB, beta=beta, normalised=normalised)
+    def forward(ctx, student_logq_TB, teacher_logq_TB, beta, normalised, clip):
+        phi_TB, w_TB = divergence_terms(student_logq_TB, teacher_logq_TB, beta=beta, normalised=normalised, clip=clip)
         ctx.save_for_backward(w_TB)
         return phi_TB.sum(-1)
 
@@ -34,19 +34,19 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_T):
         (w_TB,) = ctx.saved_tensors
-        return grad_T[:, None] * w_TB, None, None, None
+        return grad_T[:, None] * w_TB, None, None, None, None
 
 
-def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float, normalised: bool) -> Tensor:
+def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float, normalised: bool, clip: float | None = None) -> Tensor:
     """Per-token divergence [T] in nats, of the dtype of the inputs; see the head of the file for beta.
 
     normalised: True when the buckets of both sum to one (tail "bucket" or "renormalise"): the loss is then >= 0 at any precision, and the
     gradient in the log-probabilities is right up to a multiple of p, which no normalised student can feel. False (tail "raw"): the plain
     truncated sums, which may be negative at beta 0 and 1. Never NaN: buckets of probability zero (-inf) are legal, an infinite KL is +inf.
-    The teacher gets no gradient.
+    clip (nats): upper bound of each bucket's plain summand, without gradient where it acts (OPSD 2601.18734). The teacher gets no gradient.
     """
     if student_logq_TB.shape != teacher_logq_TB.shape:
         raise ValueError(
             f"student buckets {tuple(student_logq_TB.shape)} and teacher buckets {tuple(teacher_logq_TB.shape)} differ in shape"
         )
-    return _Divergence.apply(student_logq_TB, teacher_logq_TB.detach(), beta, normalised)
+    return _Divergence.apply(student_logq_TB, teacher_logq_TB.detach(), beta, normalised, clip)

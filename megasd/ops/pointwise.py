@@ -1,12 +1,14 @@
 """Forward KL, reverse KL and generalised Jensen-Shannon, one bin at a time, without a subtraction that cancels.
 
-With a = log p (student), b = log q (teacher), x = a - b, m = beta q + (1 - beta) p and h(s) = s - log1p(s) >= 0, each bin contributes
+With a = log p (student), b = log q (teacher), m = beta q + (1 - beta) p, everything is written in hi = max(p, q), d = |a - b| and
+e = exp(-d) - 1, which lies in (-1, 0], so nothing overflows. With g the weight of the smaller of p and q in m (beta when p >= q):
 
-    c1 q h(s1) + c2 p h(s2),   s1 = (1 - beta) expm1(x),  s2 = beta expm1(-x),   (c1, c2) = (beta, 1 - beta)
+    0 < beta < 1   beta q log(q/m) + (1 - beta) p log(p/m) = -hi (g (1 + e) d + (1 + g e) log1p(g e))
+    beta = 0       q log(q/p) + p - q  =  hi (e + d)  if q > p,  -hi (e + (1 + e) d)  else
+    beta = 1       p log(p/q) + q - p  =  the same with p and q exchanged
 
-which is beta q log(q/m) + (1 - beta) p log(p/m) plus a term that is zero in every bin. (c1, c2) = (1, 0) at beta 0 and (0, 1) at
-beta 1 give KL(q||p) and KL(p||q) plus p - q or q - p, which sum to zero when p and q are normalised. So no bin is ever negative, and
-nearly equal distributions keep their relative accuracy, where the published form 1 - sum and log-ratio loses it.
+Each is >= 0 in every bin, and p - q sums to zero over bins that are normalised. So a sum over bins is never negative, and nearly equal
+distributions keep the accuracy of d, where the published form (1 - sum for the tail, products of logarithms) loses it.
 
 The gradient goes with respect to a = log p: w = p dD/dp, that is (1 - beta) p log(p/m), p - q (beta 0) and p log(p/q) (beta 1). For
 normalised bins a multiple of p has been added to the last two, which no normalised student can feel and which keeps them accurate near
@@ -23,54 +25,47 @@ from torch import Tensor
 _FLOOR = -1e30  # stands for log 0: finite, so that 0 * log 0 is 0 and not NaN
 
 
-def _log_mix(d: Tensor, weight: float, other: float) -> Tensor:
-    """log(other + weight * exp(d)), weight + other = 1, without overflow and accurate near d = 0."""
-    if weight == 1.0:
-        return d
-    near = torch.log1p(weight * torch.expm1(d))
-    above = d + torch.log(weight + other * torch.exp(-d))
-    below = torch.log(other + weight * torch.exp(d))
-    return torch.where(d > 1, above, torch.where(d < -1, below, near))
-
-
-def _mass_times_h(mass: Tensor, mass_times_s: Tensor, s: Tensor, log1p_s: Tensor) -> Tensor:
-    """mass * (s - log1p(s)); log1p(s) = 2 atanh(r), r = s / (2 + s), so the leading terms cancel on paper when s is small."""
-    r = s / (2 + s)
-    square = r * r
-    series = torch.zeros_like(r)
-    for power in range(21 if s.dtype == torch.float64 else 9, 1, -2):
-        series = series * square + 1.0 / power
-    small = mass * (r * s - 2 * r * square * series)
-    return torch.where(s.abs() < 0.25, small, mass_times_s - mass * log1p_s)
-
-
-def divergence_terms(student_logq: Tensor, teacher_logq: Tensor, *, beta: float, normalised: bool) -> tuple[Tensor, Tensor]:
+def divergence_terms(
+    student_logq: Tensor, teacher_logq: Tensor, *, beta: float, normalised: bool, clip: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(phi, w): each bin's share of the divergence and its derivative in the student's log-probability. Same shape and dtype as the inputs.
 
     normalised: both arguments sum to one over their bins (see the head of the file); otherwise the plain summands, which may be negative
-    at beta 0 and 1. Bins of probability zero (-inf) are legal: the interior stays finite, and a KL that is infinite is +inf, never NaN;
-    w of KL(q||p) stays finite. ValueError for a beta outside [0, 1]. No collective, no autograd.
+    at beta 0 and 1. clip (nats): upper bound of each plain summand, whose gradient is 0 where it acts (OPSD 2601.18734); it implies plain
+    summands, so the clipped sum may be negative at beta 0 and 1. Bins of probability zero (-inf) are legal: the interior stays finite, a KL
+    that is infinite is +inf (or `clip`), never NaN; w of KL(q||p) stays finite. ValueError for a beta outside [0, 1]. No collective, no
+    autograd.
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is the teacher's weight in the mixture and lies in [0, 1], got {beta}")
     a, b = student_logq.clamp(min=_FLOOR), teacher_logq.clamp(min=_FLOOR)
-    p, q, x = a.exp(), b.exp(), a - b
-
-    if beta == 0.0:
-        if normalised:
-            s = torch.expm1(x)
-            phi, w = _mass_times_h(q, p - q, s, x), torch.where(x.abs() < 1, q * s, p - q)
+    hi = torch.maximum(a, b).exp_()
+    x = a - b
+    if 0.0 < beta < 1.0:
+        d = x.abs()
+        e = torch.expm1(-d)
+        g = beta if beta == 0.5 else torch.full_like(d, 1.0 - beta).masked_fill_(x >= 0, beta)
+        log_mix = torch.log1p(e * g)  # log(m / hi)
+        first = (e * g).add_(1.0).mul_(log_mix)
+        phi = e.add_(1.0).mul_(d).mul_(g).add_(first).mul_(hi).neg_().clamp_(min=0.0)
+        w = x.clamp_(max=0.0).neg_().add_(log_mix).mul_(a.exp_()).mul_(beta - 1.0)  # log(p / m) = -log_mix, less d where q > p
+    else:
+        plain = clip is not None or not normalised
+        student_is_hi = x >= 0
+        d = x.abs()
+        e = torch.expm1(-d)
+        low = hi * (1.0 + e)
+        p, q = torch.where(student_is_hi, hi, low), torch.where(student_is_hi, low, hi)
+        if plain:
+            phi, w = (-q * x, -q) if beta == 0.0 else (p * x, p * x + p)
         else:
-            phi, w = -q * x, -q
-        return torch.where((p == 0) & (student_logq == -torch.inf) & (q > 0), torch.inf, phi), w
-    if beta == 1.0:
-        phi = _mass_times_h(p, q - p, torch.expm1(-x), -x) if normalised else p * x
-        w = p * x if normalised else p * x + p
-        return torch.where((q == 0) & (teacher_logq == -torch.inf) & (p > 0), torch.inf, phi), w
-
-    rest = 1.0 - beta
-    log_m_over_q = _log_mix(x, rest, beta)
-    log_m_over_p = _log_mix(-x, beta, rest)
-    phi = beta * _mass_times_h(q, rest * (p - q), rest * torch.expm1(x), log_m_over_q)
-    phi = phi + rest * _mass_times_h(p, beta * (q - p), beta * torch.expm1(-x), log_m_over_p)
-    return phi, -rest * p * log_m_over_p
+            # KL(T||S): large terms where the teacher is the larger; KL(S||T) the other way round.
+            first = ~student_is_hi if beta == 0.0 else student_is_hi
+            phi = torch.where(first, hi * (e + d), -(hi * e + low * d)).clamp_(min=0.0)
+            w = torch.where(student_is_hi, -hi * e, hi * e) if beta == 0.0 else p * x
+        zero, mass, logq = (p, q, student_logq) if beta == 0.0 else (q, p, teacher_logq)
+        phi = torch.where((zero == 0) & (logq == -torch.inf) & (mass > 0), torch.inf, phi)
+    if clip is not None:
+        clipped = phi > clip
+        phi, w = phi.masked_fill(clipped, clip), w.masked_fill(clipped, 0.0)
+    return phi, w

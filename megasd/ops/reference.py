@@ -29,21 +29,40 @@ def bucket_logprobs(logits_TV: Tensor, ids_TK: Tensor, *, temperature: float = 1
     return torch.cat([chosen_TK, rest_T[:, None]], dim=-1)
 
 
-def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float) -> Tensor:
-    """KL(T||S) at beta 0, KL(S||T) at beta 1, else beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S: [T]."""
+def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float, clip: float | None = None) -> Tensor:
+    """KL(T||S) at beta 0, KL(S||T) at beta 1, else beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S: [T].
+
+    clip: upper bound of each bin's summand.
+    """
     s, t = student_logq_TB.double(), teacher_logq_TB.double().detach()
     if beta == 0:
-        return (t.exp() * (t - s)).sum(-1)
-    if beta == 1:
-        return (s.exp() * (s - t)).sum(-1)
-    m = (beta * t.exp() + (1 - beta) * s.exp()).log()
-    return (beta * t.exp() * (t - m) + (1 - beta) * s.exp() * (s - m)).sum(-1)
+        summands = t.exp() * (t - s)
+    elif beta == 1:
+        summands = s.exp() * (s - t)
+    else:
+        m = (beta * t.exp() + (1 - beta) * s.exp()).log()
+        summands = beta * t.exp() * (t - m) + (1 - beta) * s.exp() * (s - m)
+    return (summands if clip is None else summands.clamp(max=clip)).sum(-1)
 
 
-def full_divergence(student_logits_TV: Tensor, teacher_logits_TV: Tensor, *, beta: float, temperature: float = 1.0) -> Tensor:
-    """The same divergence over the whole vocabulary: [T]."""
-    student_logq_TV, teacher_logq_TV = ((x.double() / temperature).log_softmax(-1) for x in (student_logits_TV, teacher_logits_TV))
-    return divergence(student_logq_TV, teacher_logq_TV, beta=beta)
+def full_divergence(
+    student_logits_TV: Tensor,
+    teacher_logits_TV: Tensor,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    clip: float | None = None,
+) -> Tensor:
+    """The same divergence over the whole vocabulary: [T]. teacher_temperature None: the student's."""
+    student_logq_TV = (student_logits_TV.double() / temperature).log_softmax(-1)
+    teacher_logq_TV = (teacher_logits_TV.double() / (teacher_temperature or temperature)).log_softmax(-1)
+    return divergence(student_logq_TV, teacher_logq_TV, beta=beta, clip=clip)
+
+
+def union(first_K: Tensor, second_K: Tensor) -> Tensor:
+    """The distinct ids of two rows."""
+    return torch.cat([first_K, second_K]).unique()
 
 
 def sampled_logp(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which columns of the vocabulary a tensor-parallel rank owns, and local softmax statistics that combine exactly.
+"""Which columns of the vocabulary a tensor-parallel rank owns, and softmax statistics of a set of columns.
 
 T tokens, V local vocabulary slice. Rank r of a group of n owns the columns [r * V, (r + 1) * V); those at or past `vocab_size` are padding.
 """
@@ -6,10 +6,20 @@ T tokens, V local vocabulary slice. Rank r of a group of n owns the columns [r *
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Rest(NamedTuple):
+    """Statistics of the columns of a row that are not chosen, [T] each: maximum and sums apart, since one rounded log-sum-exp would err by
+    eps * |score|."""
+
+    max_T: Tensor  # largest score, -inf when there is none
+    sum_T: Tensor  # sum of exp(score - max), 0 when there is none
+    moment_T: Tensor  # sum of exp(score - max) * (score - max), 0 when there is none
 
 
 @dataclass(frozen=True)
@@ -34,15 +44,6 @@ def shard_of(local_columns: int, vocab_size: int, tp_group: dist.ProcessGroup | 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """float64 stays, everything else is computed in float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def max_and_sum(scores_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """(max, sum of exp(score - max)) of each row, apart: one rounded log-sum-exp would err by eps * |score|. Empty rows: (-inf, 0)."""
-    if scores_TV.shape[1] == 0:
-        empty = scores_TV.new_zeros(scores_TV.shape[0])
-        return empty - torch.inf, empty
-    max_T = scores_TV.amax(-1)
-    return max_T, (scores_TV - finite(max_T)[:, None]).exp().sum(-1)
 
 
 def finite(max_T: Tensor) -> Tensor:

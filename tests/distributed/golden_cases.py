@@ -19,10 +19,10 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from megasd.actor.actor import Actor  # noqa: E402
-from megasd.actor.forward import project, run_microbatches  # noqa: E402
+from megasd.actor.forward import run_microbatches  # noqa: E402
 from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
 from megasd.batch import Batch  # noqa: E402
-from megasd.config import ActorConfig, AlgorithmConfig, Config, DistillTerm, TeacherConfig  # noqa: E402
+from megasd.config import ActorConfig, AlgorithmConfig, Config, DistillTerm, NLLTerm, PolicyGradientTerm, TeacherConfig  # noqa: E402
 from megasd.microbatch import Microbatch  # noqa: E402
 from megasd.ops import reference  # noqa: E402
 
@@ -48,6 +48,7 @@ CASES: dict[int, dict[str, dict]] = {
         "cp2 packed": {CP: 2, "packing": True},
         "dp2": {},
         "dp2 plain optimizer": {"use_distributed_optimizer": False},
+        "dp2 overlap": {"overlap_grad_reduce": True, "micro_batch_size": 1},
     },
     4: {
         "tp2 pp2": {TP: 2, PP: 2},
@@ -56,6 +57,7 @@ CASES: dict[int, dict[str, dict]] = {
         "pp2 dp2": {PP: 2},
         "cp2 dp2": {CP: 2},
     },
+    8: {"tp2 cp2 pp2 sp": {TP: 2, CP: 2, PP: 2, **SP}, "tp2 cp2 pp2 sp packed": {TP: 2, CP: 2, PP: 2, **SP, "packing": True}},
 }
 MOE_CASES: dict[int, dict[str, dict]] = {
     1: {"moe tp1": {}},
@@ -64,9 +66,27 @@ MOE_CASES: dict[int, dict[str, dict]] = {
 }
 
 
-TIED_CASES: dict[int, dict[str, dict]] = {1: {}, 2: {"tied tp2": {TP: 2}, "tied pp2": {PP: 2}}, 4: {"tied tp2 pp2": {TP: 2, PP: 2}}}
+TIED_CASES: dict[int, dict[str, dict]] = {
+    1: {"tied micro 1": {"micro_batch_size": 1}},
+    2: {"tied tp2": {TP: 2}, "tied pp2": {PP: 2}, "tied dp2 overlap": {"overlap_grad_reduce": True}},
+    4: {"tied tp2 pp2": {TP: 2, PP: 2}},
+}
 BF16 = {"dtype": "bfloat16"}  # parameters; main parameters, gradients and the EMA teacher are fp32
 BF16_CASES: dict[int, dict[str, dict]] = {1: {}, 2: {"bf16 tp2 sp": {TP: 2, **SP}, "bf16 pp2": {PP: 2}, "bf16 dp2": {}}, 4: {}}
+
+
+# Supports, transports, clip and temperatures, and all terms at once; each under another layout than the golden run's.
+ALGORITHMS: dict[str, dict] = {
+    "full": {"distill": DistillTerm(support="full", beta=0.0)},
+    "full clip": {"distill": DistillTerm(support="full", beta=0.0, pointwise_clip=0.05, teacher_temperature=0.8)},
+    "union": {"distill": DistillTerm(support="union", top_k=TOP_K, beta=0.1)},
+    "teacher": {"distill": DistillTerm(support="teacher", top_k=TOP_K, tail="raw", beta=0.0)},
+    "record": {
+        "distill": DistillTerm(support="teacher", top_k=TOP_K, tail="raw", beta=0.0),
+        "teacher": TeacherConfig(transport="record"),
+    },
+    "all terms": {"policy_gradient": PolicyGradientTerm(coefficient=0.3), "nll": NLLTerm(coefficient=0.1)},
+}
 
 
 def make_config(model: str, actor: dict, **algorithm: object) -> Config:
@@ -180,7 +200,7 @@ def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
     mesh, rows = actor.mesh, torch.zeros(len(batch.response_ids), VOCAB)
 
     def read(microbatch: Microbatch, hidden: torch.Tensor) -> None:
-        shard = project(hidden, actor.model.output_weight(), mesh, actor.model_config).contiguous()
+        shard = hidden @ actor.model.output_weight().t()
         shards = [torch.empty_like(shard) for _ in range(mesh.tp_size)]
         torch.distributed.all_gather(shards, shard, group=mesh.tp_group)
         rows[microbatch.response_index[microbatch.valid]] = torch.cat(shards, 1)[microbatch.valid, :VOCAB]
@@ -201,6 +221,19 @@ def lone_question(batch: Batch) -> Batch:
     return chosen
 
 
+def nothing_to_learn(model_dir: str, device: torch.device, batch: Batch, actor: dict) -> None:
+    """No informative question: loss 0, gradient 0, and the step goes on."""
+    chosen = batch.select(list(range(32)))
+    chosen.question_weight = torch.zeros(32, dtype=torch.float64)
+    assert run(make_config(model_dir, actor), device, chosen, steps=2) == [[0.0, 0.0]] * 2
+
+
+def finish(rank: int) -> None:
+    torch.distributed.barrier()
+    if rank == 0:
+        print("all ok", flush=True)
+
+
 def main() -> None:
     model_dir, moe_dir, tied_dir, trace_file = sys.argv[1:5]
     device = init_distributed()
@@ -217,10 +250,15 @@ def main() -> None:
         check("bf16 near fp32", golden["bf16"][:1], golden["dense"][:1], tolerance=5e-2)
         golden["lone"] = run(make_config(model_dir, {}), device, lone_question(batch))
         golden["token_mean"] = run(make_config(model_dir, {}, aggregation="token_mean"), device, batch)
-        golden["full"] = run(make_config(model_dir, {}, distill=DistillTerm(support="full", beta=0.0)), device, batch)
+        for name, algorithm in ALGORITHMS.items():
+            golden[name] = run(make_config(model_dir, {}, **algorithm), device, batch)
+        check("record near teacher", golden["record"], golden["teacher"])
         Path(trace_file).write_text(json.dumps(golden))
     for name, actor in CASES[world].items():
         check(name, run(make_config(model_dir, actor), device, batch), golden["dense"])
+    if world == 8:  # all dimensions at once; the rest is covered by fewer ranks
+        finish(rank)
+        return
     for name, actor in MOE_CASES[world].items():
         check(name, run(make_config(moe_dir, actor), device, batch), golden["moe"])
     for name, actor in TIED_CASES[world].items():
@@ -230,13 +268,13 @@ def main() -> None:
     layout = {1: {}, 2: {}, 4: {TP: 2}}[world]
     check("lone question", run(make_config(model_dir, layout), device, lone_question(batch)), golden["lone"])
     check("token mean", run(make_config(model_dir, layout, aggregation="token_mean"), device, batch), golden["token_mean"])
-    full = make_config(model_dir, layout, distill=DistillTerm(support="full", beta=0.0))
-    check("full support", run(full, device, batch), golden["full"])
+    nothing_to_learn(model_dir, device, batch, layout)
+    layout = {1: {"micro_batch_size": 1}, 2: {CP: 2}, 4: {TP: 2, CP: 2, **SP}}[world]
+    for name, algorithm in ALGORITHMS.items():
+        check(name, run(make_config(model_dir, layout, **algorithm), device, batch), golden[name])
     for name, actor in {1: {"tp1": {}}, 2: {"tp2": {TP: 2}, "pp2": {PP: 2}, "cp2": {CP: 2}}, 4: {"tp2 pp2": {TP: 2, PP: 2}}}[world].items():
         hf_parity(model_dir, make_config(model_dir, actor), device, name)
-    if rank == 0:
-        print("all ok", flush=True)
-    torch.distributed.barrier()
+    finish(rank)
 
 
 if __name__ == "__main__":

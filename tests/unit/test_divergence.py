@@ -1,7 +1,7 @@
 """Divergences and buckets in one process: golden vectors, the float64 twin, gradients, tiny and extreme inputs.
 
-Proves: values and closed-form gradients of bucket_logprobs -> divergence, of full_divergence, sampled_logp and entropy equal
-autograd through the direct formulas of ops/reference.py. Does not prove: anything about ranks (tests/distributed/test_ops.py) or speed.
+Proves: values and closed-form gradients of the readout (buckets -> divergence, exact divergence, target, entropy) equal autograd through
+the direct formulas of ops/reference.py. Does not prove: anything about ranks (tests/distributed/test_ops.py) or speed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from megasd.loss.divergence import divergence
 from megasd.ops import reference
-from megasd.ops.topk import vocab_parallel_topk
-from megasd.ops.vocab_parallel import TAILS, bucket_logprobs, entropy, full_divergence, sampled_logp
+from megasd.ops.pointwise import divergence_terms
+from megasd.ops.readout import TAILS, ReadoutSpec, TeacherRecord, vocab_parallel_readout
 
 # Golden vectors: computed from the published definitions by an independent script, six decimals.
 STUDENT = torch.tensor([[2.0, 1.0, 0.5, -1.0, -2.0]], dtype=torch.float64)
@@ -32,15 +32,24 @@ GOLDEN_TOP2 = {
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 
-def on_support(student, teacher, k, *, beta, tail, vocab_size=None, temperature=1.0):
-    vocab_size = vocab_size or student.shape[1]
-    ids, _ = vocab_parallel_topk(student, k, vocab_size=vocab_size, tp_group=None)
-    s, t = (bucket_logprobs(x, ids, vocab_size=vocab_size, tp_group=None, temperature=temperature, tail=tail) for x in (student, teacher))
-    return divergence(s, t, beta=beta, normalised=tail != "raw")
+def read(student, teacher=None, targets=None, *, vocab_size=None, **options):
+    spec = ReadoutSpec(vocab_size=vocab_size or student.shape[1], **options)
+    return vocab_parallel_readout(student, teacher, targets, spec, tp_group=None)
+
+
+def on_support(student, teacher, k, *, beta, tail, vocab_size=None, temperature=1.0, support="student"):
+    options = dict(vocab_size=vocab_size, support=support, top_k=k, tail=tail, temperature=temperature, teacher_temperature=temperature)
+    readout = read(student, teacher, **options)
+    return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=tail != "raw")
 
 
 def full(student, teacher, *, beta, vocab_size=None, temperature=1.0):
-    return full_divergence(student, teacher, beta=beta, vocab_size=vocab_size or student.shape[1], tp_group=None, temperature=temperature)
+    options = dict(support="full", beta=beta, temperature=temperature, teacher_temperature=temperature)
+    return read(student, teacher, vocab_size=vocab_size, **options).divergence_T
+
+
+def entropy(x, *, vocab_size):
+    return read(x, vocab_size=vocab_size, support="none").entropy_T
 
 
 @pytest.mark.parametrize("beta", GOLDEN_FULL)
@@ -103,33 +112,74 @@ def test_sampled_logp_and_entropy_equal_the_twin():
     x = logits(11, 17, 5).requires_grad_()
     targets = torch.randint(17, (11,), generator=torch.Generator().manual_seed(0))
     padded = with_padding(x).requires_grad_()
-    logp = sampled_logp(padded, targets, vocab_size=17, tp_group=None, temperature=0.8)
+    logp = read(padded, None, targets, vocab_size=17, support="none", temperature=0.8).logp_T
     expected = reference.sampled_logp(x, targets, temperature=0.8)
     torch.testing.assert_close(logp, expected, rtol=0, atol=1e-12)
     upstream = logits(11, 1, 6)[:, 0]
     torch.testing.assert_close(
         torch.autograd.grad(logp, padded, upstream)[0][:, :17], torch.autograd.grad(expected, x, upstream)[0], rtol=0, atol=1e-12
     )
-    torch.testing.assert_close(entropy(padded, vocab_size=17, tp_group=None), reference.entropy(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy(padded, vocab_size=17), reference.entropy(x), rtol=0, atol=1e-12)
     one_hot = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, 0.0, -1e4]])
-    torch.testing.assert_close(entropy(one_hot, vocab_size=3, tp_group=None), torch.tensor([0.0, math.log(2)]))
+    torch.testing.assert_close(entropy(one_hot, vocab_size=3), torch.tensor([0.0, math.log(2)]))
 
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_gradcheck(tail):
-    """Finite differences, apart from any twin."""
+    """Finite differences, apart from any twin. The support is a record's: it does not move with the logits."""
     student, teacher = logits(4, 8, 7, scale=1.5).requires_grad_(), logits(4, 8, 8, scale=1.5)
     ids = torch.stack([torch.randperm(8)[:3] for _ in range(4)])
-    assert torch.autograd.gradcheck(lambda z: bucket_logprobs(z, ids, vocab_size=8, tp_group=None, temperature=0.9, tail=tail), student)
-    teacher_logq = bucket_logprobs(teacher, ids, vocab_size=8, tp_group=None, tail=tail)
+    logq = reference.bucket_logprobs(teacher, ids)
+    record = TeacherRecord(ids.int(), logq[:, :-1], logq[:, -1])
+    targets = torch.tensor([0, 1, 2, 3])
     for beta in (0.0, 0.3, 1.0):
-        assert torch.autograd.gradcheck(
-            lambda z, beta=beta: divergence(
-                bucket_logprobs(z, ids, vocab_size=8, tp_group=None, tail=tail), teacher_logq, beta=beta, normalised=tail != "raw"
-            ),
-            student,
-        )
+
+        def loss(z, beta=beta):
+            readout = read(z, record, targets, support="record", tail=tail, temperature=0.9)
+            return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=tail != "raw") + readout.logp_T
+
+        assert torch.autograd.gradcheck(loss, student)
         assert torch.autograd.gradcheck(lambda z, beta=beta: full(z, teacher, beta=beta), student)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_pointwise_clip(beta):
+    """Every summand is cut from above and loses its gradient there; without effect it changes nothing; buckets and full alike."""
+    student, teacher = logits(9, 12, 30).requires_grad_(), logits(9, 12, 31)
+    for clip in (0.02, 50.0):
+        expected = reference.full_divergence(student, teacher, beta=beta, clip=clip)
+        found = read(student, teacher, support="full", beta=beta, clip=clip).divergence_T
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        grads = [torch.autograd.grad(x.sum(), student)[0] for x in (found, expected)]
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+        for tail in TAILS:
+            readout = read(student, teacher, support="teacher", top_k=4, tail=tail)
+            loss = divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=tail != "raw", clip=clip)
+            ids, _ = reference.topk(teacher, 4)
+            s, t = (reference.bucket_logprobs(x, ids, tail=tail) for x in (student, teacher))
+            expected = reference.divergence(s, t, beta=beta, clip=clip)
+            torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+            grads = [torch.autograd.grad(x.sum(), student)[0] for x in (loss, expected)]
+            torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+def test_in_place_gradient_and_a_second_backward():
+    """The gradient lands in the logits' own storage, once."""
+    x, y = logits(5, 40, 32, dtype=torch.float32), logits(5, 40, 33, dtype=torch.float32)
+    spec = ReadoutSpec(vocab_size=38, top_k=6)
+
+    def loss_of(z, in_place):
+        readout = vocab_parallel_readout(z, y, None, spec, tp_group=None, in_place=in_place)
+        return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=0.5, normalised=True).sum()
+
+    apart = x.clone().requires_grad_()
+    loss_of(apart, False).backward()
+    leaf = x.clone().requires_grad_()
+    storage, loss = leaf.data_ptr(), loss_of(leaf, True)
+    (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert grad.data_ptr() == storage and torch.equal(grad, apart.grad)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(loss, leaf)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -185,9 +235,8 @@ def test_float32_keeps_tiny_divergences(beta, noise, loss_tolerance, grad_tolera
 def test_log_tail_is_exact_when_tiny():
     x = logits(200, 1000, 16, scale=2.0, dtype=torch.float32)
     x[:, 0] += torch.linspace(0, 60, 200)
-    ids, _ = vocab_parallel_topk(x, 10, vocab_size=1000, tp_group=None)
-    tail = bucket_logprobs(x, ids, vocab_size=1000, tp_group=None)[:, -1]
-    truth = reference.bucket_logprobs(x, ids)[:, -1]
+    readout = read(x, top_k=10)
+    tail, truth = readout.student_logq_TB[:, -1], reference.bucket_logprobs(x, readout.ids_TA)[:, -1]
     assert ((tail.double() - truth).abs() / truth.abs().clamp(min=1)).max() < 1e-6
 
 
@@ -258,7 +307,7 @@ def test_no_tokens():
     loss = on_support(empty, empty.detach(), 2, beta=0.5, tail="bucket")
     assert loss.shape == (0,)
     loss.sum().backward()
-    assert full(empty, empty.detach(), beta=0.5).shape == (0,) and entropy(empty, vocab_size=6, tp_group=None).shape == (0,)
+    assert full(empty, empty.detach(), beta=0.5).shape == (0,) and entropy(empty, vocab_size=6).shape == (0,)
 
 
 @pytest.mark.parametrize("k", [1, 4, 16, 40])
@@ -268,20 +317,25 @@ def test_topk_is_a_total_order(k):
     x[:10] = 0.0
     x[10:20, 2:] = -torch.inf
     for dtype in (torch.float64, torch.bfloat16):
-        ids, values = vocab_parallel_topk(with_padding(x.to(dtype)), k, vocab_size=40, tp_group=None)
-        expected_ids, expected_values = reference.topk(x, k)
-        assert (ids == expected_ids).all() and (values == expected_values).all() and ids.dtype == torch.int64
+        readout = read(with_padding(x.to(dtype)), vocab_size=40, top_k=k, tail="raw")
+        assert torch.equal(readout.ids_TA, reference.topk(x, k)[0])
 
 
 def test_bad_arguments_are_named():
     x = logits(2, 5, 24)
-    with pytest.raises(ValueError, match="k >= 1"):
-        vocab_parallel_topk(x, 0, vocab_size=5, tp_group=None)
-    with pytest.raises(ValueError, match="do not hold a vocabulary of 6"):
-        vocab_parallel_topk(x, 1, vocab_size=6, tp_group=None)
-    with pytest.raises(ValueError, match="tail must be one of"):
-        bucket_logprobs(x, torch.zeros(2, 1, dtype=torch.int64), vocab_size=5, tp_group=None, tail="none")
+    for match, options in {
+        "top_k must be 1 or more": {"top_k": 0},
+        "do not hold a vocabulary of 6": {"vocab_size": 6},
+        "tail must be one of": {"tail": "none"},
+        "support must be one of": {"support": "nobody"},
+        "beta": {"beta": 1.5},
+        "temperature": {"temperature": 0.0},
+        "needs the teacher's logits": {"support": "full", "teacher": None},
+        "a record goes with": {"support": "record"},
+        "differ in shape": {"teacher": x[:, :4]},
+    }.items():
+        options = {"teacher": x} | options
+        with pytest.raises(ValueError, match=match):
+            read(x, options.pop("teacher"), **options)
     with pytest.raises(ValueError, match="beta"):
-        full(x, x, beta=1.5)
-    with pytest.raises(ValueError, match="temperature"):
-        full(x, x, beta=0.5, temperature=0.0)
+        divergence_terms(x, x, beta=-0.1, normalised=True)

@@ -1,15 +1,17 @@
-"""Question weights and their normalisation (SC-SDPO), in pure Python, and the same figures through loss/reduce.py in one process.
+"""Question weights (SC-SDPO), their normalisation and the reducer's token weights and metrics, through loss/reduce.py in one process.
 
-Does not prove the normaliser over ranks: tests/distributed/test_ops.py.
+Does not prove the normaliser over ranks (tests/distributed/test_reduce.py) or the sums themselves (test_reduce.py here).
 """
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from megasd.algo.pass_rate import normalise, question_weight
-from megasd.loss.reduce import Normaliser, global_normaliser, megatron_loss, reduce_metrics, token_weights, without_division
+from megasd.algo.pass_rate import question_weight
+from megasd.loss.reduce import Normaliser, global_normalisers, token_weights
 
 SUCCESSES = [0, 1, 4, 7, 8]  # of 8 samples each
 GOLDEN = {
@@ -19,23 +21,30 @@ GOLDEN = {
 }
 
 
+def normalised(raw: list[float], size: int = 8) -> list[float]:
+    """Weight of each question over the mean of the informative ones: what token_weights gives a one-token response, times all samples."""
+    weight = torch.tensor(raw, dtype=torch.float64).repeat_interleave(size)
+    ones = torch.ones(len(weight), dtype=torch.int64)
+    normaliser = global_normalisers(weight, ones * size, {"distill": ones > 0}, ones)["distill"]
+    tokens = token_weights(weight, ones > 0, ones, normaliser=normaliser, aggregation="sequence_mean")
+    assert torch.equal(tokens, token_weights(weight, ones > 0, ones, normaliser=normaliser, aggregation="token_mean"))
+    return (tokens * len(weight))[::size].tolist()
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_weights(name):
-    weights = normalise({str(k): question_weight(name)(k / 8) for k in SUCCESSES})
-    assert list(weights.values()) == pytest.approx(GOLDEN[name], abs=6e-7)
+    weights = normalised([question_weight(name)(k / 8) for k in SUCCESSES])
+    assert weights == pytest.approx(GOLDEN[name], abs=6e-7)
 
 
 def test_informative_questions_average_to_one_without_epsilon():
-    weights = normalise({"a": 1e-30, "b": 3e-30, "c": 0.0})
-    assert weights == pytest.approx({"a": 0.5, "b": 1.5, "c": 0.0}, rel=1e-12)
-    assert normalise({"a": 0.25}) == {"a": 1.0}
-    uniform = normalise({str(i): question_weight("sqrt_pq")(0.25) for i in range(7)})
-    assert list(uniform.values()) == pytest.approx([1.0] * 7, rel=1e-15)
+    assert normalised([1e-9, 3e-9, 0.0]) == pytest.approx([0.5, 1.5, 0.0], rel=1e-8)  # the quantum is 1e-18
+    assert normalised([0.25]) == [1.0]
+    assert normalised([question_weight("sqrt_pq")(0.25)] * 7, size=3) == pytest.approx([1.0] * 7, rel=1e-14)
 
 
 def test_no_informative_question_is_all_zero():
-    assert normalise({"a": 0.0, "b": 0.0}) == {"a": 0.0, "b": 0.0}
-    assert normalise({}) == {}
+    assert normalised([0.0, 0.0]) == [0.0, 0.0]
 
 
 def test_raw_weights():
@@ -66,59 +75,54 @@ def batch(successes=(0, 1, 4, 8), sizes=(2, 3, 4, 1), name="sqrt_pq"):
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 def test_token_weights_are_the_definition(name, aggregation):
     weight, size, taught, lens, question, raw = batch(name=name)
-    normaliser = global_normaliser(weight, size, taught, lens)
+    normaliser = global_normalisers(weight, size, {"distill": taught}, lens)["distill"]
     informative = [w for w in raw if w > 0]
     assert normaliser.mean_weight == pytest.approx(sum(informative) / len(informative), rel=1e-14)
-    assert normaliser.num_questions == pytest.approx(len(informative), rel=1e-14)
+    assert normaliser.num_questions == len(informative)
     assert (normaliser.num_samples, normaliser.num_tokens) == (10, int((lens * taught).sum()))
     weights = token_weights(weight, taught, lens, normaliser=normaliser, aggregation=aggregation)
-    assert weights.dtype == torch.float32 and len(weights) == int(lens.sum())
-    wbar = normalise({str(j): w for j, w in enumerate(raw)})
-    expected = []
+    assert weights.dtype == torch.float64 and len(weights) == int(lens.sum())
+    mean, expected = sum(informative) / len(informative), []
     for i, length in enumerate(lens.tolist()):
         share = 1 / (10 * length) if aggregation == "sequence_mean" else 1 / int((lens * taught).sum())
-        expected += [wbar[str(question[i])] * float(taught[i]) * share] * length
-    torch.testing.assert_close(weights, torch.tensor(expected))
+        expected += [raw[question[i]] / mean * float(taught[i]) * share] * length
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-13, atol=0)
+
+
+def test_terms_differ_in_their_tokens_alone():
+    weight, size, taught, lens, _, _ = batch()
+    found = global_normalisers(weight, size, {"nll": taught | True, "distill": taught}, lens)
+    assert found["nll"].num_tokens == int(lens.sum()) > found["distill"].num_tokens == int((lens * taught).sum())
+    assert found["nll"].mean_weight == found["distill"].mean_weight and found["nll"].num_samples == found["distill"].num_samples == 10
+    assert global_normalisers(weight, size, {}, lens) == {}
 
 
 def test_plain_weights_make_plain_means():
-    """question_weight none, all taught: a constant loss c gives c in both aggregations."""
-    weight, size, _, lens, _, _ = batch(name="none")
-    taught = torch.ones(10, dtype=torch.bool)
-    normaliser = global_normaliser(weight, size, taught, lens)
+    """question_weight none, all taught: the weights of the step add up to 1 in both aggregations."""
+    weight, size, taught, lens, _, _ = batch(name="none")
+    normaliser = global_normalisers(weight, size, {"distill": taught | True}, lens)["distill"]
     for aggregation in ("sequence_mean", "token_mean"):
-        weights = token_weights(weight, taught, lens, normaliser=normaliser, aggregation=aggregation)
-        loss, num_tokens, log = megatron_loss(torch.full((int(lens.sum()),), 2.5), weights)
-        assert loss.item() == pytest.approx(2.5, rel=1e-6) and log["loss"].item() == loss.item()
-        assert num_tokens.dtype == torch.int and num_tokens.item() == 0
+        weights = token_weights(weight, taught | True, lens, normaliser=normaliser, aggregation=aggregation)
+        assert math.fsum(weights.tolist()) == pytest.approx(1.0, rel=1e-14)
 
 
-def test_nothing_informative_is_zero_loss_and_zero_gradient():
+def test_nothing_informative_is_all_zero():
     weight, size, taught, lens, _, _ = batch(successes=(0, 8, 8, 0))
-    normaliser = global_normaliser(weight, size, taught, lens)
-    assert normaliser == Normaliser(0.0, 0.0, 10.0, normaliser.num_tokens)
-    losses = torch.full((int(lens.sum()),), torch.inf, requires_grad=True)  # a masked token may hold anything
-    loss, _, _ = megatron_loss(losses, token_weights(weight, taught, lens, normaliser=normaliser, aggregation="sequence_mean"))
-    loss.backward()
-    assert loss.item() == 0.0 and (losses.grad == 0).all()
+    normaliser = global_normalisers(weight, size, {"distill": taught}, lens)["distill"]
+    assert normaliser == Normaliser(0.0, 0, 10, int((lens * taught).sum()))
+    for aggregation in ("sequence_mean", "token_mean"):
+        assert (token_weights(weight, taught, lens, normaliser=normaliser, aggregation=aggregation) == 0).all()
     assert token_weights(weight, taught & False, lens, normaliser=Normaliser(1, 1, 10, 0), aggregation="token_mean").sum() == 0
 
 
-def test_metrics_and_finalize():
-    assert reduce_metrics({"loss": 3.0, "tokens": 4}, {"loss": 2.0}, group=None) == {"loss": 1.5, "tokens": 4.0}
-    assert reduce_metrics({"loss": 0.0}, {"loss": 0.0}, group=None) == {"loss": 0.0}
-    with pytest.raises(ValueError, match="without a sum: kl"):
-        reduce_metrics({}, {"kl": 1.0}, group=None)
-    seen = []
-    without_division(lambda model, num_tokens, **kwargs: seen.append((model, num_tokens, kwargs)))(
-        ["chunk"], torch.ones(1), pg_collection=7
-    )
-    assert seen == [(["chunk"], None, {"pg_collection": 7})]
-
-
-def test_bad_aggregation_is_named():
+def test_bad_inputs_are_named():
     weight, size, taught, lens, _, _ = batch()
     with pytest.raises(ValueError, match="aggregation must be one of"):
         token_weights(weight, taught, lens, normaliser=Normaliser(1, 1, 1, 1), aggregation="mean")
     with pytest.raises(ValueError, match="one entry per sample"):
-        global_normaliser(weight, size, taught[:3], lens)
+        global_normalisers(weight, size, {"distill": taught[:3]}, lens)
+    with pytest.raises(ValueError, match="question sizes do not fit"):  # one of a question's samples is missing
+        global_normalisers(weight[:-2], size[:-2], {}, lens[:-2])
+    for bad in (-0.25, 1e-12, math.nan):
+        with pytest.raises(ValueError, match="must be 0 or at least"):
+            global_normalisers(weight + bad, size, {}, lens)

@@ -1,0 +1,233 @@
+"""Cases of the reducer, run by torchrun; see test_reduce.py. One batch in float64, dealt in every way, against one process without groups.
+
+The toy model has two parameters a, b and the per-token loss a base_t + b other_t: elementwise, so that a token's loss has the same bits
+wherever it is computed, and only the sums could differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megasd.loss.reduce import (
+    AGGREGATIONS,
+    exact_value,
+    exact_words,
+    global_normalisers,
+    megatron_loss,
+    reduce_metrics,
+    token_weights,
+    weigh,
+)
+from tests.collectives import Collectives
+
+RAW, SIZES = [0.0, 0.25, 0.5, 0.3307189, 0.0, 0.4841229], [4, 3, 5, 2, 6, 4]  # questions of a batch
+QUESTION = torch.tensor([j for j, n in enumerate(SIZES) for _ in range(n)])
+N = len(QUESTION)
+SIZE = torch.tensor(SIZES)[QUESTION]
+LENS = torch.arange(N) * 5 % 13 + 1
+STARTS = LENS.cumsum(0) - LENS
+MASKS = {"distill": torch.arange(N) % 4 != 1, "nll": torch.ones(N, dtype=torch.bool)}
+MEANS = {"loss_per_token": "tokens", "loss_per_taught": "taught_tokens"}
+THETA = torch.tensor([1.25, 0.75])
+
+
+def tables(signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token losses over several orders of magnitude."""
+    g = torch.Generator().manual_seed(0)
+    base, other = torch.randn(2, int(LENS.sum()), generator=g, dtype=torch.float64).mul(3).exp()
+    return (base, other * torch.randn(len(base), generator=g, dtype=torch.float64)) if signed else (base, other)
+
+
+@dataclass
+class Layout:
+    """dp x cp ranks, context parallelism innermost, as Megatron has it; dp_group without, world_group with it; None: one process."""
+
+    dp: int = 1
+    cp: int = 1
+    rank: int = 0
+    dp_group: dist.ProcessGroup | None = None
+    world_group: dist.ProcessGroup | None = None
+
+
+def layouts() -> list[Layout]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    found = []
+    for dp, cp in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (4, 2)):
+        if dp * cp == world:
+            groups = [dist.new_group(list(range(c, world, cp))) for c in range(cp)]
+            found.append(Layout(dp, cp, rank, groups[rank % cp], dist.new_group(list(range(world)))))
+    return found
+
+
+def deals(dp: int) -> dict[str, list[list[int]]]:
+    """Name -> the samples of every data-parallel rank."""
+
+    def cut(order: list[int]) -> list[list[int]]:
+        return [order[r * N // dp : (r + 1) * N // dp] for r in range(dp)]
+
+    shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(dp)).tolist()
+    found = {
+        "contiguous": cut(list(range(N))),
+        "strided": [list(range(r, N, dp)) for r in range(dp)],
+        "shuffled": cut(shuffled),
+    }
+    if dp > 1:
+        nothing = [i for i in shuffled if RAW[QUESTION[i]] == 0]
+        others = [i for i in shuffled if RAW[QUESTION[i]] > 0]
+        found["first_rank_learns_nothing"] = [nothing, *(others[r :: dp - 1] for r in range(dp - 1))]
+        found["first_rank_is_empty"] = [[], *(shuffled[r :: dp - 1] for r in range(dp - 1))]
+        split = {len({r for r in range(dp) for i in found["strided"][r] if QUESTION[i] == j}) for j in range(len(SIZES))}
+        assert max(split) == dp  # a question's samples lie on all ranks
+    return found
+
+
+def context_shard(sample: int, cp: int, cp_rank: int) -> list[int]:
+    """Positions of the response on a context-parallel rank: 2 cp chunks, one from the front and its mirror from the back."""
+    length = int(LENS[sample])
+    chunks = [p * 2 * cp // length for p in range(length)]
+    return [p for p, chunk in enumerate(chunks) if min(chunk, 2 * cp - 1 - chunk) == cp_rank]
+
+
+def step(
+    layout: Layout,
+    mine: list[int],
+    microbatches: int,
+    *,
+    weight: torch.Tensor,
+    aggregation: str,
+    term: str,
+    dtype: torch.dtype,
+    signed: bool,
+) -> tuple[dict[str, float], float, torch.Tensor]:
+    """A training step on this rank's samples: (metrics, the plain sum of the microbatches' losses, the gradient), global all of them."""
+    index = torch.tensor(mine, dtype=torch.int64)
+    masks = {name: mask[index] for name, mask in MASKS.items()}
+    with Collectives() as seen:
+        normalisers = global_normalisers(weight[index], SIZE[index], masks, LENS[index], dp_group=layout.dp_group)
+    assert seen.count == (layout.dp > 1) and seen.received <= 2 * 8 * (7 + len(masks))
+    weight_R = token_weights(weight[index], masks[term], LENS[index], normaliser=normalisers[term], aggregation=aggregation)
+    starts_R = LENS[index].cumsum(0) - LENS[index]
+    base, other = (table.to(dtype) for table in tables(signed))
+    theta = THETA.to(dtype).clone().requires_grad_()
+    plain = torch.zeros((), dtype=dtype)
+    totals: dict[str, torch.Tensor] = {}
+    for m in range(microbatches):
+        places = [(i, p) for i in range(m, len(mine), microbatches) for p in context_shard(mine[i], layout.cp, layout.rank % layout.cp)]
+        local = torch.tensor([int(starts_R[i]) + p for i, p in places], dtype=torch.int64)
+        tokens = torch.tensor([int(STARTS[mine[i]]) + p for i, p in places], dtype=torch.int64)
+        weight_T = weight_R[local]
+        loss_T = theta[0] * base[tokens] + theta[1] * other[tokens]
+        loss_T.retain_grad()
+        loss, num_tokens, log = megatron_loss(weigh(loss_T, weight_T.to(dtype)).sum())
+        assert num_tokens == 0 and log == {} and loss.dtype == dtype
+        loss.backward()
+        plain += loss.detach()
+        exact_T = weigh(loss_T.detach().double(), weight_T)
+        sums = {
+            "loss": exact_T,
+            "tokens": torch.ones(len(tokens)),
+            "taught_tokens": weight_T > 0,
+            "loss_per_token": loss_T,
+            "loss_per_taught": weigh(loss_T, weight_T > 0),
+            "grad_a": loss_T.grad.double() * base[tokens].double(),
+            "grad_b": loss_T.grad.double() * other[tokens].double(),
+        }
+        for name, values in sums.items():
+            totals[name] = totals.get(name, 0) + exact_words(values)
+    with Collectives() as seen:
+        metrics = reduce_metrics(totals, MEANS, group=layout.world_group)
+    assert seen.count == (layout.dp * layout.cp > 1) and seen.received <= 2 * 8 * 3 * len(totals)
+    gradient = theta.grad
+    if layout.world_group is not None:
+        dist.all_reduce(plain, group=layout.world_group)
+        dist.all_reduce(gradient, group=layout.world_group)
+    metrics |= {f"{name}.{key}": value for name, figures in normalisers.items() for key, value in vars(figures).items()}
+    return metrics, plain.item(), gradient
+
+
+def by_definition(weight: torch.Tensor, aggregation: str, term: str, losses: torch.Tensor) -> float:
+    """sum(w l) / normaliser, written from the definition over unique questions, in plain Python."""
+    per_question = [float(weight[QUESTION == j][0]) for j in range(len(SIZES))]
+    informative = [w for w in per_question if w > 0]
+    mean = math.fsum(informative) / len(informative)
+    terms = []
+    for i in MASKS[term].nonzero()[:, 0].tolist():
+        share = N * int(LENS[i]) if aggregation == "sequence_mean" else int((LENS * MASKS[term]).sum())
+        terms += [float(weight[i]) / mean / share * value for value in losses[STARTS[i] : STARTS[i] + LENS[i]].tolist()]
+    return math.fsum(terms)
+
+
+def every_split(all_layouts: list[Layout]) -> int:
+    weight = torch.tensor(RAW, dtype=torch.float64)[QUESTION]
+    count = 0
+    for aggregation, (dtype, signed), term in itertools.product(
+        AGGREGATIONS, ((torch.float64, True), (torch.float64, False), (torch.float32, False)), MASKS
+    ):
+        settings = dict(weight=weight, aggregation=aggregation, term=term, signed=signed)
+        alone, _, gradient = step(Layout(), list(range(N)), 1, dtype=dtype, **settings)
+        double, _, double_gradient = step(Layout(), list(range(N)), 1, dtype=torch.float64, **settings)
+        base, other = tables(signed)
+        torch.testing.assert_close(
+            double["loss"], by_definition(weight, aggregation, term, THETA[0] * base + THETA[1] * other), rtol=1e-12, atol=0
+        )
+        assert double["loss_per_taught"] != double["loss_per_token"] and alone["distill.num_questions"] == 4
+        for layout in all_layouts:
+            for (name, deal), microbatches in itertools.product(deals(layout.dp).items(), (1, 2, 4)):
+                metrics, plain, grad = step(layout, deal[layout.rank // layout.cp], microbatches, dtype=dtype, **settings)
+                where = f"{layout.dp=} {layout.cp=} {name} {microbatches=} {aggregation} {dtype} {term}"
+                assert metrics == alone, f"{where}: {metrics} is not {alone}"  # every bit, normalisers included
+                tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+                for found, expected in ((plain, double["loss"]), (grad.double(), double_gradient), (grad, gradient)):
+                    torch.testing.assert_close(found, expected, rtol=tolerance, atol=0, msg=lambda m, where=where: f"{where}: {m}")
+                count += 1
+    return count
+
+
+def nothing_informative(all_layouts: list[Layout]) -> int:
+    """|S| = 0: a loss of exactly 0, gradients of exactly 0, and an optimizer that steps without harm."""
+    weight = torch.zeros(N, dtype=torch.float64)
+    count = 0
+    for layout, aggregation, dtype, microbatches in itertools.product(all_layouts, AGGREGATIONS, (torch.float64, torch.float32), (1, 2, 4)):
+        for deal in deals(layout.dp).values():
+            mine = deal[layout.rank // layout.cp]
+            metrics, plain, grad = step(
+                layout, mine, microbatches, weight=weight, aggregation=aggregation, term="distill", dtype=dtype, signed=True
+            )
+            assert metrics["loss"] == plain == 0.0 and (grad == 0).all()
+            assert metrics["loss_per_taught"] == 0.0 and metrics["taught_tokens"] == 0.0 and metrics["tokens"] == int(LENS.sum())
+            assert metrics["distill.num_questions"] == metrics["distill.mean_weight"] == 0 and metrics["distill.num_samples"] == N
+            parameter = torch.nn.Parameter(THETA.to(dtype).clone())
+            parameter.grad = grad
+            torch.optim.SGD([parameter], lr=1.0).step()
+            assert torch.equal(parameter.detach(), THETA.to(dtype))
+            count += 1
+    return count
+
+
+def not_finite(all_layouts: list[Layout]) -> int:
+    """A value on one rank that is not finite is NaN on all; the other metrics are untouched."""
+    for layout in all_layouts:
+        words = {"bad": exact_words(torch.tensor([1.0, math.inf if layout.rank == 0 else 2.0])), "good": exact_words(torch.tensor(0.1))}
+        metrics = reduce_metrics(words, {"bad": "good"}, group=layout.world_group)
+        assert math.isnan(metrics["bad"]) and metrics["good"] == exact_value(words["good"] * layout.dp * layout.cp)
+    return len(all_layouts)
+
+
+def main():
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    all_layouts = layouts()
+    for case in (every_split, nothing_informative, not_finite):
+        count = case(all_layouts)
+        if dist.get_rank() == 0:
+            print(f"passed {case.__name__} {count}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
