@@ -157,7 +157,7 @@ class ActorConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # fp32 main parameters are kept by the optimizer
     micro_batch_size: int = 8  # samples of a microbatch, per data-parallel rank
     packing: bool = False  # packed (THD) instead of right-padded microbatches
-    loss_memory_mib: int = 512  # budget of the loss's logits, a chunk of tokens at a time (MiB per rank)
+    loss_memory_mib: int = 768  # budget of the loss's logits, a chunk of tokens at a time (MiB per rank)
     overlap_grad_reduce: bool = False  # reduce gradients over DP x CP while the backward runs
     recompute_granularity: Optional[Literal["full", "selective"]] = None
     make_vocab_size_divisible_by: int = 128  # Megatron pads the vocabulary to a multiple of this times TP

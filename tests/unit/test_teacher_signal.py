@@ -1,0 +1,70 @@
+"""The teacher's signal finds its token whatever the layout: by (sample, response offset), hidden states or records, and its size is known.
+
+Proves: rows, spare row, bytes. The whole way through a model, layouts and context parallelism: tests/distributed/test_golden.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megasd.actor.teacher_signal import TeacherSignal
+from megasd.batch import Batch
+from megasd.microbatch import make_microbatches
+from megasd.ops.fused_linear import TeacherHead
+from megasd.ops.readout import TeacherRecord
+
+
+def batch() -> Batch:
+    """Three samples; teacher prompts are longer than the student's, the second sample has none."""
+    lens = {"prompt": [2, 3, 4], "teacher": [5, 0, 7], "response": [3, 2, 4]}
+    ids = {name: torch.arange(sum(n)) for name, n in lens.items()}
+    return Batch(
+        prompt_ids=ids["prompt"],
+        prompt_lens=torch.tensor(lens["prompt"]),
+        teacher_ids=ids["teacher"],
+        teacher_lens=torch.tensor(lens["teacher"]),
+        response_ids=ids["response"],
+        response_lens=torch.tensor(lens["response"]),
+        question_weight=torch.ones(3, dtype=torch.float64),
+        question_size=torch.full((3,), 3),
+        scored=torch.ones(3, dtype=torch.bool),
+        streams={},
+    )
+
+
+def signal(top_k: int | None) -> TeacherSignal:
+    return TeacherSignal.empty(batch(), [0, 2], hidden_size=6, top_k=top_k, dtype=torch.bfloat16, device=torch.device("cpu"))
+
+
+def test_states_filled_in_teacher_order_are_read_in_student_order():
+    """Teacher: one packed microbatch per context rank of two; student: padded, another microbatch size, no context parallelism."""
+    kept = signal(None)
+    for cp_rank in (0, 1):
+        cut = dict(count=2, micro_batch_size=1, packing=True, cp_rank=cp_rank, cp_size=2, multiple=4)
+        for microbatch in make_microbatches(batch(), [0, 2], "teacher", **cut):
+            slots = kept.slot_R[microbatch.response_index[microbatch.valid]]
+            kept.hidden_Sh[slots] = microbatch.response_index[microbatch.valid].to(torch.bfloat16)[:, None].expand(-1, 6) + 1
+    kept.complete(None)
+    (student,) = make_microbatches(batch(), [0, 1, 2], "student", count=1, micro_batch_size=3, packing=False)
+    head = kept.of(student.response_index)
+    assert isinstance(head, TeacherHead)
+    untaught = (student.response_index >= 3) & (student.response_index < 5)
+    assert torch.equal(head.hidden_Th[~untaught, 0].long(), student.response_index[~untaught] + 1)
+    assert (head.hidden_Th[untaught] == 0).all()
+    assert kept.num_bytes == (7 + 1) * 6 * 2
+
+
+def test_a_record_and_its_spare_row():
+    kept = signal(4)
+    kept.record.ids_TK[:], kept.record.logq_TK[:] = torch.arange(4, dtype=torch.int32), -1.0
+    kept.complete(None)
+    record = kept.of(torch.tensor([8, 3, 0]))  # last token of sample 2, an untaught token, the first of sample 0
+    assert isinstance(record, TeacherRecord)
+    assert record.ids_TK.tolist() == [[0, 1, 2, 3], [-1] * 4, [0, 1, 2, 3]]
+    assert kept.num_bytes == (7 + 1) * (8 * 4 + 4)
+
+
+def test_no_taught_sample():
+    kept = TeacherSignal.empty(batch(), [], hidden_size=6, top_k=None, dtype=torch.float32, device=torch.device("cpu"))
+    kept.complete(None)
+    assert kept.of(torch.tensor([0, 5])).hidden_Th.shape == (2, 6)
