@@ -1,6 +1,6 @@
 """The fused loss on CUDA: bfloat16 GEMMs with float32 logits, Triton passes, main_grad; one device, no Megatron.
 
-Proves, where a GPU is: loss and gradients equal the float64 twin on the CPU from the same operands; a step costs at most 1.35 of its four GEMMs;
+Proves, where a GPU is: loss and gradients equal the float64 twin on the CPU from the same operands; a step costs at most 1.35 of its GEMMs;
 32k tokens at the TP=8 shard of an 8B head (h 4096, 19072 columns) need at most 1.5 GB above weights, hidden states and main_grad.
 Does not prove: NCCL. The passes on their own: test_passes_gpu.py.
 """
