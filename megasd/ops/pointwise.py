@@ -23,49 +23,67 @@ import torch
 from torch import Tensor
 
 _FLOOR = -1e30  # stands for log 0: finite, so that 0 * log 0 is 0 and not NaN
+SCRATCH = 7  # buffers that divergence_terms works in
 
 
 def divergence_terms(
-    student_logq: Tensor, teacher_logq: Tensor, *, beta: float, normalised: bool, clip: float | None = None
+    student_logq: Tensor,
+    teacher_logq: Tensor,
+    *,
+    beta: float,
+    normalised: bool,
+    clip: float | None = None,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(phi, w): each bin's share of the divergence and its derivative in the student's log-probability. Same shape and dtype as the inputs.
 
     normalised: both arguments sum to one over their bins (see the head of the file); otherwise the plain summands, which may be negative
     at beta 0 and 1. clip (nats): upper bound of each plain summand, whose gradient is 0 where it acts (OPSD 2601.18734); it implies plain
     summands, so the clipped sum may be negative at beta 0 and 1. Bins of probability zero (-inf) are legal: the interior stays finite, a KL
-    that is infinite is +inf (or `clip`), never NaN; w of KL(q||p) stays finite. ValueError for a beta outside [0, 1]. No collective, no
-    autograd.
+    that is infinite is +inf (or `clip`), never NaN; w of KL(q||p) stays finite. scratch: [SCRATCH, *shape] to work and return in, for
+    callers in a loop; None: allocated. ValueError for a beta outside [0, 1]. No collective, no autograd.
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is the teacher's weight in the mixture and lies in [0, 1], got {beta}")
-    a, b = student_logq.clamp(min=_FLOOR), teacher_logq.clamp(min=_FLOOR)
-    hi = torch.maximum(a, b).exp_()
-    x = a - b
+    buffers = student_logq.new_empty(SCRATCH, *student_logq.shape) if scratch is None else scratch
+    a, x, hi, d, e, low, free = buffers.unbind(0)
+    torch.clamp(student_logq, min=_FLOOR, out=a)
+    torch.clamp(teacher_logq, min=_FLOOR, out=x)
+    torch.maximum(a, x, out=hi).exp_()
+    torch.sub(a, x, out=x)
+    torch.abs(x, out=d)
+    torch.neg(d, out=e).expm1_()
+    torch.add(e, 1.0, out=low).mul_(hi)  # the smaller of p and q
     if 0.0 < beta < 1.0:
-        d = x.abs()
-        e = torch.expm1(-d)
-        g = beta if beta == 0.5 else torch.full_like(d, 1.0 - beta).masked_fill_(x >= 0, beta)
-        log_mix = torch.log1p(e * g)  # log(m / hi)
-        first = (e * g).add_(1.0).mul_(log_mix)
-        phi = e.add_(1.0).mul_(d).mul_(g).add_(first).mul_(hi).neg_().clamp_(min=0.0)
-        w = x.clamp_(max=0.0).neg_().add_(log_mix).mul_(a.exp_()).mul_(beta - 1.0)  # log(p / m) = -log_mix, less d where q > p
+        phi, w = _mixed(a, x, hi, d, e, low, free, beta)
     else:
-        plain = clip is not None or not normalised
-        student_is_hi = x >= 0
-        d = x.abs()
-        e = torch.expm1(-d)
-        low = hi * (1.0 + e)
-        p, q = torch.where(student_is_hi, hi, low), torch.where(student_is_hi, low, hi)
-        if plain:
-            phi, w = (-q * x, -q) if beta == 0.0 else (p * x, p * x + p)
-        else:
-            # KL(T||S): large terms where the teacher is the larger; KL(S||T) the other way round.
-            first = ~student_is_hi if beta == 0.0 else student_is_hi
-            phi = torch.where(first, hi * (e + d), -(hi * e + low * d)).clamp_(min=0.0)
-            w = torch.where(student_is_hi, -hi * e, hi * e) if beta == 0.0 else p * x
-        zero, mass, logq = (p, q, student_logq) if beta == 0.0 else (q, p, teacher_logq)
-        phi = torch.where((zero == 0) & (logq == -torch.inf) & (mass > 0), torch.inf, phi)
+        phi, w = _one_sided(x, hi, d, e, low, beta, plain=clip is not None or not normalised)
+        zero, mass = (student_logq, teacher_logq) if beta == 0.0 else (teacher_logq, student_logq)
+        if (zero == -torch.inf).any():
+            phi = torch.where((zero == -torch.inf) & (mass > -torch.inf), torch.inf, phi)
     if clip is not None:
         clipped = phi > clip
-        phi, w = phi.masked_fill(clipped, clip), w.masked_fill(clipped, 0.0)
+        phi, w = phi.masked_fill_(clipped, clip), w.masked_fill_(clipped, 0.0)
     return phi, w
+
+
+def _mixed(a: Tensor, x: Tensor, hi: Tensor, d: Tensor, e: Tensor, low: Tensor, log_mix: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """0 < beta < 1; overwrites its arguments."""
+    g = beta if beta == 0.5 else torch.full_like(d, 1.0 - beta).masked_fill_(x >= 0, beta)
+    torch.mul(e, g, out=log_mix)
+    torch.add(log_mix, 1.0, out=e)  # m / hi
+    log_mix.log1p_()
+    phi = hi.mul_(e).mul_(log_mix).add_(low.mul_(d).mul_(g)).neg_().clamp_(min=0.0)
+    w = x.clamp_(max=0.0).neg_().add_(log_mix).mul_(a.exp_()).mul_(beta - 1.0)  # log(p / m) = -log_mix, less d where q > p
+    return phi, w
+
+
+def _one_sided(x: Tensor, hi: Tensor, d: Tensor, e: Tensor, low: Tensor, beta: float, *, plain: bool) -> tuple[Tensor, Tensor]:
+    """The two KL divergences, beta 0 and 1."""
+    student_is_hi = x >= 0
+    p, q = torch.where(student_is_hi, hi, low), torch.where(student_is_hi, low, hi)
+    if plain:
+        return (-q * x, -q) if beta == 0.0 else (p * x, p * x + p)
+    first = ~student_is_hi if beta == 0.0 else student_is_hi  # KL(T||S): large terms where the teacher is the larger
+    phi = torch.where(first, hi * (e + d), -(hi * e + low * d)).clamp_(min=0.0)
+    return phi, torch.where(student_is_hi, -hi * e, hi * e) if beta == 0.0 else p * x

@@ -12,36 +12,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megasd.ops.pointwise import divergence_terms
+from megasd.ops.pointwise import SCRATCH, divergence_terms
 from megasd.ops.shard import Rest, compute_dtype, finite
 
-# Elements of a block of rows: few enough for a core's cache, enough to pay for the calls. The exact divergence has more temporaries.
-_BLOCK, _FULL_BLOCK, _BLOCK_ROWS = 1 << 18, 1 << 16, 512
+# Elements of a block of rows, per buffer: large enough to pay for the calls, small enough for a core's cache.
+_BLOCK, _FULL_BLOCK, _BLOCK_ROWS = 1 << 19, 1 << 17, 512
 Norm = tuple[Tensor, Tensor]  # (max_T, logsum_T) of a whole row: log p = (score - max) - logsum
 
 
-def _blocks(logits_TV: Tensor, elements: int = _BLOCK) -> Iterator[slice]:
-    rows = min(max(1, elements // max(1, logits_TV.shape[1])), _BLOCK_ROWS)
+def _blocks(logits_TV: Tensor, num_valid: int, buffers: int, elements: int = _BLOCK) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, [buffers, rows, num_valid] scratch): the same memory for every block. Allocations of this size go back to the system when
+    freed, and fetching them again would cost more than the arithmetic."""
+    rows = min(max(1, elements // max(1, num_valid)), _BLOCK_ROWS, max(1, logits_TV.shape[0]))
+    scratch = logits_TV.new_empty(buffers, rows, num_valid, dtype=compute_dtype(logits_TV))
     for start in range(0, logits_TV.shape[0], rows):
-        yield slice(start, start + rows)
+        yield slice(start, start + rows), scratch[:, : logits_TV.shape[0] - start]
 
 
-def _scores(logits_TV: Tensor, num_valid: int, temperature: float) -> Tensor:
-    """The true columns in compute precision; a view of the logits where nothing is to be done."""
-    scores_TV = logits_TV[:, :num_valid].to(compute_dtype(logits_TV))
-    return scores_TV if temperature == 1.0 else scores_TV / temperature
+def _scores(logits_TV: Tensor, temperature: float, out_TV: Tensor) -> Tensor:
+    """The true columns in compute precision; a view of the logits where nothing is to be done, else in out_TV."""
+    logits_TV = logits_TV[:, : out_TV.shape[1]]
+    if temperature == 1.0 and logits_TV.dtype == out_TV.dtype:
+        return logits_TV
+    out_TV.copy_(logits_TV)
+    return out_TV if temperature == 1.0 else out_TV.div_(temperature)
 
 
-def _rest(scores_TV: Tensor, rows_C: Tensor, columns_C: Tensor) -> Rest:
-    """Statistics of all columns but the named cells."""
+def _rest(scores_TV: Tensor, rows_C: Tensor, columns_C: Tensor, shifted_TV: Tensor, weight_TV: Tensor) -> Rest:
+    """Statistics of all columns but the named cells. shifted_TV may be scores_TV itself."""
     if scores_TV.shape[1] == 0:
         nothing = scores_TV.new_zeros(scores_TV.shape[0])
         return Rest(nothing - torch.inf, nothing, nothing)
-    shifted_TV = scores_TV.clone()
+    shifted_TV.copy_(scores_TV)
     shifted_TV[rows_C, columns_C] = -torch.inf
     max_T = shifted_TV.amax(-1)
     shifted_TV.sub_(finite(max_T)[:, None])
-    weight_TV = shifted_TV.exp()
+    torch.exp(shifted_TV, out=weight_TV)
     shifted_TV[rows_C, columns_C] = 0.0  # 0 * -inf is NaN
     sum_T, moment_T = weight_TV.sum(-1), shifted_TV.mul_(weight_TV).sum(-1)
     if moment_T.isnan().any():  # columns at -inf that were not chosen
@@ -92,12 +98,12 @@ def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> 
     values_TK = logits_TV.new_empty(logits_TV.shape[0], k, dtype=compute_dtype(logits_TV))
     ids_TK = torch.empty_like(values_TK, dtype=torch.int32)
     rest = Rest(*(values_TK.new_empty(logits_TV.shape[0]) for _ in Rest._fields))
-    for block in _blocks(logits_TV):
-        scores_TV = _scores(logits_TV[block], num_valid, temperature)
+    for block, (shifted_TV, weight_TV) in _blocks(logits_TV, num_valid, 2):
+        scores_TV = _scores(logits_TV[block], temperature, shifted_TV)
         values, ids = _first(scores_TV, k)
         values_TK[block], ids_TK[block] = values, ids
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        for whole, part in zip(rest, _rest(scores_TV, rows, ids), strict=True):
+        for whole, part in zip(rest, _rest(scores_TV, rows, ids, shifted_TV, weight_TV), strict=True):
             whole[block] = part
     return values_TK, ids_TK, rest
 
@@ -109,12 +115,12 @@ def gather(logits_TV: Tensor, ids_TA: Tensor, *, num_valid: int, temperature: fl
     """
     values_TA = logits_TV.new_zeros(ids_TA.shape, dtype=compute_dtype(logits_TV))
     rest = Rest(*(values_TA.new_empty(logits_TV.shape[0]) for _ in Rest._fields))
-    for block in _blocks(logits_TV):
-        scores_TV = _scores(logits_TV[block], num_valid, temperature)
+    for block, (shifted_TV, weight_TV) in _blocks(logits_TV, num_valid, 2):
+        scores_TV = _scores(logits_TV[block], temperature, shifted_TV)
         rows, places = (ids_TA[block] >= 0).nonzero(as_tuple=True)
         columns = ids_TA[block][rows, places].long()
         values_TA[block][rows, places] = scores_TV[rows, columns]
-        for whole, part in zip(rest, _rest(scores_TV, rows, columns), strict=True):
+        for whole, part in zip(rest, _rest(scores_TV, rows, columns, shifted_TV, weight_TV), strict=True):
             whole[block] = part
     return values_TA, rest
 
@@ -135,19 +141,20 @@ def gradient_(
     In place in the logits, or in `out` ([T, V] of any dtype). ref_T is finite and not below any unchosen score.
     """
     out = logits_TV if out is None else out
-    for block in _blocks(logits_TV):
-        scores_TV = _scores(logits_TV[block], num_valid, temperature)
+    for block, (gradient_TV,) in _blocks(logits_TV, num_valid, 1):
+        scores_TV = _scores(logits_TV[block], temperature, gradient_TV)
         # A chosen score may lie above ref: the minimum keeps inf * 0 away from a cell that is overwritten below.
-        gradient_TV = (scores_TV - ref_T[block, None]).clamp_(max=0.0).exp_().mul_(scale_T[block, None])
+        torch.sub(scores_TV, ref_T[block, None], out=gradient_TV).clamp_(max=0.0).exp_().mul_(scale_T[block, None])
         rows, places = (ids_TA[block] >= 0).nonzero(as_tuple=True)
         gradient_TV[rows, ids_TA[block][rows, places].long()] = chosen_TA[block][rows, places]
         out[block, :num_valid] = gradient_TV
         out[block, num_valid:] = 0.0
 
 
-def _logp(logits_TV: Tensor, norm: Norm, block: slice, num_valid: int, temperature: float) -> Tensor:
+def _logp(logits_TV: Tensor, norm: Norm, block: slice, temperature: float, out_TV: Tensor) -> Tensor:
     max_T, logsum_T = norm
-    return (_scores(logits_TV[block], num_valid, temperature) - max_T[block, None]).sub_(logsum_T[block, None])
+    scores_TV = _scores(logits_TV[block], temperature, out_TV)
+    return torch.sub(scores_TV, max_T[block, None], out=out_TV).sub_(logsum_T[block, None])
 
 
 def full_sums(
@@ -164,13 +171,13 @@ def full_sums(
 ) -> Tensor:
     """[T, 3]: sums over the true columns of phi and w (ops/pointwise.py) and of p log p, the student's."""
     sums_T3 = student_TV.new_empty(student_TV.shape[0], 3, dtype=compute_dtype(student_TV))
-    for block in _blocks(student_TV, _FULL_BLOCK):
-        student_logp = _logp(student_TV, student_norm, block, num_valid, temperature)
-        teacher_logp = _logp(teacher_TV, teacher_norm, block, num_valid, teacher_temperature)
-        phi_TV, w_TV = divergence_terms(student_logp, teacher_logp, beta=beta, normalised=True, clip=clip)
+    for block, buffers in _blocks(student_TV, num_valid, 2 + SCRATCH, _FULL_BLOCK):
+        student_logp = _logp(student_TV, student_norm, block, temperature, buffers[0])
+        teacher_logp = _logp(teacher_TV, teacher_norm, block, teacher_temperature, buffers[1])
+        phi_TV, w_TV = divergence_terms(student_logp, teacher_logp, beta=beta, normalised=True, clip=clip, scratch=buffers[2:])
         sums_T3[block, 0], sums_T3[block, 1] = phi_TV.sum(-1), w_TV.sum(-1)
-        finite_TV = student_logp.clamp_(min=-1e30)
-        sums_T3[block, 2] = finite_TV.mul_(finite_TV.exp()).sum(-1)
+        p_TV = torch.exp(student_logp, out=teacher_logp)
+        sums_T3[block, 2] = student_logp.clamp_(min=-1e30).mul_(p_TV).sum(-1)  # 0 * log 0 = 0
     return sums_T3
 
 
@@ -191,10 +198,10 @@ def full_gradient_(
 ) -> None:
     """Write upstream * w + coefficient * p for the true columns, 0 in padded ones; in place in the student's logits, or in `out`."""
     out = student_TV if out is None else out
-    for block in _blocks(student_TV, _FULL_BLOCK):
-        student_logp = _logp(student_TV, student_norm, block, num_valid, temperature)
-        teacher_logp = _logp(teacher_TV, teacher_norm, block, num_valid, teacher_temperature)
-        _, w_TV = divergence_terms(student_logp, teacher_logp, beta=beta, normalised=True, clip=clip)
+    for block, buffers in _blocks(student_TV, num_valid, 2 + SCRATCH, _FULL_BLOCK):
+        student_logp = _logp(student_TV, student_norm, block, temperature, buffers[0])
+        teacher_logp = _logp(teacher_TV, teacher_norm, block, teacher_temperature, buffers[1])
+        _, w_TV = divergence_terms(student_logp, teacher_logp, beta=beta, normalised=True, clip=clip, scratch=buffers[2:])
         w_TV.mul_(upstream_T[block, None])
         out[block, :num_valid] = w_TV.addcmul_(student_logp.exp_(), coefficient_T[block, None])
         out[block, num_valid:] = 0.0
