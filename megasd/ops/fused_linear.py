@@ -74,16 +74,20 @@ def _hidden_gradient(gradient_TV: Tensor, weight_Vh: Tensor) -> Tensor:
     return hidden_Th
 
 
-def _add_weight_gradient(total_Vh: Tensor, gradient_TV: Tensor, hidden_Th: Tensor) -> None:
-    """total += gradient^T hidden."""
+def _add_weight_gradient(total_Vh: Tensor | None, gradient_TV: Tensor, hidden_Th: Tensor) -> Tensor:
+    """total + gradient^T hidden, in place in the total; in compute precision when there is none yet."""
     if gradient_TV.dtype != hidden_Th.dtype:
         hidden_Th = hidden_Th.to(gradient_TV.dtype)
+    if total_Vh is None:
+        wide = compute_dtype(gradient_TV)
+        return gradient_TV.t() @ hidden_Th if wide == hidden_Th.dtype else torch.mm(gradient_TV.t(), hidden_Th, out_dtype=wide)
     if total_Vh.dtype == hidden_Th.dtype:
         total_Vh.addmm_(gradient_TV.t(), hidden_Th)
     elif total_Vh.is_cuda:
         torch.addmm(total_Vh, gradient_TV.t(), hidden_Th, out_dtype=total_Vh.dtype, out=total_Vh)
     else:
         total_Vh.add_(gradient_TV.t() @ hidden_Th)
+    return total_Vh
 
 
 def _chunk_of(teacher: Teacher, tokens: slice, buffer_TV: Tensor | None) -> Tensor | TeacherRecord | None:
@@ -127,8 +131,6 @@ class _FusedLinearLoss(torch.autograd.Function):
         wants_hidden, wants_weight = train and ctx.needs_input_grad[0], train and ctx.needs_input_grad[1]
         main_grad = getattr(weight_Vh, "main_grad", None) if wants_weight else None
         weight_grad = main_grad
-        if wants_weight and main_grad is None:
-            weight_grad = torch.zeros_like(weight_Vh, dtype=wide)
         hidden_grad = torch.empty_like(hidden_Th) if wants_hidden else None
 
         size = min(chunk_tokens(memory_bytes, weight_Vh, teacher), max(1, num_tokens))
@@ -150,7 +152,9 @@ class _FusedLinearLoss(torch.autograd.Function):
             if wants_hidden:
                 hidden_grad[tokens] = _hidden_gradient(gradient_TV, weight_Vh).to(hidden_Th.dtype)
             if wants_weight:
-                _add_weight_gradient(weight_grad, gradient_TV, hidden_Th[tokens])
+                weight_grad = _add_weight_gradient(weight_grad, gradient_TV, hidden_Th[tokens])
+        if wants_weight and weight_grad is None:  # no token
+            weight_grad = torch.zeros_like(weight_Vh)
         ctx.save_for_backward(hidden_grad, None if main_grad is not None or not wants_weight else weight_grad.to(weight_Vh.dtype))
         ctx.weight = weight_Vh if main_grad is not None else None
         ctx.reduce_group = tp_group if reduce_hidden_grad and tp_group is not None and dist.get_world_size(tp_group) > 1 else None

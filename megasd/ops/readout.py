@@ -118,8 +118,8 @@ class _State:
 
 
 def _passes(logits_TV: Tensor):
-    """The backend of the local passes, by device."""
-    if logits_TV.is_cuda:
+    """The backend of the local passes, by device; float64 has one everywhere."""
+    if logits_TV.is_cuda and logits_TV.dtype != torch.float64:
         from megasd.ops import triton_passes
 
         return triton_passes

@@ -12,7 +12,7 @@ from megasd.loss.divergence import divergence
 from megasd.ops import reference
 from megasd.ops.fused_linear import TeacherHead, fused_linear_loss, fused_linear_readout, fused_linear_record
 from megasd.ops.readout import TAILS, Readout, ReadoutSpec, TeacherRecord, vocab_parallel_readout
-from tests.collectives import Collectives
+from tools.bench_meters import RingBytes
 
 TOLERANCE = dict(rtol=0, atol=1e-12)
 VOCAB, PADDED = 21, 24  # 4 ranks: the last slice holds 3 padded columns; k = 21 is more than a slice
@@ -89,13 +89,13 @@ def every_support(group):
             x = shard(student.detach(), PADDED).requires_grad_()
             y = record if support == "record" else shard(teacher, PADDED, 1e3)
             spec = ReadoutSpec(VOCAB, support, k, tail, temperature=0.7, teacher_temperature=1.2)
-            with Collectives() as forward:
+            with RingBytes() as forward:
                 readout = vocab_parallel_readout(x, y, targets, spec, tp_group=group)
             loss = loss_of(readout, beta=beta, tail=tail) + 0.3 * readout.logp_T
             same_on_all_ranks(readout.student_logq_TB, readout.teacher_logq_TB, readout.logp_T, readout.entropy_T, readout.ids_TA, loss)
-            with Collectives() as backward:
+            with RingBytes() as backward:
                 (grad,) = torch.autograd.grad(loss, x, upstream)
-            assert forward.count <= (2 if world > 1 else 0) and backward.count == 0
+            assert forward.calls["forward"] <= (2 if world > 1 else 0) and backward.calls["forward"] == 0
             expected = twin_loss(student, teacher, ids, beta=beta, tail=tail, temperature=0.7, teacher_temperature=1.2)
             expected = expected + 0.3 * reference.sampled_logp(student, targets, temperature=0.7)
             torch.testing.assert_close(loss, expected, **TOLERANCE, msg=lambda m, c=(support, k, tail, beta): f"{c}: {m}")
@@ -123,13 +123,13 @@ def full_support(group):
     for beta, clip, temperature in itertools.product((*BETAS, 0.9), (None, 0.05), (1.0, 1.4)):
         x, y = shard(student.detach(), PADDED).requires_grad_(), shard(teacher, PADDED, 9.0)
         options = dict(temperature=temperature, teacher_temperature=0.8)
-        with Collectives() as forward:
+        with RingBytes() as forward:
             readout = vocab_parallel_readout(x, y, targets, ReadoutSpec(VOCAB, "full", beta=beta, clip=clip, **options), tp_group=group)
         loss = readout.divergence_T + 0.3 * readout.logp_T
         same_on_all_ranks(loss, readout.entropy_T)
-        with Collectives() as backward:
+        with RingBytes() as backward:
             (grad,) = torch.autograd.grad(loss, x, upstream)
-        assert forward.count == (2 if dist.get_world_size() > 1 else 0) and backward.count == 0
+        assert forward.calls["forward"] == (2 if dist.get_world_size() > 1 else 0) and backward.calls["forward"] == 0
         divergence_T = reference.full_divergence(student, teacher, beta=beta, clip=clip, **options)
         expected = divergence_T + 0.3 * reference.sampled_logp(student, targets, temperature=temperature)
         torch.testing.assert_close(loss, expected, **TOLERANCE)
@@ -220,13 +220,13 @@ def bytes_on_the_wire(group):
                 saved[t.data_ptr()] = t.numel() * t.element_size()
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), Collectives() as forward, no_tensor_as_wide_as(vocab, n):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), RingBytes() as forward, no_tensor_as_wide_as(vocab, n):
             readout = vocab_parallel_readout(x, y, targets, ReadoutSpec(vocab, support, k), tp_group=group)
         assert sum(saved.values()) / tokens <= 8 * (0 if support == "full" else k) + 64, saved
-        with Collectives() as backward, no_tensor_as_wide_as(vocab, n):
+        with RingBytes() as backward, no_tensor_as_wide_as(vocab, n):
             loss_of(readout, beta=0.5, tail="bucket").sum().backward()
-        assert backward.count == 0
-        received = forward.received / tokens
+        assert backward.calls["forward"] == 0
+        received = forward.received["forward"] / tokens
         if support == "full":
             assert received == (n - 1) * 16 + 8 * (n - 1) / n * 4  # 140 at n = 8; 4 gathered; phi, w, p log p and the target reduced
         else:
@@ -301,11 +301,11 @@ def fused_equals_unfused(group):
             if main_grad:
                 v.main_grad = torch.full_like(v, 0.5).detach()
             head = TeacherHead(teacher_hidden, v if shared else rows(teacher_weight).requires_grad_())
-            with Collectives() as forward:
+            with RingBytes() as forward:
                 loss, sums = fused_linear_loss(x, v, targets, spec, loss_fn, teacher=head, tp_group=group, memory_bytes=memory)
-            with Collectives() as backward:
+            with RingBytes() as backward:
                 loss.backward()
-            assert backward.count == (n > 1) and forward.count <= 2 * TOKENS  # the hidden gradient's all_reduce
+            assert backward.calls["forward"] == (n > 1) and forward.calls["forward"] <= 2 * TOKENS  # the hidden gradient's all_reduce
             assert sums["tokens"] == TOKENS
             torch.testing.assert_close(loss, expected.detach(), **TOLERANCE)
             torch.testing.assert_close(x.grad, h.grad, **TOLERANCE)
@@ -360,9 +360,9 @@ def fused_rules(group):
             raise AssertionError("a second backward, or an upstream gradient of 2, went through")
     x.grad = None
     partial, _ = fused_linear_loss(x, v, targets, spec, terms(spec, ones, old), **call, reduce_hidden_grad=False)
-    with Collectives() as backward:
+    with RingBytes() as backward:
         partial.backward()
-    assert backward.count == 0
+    assert backward.calls["forward"] == 0
     dist.all_reduce(x.grad)  # what sequence parallelism leaves to its reduce-scatter
     torch.testing.assert_close(x.grad, results[1][1], **TOLERANCE)
     scored = fused_linear_readout(x, v, targets, ReadoutSpec(VOCAB, "student", 4, "raw"), tp_group=group, memory_bytes=1 << 10)

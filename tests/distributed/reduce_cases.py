@@ -23,7 +23,7 @@ from megasd.loss.reduce import (
     token_weights,
     weigh,
 )
-from tests.collectives import Collectives
+from tools.bench_meters import RingBytes
 
 RAW, SIZES = [0.0, 0.25, 0.5, 0.3307189, 0.0, 0.4841229], [4, 3, 5, 2, 6, 4]  # questions of a batch
 QUESTION = torch.tensor([j for j, n in enumerate(SIZES) for _ in range(n)])
@@ -107,9 +107,9 @@ def step(
     """A training step on this rank's samples: (metrics, the plain sum of the microbatches' losses, the gradient), global all of them."""
     index = torch.tensor(mine, dtype=torch.int64)
     masks = {name: mask[index] for name, mask in MASKS.items()}
-    with Collectives() as seen:
+    with RingBytes() as seen:
         normalisers = global_normalisers(weight[index], SIZE[index], masks, LENS[index], dp_group=layout.dp_group)
-    assert seen.count == (layout.dp > 1) and seen.received <= 2 * 8 * (7 + len(masks))
+    assert seen.calls["forward"] == (layout.dp > 1) and seen.received["forward"] <= 2 * 8 * (7 + len(masks))
     weight_R = token_weights(weight[index], masks[term], LENS[index], normaliser=normalisers[term], aggregation=aggregation)
     starts_R = LENS[index].cumsum(0) - LENS[index]
     base, other = (table.to(dtype) for table in tables(signed))
@@ -139,9 +139,9 @@ def step(
         }
         for name, values in sums.items():
             totals[name] = totals.get(name, 0) + exact_words(values)
-    with Collectives() as seen:
+    with RingBytes() as seen:
         metrics = reduce_metrics(totals, MEANS, group=layout.world_group)
-    assert seen.count == (layout.dp * layout.cp > 1) and seen.received <= 2 * 8 * 3 * len(totals)
+    assert seen.calls["forward"] == (layout.dp * layout.cp > 1) and seen.received["forward"] <= 2 * 8 * 3 * len(totals)
     gradient = theta.grad
     if layout.world_group is not None:
         dist.all_reduce(plain, group=layout.world_group)

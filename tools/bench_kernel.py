@@ -1,0 +1,389 @@
+"""The distillation loss beside its rivals: process CPU time, wall time, peak memory, bytes per token, and the value of the loss.
+
+    python tools/bench_kernel.py --quick --json quick.json            # TP=2, V=152064, top-k and gather only, under three minutes
+    python tools/bench_kernel.py --json all.json --plot all.png       # every case at TP=1 and TP=2
+    python tools/bench_kernel.py --tokens 512 2048 --tp 2 --cases fused-topk fused-full
+    python tools/bench_kernel.py --device cuda --tp 1 --tokens 8192 --hidden 4096 --dtype bfloat16 --chunk-tokens 2048
+
+What is compared with what, and how each number is taken: benchmarks/README.md. The exit code is 1 when a case fails or when cases that
+compute the same loss disagree. One process group per case, gloo on a CPU (cores / TP threads a rank) and NCCL on GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from bench_cases import CASES, Inputs, Job, Setting, make_inputs
+from bench_meters import PeakMemory, RingBytes
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL = {"tokens": [512], "vocab": [152064], "top_k": [100], "tp": [1, 2], "dtype": ["float32"], "hidden": 512, "repeats": 3}
+QUICK = FULL | {"tp": [2], "repeats": 5, "cases": ["gather", "topk", "gather-linear", "fused-topk"]}
+# prefix in "ratios" -> (ours, theirs, suffix). "_vs_gather" without a prefix is the fused top-k against GEMM + gather + SDPO's formula.
+RATIOS = {
+    "": ("fused-topk", "gather-linear", "gather"),
+    "unfused_": ("topk", "gather", "gather"),
+    "unfused_in_place_": ("topk-in-place", "gather", "gather"),
+    "unfused_full_": ("full", "gather", "gather"),
+    "fused_record_": ("fused-record", "gather-linear", "gather"),
+    "fused_union_": ("fused-union", "gather-linear", "gather"),
+    "fused_full_": ("fused-full", "gather-linear", "gather"),
+    "topk_": ("topk", "trl-topk", "trl"),
+    "full_": ("full", "trl-full", "trl"),
+    "fused_full_liger_": ("fused-full", "liger", "liger"),
+    "record_kl_": ("record-kl", "forward-kl", "forward_kl"),
+    "fused_topk_gemm_": ("fused-topk", "gemm", "gemm"),
+}
+ONE_RANK = ("_vs_trl", "_vs_liger")
+QUOTIENTS = {
+    "bytes": ("forward_bytes_per_token", "backward_bytes_per_token"),
+    "peak_memory": ("peak_bytes",),
+    "cpu_seconds": ("cpu_seconds",),
+    "wall_seconds": ("wall_seconds",),
+    "device_seconds": ("device_seconds",),
+}
+# Cases of one level that compute the same loss.
+SAME_LOSS = (
+    ("gather", "topk", "topk-in-place", "trl-topk"),
+    ("trl-full", "full"),
+    ("forward-kl", "record-kl"),
+    ("gather-linear", "fused-topk"),
+    ("liger", "fused-full"),
+)
+# Relative differences of (loss, gradient norm) that pass. float32 rounds the rivals' tails, more visibly the smaller the divergence; the
+# bfloat16 projection of (a) rounds its logits by about as much as the teacher differs.
+LIMITS = {"float32": (2e-3, 1e-2), "bfloat16": (0.2, 0.5)}
+ROUNDING = 1e-7  # nats: what float32 sums may differ by where a truncated loss is near zero
+
+
+def measure(job: Job, small: Job, device: torch.device, repeats: int) -> dict:
+    """A few tokens to warm up; one run for memory, bytes and values; then `repeats` timed runs."""
+
+    def run(meter: RingBytes) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        loss = job.forward()
+        meter.phase = "backward"
+        return loss.detach(), torch.autograd.grad(loss, job.leaves) if job.leaves else ()
+
+    small.before()
+    loss = small.forward()
+    if small.leaves:
+        torch.autograd.grad(loss, small.leaves)
+    del loss, small
+    job.before()
+    memory = PeakMemory(device)
+    with RingBytes() as meter:
+        memory.start()
+        loss, grads = run(meter)
+        peak = memory.stop()
+    square = grads[-1].double().square().sum().item() if grads else 0.0  # [V, h] or [T, V] in float64, after the peak was read
+    found = {"peak_bytes": peak, "received": meter.received, "loss": loss.item(), "grad_square": square}
+    del loss, grads
+    times: dict[str, list[float]] = {"cpu": [], "wall": [], "device": []}
+    for _ in range(repeats):
+        job.before()
+        if dist.get_world_size() > 1:
+            dist.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        cpu, wall = time.process_time(), time.perf_counter()
+        kept = run(meter)
+        if device.type == "cuda":
+            end.record()
+            torch.cuda.synchronize(device)
+            times["device"].append(begin.elapsed_time(end) / 1e3)
+        times["cpu"].append(time.process_time() - cpu)
+        times["wall"].append(time.perf_counter() - wall)
+        del kept
+    return found | {"seconds": times}
+
+
+def worker(rank: int, name: str, setting: Setting, repeats: int, threads: int, directory: str) -> None:
+    """One rank of one case: its measurements as JSON in `directory`."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # all_gather_into_tensor, under its new name from torch 2.13 on
+    torch.set_num_threads(threads)
+    device = torch.device(setting.device, rank) if setting.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rendezvous = {"init_method": f"file://{directory}/rendezvous", "rank": rank, "world_size": setting.tp}
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), **rendezvous)
+    group = dist.new_group(list(range(setting.tp))) if setting.tp > 1 else None
+    case = CASES[name]
+    inputs: Inputs = make_inputs(setting, case.level, rank, device, group)
+    small, job = case.make(inputs.first(8)), case.make(inputs)
+    del inputs
+    found = measure(job, small, device, repeats)
+    Path(directory, f"rank{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def run_case(name: str, setting: Setting, repeats: int) -> dict:
+    """A row of the table: a fresh process group, its slowest rank, its best repeat (the median on a GPU)."""
+    case = CASES[name]
+    row = {"case": name, "source": case.source, "label": case.label, "level": case.level, **asdict(setting)}
+    if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        return row | {"skipped": "liger-kernel is not installed (pip install -e '.[bench]')"}
+    threads = max(1, len(os.sched_getaffinity(0)) // setting.tp)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that spin at a barrier on a shared machine count as CPU time, tenfold at worst
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            torch.multiprocessing.spawn(worker, (name, setting, repeats, threads, directory), nprocs=setting.tp)
+        except Exception as error:  # noqa: BLE001 a case that dies (out of memory, an unfinished backend) must not end the others
+            print(error, file=sys.stderr)
+            return row | {"error": str(error).strip().splitlines()[-1]}
+        ranks = [json.loads(Path(directory, f"rank{r}.json").read_text()) for r in range(setting.tp)]
+    slowest = {unit: [max(of) for of in zip(*(r["seconds"][unit] for r in ranks), strict=True)] for unit in ("cpu", "wall", "device")}
+    row |= {"threads": threads, "cpu_seconds": min(slowest["cpu"]), "wall_seconds": min(slowest["wall"]), "repeats": slowest}
+    if slowest["device"]:
+        row |= {"device_seconds": statistics.median(slowest["device"])}
+    row |= {"peak_bytes": max(r["peak_bytes"] for r in ranks)}
+    for phase in ("forward", "backward"):
+        row[f"{phase}_bytes_per_token"] = max(r["received"][phase] for r in ranks) / setting.tokens
+    if case.source != "e":  # a bound computes no loss
+        row |= {"loss": ranks[0]["loss"], "grad_norm": sum(r["grad_square"] for r in ranks) ** 0.5}
+    return row
+
+
+def line(row: dict) -> str:
+    head = f"{row['source']:<5}{row['case']:<15}{row['label']:<37}"
+    if "error" in row or "skipped" in row:
+        return head + (row.get("skipped") or "FAILED: " + row["error"])
+    seconds = f"{row['cpu_seconds']:9.3f}{row['wall_seconds']:9.3f}" + (f"{row['device_seconds']:9.4f}" if "device_seconds" in row else "")
+    moved = f"{row['peak_bytes'] / 1e6:10.0f}{row['forward_bytes_per_token']:12.0f}{row['backward_bytes_per_token']:10.0f}"
+    value = f"{row['loss']:13.5e}{row['grad_norm']:11.3e}" if "loss" in row else ""
+    return head + seconds + moved + value
+
+
+def heading(setting: Setting) -> str:
+    sizes = f"T={setting.tokens} V={setting.vocab} h={setting.hidden} K={setting.top_k} TP={setting.tp} {setting.dtype} {setting.device}"
+    seconds = f"{'CPU s':>9}{'wall s':>9}" + (f"{'GPU s':>9}" if setting.device == "cuda" else "")
+    columns = f"{seconds}{'peak MB':>10}{'fwd B/token':>12}{'bwd':>10}{'loss':>13}{'|gradient|':>11}"
+    return f"\n{sizes}\n{'':<5}{'case':<15}{'':<37}{columns}"
+
+
+def ratios_of(rows: list[dict]) -> dict[str, float]:
+    """Ours over theirs within one setting, for every pair that was run."""
+    done = {row["case"]: row for row in rows if "cpu_seconds" in row}
+    found = {}
+    for prefix, (ours, theirs, suffix) in RATIOS.items():
+        if ours not in done or theirs not in done:
+            continue
+        a, b = done[ours], done[theirs]
+        for what, columns in QUOTIENTS.items():
+            x, y = (sum(row.get(column, 0.0) for column in columns) for row in (a, b))
+            if y > 0:  # no bytes move at TP=1
+                found[f"{prefix}{what}_vs_{suffix}"] = x / y
+    return found
+
+
+def headline(settings: list[dict]) -> dict[str, float]:
+    """The ratios of the first setting with more than one rank (of the first setting, when there is none), and with them those to the
+    rivals of one rank alone, of the first setting that has them."""
+    found: dict[str, float] = {}
+    for one in sorted(settings, key=lambda s: s["setting"]["tp"] == 1):
+        new = one["ratios"] if not found else {name: value for name, value in one["ratios"].items() if name.endswith(ONE_RANK)}
+        found = new | found
+    return found
+
+
+def checks_of(rows: list[dict]) -> list[dict]:
+    """Cases of one setting that compute the same loss: relative difference of the loss to the first of them."""
+    done = {row["case"]: row for row in rows if "loss" in row}
+    found = []
+    for names in SAME_LOSS:
+        present = [name for name in names if name in done]
+        for name in present[1:]:
+            first, other = done[present[0]], done[name]
+            apart = {of: abs(other[of] - first[of]) / abs(first[of]) for of in ("loss", "grad_norm")}
+            limits = LIMITS[first["dtype"] if first["level"] == "linear" else "float32"]
+            close = abs(other["loss"] - first["loss"]) <= limits[0] * abs(first["loss"]) + ROUNDING
+            found.append({"cases": [present[0], name], **apart, "limits": limits, "ok": close and apart["grad_norm"] <= limits[1]})
+    return found
+
+
+def peak_growth(rows: list[dict]) -> list[dict]:
+    """Peak memory of a case at its largest number of tokens over that at its smallest, all else equal."""
+    series: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row.get("peak_bytes"):
+            key = tuple(row[name] for name in ("case", "vocab", "hidden", "top_k", "tp", "dtype"))
+            series.setdefault(key, []).append(row)
+    found = []
+    for same in series.values():
+        few, many = (pick(same, key=lambda r: r["tokens"]) for pick in (min, max))
+        if few["tokens"] < many["tokens"]:
+            names = ("case", "tp", "top_k", "dtype", "vocab")
+            tokens = [few["tokens"], many["tokens"]]
+            found.append({name: few[name] for name in names} | {"tokens": tokens, "peak_growth": many["peak_bytes"] / few["peak_bytes"]})
+    return found
+
+
+SYMBOLS = {"tokens": "T=", "vocab": "V=", "top_k": "K=", "tp": "TP=", "dtype": ""}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Bars per case: CPU seconds, peak memory, bytes per token (logarithmic)."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install -e '.[bench]')", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "cpu_seconds" in row][::-1]
+    varying = [n for n in SYMBOLS if len({row[n] for row in rows}) > 1]
+    names = [" ".join([row["case"], *(f"{SYMBOLS[n]}{row[n]}" for n in varying)]) for row in rows]
+    colours = ["tab:blue" if row["source"] == "ours" else "tab:grey" if row["source"] == "e" else "tab:orange" for row in rows]
+    unit = "device_seconds" if any("device_seconds" in row for row in rows) else "cpu_seconds"
+    moved = [row["forward_bytes_per_token"] + row["backward_bytes_per_token"] for row in rows]
+    panels = {
+        f"{unit.replace('_', ' ')}, forward and backward": [row.get(unit, 0.0) for row in rows],
+        "peak memory above the inputs, MB": [row["peak_bytes"] / 1e6 for row in rows],
+        "bytes received per token and rank": moved,
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 1.5 + 0.28 * len(rows)), sharey=True, layout="constrained")
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        axis.barh(range(len(rows)), values, color=colours)
+        axis.set_title(title)
+        axis.grid(axis="x", alpha=0.4)
+    axes[0].margins(y=0.01)
+    axes[0].set_yticks(range(len(rows)), names)
+    if any(moved):
+        axes[2].set_xscale("log")
+    figure.suptitle("blue: this project; orange: rivals; grey: lower bounds")
+    figure.savefig(path, dpi=120)
+
+
+def machine() -> dict:
+    """Where this ran."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": platform.platform(),
+    }
+
+
+def commit() -> str:
+    """HEAD, with -dirty when tracked files differ from it; "unknown" outside a git checkout."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="TP=2 and the four cases of the ratios; the other options still count")
+    parser.add_argument("--tokens", type=int, nargs="+", help="T (default 512)")
+    parser.add_argument("--vocab", type=int, nargs="+", help="V over all ranks, divisible by TP (default 152064)")
+    parser.add_argument("--top-k", type=int, nargs="+", help="K (default 100)")
+    parser.add_argument("--tp", type=int, nargs="+", help="ranks (default 1 2)")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="of logits, hidden states and weight (default float32)")
+    parser.add_argument("--hidden", type=int, help="h (default 512)")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE", help="of: " + " ".join(CASES))
+    parser.add_argument("--repeats", type=int, help="timed runs of each case (default 3; --quick 5)")
+    parser.add_argument("--chunk-tokens", type=int, default=256, help="tokens whose logits the chunked cases may hold (default 256)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    arguments = parser.parse_args(argv)
+    for name, value in (QUICK if arguments.quick else FULL | {"cases": list(CASES)}).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    for vocab, tp, k in itertools.product(arguments.vocab, arguments.tp, arguments.top_k):
+        if vocab % tp or not 1 <= k < vocab:
+            parser.error(f"V={vocab} must be divisible by TP={tp} and larger than K={k}")
+    if arguments.repeats < 1:
+        parser.error("--repeats must be 1 or more")
+    if arguments.device == "cuda" and torch.cuda.device_count() < max(arguments.tp):
+        parser.error(f"TP={max(arguments.tp)} needs as many GPUs, there are {torch.cuda.device_count()}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no name of its own needed
+    started, load = time.time(), os.getloadavg()
+    rows, settings = [], []
+    grid = itertools.product(arguments.dtype, arguments.tp, arguments.vocab, arguments.tokens, arguments.top_k)
+    for dtype, tp, vocab, tokens, k in grid:
+        setting = Setting(tokens, vocab, arguments.hidden, k, tp, dtype, arguments.device, arguments.chunk_tokens, arguments.seed)
+        print(heading(setting), flush=True)
+        here = []
+        for name in arguments.cases:
+            case = CASES[name]
+            if (case.one_rank and tp > 1) or (not case.reads_k and k != arguments.top_k[0]):
+                continue
+            here.append(run_case(name, setting, arguments.repeats))
+            print(line(here[-1]), flush=True)
+        found = {"setting": asdict(setting), "ratios": ratios_of(here), "checks": checks_of(here)}
+        for check in found["checks"]:
+            verdict = "agree" if check["ok"] else "DISAGREE"
+            limits = "limits {:.0e}, {:.0e}".format(*check["limits"])
+            apart = f"loss {check['loss']:.1e}, gradient norm {check['grad_norm']:.1e} apart ({limits})"
+            print(f"{' and '.join(check['cases'])} {verdict}: {apart}")
+        for prefix, (ours, theirs, suffix) in RATIOS.items():
+            keys = {what: f"{prefix}{what}_vs_{suffix}" for what in QUOTIENTS}
+            quotients = [f"{what} {found['ratios'][key]:.4f}" for what, key in keys.items() if key in found["ratios"]]
+            if quotients:
+                print(f"{ours} / {theirs}: {', '.join(quotients)}")
+        rows += here
+        settings.append(found)
+    growth = peak_growth(rows)
+    for entry in growth:
+        few, many = entry["tokens"]
+        print(f"peak of {entry['case']} TP={entry['tp']} at T={many} over T={few}: {entry['peak_growth']:.3f}")
+    if arguments.json:
+        record = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "tools/bench_kernel.py", *(sys.argv[1:] if argv is None else argv)]),
+            "commit": commit(),
+            "torch": torch.__version__,
+            "machine": machine() | {"load_at_start": load, "load_at_end": os.getloadavg()},
+            "seconds": time.time() - started,
+            "ratios": headline(settings),
+            "settings": settings,
+            "peak_growth": growth,
+            "rows": rows,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.plot:
+        plot(rows, arguments.plot)
+    wrong = [row["case"] for row in rows if "error" in row] + [c["cases"] for s in settings for c in s["checks"] if not c["ok"]]
+    if wrong:
+        print(f"failed: {wrong}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
