@@ -38,7 +38,8 @@ from megasd.rollout.generate import Rollout
 from megasd.sync import SyncError, WeightSync
 from megasd.types import Group, Prompt, UserError
 from megasd.validate import needs_engine
-from megasd.weights.convert import check_hf, read_hf_config
+from megasd.weights.files import read_hf_config
+from megasd.weights.load import check_hf
 
 PROBE_TOKENS = 32  # length of the probe prompts that a push is verified with
 LEAVE_SECONDS = 30  # that a rank waits for rank 0 to end first

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from megasd.config import SyncConfig
 from megasd.types import UserError
-from megasd.weights.convert import expected_tensors, read_hf_config, write_weights
+from megasd.weights import families
+from megasd.weights.files import read_hf_config, write_weights
 
 _SHARED_MEMORY = Path("/dev/shm")
 _OWNER = "owner"  # file with the process id of the run
@@ -77,7 +78,7 @@ class WeightSync:
         self.actor, self.rollout, self.config = actor, rollout, config
         self.model_path, self.probes, self.device = model_path, [list(ids) for ids in probes], torch.device(device)
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
-        self.expected = expected_tensors(read_hf_config(model_path))
+        self.expected = families.table(read_hf_config(model_path)).expected_tensors()
         self.run_dir, self.local_engine = Path(run_dir).resolve(), local_engine
         self.root: Path | None = None  # parent of the two directories, chosen at the first push
         self.pushes = 0

@@ -12,7 +12,7 @@ import time
 from megasd.config import Config
 from megasd.report import result_table
 from megasd.run import Run
-from megasd.weights.convert import save_hf
+from megasd.weights.files import save_hf
 
 
 def main(config: Config) -> None:

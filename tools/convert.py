@@ -32,7 +32,7 @@ def convert(checkpoint: Path, out_dir: Path, overrides: list[str]) -> None:
 
     cpu.install()
     from megasd.actor.actor import Actor
-    from megasd.weights.convert import save_hf
+    from megasd.weights.files import save_hf
 
     device = init_distributed()
     mesh = init_model_parallel(config.actor, device, config.run.seed)

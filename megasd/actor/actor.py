@@ -28,7 +28,11 @@ from megasd.loss.reduce import exact_words, global_normalisers, megatron_loss, r
 from megasd.microbatch import Microbatch, make_microbatches
 from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout, fused_linear_record
 from megasd.ops.readout import Readout, ReadoutSpec
-from megasd.weights.convert import export_hf, load_hf, read_hf_config
+from megasd.weights import families
+from megasd.weights.export import export_hf
+from megasd.weights.files import read_hf_config
+from megasd.weights.load import load_hf
+from megasd.weights.table import global_params
 
 SUMS = ("loss", "tokens", "taught_tokens", "teacher_mib")  # metrics that are sums over the batch; the others are means per token
 
@@ -58,14 +62,14 @@ class Actor:
         self.model_config = build.transformer_config(family, config.actor, mesh.device)
         self.model = build.build_model(family, self.model_config, config.actor, mesh)
         self.layer_offset = build.layer_offset(self.model_config)
+        self.expert_offset = families.table(self.hf_config).num_experts // mesh.ep_size * mesh.ep_rank
         load_hf(
-            dict(self.model.named_parameters()),
+            self.params(),
             config.model.path,
             tp_rank=mesh.tp_rank,
             tp_size=mesh.tp_size,
             ep_rank=mesh.ep_rank,
             ep_size=mesh.ep_size,
-            layer_offset=self.layer_offset,
         )
         self.ddp = build.wrap_data_parallel(self.model, self.model_config, config.actor)
         self.optimizer, self.scheduler = build.build_optimizer(self.ddp, config.optimizer, config.actor, config.run.steps)
@@ -308,16 +312,19 @@ class Actor:
 
     # ---- weights and checkpoints ----
 
+    def params(self) -> dict[str, Tensor]:
+        """This rank's live parameters under global names."""
+        return global_params(dict(self.model.named_parameters()), layer_offset=self.layer_offset, expert_offset=self.expert_offset)
+
     def export_hf(self) -> dict[str, Tensor] | None:
         """Full Hugging Face tensors (CPU) on world rank 0, None elsewhere. Collectives: gathers over TP, EP and PP."""
         mesh = self.mesh
         return export_hf(
-            dict(self.model.named_parameters()),
+            self.params(),
             self.hf_config,
             tp_group=mesh.tp_group,
             pp_group=mesh.pp_group,
             ep_group=mesh.ep_group if mesh.ep_size > 1 else None,
-            layer_offset=self.layer_offset,
             wanted=mesh.dp_rank == 0 and mesh.cp_rank == 0,
         )
 

@@ -26,7 +26,8 @@ from megasd.actor.cpu_layers import RMSNorm, SDPAttention
 from megasd.actor.parallel import Mesh
 from megasd.config import ActorConfig, OptimizerConfig
 from megasd.weights import mapping
-from megasd.weights.qwen3 import Family, config_from_hf
+from megasd.weights.families import config_from_hf
+from megasd.weights.table import Family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -15,8 +15,11 @@ from megasd.actor import cpu
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
 from megasd.config import ActorConfig, SyncConfig
 from megasd.sync import SyncError, WeightSync
-from megasd.weights import convert
-from megasd.weights.convert import export_hf, load_hf, read_hf_config
+from megasd.weights import export, families
+from megasd.weights.export import export_hf
+from megasd.weights.files import read_hf_config
+from megasd.weights.load import load_hf
+from megasd.weights.table import global_params
 from tests.tiny_weights import TransformersEngine, transformers_logps
 
 IDS = [1, 5, 9, 2, 44, 95, 7, 3]
@@ -45,18 +48,20 @@ class MegatronActor:
         self.mesh: Mesh = init_model_parallel(config, torch.device("cpu"), seed=1)
         self.hf, family = read_hf_config(path), build.family_of(str(path))
         transformer = build.transformer_config(family, config, self.mesh.device)
-        self.model, self.offset = build.build_model(family, transformer, config, self.mesh), build.layer_offset(transformer)
+        self.model, offset = build.build_model(family, transformer, config, self.mesh), build.layer_offset(transformer)
         mesh = self.mesh
+        first_expert = families.table(self.hf).num_experts // mesh.ep_size * mesh.ep_rank
+        self.params = global_params(dict(self.model.named_parameters()), layer_offset=offset, expert_offset=first_expert)
         with torch.no_grad():
             for param in self.model.parameters():
                 param.fill_(torch.nan)
         ranks = {"tp_rank": mesh.tp_rank, "tp_size": mesh.tp_size, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}
-        load_hf(dict(self.model.named_parameters()), path, layer_offset=self.offset, **ranks)
+        load_hf(self.params, path, **ranks)
 
     def export_hf(self, **kwargs) -> dict[str, Tensor] | None:
         mesh = self.mesh
         groups = {"tp_group": mesh.tp_group, "pp_group": mesh.pp_group, "ep_group": mesh.ep_group}
-        return export_hf(dict(self.model.named_parameters()), self.hf, layer_offset=self.offset, **groups, **kwargs)
+        return export_hf(self.params, self.hf, **groups, **kwargs)
 
     @torch.no_grad()
     def score_tokens(self, ids: list[int]) -> list[float]:
@@ -105,9 +110,9 @@ def hf_model(path: Path) -> torch.nn.Module:
 
 def many_buckets(path: Path) -> None:
     """The same with buckets smaller than most tensors."""
-    whole, convert.BUCKET_BYTES = convert.BUCKET_BYTES, 5000
+    whole, export.BUCKET_BYTES = export.BUCKET_BYTES, 5000
     round_trip("TP2 PP2 in small buckets", path, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
-    convert.BUCKET_BYTES = whole
+    export.BUCKET_BYTES = whole
 
 
 def sync_agrees(path: Path, run_dir: Path) -> None:

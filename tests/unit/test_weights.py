@@ -17,9 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasd.types import UserError
-from megasd.weights import convert, mapping
-from megasd.weights.convert import expected_tensors, export_hf, load_hf, read_hf_config, save_hf, write_weights
-from megasd.weights.qwen3 import Names, config_from_hf
+from megasd.weights import families, files, mapping
+from megasd.weights.export import export_hf
+from megasd.weights.families import config_from_hf
+from megasd.weights.files import read_hf_config, save_hf, write_weights
+from megasd.weights.load import load_hf
+from megasd.weights.table import global_params
 from tests.tiny_weights import FAMILIES, local_params, tiny_checkpoint
 
 
@@ -48,27 +51,28 @@ def load_all(hf_dir: Path, tp: int, ep: int = 1, **kwargs) -> list[dict[str, tor
     hf = read_hf_config(hf_dir)
     shards = []
     for rank in range(max(tp, ep)):
-        params = local_params(hf, tp_size=tp, ep_size=ep, **kwargs)
-        load_hf(params, hf_dir, tp_rank=rank % tp, tp_size=tp, ep_rank=rank % ep, ep_size=ep, layer_offset=kwargs.get("layer_offset", 0))
+        first_expert = families.table(hf).num_experts // ep * (rank % ep)
+        params = global_params(local_params(hf, tp_size=tp, ep_size=ep, **kwargs), expert_offset=first_expert)
+        load_hf(params, hf_dir, tp_rank=rank % tp, tp_size=tp, ep_rank=rank % ep, ep_size=ep)
         shards.append(params)
     return shards
 
 
 def merge_all(hf: dict, shards: list[dict[str, torch.Tensor]], tp: int, ep: int) -> dict[str, torch.Tensor]:
     """What export_hf does over process groups, with mapping.merge alone."""
-    names, out = Names(hf, 0), {n: torch.full(s, torch.nan) for n, s in expected_tensors(hf).items()}
+    table = families.table(hf)
+    out = {n: torch.full(s, torch.nan) for n, s in table.expected_tensors().items()}
     for rank, params in enumerate(shards):
         for name, param in params.items():
-            rule = names.lookup(name, rank % ep * (names.num_experts // ep))
-            shape = tuple(param.shape)
-            layout = convert._layout(rule, shape, name, *((rank % tp, tp) if convert._cut(rule, shape, ep) else (0, 1)))
+            rule, shape = table.rule(name), tuple(param.shape)
+            layout = rule.shard(shape, *((rank % tp, tp) if rule.is_cut(shape, ep) else (0, 1)))
             mapping.merge([param], [layout], [out[part] for part in rule.parts])
     return out
 
 
 def test_expected_tensors_are_those_of_the_file(checkpoint: Path) -> None:
     stored = load_file(checkpoint / "model.safetensors")
-    expected = expected_tensors(read_hf_config(checkpoint))
+    expected = families.table(read_hf_config(checkpoint)).expected_tensors()
     assert {name: tuple(t.shape) for name, t in stored.items()} == expected
 
 
@@ -82,12 +86,12 @@ def test_round_trip_is_bit_exact(checkpoint: Path, tp: int) -> None:
 def test_one_process_export_is_bit_exact(checkpoint: Path) -> None:
     hf = read_hf_config(checkpoint)
     params = load_all(checkpoint, 1)[0]
-    tensors = export_hf(params, hf, tp_group=None, pp_group=None, layer_offset=0)
-    assert list(tensors) == list(expected_tensors(hf))
+    tensors = export_hf(params, hf, tp_group=None, pp_group=None)
+    assert list(tensors) == list(families.table(hf).expected_tensors())
     equal(tensors, load_file(checkpoint / "model.safetensors"))
     params["embedding.word_embeddings.weight"].zero_()
     assert tensors["model.embed_tokens.weight"].abs().sum() > 0, "the export must be a copy"
-    half = export_hf(params, hf, tp_group=None, pp_group=None, layer_offset=0, dtype=torch.bfloat16)
+    half = export_hf(params, hf, tp_group=None, pp_group=None, dtype=torch.bfloat16)
     assert {t.dtype for t in half.values()} == {torch.bfloat16}
 
 
@@ -131,14 +135,14 @@ def test_pipeline_stage_and_transformer_engine_names(dense: Path) -> None:
         ): param
         for name, param in stage.items()
     }
-    load_hf(te, dense, tp_rank=0, tp_size=1, layer_offset=2)
+    load_hf(global_params(te, layer_offset=2), dense, tp_rank=0, tp_size=1)
     assert torch.equal(te["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"], stored["model.layers.3.post_attention_layernorm.weight"])
     assert torch.equal(te["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"], stored["model.layers.2.input_layernorm.weight"])
 
 
 def test_cast_to_the_parameter(dense: Path) -> None:
     params = {name: p.bfloat16() for name, p in local_params(read_hf_config(dense), tp_size=1).items()}
-    load_hf(params, dense, tp_rank=0, tp_size=1, layer_offset=0)
+    load_hf(params, dense, tp_rank=0, tp_size=1)
     stored = load_file(dense / "model.safetensors")["lm_head.weight"]
     assert torch.equal(params["output_layer.weight"], stored.bfloat16())
 
@@ -147,7 +151,7 @@ def test_saved_directory_loads_in_transformers(dense: Path, tmp_path: Path, monk
     from transformers import Qwen3ForCausalLM
 
     stored = load_file(dense / "model.safetensors")
-    monkeypatch.setattr(convert, "SHARD_BYTES", 40_000)  # several files and an index
+    monkeypatch.setattr(files, "SHARD_BYTES", 40_000)  # several files and an index
     (dense / "tokenizer.json").write_text("{}")
     for _ in range(2):  # the second one replaces the first
         save_hf({name: t.bfloat16() for name, t in stored.items()}, dense, tmp_path / "out")
@@ -158,7 +162,7 @@ def test_saved_directory_loads_in_transformers(dense: Path, tmp_path: Path, monk
     assert model.dtype == torch.bfloat16  # config.json tells the truth about the file
     assert torch.equal(model.state_dict()["model.layers.3.mlp.up_proj.weight"], stored["model.layers.3.mlp.up_proj.weight"].bfloat16())
     params = local_params(read_hf_config(dense), tp_size=1)
-    load_hf(params, tmp_path / "out", tp_rank=0, tp_size=1, layer_offset=0)  # through the index
+    load_hf(params, tmp_path / "out", tp_rank=0, tp_size=1)  # through the index
     assert torch.equal(params["output_layer.weight"], stored["lm_head.weight"].bfloat16().float())
 
 
@@ -176,7 +180,7 @@ def test_write_weights_is_weights_and_config(dense: Path, tmp_path: Path) -> Non
 def refused(hf_dir: Path, *parts: str, **kwargs) -> None:
     params = local_params(read_hf_config(hf_dir), tp_size=1)
     with pytest.raises(UserError) as error:
-        load_hf(params, hf_dir, tp_rank=0, tp_size=1, layer_offset=0, **kwargs)
+        load_hf(params, hf_dir, tp_rank=0, tp_size=1, **kwargs)
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts), error.value
     assert all(p.isnan().all() for p in params.values())  # nothing was copied
 
@@ -243,17 +247,17 @@ def test_model_without_a_parameter_or_of_another_shape(dense: Path) -> None:
     params = local_params(hf, tp_size=1)
     del params["decoder.layers.1.self_attention.q_layernorm.weight"]
     with pytest.raises(UserError, match="model.layers.1.self_attn.q_norm.weight"):
-        load_hf(params, dense, tp_rank=0, tp_size=1, layer_offset=0)
+        load_hf(params, dense, tp_rank=0, tp_size=1)
     params = local_params(hf, tp_size=2)
     with pytest.raises(UserError, match="cannot hold a vocabulary"):
-        load_hf(params, dense, tp_rank=0, tp_size=1, layer_offset=0)
+        load_hf(params, dense, tp_rank=0, tp_size=1)
     with pytest.raises(UserError, match="no Hugging Face counterpart"):
-        load_hf({"module.decoder.final_layernorm.weight": torch.zeros(32)}, dense, tp_rank=0, tp_size=1, layer_offset=0)
+        load_hf({"module.decoder.final_layernorm.weight": torch.zeros(32)}, dense, tp_rank=0, tp_size=1)
     params = local_params(hf, tp_size=1, layers=range(2))
     with pytest.raises(UserError, match="no pipeline stage holds model.layers.2"):
-        export_hf(params, hf, tp_group=None, pp_group=None, layer_offset=0)
-    with pytest.raises(UserError, match="layer 4"):
-        load_hf(local_params(hf, tp_size=1), dense, tp_rank=0, tp_size=1, layer_offset=1)
+        export_hf(params, hf, tp_group=None, pp_group=None)
+    with pytest.raises(UserError, match=r"layers\.4"):
+        load_hf(global_params(local_params(hf, tp_size=1), layer_offset=1), dense, tp_rank=0, tp_size=1)
 
 
 @pytest.mark.parametrize(
