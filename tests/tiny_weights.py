@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,34 +10,62 @@ from typing import Any
 import torch
 
 FAMILIES = ("qwen3", "qwen3_tied", "qwen3_moe")
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3 = PLAIN | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.3}
+COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_parameters": PLAIN,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+QWEN3: dict[str, Any] = {"model_type": "qwen3", "head_dim": 16, "rope_parameters": PLAIN | {"rope_theta": 1e6}}
+OLMO: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
+# name -> what its config.json has besides COMMON
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_yarn": {"model_type": "qwen2", "rope_parameters": YARN},
+    "qwen3": QWEN3,
+    "qwen3_tied": QWEN3 | {"tie_word_embeddings": True},
+    "qwen3_moe": QWEN3
+    | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "llama": {"model_type": "llama", "rope_parameters": LLAMA3},
+    "llama_tied": {"model_type": "llama", "rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    "llama_mqa": {"model_type": "llama", "num_key_value_heads": 1},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+    "mistral_window": {"model_type": "mistral", "sliding_window": 3},
+    "olmo2": OLMO | {"model_type": "olmo2"},
+    "olmo3": OLMO | {"model_type": "olmo3", "sliding_window": 3, "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}},
+}
 
 
 def tiny_checkpoint(directory: Path, family: str) -> Path:
-    """Save a random 4-layer model (96 tokens, hidden 32, 4 heads over 2 groups) in float32; norms are random too."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    """Save a random 4-layer model of MODELS (96 tokens, hidden 32 or 64) in float32 as transformers writes it; norms and biases too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    common: dict[str, Any] = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "initializer_range": 0.2,
-    }
     torch.manual_seed(0)
-    if family == "qwen3_moe":
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**common, tie_word_embeddings=family == "qwen3_tied"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(COMMON | MODELS[family])))
     with torch.no_grad():
         for name, param in model.named_parameters():
             if "norm" in name:
                 param.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                param.uniform_(-0.5, 0.5)
     model.save_pretrained(directory)
     return directory
 
