@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 
@@ -32,6 +33,8 @@ class RMSNorm(torch.nn.Module):
 
 class SDPAttention(MegatronModule):
     """Causal core attention on torch SDPA: `[s, b, h, d]` with right padding, or `[t, h, d]` packed.
+
+    In a layer with a sliding window (config.window_size, window_attn_skip_freq) a token attends to itself and window_size[0] before it.
 
     Context parallelism: rank r holds chunks r and 2*cp-1-r of the (each) sequence (Megatron's zig-zag). Keys and values are
     all-gathered over the context-parallel group (backward: reduce-scatter); the mask carries the global positions.
@@ -54,6 +57,24 @@ class SDPAttention(MegatronModule):
             raise ValueError("SDPAttention has no dropout: it would fall outside the tensor-parallel RNG tracker")
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] if windowed else None
+
+    def _mask(self, length: int, size: int, rank: int) -> Tensor | None:
+        """bool `[queries, keys]`, True = may attend, for the tokens of context-parallel `rank` of `size` in a sequence of `length`.
+
+        None = causal: SDPA's own mask is faster.
+        """
+        if size == 1:
+            if self.window is None or length <= self.window + 1:
+                return None
+            queries = keys = torch.arange(length)
+        else:
+            queries, keys = (
+                torch.cat([zigzag_positions(length // (2 * size), size, r) for r in ranks]) for ranks in ((rank,), range(size))
+            )
+        distance = queries[:, None] - keys[None, :]
+        return distance >= 0 if self.window is None else (distance >= 0) & (distance <= self.window)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """`[b, h, s, d]` tensors; mask True = may attend, None = causal."""
@@ -76,12 +97,10 @@ class SDPAttention(MegatronModule):
             raise ValueError("SDPAttention is causal: right-pad or pack, and pass no mask")
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
-        mask = None
-        if self.cp_group is not None:
-            size, rank, half = self.cp_group.size(), self.cp_group.rank(), query.size(0) // 2
+        size, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
+        if size > 1:
             key, value = (gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group) for t in (key, value))
-            key_positions = torch.cat([zigzag_positions(half, size, r) for r in range(size)])
-            mask = zigzag_positions(half, size, rank)[:, None] >= key_positions[None, :]
+        mask = self._mask(key.size(0), size, rank)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = self._sdpa(query, key, value, mask)
         return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), -1)
@@ -98,14 +117,8 @@ class SDPAttention(MegatronModule):
         outputs = []
         for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
             local = slice(start // size, end // size)
-            mask = None
-            if size > 1:
-                half = (end - start) // (2 * size)
-                k, v = (t[:, local].flatten(0, 1) for t in (key, value))
-                key_positions = torch.cat([zigzag_positions(half, size, r) for r in range(size)])
-                mask = zigzag_positions(half, size, rank)[:, None] >= key_positions[None, :]
-            else:
-                k, v = key[local], value[local]
+            k, v = (t[:, local].flatten(0, 1) if size > 1 else t[local] for t in (key, value))
+            mask = self._mask(end - start, size, rank)
             out = self._sdpa(query[local].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs).flatten(1)

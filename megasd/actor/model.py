@@ -1,7 +1,4 @@
-"""Megatron-core GPTModel from a Hugging Face config: transformer config, layer spec, data-parallel wrapper, optimizer.
-
-On a GPU the TransformerEngine spec, on a CPU the local one with the modules of cpu_layers.py. megatron-core 0.16.1.
-"""
+"""Megatron-core GPTModel from a Hugging Face config: transformer config, model, data-parallel wrapper, optimizer. megatron-core 0.16.1."""
 
 from __future__ import annotations
 
@@ -11,18 +8,16 @@ from pathlib import Path
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megasd.actor.cpu_layers import RMSNorm, SDPAttention
+from megasd.actor.layer_spec import block_spec
+from megasd.actor.layers import RotaryTables
 from megasd.actor.parallel import Mesh
 from megasd.config import ActorConfig, OptimizerConfig
 from megasd.weights import mapping
@@ -80,33 +75,28 @@ def transformer_config(family: Family, actor: ActorConfig, device: torch.device)
         apply_rope_fusion=False,
         batch_p2p_comm=gpu,  # gloo: wrong numbers with interleaved pipelines, exit status 0
         deallocate_pipeline_outputs=gpu,  # gloo: the send buffer would be freed in flight
+        # TransformerEngine's ring of key-value blocks has no sliding window; its exchange of heads has.
+        cp_comm_type="a2a" if gpu and "window_size" in family.transformer else None,
     )
 
 
-def layer_spec(config: TransformerConfig, device: torch.device) -> ModuleSpec | TransformerBlockSubmodules:
-    """TransformerEngine's spec on a GPU; on a CPU the local one with our RMSNorm and SDPA attention."""
-    if device.type == "cuda":
-        return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    attention.core_attention = SDPAttention
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+def build_model(family: Family, config: TransformerConfig, actor: ActorConfig, mesh: Mesh, vp_stage: int | None = None) -> Backbone:
+    """This rank's part of the model (its pipeline stage and tensor shard), on its device, weights uninitialised by the checkpoint.
 
-
-def build_model(family: Family, config: TransformerConfig, actor: ActorConfig, mesh: Mesh) -> Backbone:
-    """This rank's part of the model (its pipeline stage and tensor shard), on its device, weights uninitialised by the checkpoint."""
+    `vp_stage`: which of config.virtual_pipeline_model_parallel_size parts of the stage, if it has several.
+    """
+    last = None if vp_stage is None else config.virtual_pipeline_model_parallel_size - 1
     model = Backbone(
         config,
-        layer_spec(config, mesh.device),
+        block_spec(family, config, mesh.device.type == "cuda", vp_stage),
         vocab_size=mapping.padded_vocab_size(family.vocab_size, actor.make_vocab_size_divisible_by, mesh.tp_size),
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
+        pre_process=mesh.is_first_stage and vp_stage in (None, 0),
+        post_process=mesh.is_last_stage and vp_stage == last,
         parallel_output=True,
+        vp_stage=vp_stage,
         **family.gpt,
     )
+    model.rotary_pos_emb = RotaryTables(family.ropes, config)
     return model.to(mesh.device)
 
 
@@ -170,6 +160,6 @@ def family_of(path: str) -> Family:
     return config_from_hf(read_hf_config(path))
 
 
-def layer_offset(config: TransformerConfig) -> int:
-    """Global index of this pipeline stage's first layer."""
-    return get_transformer_layer_offset(config)
+def layer_offset(config: TransformerConfig, vp_stage: int | None = None) -> int:
+    """Global index of the first layer of this pipeline stage (of its virtual stage)."""
+    return get_transformer_layer_offset(config, vp_stage)

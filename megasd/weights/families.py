@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from megasd.weights import qwen3
+from megasd.weights import llama, mistral, olmo, qwen2, qwen3
 from megasd.weights.table import Family, Table, ends_rules, refuse
 
-MODULES: dict[str, ModuleType] = {model_type: module for module in (qwen3,) for model_type in module.MODEL_TYPES}
+MODULES: dict[str, ModuleType] = {
+    model_type: module for module in (qwen2, qwen3, llama, mistral, olmo) for model_type in module.MODEL_TYPES
+}
 
 
 def _module(hf: Mapping[str, Any]) -> ModuleType:

@@ -75,6 +75,8 @@ def gated(shapes: Sequence[Shape], rank: int, size: int) -> Layout:
 def qkv(shapes: Sequence[Shape], rank: int, size: int, *, num_query_groups: int) -> Layout:
     """Megatron's fused QKV: for each query group its query heads, its key head, its value head; the rows of that in `size` equal parts.
 
+    Weights `[rows, hidden]` or biases `[rows]`.
+
     With fewer query groups than ranks a shard is a part of one group, as Megatron's SelfAttention expects (it gathers them itself).
     """
     q, k, v = shapes
@@ -88,7 +90,7 @@ def qkv(shapes: Sequence[Shape], rank: int, size: int, *, num_query_groups: int)
             if low < high:
                 segments.append(Segment(part, 0, group * length + low - position, high - low, low - first))
             position += length
-    return Layout((rows, q[1]), tuple(segments))
+    return Layout((rows, *q[1:]), tuple(segments))
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tp_size: int) -> int:

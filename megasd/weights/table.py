@@ -33,12 +33,26 @@ _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")  # T
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Position p turns pair i of a head by the angle p * inverse_frequencies[i]; attention_factor multiplies cosines and sines."""
+
+    inverse_frequencies: tuple[float, ...]  # [head_dim / 2], float32 values
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class Family:
-    """Arguments of Megatron: TransformerConfig(**transformer, <parallelism, dtype>), GPTModel(config, spec, padded vocab, **gpt)."""
+    """Arguments of Megatron: TransformerConfig(**transformer, <parallelism, dtype>), GPTModel(config, spec, padded vocab, **gpt).
+
+    And what Megatron has no argument for: rotary tables, and norms after attention and MLP with q/k norms over all heads (post_norm).
+    """
 
     transformer: dict[str, Any]
     gpt: dict[str, Any]
     vocab_size: int  # tokens, without padding
+    ropes: tuple[Rope, ...]
+    layer_ropes: tuple[int, ...] | None = None  # the table of each layer; None = the only one
+    post_norm: bool = False
 
 
 @dataclass(frozen=True)
