@@ -178,6 +178,16 @@ class OptimizerConfig:
 
 @dataclass
 class SyncConfig:
+    # how weights reach the engines: disk (a safetensors file, in shared memory where there is room) | group (broadcast over a process
+    # group: NCCL, gloo) | colocated (the engine reads the actor's memory: CUDA IPC, shared memory; engines of this machine only)
+    transport: Literal["disk", "group", "colocated"] = "disk"
+    bucket_mib: int = 256  # of whole tensors put together at a time (MiB; two buffers of it per receiving rank)
+    # what becomes of requests that run during a push by group or colocated: taken back and continued | asked again | waited for
+    in_flight: Literal["retract", "abort", "drain"] = "retract"
+    delta: bool = False  # send only parameters whose fingerprint has changed since the last push (group, colocated)
+    # per-tensor checksums of the actor's weights against those that the engine reports after a push: off | an eighth of the
+    # parameters, in turn | all of them
+    verify: Literal["off", "sample", "full"] = "off"
     verify_every: int = 1  # pushes between log-prob probes of the engine; 0 = never
     tolerance: Optional[float] = None  # largest |log-prob actor - log-prob engine| of a probe (nats); null = 1e-3 in float32, else 0.1
 
@@ -285,6 +295,7 @@ RULES: dict[str, Rule] = {
     "optimizer.adam_beta2": MOMENTUM,
     "optimizer.adam_eps": POSITIVE,
     "optimizer.clip_grad": NOT_NEGATIVE,
+    "sync.bucket_mib": POSITIVE,
     "sync.verify_every": NOT_NEGATIVE,
     "sync.tolerance": POSITIVE,
     "evaluation.every": NOT_NEGATIVE,

@@ -42,6 +42,7 @@ from megasd.weights.files import read_hf_config
 from megasd.weights.load import check_hf
 
 PROBE_TOKENS = 32  # length of the probe prompts that a push is verified with
+REPUSH = "repush"  # what rank 0 sends instead of a result when an engine needs the weights again
 LEAVE_SECONDS = 30  # that a rank waits for rank 0 to end first
 
 
@@ -104,13 +105,12 @@ class Run(contextlib.ExitStack):
         if config.rollout.replay_dir is not None and config.algorithm.source == "rollout":
             self._check_replay(first)
         if needs_engine(config):
-            dtype = config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype
             self.rewards = self.enter_context(RewardPool(config.reward))
             self.rollout = Rollout(
                 config.rollout,
                 model_path=config.model.path,
                 device="cuda" if torch.cuda.is_available() else "cpu",
-                dtype=dtype,
+                dtype=engine_dtype(config),
                 run_dir=self.dir,
                 seed=config.run.seed,
                 stop_token_ids=self.chat.eos_token_ids,
@@ -137,7 +137,7 @@ class Run(contextlib.ExitStack):
         return self.enter_context(
             WeightSync(
                 self.actor, self.rollout, self.config.sync, self.dir,
-                model_path=self.config.model.path, probes=[probe], device=device,
+                model_path=self.config.model.path, probes=[probe], dtype=getattr(torch, engine_dtype(self.config)), device=device,
                 local_engine=not self.config.rollout.engine.urls,
             )
         )  # fmt: skip
@@ -200,19 +200,41 @@ class Run(contextlib.ExitStack):
         return None if resume == "none" else Path(resume)
 
     def from_first(self, work: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor]:
-        """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other ranks leave in silence after it."""
+        """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other ranks leave in silence after it.
+
+        An engine that dies and is restarted meanwhile may need the weights, which is every rank's work: see `_repush`.
+        """
         tensors, failure = {}, None
         if self.is_first:
-            try:
-                tensors = work() or {}
-            except Exception as error:
-                failure = error
-        found = broadcast_tensors(tensors | {"failed": torch.tensor(failure is not None)})
+            with self._serving():
+                try:
+                    tensors = work() or {}
+                except Exception as error:
+                    failure = error
+        found = broadcast_tensors(tensors | {"failed": torch.tensor(failure is not None)} if self.is_first else None)
+        while REPUSH in found:
+            with contextlib.suppress(SyncError):  # rank 0 deals with it
+                self.sync.push(version=self.step, lacking=True)
+            found = broadcast_tensors(None)
         if failure is not None:
             raise failure
         if found.pop("failed"):
             _leave_after_first()
         return found
+
+    @contextlib.contextmanager
+    def _serving(self) -> Iterator[None]:
+        """While the other ranks wait in `from_first`, and only then, they can take part in a push."""
+        if self.rollout is not None:
+            self.rollout.repush = self._repush
+        yield
+        if self.rollout is not None:
+            self.rollout.repush = None
+
+    def _repush(self) -> None:
+        """Rank 0, in the middle of `from_first`: an engine came back with the start weights, and only the actor has the others."""
+        broadcast_tensors({REPUSH: torch.tensor(True)})
+        self.sync.push(version=self.step, lacking=True)
 
     @property
     def samples(self) -> bool:
@@ -323,6 +345,11 @@ class Run(contextlib.ExitStack):
         report = Report(self.config.run.steps, self.step)
         self.callback(report.close)
         return report
+
+
+def engine_dtype(config: Config) -> str:
+    """Of the engine's weights, and so of what is sent to it."""
+    return config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype
 
 
 def model_length(config: Config) -> int:

@@ -1,34 +1,40 @@
-"""Weight sync: the actor's live weights into the rollout engine, then proof that the engine computes with them.
+"""Weight sync: the actor's live weights into the rollout engines, then proof that the engines compute with them.
 
-    with WeightSync(actor, rollout, config.sync, run_dir, model_path=..., probes=[ids, ...], device=device) as sync:
+    with WeightSync(actor, rollout, config.sync, run_dir, model_path=..., probes=[ids, ...]) as sync:
         metrics = sync.push(version=0)
 
-The only file that knows both engines. The way is a safetensors directory that the engine loads by itself. Two directories take turns:
-the last confirmed one stays until the next push is confirmed, since a restarted engine loads it. An engine that answered "loaded" may still
-hold other weights (a name it skipped, a stale cache), so probes compare log-probs of fixed token ids in the engine and in the actor.
+The only file that knows both engines. One plan (which rank owns what, buckets, order, names) is made at the first push and replayed at
+each: while a bucket is on its way to the engines, the next one is put together on rank 0. An engine that answered "loaded" may still hold
+other weights (a name it skipped, a stale cache): checksums compare every tensor on demand, probes the log-probs of fixed token ids.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
+import contextlib
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megasd.config import SyncConfig
+from megasd.rollout.engine import EngineError, Unreachable
+from megasd.rollout.engine_weights import EngineWeights
+from megasd.rollout.fleet import Fleet
+from megasd.rollout.staging import staging_directory
+from megasd.rollout.transport import ColocatedTransport, DiskTransport, GroupTransport, Sent
 from megasd.types import UserError
-from megasd.weights import families
-from megasd.weights.files import read_hf_config, write_weights
+from megasd.weights.delta import Fingerprints
+from megasd.weights.files import read_hf_config
+from megasd.weights.gather import Gather
+from megasd.weights.plan import Plan
 
-_SHARED_MEMORY = Path("/dev/shm")
-_OWNER = "owner"  # file with the process id of the run
+ATTEMPTS = 3  # whole pushes, when an engine dies in one and is there again
+SAMPLE = 8  # sync.verify=sample: one parameter in so many, others at the next push
+_OK, _AGAIN, _FAILED = range(3)  # what rank 0 tells the others
 
 
 class SyncError(RuntimeError):
@@ -39,98 +45,310 @@ class ProbeError(SyncError, UserError):
     """Engine and actor compute different numbers. Most often two settings that do not go together; the message names them."""
 
 
-class Exporter(Protocol):
-    """What is needed of an actor; both calls are collective."""
+class Actor(Protocol):
+    """What is needed of an actor; all calls are collective."""
 
-    def export_hf(self) -> dict[str, Tensor] | None: ...
+    def gather(self, *, dtype: torch.dtype | None = None, bucket_bytes: int, make_buffer: object = None) -> Gather: ...
     def score_tokens(self, ids: list[int]) -> list[float]: ...
 
 
-class Engine(Protocol):
-    """What is needed of a rollout facade; rank 0 only."""
+class Rollout(Protocol):
+    """What is needed of a rollout beside its Fleet; rank 0 only."""
 
-    def push(self, directory: str, version: int) -> None: ...
     def score(self, ids: list[int]) -> list[float]: ...
 
 
 class WeightSync:
-    """`actor` on every rank, `rollout` on rank 0 (None elsewhere). Every rank calls `push`; a failure on rank 0 raises on all of them.
+    """`actor` on every rank, `rollout` (a Fleet that can score) on rank 0. Every rank calls `push`; a failure raises on all.
 
     model_path: Hugging Face directory of the model, whose config.json goes with the weights. probes: token id lists, the same on every
-    rank. local_engine: the engine runs on this machine, so the weights may go through shared memory; else through run_dir, which the
-    engine's machine must see.
+    rank. dtype: of the engines' weights; None = the actor's. local_engine: the engine runs on this machine, so a file may lie in shared
+    memory; else in run_dir, which the engine's machine must see. device: of the actor, and of the status all-reduce.
     """
 
     def __init__(
         self,
-        actor: Exporter,
-        rollout: Engine | None,
+        actor: Actor,
+        rollout: Fleet | None,
         config: SyncConfig,
-        run_dir: str | os.PathLike[str],
+        run_dir: Path | str,
         *,
         model_path: str,
         probes: Sequence[list[int]],
+        dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         local_engine: bool = True,
     ) -> None:
         if config.verify_every and not probes:
             raise ValueError("sync.verify_every is set, but there are no probes")
         self.actor, self.rollout, self.config = actor, rollout, config
-        self.model_path, self.probes, self.device = model_path, [list(ids) for ids in probes], torch.device(device)
+        self.model_path, self.probes, self.dtype, self.device = model_path, [list(ids) for ids in probes], dtype, torch.device(device)
+        self.hf = read_hf_config(model_path)
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
-        self.expected = families.table(read_hf_config(model_path)).expected_tensors()
         self.run_dir, self.local_engine = Path(run_dir).resolve(), local_engine
-        self.root: Path | None = None  # parent of the two directories, chosen at the first push
         self.pushes = 0
+        self.plans_made = 0
+        self._gather: Gather | None = None
+        self._transport: DiskTransport | GroupTransport | ColocatedTransport | None = None
+        self._fingerprints = Fingerprints()
+        self._checked: object = None  # engines whose parameters' names were compared with the plan's
+        self._lock = threading.Lock()
+        self._cleanup = contextlib.ExitStack()
 
-    def push(self, version: int) -> dict[str, float]:
-        """Export, write, load, stamp `version` and, each config.verify_every-th push (the first included), probe.
+    def push(self, version: int, *, lacking: bool = False) -> dict[str, float]:
+        """Every engine holds the actor's weights as `version` when this returns; each config.verify_every-th push is probed.
 
-        Returns on rank 0 sync/seconds, sync/bytes and, when probed, sync/probe_max_diff (nats); {} on other ranks.
-        Raises SyncError on every rank when the engine's log-probs differ by more than config.tolerance; what the engine raised on rank 0
-        and SyncError elsewhere. Collectives: the actor's export, its scoring when probed, one status all-reduce for each of the two.
+        `lacking`: only engines that do not hold `version` already (one that was restarted), whole and without a second attempt.
+        Returns on rank 0 sync/seconds, sync/bytes, sync/seconds_<phase> and, when probed, sync/probe_max_diff (nats); {} on other ranks.
+        Raises on every rank: SyncError (a mismatch, named; a push that is already under way), on rank 0 what an engine answered. After a
+        failure engines hold the old version or none ("partial-<version>", paused), never a mix that samples; the next push heals them.
+        Collectives: the plan's exchange at the first push; per attempt one status all-reduce, the gather's messages, a second status
+        all-reduce; with config.delta one all-reduce of a byte a parameter; the actor's scoring when probed.
         """
+        if not self._lock.acquire(blocking=False):
+            raise SyncError(f"weight version {version} was not pushed: another push is under way")
+        try:
+            return self._push(version, lacking)
+        except BaseException:
+            self._fingerprints.forget()  # the engine may hold a part of it
+            raise
+        finally:
+            self._lock.release()
+
+    def _push(self, version: int, lacking: bool) -> dict[str, float]:
         start = time.perf_counter()
-        probing = bool(self.config.verify_every) and self.pushes % self.config.verify_every == 0
-        metrics: dict[str, float] = {}
-        engine_logps: list[list[float]] = []
-        failure: Exception | None = None
-        try:  # whatever goes wrong here, the other ranks wait in _agree: tell them, then raise it
-            tensors = self.actor.export_hf()
+        phases = dict.fromkeys(("begin", "gather", "send", "commit", "verify"), 0.0)
+        gather = self._prepare(version)
+        changed = None
+        if self.config.delta:
+            known = self._fingerprints.take(gather.plan, gather.params)
+            changed = None if lacking or known is None else known
+        for attempt in range(1, ATTEMPTS + 1):
+            expected, failure = self._attempt(gather, version, changed, lacking, phases)
+            status = self._agree(failure, version, again=not lacking and attempt < ATTEMPTS)
+            if status == _OK:
+                break
+            changed = None  # whatever the engine holds now, it gets all of it
+            self._agree(self._heal(), version)
+        sent = gather.plan.nbytes if changed is None else sum(b.only(changed).nbytes for b in gather.plan.buckets)
+        metrics = {"sync/bytes": float(sent)}
+        with _timed(phases, "verify"):
+            self._agree(self._verify(expected, gather.plan), version)
+            if not lacking and self.config.verify_every and self.pushes % self.config.verify_every == 0:
+                metrics |= self._probe(version, gather.plan)
+        if self.config.delta:
+            self._fingerprints.keep()
+        self.pushes += not lacking
+        metrics["sync/seconds"] = time.perf_counter() - start
+        metrics |= {f"sync/seconds_{phase}": seconds for phase, seconds in phases.items()}
+        return metrics if self.is_first else {}
+
+    # ---- one attempt ---------------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, version: int) -> Gather:
+        """The plan and its buffers, made once; what cannot be right is refused before an engine is touched."""
+        if self._gather is None:
+            make_buffer = None
             if self.is_first:
-                check_tensors(tensors, self.expected)
-                dtype = next(iter(tensors.values())).dtype
-                directory = self._directory(tensors)
-                metrics["sync/bytes"] = float(write_weights(tensors, self.model_path, directory))
-                self.rollout.push(str(directory), version)
-                if probing:
-                    engine_logps = [self.rollout.score(ids) for ids in self.probes]
-        except Exception as error:
-            failure = error
-        self._agree(failure, version)
-        if probing:
-            actor_logps = [self.actor.score_tokens(ids) for ids in self.probes]
+                self._transport = self._make_transport()
+                make_buffer = self._transport.make_buffer
+            self._gather = self.actor.gather(dtype=self.dtype, bucket_bytes=self.config.bucket_mib << 20, make_buffer=make_buffer)
+            self.plans_made += 1
+            self._agree(self._caught(self._check_shapes, self._gather.plan), version)
+        return self._gather
+
+    def _make_transport(self) -> DiskTransport | GroupTransport | ColocatedTransport:
+        if self.config.transport == "group":
+            return self._cleanup.enter_context(contextlib.closing(GroupTransport(self.rollout, self.device, self.config.in_flight)))
+        if self.config.transport == "colocated":
+            return ColocatedTransport(self.rollout, self.device, self.config.in_flight)
+        nbytes = sum(torch.Size(shape).numel() for shape in self.rollout.shapes.values()) * (self.dtype or torch.float32).itemsize
+        root = self._cleanup.enter_context(staging_directory(self.run_dir, 2 * nbytes, self.local_engine))
+        return self._cleanup.enter_context(contextlib.closing(DiskTransport(self.rollout, self.model_path, (root / "a", root / "b"))))
+
+    def _attempt(
+        self, gather: Gather, version: int, changed: frozenset[str] | None, lacking: bool, phases: dict[str, float]
+    ) -> tuple[dict[int, EngineWeights], Exception | None]:
+        """Rank 0's engines get everything; the other ranks give their pieces. Returns rank 0's failure, after the messages are through."""
+        expected, failure = {}, None
+        if changed is not None and not changed:
+            return {}, self._caught(self.rollout.restamp, version) if self.is_first else None
+        with _timed(phases, "begin"):
             if self.is_first:
-                metrics["sync/probe_max_diff"] = difference = max_difference(actor_logps, engine_logps)
-                # bfloat16 in one engine against float32 was seen to differ by 0.09 nats at most
-                tolerance = self.config.tolerance or (1e-3 if dtype is torch.float32 else 0.1)
-                if not difference <= tolerance:
-                    failure = ProbeError(
-                        f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe, more than "
-                        f"sync.tolerance={tolerance:g}; check that rollout.engine.dtype is actor.dtype (bfloat16 needs about "
-                        "0.1) and that the engine was started from model.path"
-                    )
-            self._agree(failure, version)
-        self.pushes += 1
+                expected = self._follow()
+                failure = self._caught(self._check_names, gather.plan) or self._caught(
+                    self._transport.begin, gather.plan, version, lacking=lacking
+                )
+            if self._status(failure) != _OK:  # nothing is put together for engines that cannot take it
+                return {}, failure
+        sent: dict[int, Sent] = {}
+
+        def confirmed(index: int) -> None:  # the buffer of bucket index - 2 is written next
+            if index - 2 in sent:
+                sent.pop(index - 2).wait()
+
+        started, last = time.perf_counter(), gather.plan.buckets[-1].index
+        if changed is not None:
+            last = max(b.index for b in gather.plan.buckets if b.only(changed).params)
+        waited = 0.0
+
+        def ready(index: int) -> None:
+            nonlocal failure, waited
+            before = time.perf_counter()
+            if failure is None:
+                failure = self._caught(confirmed, index)
+            waited += time.perf_counter() - before
+
+        for number, (bucket, flat) in enumerate(gather.replay(changed, ready)):
+            if flat is None or failure is not None:
+                continue  # after a failure the messages that are under way are taken in all the same
+            before = time.perf_counter()
+            try:
+                for followed in expected.values():
+                    for name, tensor in bucket.views(flat).items():
+                        followed.feed(name, tensor)
+                sent[number] = self._transport.send(bucket, flat, last=bucket.index == last)
+            except (EngineError, Unreachable, OSError, RuntimeError) as error:
+                failure = error
+            waited += time.perf_counter() - before
+        for number in sorted(sent):
+            failure = failure or self._caught(sent[number].wait)
+        phases["send"] += waited
+        phases["gather"] += time.perf_counter() - started - waited
         if self.is_first:
-            metrics["sync/seconds"] = time.perf_counter() - start
-        return metrics
+            with _timed(phases, "commit"):
+                failure = failure or self._caught(self._transport.commit, version)
+        return expected, failure
+
+    @staticmethod
+    def _caught(work: object, *args: object, **kwargs: object) -> Exception | None:
+        try:
+            work(*args, **kwargs)
+        except Exception as error:
+            return error
+        return None
+
+    def _heal(self) -> Exception | None:
+        """Before the next attempt: restart what died."""
+        if not self.is_first:
+            return None
+        self._transport.cancel()
+        return self._caught(self.rollout.heal)
+
+    # ---- agreement -----------------------------------------------------------------------------------------------------------------
+
+    def _status(self, failure: Exception | None, *, again: bool = False) -> int:
+        """The worst status of all ranks. Collective: one all-reduce of an integer."""
+        mine = _OK if failure is None else _AGAIN if again and isinstance(failure, Unreachable) else _FAILED
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return mine
+        status = torch.tensor([mine], dtype=torch.int32, device=self.device)
+        dist.all_reduce(status, dist.ReduceOp.MAX)
+        return int(status.item())
+
+    def _agree(self, failure: Exception | None, version: int, *, again: bool = False) -> int:
+        """Raise on every rank what failed for good on one of them; _AGAIN when rank 0 may try once more."""
+        status = self._status(failure, again=again)
+        if status != _FAILED:
+            return status
+        if self.is_first and self._transport is not None:
+            self._transport.cancel()
+            self.rollout.abandon_update()
+        if failure is None:
+            raise SyncError(f"weight version {version} was not pushed: another rank (most often rank 0) says why")
+        if isinstance(failure, Unreachable):
+            raise SyncError(f"weight version {version} was not pushed: {failure}") from failure
+        raise failure
+
+    # ---- proof ---------------------------------------------------------------------------------------------------------------------
+
+    def _check_shapes(self, plan: Plan) -> None:
+        """SyncError naming the tensor, unless the plan's names and shapes are those of model_path: an engine dies of a wrong shape."""
+        if not self.is_first:
+            return
+        planned, stored = plan.tensors(), self.rollout.shapes
+        for name, shape in stored.items():
+            if name not in planned and not (name == "lm_head.weight" and self.hf.get("tie_word_embeddings")):
+                raise SyncError(f"the actor has no {name}, which the engine was started with; is model.path its model?")
+            if name in planned and planned[name].shape != tuple(shape):
+                raise SyncError(f"the actor holds {name} as {planned[name].shape}; the engine was started with {tuple(shape)}")
+        for name in planned:
+            if name not in stored:
+                raise SyncError(f"the actor has {name}, which the engine was not started with; it would ignore it")
+
+    def _check_names(self, plan: Plan) -> None:
+        """SyncError naming the tensor that the engine has no parameter for: it would answer 200 and skip it.
+
+        Once per start of an engine.
+        """
+        engines = tuple((engine.url, engine.incarnation) for engine in self.rollout.engines if engine.alive)
+        if self.config.transport == "disk" or engines == self._checked:
+            return
+        place = EngineWeights(self.hf, 1)
+        for url, ranks in self.rollout.checksums().items():
+            for name in plan.tensors():
+                if place.parameter(name) not in ranks[0]:
+                    raise SyncError(f"{url} has no parameter {place.parameter(name)} to take {name}; does it serve model.path?")
+        self._checked = engines
+
+    def _follow(self) -> dict[int, EngineWeights]:
+        """What engines of each tensor-parallel size must report afterwards, taken down while the buckets pass by."""
+        if self.config.verify == "off":
+            return {}
+        only = None
+        if self.config.verify == "sample":
+            names = sorted({EngineWeights(self.hf, 1).parameter(name) for name in self._gather.plan.tensors()})
+            only = frozenset(names[self.pushes % SAMPLE :: SAMPLE])
+        sizes = {engine.tp_size for engine in self.rollout.engines if engine.alive}
+        return {size: EngineWeights(self.hf, size, only) for size in sizes}
+
+    def _verify(self, expected: dict[int, EngineWeights], plan: Plan) -> Exception | None:
+        failure = self._caught(self._compare, expected, plan) if expected else None
+        if failure is not None:
+            self.rollout.distrust()
+        return failure
+
+    def _compare(self, expected: dict[int, EngineWeights], plan: Plan) -> None:
+        followed = next(iter(expected.values()))
+        every = {followed.parameter(name) for name in plan.tensors()}
+        # SGLang leaves out names that contain a given one, so a few followed ones may be left out with the others.
+        skip = [] if followed.only is None else sorted(every - set(followed.only))
+        for url, ranks in self.rollout.checksums(skip).items():
+            for rank, found in enumerate(ranks):
+                for name, checksum in expected[len(ranks)].checksums[rank].items():
+                    if found.get(name, checksum if skip else None) != checksum:
+                        parts = [part for part in plan.tensors() if followed.parameter(part) == name]
+                        raise SyncError(
+                            f"{url}: {name} (tensor-parallel rank {rank}; made of {', '.join(parts[:3])}) has checksum {found.get(name)}, "
+                            f"the actor's {checksum}: the engine does not hold what was sent"
+                        )
+
+    def _probe(self, version: int, plan: Plan) -> dict[str, float]:
+        """Compare log-probs of the probes; ProbeError on every rank when they differ by more than config.tolerance."""
+        engine: list[list[float]] = []
+        failure = self._caught(lambda: engine.extend(self.rollout.score(ids) for ids in self.probes)) if self.is_first else None
+        self._agree(failure, version)
+        actor = [self.actor.score_tokens(ids) for ids in self.probes]
+        if not self.is_first:
+            self._agree(None, version)
+            return {}
+        difference = max_difference(actor, engine)
+        in_float32 = next(iter(plan.tensors().values())).dtype is torch.float32
+        # bfloat16 in one engine against float32 was seen to differ by 0.09 nats at most
+        tolerance = self.config.tolerance or (1e-3 if in_float32 else 0.1)
+        if not difference <= tolerance:
+            failure = ProbeError(
+                f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe, more than "
+                f"sync.tolerance={tolerance:g}; check that rollout.engine.dtype is actor.dtype (bfloat16 needs about "
+                "0.1) and that the engine was started from model.path"
+            )
+            self.rollout.distrust()
+        self._agree(failure, version)
+        return {"sync/probe_max_diff": difference}
 
     def close(self) -> None:
-        """Remove the pushed directories; the engine must not be restarted after this."""
-        if self.root is not None:
-            shutil.rmtree(self.root)
-            self.root = None
+        """Leave the process group, remove pushed files; the engine must not be restarted after this."""
+        self._cleanup.close()
 
     def __enter__(self) -> WeightSync:
         return self
@@ -138,34 +356,12 @@ class WeightSync:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _directory(self, tensors: Mapping[str, Tensor]) -> Path:
-        if self.root is None:
-            nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
-            self.root = _make_root(self.run_dir, 2 * nbytes, self.local_engine)
-        # Never the one of the last confirmed push, for only a confirmed push is counted.
-        return self.root / "ab"[self.pushes % 2]
 
-    def _agree(self, failure: Exception | None, version: int) -> None:
-        """Raise on every rank if rank 0 failed. Collective: one all-reduce of an integer."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
-            dist.all_reduce(failed)
-            if failed.item() and failure is None:
-                raise SyncError(f"weight version {version} was not pushed: another rank (most often rank 0) says why")
-        if failure is not None:
-            raise failure
-
-
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise SyncError, naming the tensor, unless names and shapes are exactly those of the model: an engine skips what it does not know."""
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise SyncError(f"the actor exported no {name}")
-        if tuple(tensors[name].shape) != tuple(shape):
-            raise SyncError(f"the actor exported {name} as {tuple(tensors[name].shape)}; the model has {tuple(shape)}")
-    for name in tensors:
-        if name not in expected:
-            raise SyncError(f"the actor exported {name}, which the model does not have")
+@contextlib.contextmanager
+def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    phases[phase] += time.perf_counter() - start
 
 
 def max_difference(actor_logps: Sequence[Sequence[float]], engine_logps: Sequence[Sequence[float]]) -> float:
@@ -174,29 +370,3 @@ def max_difference(actor_logps: Sequence[Sequence[float]], engine_logps: Sequenc
     if ours.shape != theirs.shape or not ours.numel():
         return float("nan")
     return (ours - theirs).abs().max().item()
-
-
-def _make_root(run_dir: Path, nbytes: int, local_engine: bool) -> Path:
-    """A fresh directory: in shared memory when there is room for nbytes (and a tenth), else in run_dir."""
-    if local_engine and _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * nbytes:
-        _sweep(_SHARED_MEMORY)
-        root = _SHARED_MEMORY / f"megasd-{os.getuid()}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]}"
-        if not root.is_symlink() and (not root.exists() or root.stat().st_uid == os.getuid()):
-            return _fresh(root)  # what a killed run left there goes
-    return _fresh(run_dir / "weights")
-
-
-def _fresh(root: Path) -> Path:
-    if root.exists():
-        shutil.rmtree(root)
-    root.mkdir(parents=True, mode=0o700)
-    (root / _OWNER).write_text(str(os.getpid()))
-    return root
-
-
-def _sweep(parent: Path) -> None:
-    """Give back the memory of killed runs of this user: directories whose owner is gone."""
-    for root in parent.glob(f"megasd-{os.getuid()}-*"):
-        owner = root / _OWNER
-        if owner.is_file() and not Path(f"/proc/{owner.read_text()}").exists():
-            shutil.rmtree(root, ignore_errors=True)

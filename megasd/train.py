@@ -66,7 +66,7 @@ def finish(run: Run, first: int) -> None:
     if (config.checkpoint.save_at_end or _due(config.checkpoint.every, run.step)) and run.step > first:
         run.save()
     after = run.evaluate(run.step)
-    tensors = run.actor.export_hf() if config.run.export else None
+    tensors = {name: tensor.cpu().clone() for name, tensor in run.actor.export_hf()} if config.run.export else None
     if not run.is_first:
         return
     if tensors is not None:

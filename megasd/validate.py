@@ -10,8 +10,9 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from megasd.config import Config, ConfigError, check_values, samples_per_step
+from megasd.config import LOOPBACK, Config, ConfigError, check_values, samples_per_step
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -28,6 +29,7 @@ def validate(config: Config, world_size: int | None = None, *, rank: int = 0) ->
     _check_lengths(config)
     _check_parallel(config, world_size or default_world_size(config))
     _check_model(config)
+    _check_sync(config)
     _check_data(config)
     if rank == 0:
         _check_run_dir(config)
@@ -228,6 +230,16 @@ def _read_json(path: Path, key: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{key}: {path} must hold a JSON object")
     return content
+
+
+def _check_sync(config: Config) -> None:
+    sync, urls = config.sync, config.rollout.engine.urls
+    if sync.delta and sync.transport == "disk":
+        raise ConfigError("sync.delta: a file holds the whole model; take sync.transport=group or colocated")
+    if sync.transport == "colocated":
+        for url in urls:
+            if urlsplit(url).hostname not in LOOPBACK:
+                raise ConfigError(f"sync.transport=colocated: {url} is not on this machine; take group or disk")
 
 
 def _check_data(config: Config) -> None:

@@ -38,7 +38,7 @@ def convert(checkpoint: Path, out_dir: Path, overrides: list[str]) -> None:
     mesh = init_model_parallel(config.actor, device, config.run.seed)
     actor = Actor(config, mesh)
     actor.load(checkpoint)
-    tensors = actor.export_hf()
+    tensors = {name: tensor.cpu().clone() for name, tensor in actor.export_hf()}
     if mesh.rank == 0:
         save_hf(tensors, config.model.path, out_dir)
         print(f"{out_dir}: {len(tensors)} tensors of {checkpoint}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,9 @@ from megasd.microbatch import Microbatch, make_microbatches
 from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout, fused_linear_record
 from megasd.ops.readout import Readout, ReadoutSpec
 from megasd.weights import families
-from megasd.weights.export import export_hf
+from megasd.weights.export import BUCKET_BYTES, export_hf, plan_of
 from megasd.weights.files import read_hf_config
+from megasd.weights.gather import Gather
 from megasd.weights.load import load_hf
 from megasd.weights.table import global_params
 
@@ -316,17 +318,29 @@ class Actor:
         """This rank's live parameters under global names."""
         return global_params(dict(self.model.named_parameters()), layer_offset=self.layer_offset, expert_offset=self.expert_offset)
 
-    def export_hf(self) -> dict[str, Tensor] | None:
-        """Full Hugging Face tensors (CPU) on world rank 0, None elsewhere. Collectives: gathers over TP, EP and PP."""
-        mesh = self.mesh
-        return export_hf(
-            self.params(),
-            self.hf_config,
-            tp_group=mesh.tp_group,
-            pp_group=mesh.pp_group,
-            ep_group=mesh.ep_group if mesh.ep_size > 1 else None,
-            wanted=mesh.dp_rank == 0 and mesh.cp_rank == 0,
+    def gather(
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        make_buffer: Callable[[int], Tensor] | None = None,
+    ) -> Gather:
+        """The transfers that put whole Hugging Face tensors together on world rank 0 (weights/gather.py).
+
+        Collectives: the plan's exchange.
+        """
+        mesh, params = self.mesh, self.params()
+        plan = plan_of(
+            params, self.hf_config, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, ep_size=mesh.ep_size, bucket_bytes=bucket_bytes, dtype=dtype
         )
+        return Gather(plan, params, rank=mesh.rank, device=mesh.device, make_buffer=make_buffer)
+
+    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every Hugging Face tensor, one after another, on world rank 0; nothing elsewhere. Every rank runs it out.
+
+        A value is overwritten two buckets later. Collectives: the plan's exchange, the gather's messages.
+        """
+        return export_hf(self.gather())
 
     def save(self, directory: Path, step: int, state: dict) -> Path:
         """Checkpoint model, optimizer, teacher, schedule and RNG as `<directory>/step-<step>`; see checkpoint.py."""

@@ -1,4 +1,4 @@
-"""One SGLang server: start it or reach it, know whether it is alive, give it weights. HTTP only; sglang is never imported here.
+"""One SGLang server over HTTP: know whether it is alive, ask it, give it weights. HTTP only; sglang is never imported here.
 
     engine = Engine(config, model_path="runs/q/model", device="cpu", dtype="float32", run_dir=Path("runs/q"), seed=1)
     engine.launch()                                   # a process on loopback; output in runs/q/engine.log
@@ -13,39 +13,23 @@ nor grown by a token for `progress_timeout` seconds: SGLang's own /health goes o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import re
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 
 from megasd.config import EngineConfig
+from megasd.rollout.server import Server
 from megasd.types import UserError
 
-# Runs before the server, in its process, and survives exec: SIGKILL the server when the trainer's thread that started it ends.
-# SGLang's children ask the same of the server, so killing the trainer in any way takes the whole tree with it.
-DIE_WITH_PARENT = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
-# What torchrun tells its ranks; torch.distributed inside the engine must not read it as its own (it would wait for the trainer's store).
-TORCHRUN_VARIABLES = re.compile(r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_|MASTER_)|(RANK|WORLD_SIZE|OMP_NUM_THREADS)$")
 KEEP_ALIVE = 2.0  # seconds; SGLang closes an idle connection after 5, and a request that meets the closing is lost
-LOAD_TIMEOUT = 1800.0  # seconds an engine may take to read a pushed directory; a silent one must not hold all ranks for ever
+LOAD_TIMEOUT = 1800.0  # seconds an engine may take to read pushed weights; a silent one must not hold all ranks for ever
 PROBES = 4  # connections refused in a row that make an engine dead
+PARTIAL = "partial-"  # stamp of an engine in the middle of a live update: nothing that it samples counts
 
 
 class EngineError(RuntimeError):
@@ -64,173 +48,42 @@ class Unreachable(Exception):
     """Connection refused, reset or closed, HTTP 5xx, or no progress: worth asking again, perhaps elsewhere."""
 
 
-def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a directory's *.safetensors, read from the headers. UserError if there is none or one is cut."""
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: holds no *.safetensors; give a Hugging Face directory")
-    shapes = {}
-    for path in files:
-        with path.open("rb") as file:
-            try:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            except (struct.error, ValueError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error}); write it again") from error
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if path.stat().st_size != 8 + length + end:
-            raise UserError(f"{path}: {path.stat().st_size} bytes where its header promises {8 + length + end}; write it again")
-        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
-    return shapes
-
-
-def check_same_tensors(directory: str | Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """UserError naming the first missing, unknown or differently shaped tensor. SGLang ignores unknown names and dies of wrong shapes.
-
-    With tied embeddings lm_head.weight may be left out on either side.
-    """
-    found = tensor_shapes(directory)
-    optional = {"lm_head.weight"} if tied else set()
-    for name in sorted(expected.keys() - found.keys() - optional):
-        raise UserError(f"{directory}: tensor {name} is missing; export every tensor of the start model")
-    for name in sorted(found.keys() - expected.keys() - optional):
-        raise UserError(f"{directory}: tensor {name} is not in the start model; the engine would ignore it")
-    for name in sorted(found.keys() & expected.keys()):
-        if found[name] != expected[name]:
-            raise UserError(f"{directory}: tensor {name} has shape {list(found[name])}, the engine holds {list(expected[name])}")
-
-
-class Engine:
-    """A server of this run (`url=None`), or one that somebody else runs at `url`, which is never started, killed or restarted from here.
+class Engine(Server):
+    """A server and what is known of it.
 
     Every coroutine and `launch` belong to one event loop, in a thread that lives as long as the engine: the server dies with that thread.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        *,
-        model_path: str,
-        device: str,
-        dtype: str,
-        run_dir: Path,
-        seed: int,
-        need_text: bool = False,
-        url: str | None = None,
-    ):
-        self.config, self.model_path, self.device, self.seed, self.need_text = config, model_path, device, seed, need_text
-        self.dtype = dtype if config.dtype == "auto" else config.dtype
-        self.log_path = Path(run_dir) / "engine.log"
-        self.owned = url is None
-        if url is not None and not re.fullmatch(r"https?://[^\s/?#]+/*", url):
-            raise UserError(f"rollout.engine.urls: {url!r} is not of the form http://host:port")
-        self.url = (url or "").rstrip("/")
-        self.process: subprocess.Popen[bytes] | None = None
+    def __init__(self, config: EngineConfig, **kwargs: Any) -> None:
+        """`kwargs`: those of Server."""
+        super().__init__(config, **kwargs)
         self.session: aiohttp.ClientSession | None = None
-        self.up = False  # may be asked
-        self.reason = "not started"  # why it is not up, once it was found dead
-        self.incarnation = 0  # starts so far
+        self.alive = False  # answers, as far as is known
+        self.held: int | None = None  # weight version that it holds whole; None = it must not be asked for samples
+        self.paused = self.updating = False  # in a live update: generation stopped; SGLang's update session open
+        self.reason = "not started"  # why it is not alive, once it was found dead
+        self.tp_size = config.tensor_parallel_size
         self.max_tokens: int | None = None  # prompt + response tokens that a request may have
         self.in_flight = 0  # generate requests
         self.hung = False
         self._load: list | None = None  # the scheduler's load when it was last asked
         self._last_progress = 0.0
-        self._log_start = 0
         self.lock = asyncio.Lock()  # one caller revives
 
-    # ---- process -------------------------------------------------------------------------------------------------------------------
-
-    def command(self) -> list[str]:
-        """The server's argument vector; it carries no secrets."""
-        module = "sglang.launch_server" if self.device == "cuda" else "megasd.rollout.sglang_cpu"
-        host, port = self.url.removeprefix("http://").rsplit(":", 1)
-        command = [sys.executable, "-m", module, "--model-path", os.path.abspath(self.model_path), "--host", host, "--port", port]
-        command += ["--device", self.device, "--dtype", self.dtype, "--tensor-parallel-size", str(self.config.tensor_parallel_size)]
-        command += ["--max-total-tokens", str(self.config.max_total_tokens), "--random-seed", str(self.seed), "--weight-version", "0"]
-        command += ["--sleep-on-idle", "--log-level-http", "warning"]  # an idle engine leaves its core to the trainer
-        if not self.need_text:
-            command += ["--skip-tokenizer-init"]  # responses are read as token ids; only stop strings need text
-        return command + list(self.config.extra_args)
-
-    def environment(self) -> dict[str, str]:
-        """The trainer's environment without torchrun's variables; the hub stays unasked."""
-        environment = {name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)}
-        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        no_proxy = ",".join(filter(None, [environment.get("NO_PROXY") or environment.get("no_proxy"), self.config.host]))
-        environment |= {"NO_PROXY": no_proxy, "no_proxy": no_proxy}  # SGLang's warm-up asks itself over HTTP
-        if self.device == "cpu":
-            environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-            if self.config.tensor_parallel_size > 1:  # one core a rank; SGLang asks for it where NUMA nodes are fewer than ranks
-                cores = sorted(os.sched_getaffinity(0))
-                ranks = range(self.config.tensor_parallel_size)
-                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in ranks)
-        return environment
+    @property
+    def up(self) -> bool:
+        """May be asked for samples."""
+        return self.alive and self.held is not None
 
     def launch(self) -> None:
-        """Start the process and return at once (nothing to do for a URL). UserError if the port is taken, before any model is loaded."""
-        if not self.owned:
-            return
-        given = {arg.split("=")[0] for arg in self.config.extra_args}
-        for flag in ("--api-key", "--admin-api-key"):
-            if flag in given:
-                raise UserError(f"rollout.engine.extra_args: {flag} would show in process lists and logs; a started engine needs none")
-        for flag in ("--host", "--port", "--model-path", "--weight-version", "--trust-remote-code"):
-            if flag in given:
-                raise UserError(f"rollout.engine.extra_args: {flag} is not to be given here; the run sets it, or refuses it for safety")
-        self.url = f"http://{self.config.host}:{self._choose_port()}"
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
-            self._log_start = log.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *self.command()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.environment(),
-                start_new_session=True,
-            )
-        self.incarnation += 1
-        self.hung = False
-
-    def _choose_port(self) -> int:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.config.host, self.config.port))
-            except OSError as error:
-                where = f"rollout.engine.port: {self.config.host}:{self.config.port}"
-                raise UserError(f"{where} cannot be bound ({error.strerror}); give another port, or 0 for a free one") from error
-            return probe.getsockname()[1]
+        """As Server's; the new process knows nothing of the old one's weights or pauses."""
+        super().launch()
+        self.hung = self.paused = self.updating = False
 
     def kill(self) -> None:
-        """Kill the process tree of an owned engine and wait until it is gone."""
-        self.up = False
-        if self.process is None:
-            return
-        tree = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tree = psutil.Process(self.process.pid).children(recursive=True)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for child in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        self.process.wait()
-        psutil.wait_procs(tree, timeout=10)
-        self.process = None
-
-    def exit_code(self) -> int | None:
-        """Exit status of an owned engine's process; None while it runs, and always for a URL."""
-        return self.process.poll() if self.process is not None else None
-
-    def last_error(self) -> str:
-        """The last line of this start's log that looks like an error, else its last line."""
-        with self.log_path.open("rb") as log:
-            log.seek(max(self._log_start, self.log_path.stat().st_size - 200_000))
-            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if re.match(r"(\[.*\] *)?([\w.]*(Error|Exception|Killed)\b|[\w.]+: error:)", line)]
-        return (errors or lines or ["the log is empty"])[-1][:500]
+        """As Server's."""
+        self.alive = False
+        super().kill()
 
     # ---- HTTP ----------------------------------------------------------------------------------------------------------------------
 
@@ -274,7 +127,7 @@ class Engine:
                     self._last_progress = time.monotonic()
                     return outputs
                 if time.monotonic() >= self._last_progress + self.config.progress_timeout:
-                    if await self._generating():  # long answers: none is finished, and all grow
+                    if self.paused or await self._generating():  # a push is under way; or long answers: none is finished, and all grow
                         self._last_progress = time.monotonic()
                         continue
                     self.hung = True
@@ -323,7 +176,7 @@ class Engine:
             except Unreachable:
                 await asyncio.sleep(0.2)
         await self._read_limits()
-        self.up = True
+        self.alive, self.held = True, 0
 
     async def _check_url(self) -> None:
         try:
@@ -339,14 +192,16 @@ class Engine:
             raise UserError(f"rollout.engine.urls: {self.url} serves {info.get('architectures')}, model.path is {wanted}")
         await self._read_limits()
         self.incarnation += 1
-        self.hung = False
-        self.up = True
+        self.hung, self.alive = False, True
+        if str(info["weight_version"]).startswith(PARTIAL):  # another trainer died in the middle of a push
+            self.paused = self.updating = True
 
     async def _read_limits(self) -> None:
         info = await self.request("GET", "/server_info", timeout=30)
         # SGLang silently shortens max_new_tokens so that prompt + response <= min(context, KV pool) - 2; max_req_input_len is that - 4.
         limit = info.get("max_req_input_len")
         self.max_tokens = None if limit is None else int(limit) + 4
+        self.tp_size = int(info.get("tp_size") or self.tp_size)
 
     async def why_dead(self) -> str | None:
         """Why the engine counts as dead, None if it lives. Takes some seconds to be sure of a refused connection."""
@@ -370,6 +225,7 @@ class Engine:
 
     async def load_weights(self, directory: str, version: int) -> None:
         """Load a safetensors directory and stamp it. EngineError if the engine refuses or then names another version."""
+        self.held = None
         body = {
             "model_path": os.path.abspath(directory),
             "weight_version": str(version),
@@ -382,9 +238,69 @@ class Engine:
             raise EngineError(f"the engine did not load {directory}: {error}") from error
         if not answer.get("success"):
             raise EngineError(f"the engine did not load {directory}: {answer.get('message')}")
+        await self._confirm(version)
+
+    async def _confirm(self, version: int) -> None:
         served = await self.weight_version()
         if served != str(version):
             raise EngineError(f"{self.url} serves weight version {served} after a push of version {version}")
+        self.held = version
+
+    # ---- a live update: pause, update session, stamp -------------------------------------------------------------------------------
+
+    async def enter_update(self, version: int, mode: str) -> None:
+        """Pause generation (mode: retract | abort) and open SGLang's update session. EngineError when somebody else's is open.
+
+        From here on the engine holds no version; it is stamped so too, for whoever else asks it.
+        """
+        if not self.paused:
+            served = await self.weight_version()
+            if served.startswith(PARTIAL):
+                raise EngineError(f"{self.url}: another push is under way (weight version {served}); one trainer at a time, or restart it")
+            self.paused = True  # before the answer: whoever is waiting meanwhile is not hung
+            await self.request("POST", "/pause_generation", {"mode": mode}, timeout=LOAD_TIMEOUT)
+        if self.updating:  # the last one broke off
+            await self.request("POST", "/end_weight_update", {}, timeout=LOAD_TIMEOUT)
+            self.updating = False
+        try:
+            await self.request("POST", "/begin_weight_update", {}, timeout=LOAD_TIMEOUT)
+        except Refused as error:
+            raise EngineError(f"{self.url}: another push is under way ({error}); one trainer at a time") from error
+        self.updating, self.held = True, None
+        await self.stamp(f"{PARTIAL}{version}")
+
+    async def update_weights(self, path: str, body: dict[str, Any]) -> None:
+        """One request of a live update. EngineError with the engine's words if it refuses, Unreachable if it died."""
+        answer = await self.request("POST", path, body, timeout=LOAD_TIMEOUT)
+        if not answer.get("success"):
+            raise EngineError(f"{self.url}{path}: {answer.get('message')}")
+
+    async def leave_update(self, version: int | None = None) -> None:
+        """Close the session, stamp `version` (if given) and let generation go on. Nothing to do where no update is open."""
+        if self.updating:
+            await self.request("POST", "/end_weight_update", {}, timeout=LOAD_TIMEOUT)
+            self.updating = False
+        if version is not None:
+            await self.stamp(str(version))
+            await self._confirm(version)
+        if self.paused:
+            await self.request("POST", "/continue_generation", {}, timeout=LOAD_TIMEOUT)
+            self.paused = False
+
+    async def stamp(self, version: str) -> None:
+        """Set the weight version that answers carry."""
+        body = {"new_version": version, "abort_all_requests": False}
+        await self.request("POST", "/update_weight_version", body, timeout=LOAD_TIMEOUT)
+
+    async def checksums(self, skip: Sequence[str] = ()) -> list[dict[str, str]]:
+        """Per tensor-parallel rank: engine parameter -> checksum of what it holds now. Synchronises the engine's devices.
+
+        `skip`: names that contain one of these are left out.
+        """
+        body = {"action": "checksum", "skip_tensor_list": list(skip)}
+        answer = await self.request("POST", "/weights_checker", body, timeout=LOAD_TIMEOUT)
+        ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
+        return [rank["checksums"] for rank in ranks]
 
 
 def _message(text: str) -> str:

@@ -15,23 +15,19 @@ reproducible only as far as the engine's --random-seed and the order of arrival 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import contextlib
 import itertools
-import json
 import math
 import os
-import random
-import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megasd.config import RolloutConfig
-from megasd.rollout.engine import Engine, EngineError, Refused, Unreachable, check_same_tensors, tensor_shapes
+from megasd.rollout.engine import EngineError, Refused, Unreachable
+from megasd.rollout.fleet import Fleet
 from megasd.types import Group, Prompt, Sample, UserError
 
 T = TypeVar("T")
@@ -52,7 +48,7 @@ class Ask:
     index: int
 
 
-class Rollout:
+class Rollout(Fleet):
     """The engines of a run behind a synchronous facade; see the module docstring. Used by one thread of rank 0."""
 
     def __init__(
@@ -67,205 +63,13 @@ class Rollout:
         stop_token_ids: list[int],
         vocab_size: int,
     ):
-        self.config, self.model_path, self.stop_token_ids, self.vocab_size = config, model_path, list(stop_token_ids), vocab_size
-        self.version = 0  # of the weights that the engines serve; 0 = model_path
+        super().__init__(config, model_path=model_path, device=device, dtype=dtype, run_dir=run_dir, seed=seed)
+        self.stop_token_ids, self.vocab_size = list(stop_token_ids), vocab_size
         self.stats: dict[str, float] = {}  # counters of the last generate
-        self._weights = (model_path, 0)  # what an engine must serve: directory, version
-        self._shapes = tensor_shapes(model_path)
-        hf_config = json.loads((Path(model_path) / "config.json").read_text())
-        self._tied = bool(hf_config.get("tie_word_embeddings", False))
-        common = dict(model_path=model_path, device=device, dtype=dtype, run_dir=Path(run_dir), seed=seed, need_text=bool(config.stop))
-        urls: list[str | None] = list(config.engine.urls) or [None]
-        self.engines = [Engine(config.engine, url=url, **common) for url in urls]
-        self._counts: Counter[str] = Counter()
-        self._restarts = 0
         self._serial = itertools.count()
         self._run = os.urandom(4).hex()  # tells this run's request ids from another's on a shared server
-        self._random = random.Random(seed)  # jitter
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    # ---- life ----------------------------------------------------------------------------------------------------------------------
-
-    def launch(self) -> None:
-        """Start the engine's process and return at once, to overlap its start with other work; `wait_ready` must follow.
-
-        URLs are asked here already: UserError for one that no SGLang server of this model answers at.
-        """
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
-            self._thread.start()
-            atexit.register(self.close)
-
-        async def launch() -> None:  # in the loop's thread: an engine dies with the thread that started it
-            for engine in self.engines:
-                if engine.owned:
-                    engine.launch()
-                else:
-                    await engine.wait_ready()  # a URL that does not answer is told before a model is built
-
-        try:
-            self._call(launch())
-        except BaseException:
-            self.close()
-            raise
-
-    def wait_ready(self) -> None:
-        """Until every engine answers. StartError with the log's last error, UserError for a URL."""
-        try:
-            self._call(self._wait_ready())
-        except BaseException:
-            self.close()
-            raise
-
-    def start(self) -> None:
-        """Start an engine, or check the given URLs, and have them serve model_path as version 0."""
-        self.launch()
-        self.wait_ready()
-
-    async def _wait_ready(self) -> None:
-        for engine in self.engines:
-            await engine.wait_ready()
-            if not engine.owned:  # it may hold another run's weights
-                try:
-                    await engine.load_weights(*self._weights)
-                except (EngineError, Unreachable) as error:
-                    raise UserError(f"rollout.engine.urls: {engine.url} cannot load model.path {self.model_path}: {error}") from error
-
-    def close(self) -> None:
-        """Kill the owned engine and stop the loop; may be called twice."""
-        loop, self._loop = self._loop, None
-        if loop is None:
-            return
-        atexit.unregister(self.close)
-        for engine in self.engines:
-            asyncio.run_coroutine_threadsafe(engine.close(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        self._thread.join()
-        loop.close()
-
-    def __enter__(self) -> Rollout:
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        if self._loop is None:
-            coroutine.close()
-            raise RuntimeError("the rollout has not been started, or is closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    # ---- weights -------------------------------------------------------------------------------------------------------------------
-
-    def push(self, directory: str, version: int) -> None:
-        """Have every engine load `directory` (safetensors; it must stay until the next push) and stamp `version`; checked in /model_info.
-
-        UserError naming the tensor, before anything is sent, if names or shapes differ from those of model_path.
-        """
-        check_same_tensors(directory, self._shapes, tied=self._tied)
-        before, self._weights = self._weights, (str(directory), version)
-        try:
-            self._call(self._push())
-        except BaseException:
-            self._weights = before
-            raise
-        self.version = version
-
-    async def _push(self) -> None:
-        await asyncio.gather(*(self._push_to(engine) for engine in self.engines))
-        if not any(engine.up for engine in self.engines):
-            raise self._no_engine("after a push")
-
-    async def _push_to(self, engine: Engine) -> None:
-        for attempt in range(self.config.max_retries + 1):
-            if not engine.up:
-                return
-            incarnation = engine.incarnation
-            try:
-                return await engine.load_weights(*self._weights)
-            except Unreachable as error:
-                if attempt == self.config.max_retries:
-                    raise EngineError(f"push of version {self._weights[1]} failed {attempt + 1} times: {error}") from error
-                await self._revive(engine, incarnation)  # a restarted engine has loaded the weights already; once more does no harm
-                await self._back_off(attempt)
-
-    async def _revive(self, engine: Engine, incarnation: int) -> None:
-        """After a failed request: restart a dead engine of ours, set a dead URL aside; give a living one the right weights."""
-        async with engine.lock:
-            if engine.incarnation != incarnation:
-                return  # another request has seen to it
-            reason = await engine.why_dead()
-            if reason is None:
-                if await self._version_of(engine) != str(self._weights[1]):
-                    await engine.load_weights(*self._weights)
-                return
-            engine.up, engine.reason = False, reason
-            if not engine.owned:
-                engine.incarnation += 1
-                return
-            engine.kill()
-            while True:
-                if self._restarts >= self.config.engine.max_restarts:
-                    limit = f"rollout.engine.max_restarts={self.config.engine.max_restarts}"
-                    raise EngineError(f"the engine died again after {limit}: {reason}; {engine.last_error()} (log: {engine.log_path})")
-                self._restarts += 1
-                self._counts["restarts"] += 1
-                engine.launch()
-                try:
-                    await engine.wait_ready()
-                    engine.up = False  # not before it has the weights
-                    if self._weights[1] != 0:
-                        await engine.load_weights(*self._weights)
-                    engine.up = True
-                    return
-                except (EngineError, Unreachable) as error:
-                    reason = str(error)
-                    engine.kill()
-
-    async def _version_of(self, engine: Engine) -> str:
-        try:
-            return await engine.weight_version()
-        except Unreachable:
-            return "unknown"
-
-    async def _attend(self) -> None:
-        """Before a call: bring back engines that an earlier call left for dead."""
-        for engine in self.engines:
-            if engine.up:
-                continue
-            if engine.owned:
-                await self._revive(engine, engine.incarnation)
-            else:
-                with contextlib.suppress(UserError, Unreachable):  # still away; the others go on
-                    await engine.wait_ready()
-                    await engine.load_weights(*self._weights)
-
-    def _no_engine(self, when: str) -> UserError:
-        lost = "; ".join(f"{engine.url} ({engine.reason})" for engine in self.engines)
-        return UserError(f"rollout.engine.urls: no engine is left {when}: {lost}; start it again, or take it out of the list")
 
     # ---- requests ------------------------------------------------------------------------------------------------------------------
-
-    async def _available(self) -> Engine:
-        """The least busy living engine; waits while an owned one restarts."""
-        while True:
-            living = [engine for engine in self.engines if engine.up]
-            if living:
-                return min(living, key=lambda engine: engine.in_flight)
-            if not any(engine.owned for engine in self.engines):
-                raise self._no_engine("for a request")
-            await asyncio.sleep(0.05)
-
-    async def _back_off(self, attempt: int) -> None:
-        await asyncio.sleep(min(0.1 * 2**attempt, 5.0) * self._random.uniform(0.5, 1.0))
 
     async def _request(self, build: Callable[[], dict[str, Any]], name: str) -> list[dict[str, Any]]:
         """One batch, asked until an engine answers. `build` gives each attempt its own request ids. Refused (4xx) is passed on."""
@@ -350,7 +154,7 @@ class Rollout:
             sampling_params["stop"] = self.config.stop
         began = time.monotonic()
         try:
-            outputs = self._call(self._generate(asks, sampling_params, max_response_tokens))
+            outputs = self._call_and_serve(self._generate(asks, sampling_params, max_response_tokens))
         finally:
             self.stats = dict(self._counts) | {"seconds": time.monotonic() - began}
         samples = [self._to_sample(ask, output, decode) for ask, output in zip(asks, outputs, strict=True)]
@@ -408,14 +212,6 @@ class Rollout:
             self._counts["stale"] += 1
         return None
 
-    async def _correct_versions(self) -> None:
-        """After a stale sample: an engine that somebody restarted behind its URL gets the weights again."""
-        for engine in self.engines:
-            async with engine.lock:
-                if engine.up and await self._version_of(engine) not in ("unknown", str(self._weights[1])):
-                    with contextlib.suppress(Unreachable):  # the next request finds out
-                        await engine.load_weights(*self._weights)
-
     def _to_sample(self, ask: Ask, output: dict[str, Any], decode: Callable[[list[int]], str]) -> Sample:
         ids, logps = _response(f"prompt {ask.prompt.id}", output)
         text = decode(ids)
@@ -456,7 +252,7 @@ class Rollout:
             await self._attend()
             return (await self._request(build, name))[0]
 
-        output = self._call(probe())
+        output = self._call_and_serve(probe())
         if any(version != self.version for version in _versions(output)):
             raise EngineError(f"{name}: the engine answered with weight versions {_versions(output)}, not {self.version}")
         return output
@@ -474,9 +270,13 @@ async def _all(coroutines: Any) -> None:
 
 
 def _versions(output: dict[str, Any]) -> list[int]:
-    """Weight versions that an output's tokens were sampled with; -1 for a stamp that is not of this project."""
+    """Weight versions that an output's tokens were sampled with; -1 for a stamp that is not of this project.
+
+    A push passes through a stamp under which nothing is sampled: spans without a token say nothing.
+    """
     meta = output["meta_info"]
-    stamps = [span["version"] for span in meta.get("weight_versions") or []] or [meta["weight_version"]]
+    spans = [span for span in meta.get("weight_versions") or [] if span["end"] > span["start"]]
+    stamps = [span["version"] for span in spans] or [meta["weight_version"]]
     return [int(stamp) if str(stamp).isdecimal() else -1 for stamp in stamps]
 
 

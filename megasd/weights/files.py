@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -97,9 +98,10 @@ class Source:
 # ---- writing ----
 
 
-def _write_config(tensors: Mapping[str, Tensor], source_dir: Path, out_dir: Path) -> None:
+def write_config(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
+    """source_dir's config.json with the dtype of the weights that go beside it."""
     config = read_hf_config(source_dir)
-    name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = name
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -108,7 +110,7 @@ def write_weights(tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[s
     """Write model.safetensors and config.json into out_dir, each renamed when whole; returns the bytes of the tensors."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_config(tensors, Path(source_dir), out_dir)
+    write_config(Path(source_dir), out_dir, next(iter(tensors.values())).dtype)
     partial_file = out_dir / "model.safetensors.tmp"
     save_file(dict(tensors), partial_file, metadata={"format": "pt"})
     partial_file.replace(out_dir / "model.safetensors")
@@ -126,7 +128,7 @@ def save_hf(tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], o
         if stale.exists():
             shutil.rmtree(stale)
     beside.mkdir(parents=True)
-    _write_config(tensors, source_dir, beside)
+    write_config(source_dir, beside, next(iter(tensors.values())).dtype)
     for pattern in _COPIED:
         for path in source_dir.glob(pattern):
             shutil.copyfile(path, beside / path.name) if path.is_file() else shutil.copytree(path, beside / path.name)

@@ -1,17 +1,23 @@
-"""Weight pushes from an actor under TP 2 into a real SGLang server; run by test_train.py under torchrun.
+"""Live weight pushes from 4 gloo ranks into real SGLang servers; run by test_push.py under torchrun.
 
-push_cases.py MODEL_DIR RUN_DIR: rank 0 prints "ok ..." lines with the figures it saw.
+push_cases.py ROOT: ROOT/dense and ROOT/moe hold models. Three servers (dense with tensor parallel size 1 and 2, MoE with 1) are started
+once; the fleets that are pushed to reach them by URL. Rank 0 prints "ok ..." lines with the figures it saw.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -19,31 +25,19 @@ from torch import Tensor  # noqa: E402
 from megasd.actor.actor import Actor  # noqa: E402
 from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel  # noqa: E402
 from megasd.batch import Batch  # noqa: E402
-from megasd.config import RolloutConfig, SyncConfig  # noqa: E402
-from megasd.data.chat import Chat  # noqa: E402
+from megasd.config import EngineConfig, RolloutConfig, SyncConfig  # noqa: E402
+from megasd.rollout.engine import EngineError  # noqa: E402
 from megasd.rollout.generate import Rollout  # noqa: E402
 from megasd.sync import SyncError, WeightSync  # noqa: E402
-from tests.distributed.golden_cases import TP, make_batch, make_config  # noqa: E402
+from megasd.types import Prompt  # noqa: E402
+from tests.distributed.golden_cases import make_config  # noqa: E402
 
+TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
 TOLERANCE = 1e-3  # nats
-PROMPTS = [[4, 55, 17, 90, 2, 5], [4, *range(20, 60), 2, 5], [127, 101, 102, 0, 3]]  # padding rows of the vocabulary too
-TOKENS = 24
+PROMPTS = [[4, 55, 17, 90, 2, 5], [4, *range(20, 60), 2, 5], [91, 80, 81, 0, 3]]
+TOKENS = 16
+LAYOUTS = {"TP2": {TP: 2}, "PP2": {PP: 2}, "TP2 x PP2": {TP: 2, PP: 2}}  # of 4 ranks; the rest is data parallelism
 CHANGED = "model.layers.1.mlp.up_proj.weight"
-Tensors = dict[str, Tensor]
-
-
-class Spoiled:
-    """The actor, but for `change` between its export and the engine."""
-
-    def __init__(self, actor: Actor, change: Callable[[Tensors], Tensors]) -> None:
-        self.actor, self.change = actor, change
-
-    def export_hf(self) -> Tensors | None:
-        tensors = self.actor.export_hf()
-        return None if tensors is None else self.change(tensors)
-
-    def score_tokens(self, ids: list[int]) -> list[float]:
-        return self.actor.score_tokens(ids)
 
 
 def say(text: str) -> None:
@@ -52,105 +46,305 @@ def say(text: str) -> None:
 
 
 def compare(actor: Actor, rollout: Rollout | None) -> float:
-    """The engine's greedy tokens are those the actor holds most likely; returns the largest difference of their log-probs (nats)."""
+    """Every engine's greedy tokens are those the actor holds most likely; returns the largest difference of their log-probs (nats)."""
     worst = 0.0
-    for prompt in PROMPTS:
-        found = None
-        if rollout is not None:
-            ids, logps = rollout.greedy(prompt, TOKENS)
-            found = {"ids": torch.tensor(ids), "logps": torch.tensor(logps)}
-        engine = broadcast_tensors(found)
-        length = len(engine["ids"])
-        none = torch.zeros(0, dtype=torch.int64)
-        batch = Batch(
-            prompt_ids=torch.tensor(prompt),
-            prompt_lens=torch.tensor([len(prompt)]),
-            teacher_ids=none,
-            teacher_lens=torch.tensor([0]),
-            response_ids=engine["ids"],
-            response_lens=torch.tensor([length]),
-            question_weight=torch.ones(1, dtype=torch.float64),
-            question_size=torch.ones(1, dtype=torch.int64),
-            scored=torch.ones(1, dtype=torch.bool),
-        )
-        scored = actor.score(batch, top_k=1)
-        assert torch.equal(scored["ids"][:, 0], engine["ids"]), f"actor {scored['ids'][:, 0].tolist()}, engine {engine['ids'].tolist()}"
-        worst = max(worst, (scored["logp"] - engine["logps"]).abs().max().item())
-    assert worst < TOLERANCE, worst
-    return worst
+    engines = int(broadcast_tensors({"n": torch.tensor(len(rollout.engines))} if rollout else None)["n"])
+    for index in range(engines):
+        for prompt in PROMPTS:
+            found = None
+            if rollout is not None:
+                with only(rollout, index):
+                    ids, logps = rollout.greedy(prompt, TOKENS)
+                found = {"ids": torch.tensor(ids), "logps": torch.tensor(logps)}
+            engine = broadcast_tensors(found)
+            none = torch.zeros(0, dtype=torch.int64)
+            batch = Batch(
+                prompt_ids=torch.tensor(prompt),
+                prompt_lens=torch.tensor([len(prompt)]),
+                teacher_ids=none,
+                teacher_lens=torch.tensor([0]),
+                response_ids=engine["ids"],
+                response_lens=torch.tensor([len(engine["ids"])]),
+                question_weight=torch.ones(1, dtype=torch.float64),
+                question_size=torch.ones(1, dtype=torch.int64),
+                scored=torch.ones(1, dtype=torch.bool),
+            )
+            scored = actor.score(batch, top_k=1)
+            if scored:  # the last pipeline stage
+                wanted = scored["ids"][:, 0]
+                assert torch.equal(wanted, engine["ids"]), f"actor {wanted.tolist()}, engine {engine['ids'].tolist()}"
+                worst = max(worst, (scored["logp"] - engine["logps"]).abs().max().item())
+    largest = torch.tensor(worst)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    assert largest < TOLERANCE, largest
+    return largest.item()
 
 
-def refused(sync: WeightSync, version: int) -> str:
-    """What a push that must fail said; it fails with SyncError on every rank."""
+@contextmanager
+def only(rollout: Rollout, index: int) -> Iterator[None]:
+    every, rollout.engines = rollout.engines, [rollout.engines[index]]
+    try:
+        yield
+    finally:
+        rollout.engines = every
+
+
+@torch.no_grad()
+def disturb(actor: Actor, seed: int) -> None:
+    """Other weights, the same on every copy of a parameter: each is scaled, and its rows rolled (within this rank's part)."""
+    for name, param in sorted(actor.params().items()):
+        factor = 1 + 0.2 * torch.rand((), generator=torch.Generator().manual_seed(seed + len(name) + sum(map(ord, name)))).item()
+        param.copy_(param.roll(1 + seed % 3, 0) * factor)
+
+
+def make_actor(model: Path, layout: dict[str, int], device: torch.device) -> Actor:
+    config = make_config(str(model), layout)
+    return Actor(config, init_model_parallel(config.actor, device, seed=1))
+
+
+def make_sync(actor: Actor, rollout: Rollout | None, root: Path, model: Path, **config: object) -> WeightSync:
+    settings = SyncConfig(**{"tolerance": TOLERANCE, "verify": "full", "bucket_mib": 1, **config})
+    return WeightSync(actor, rollout, settings, root / "run", model_path=str(model), probes=PROMPTS)
+
+
+def failed(sync: WeightSync, version: int, *words: str) -> None:
+    """The push fails on every rank; rank 0 says why."""
     message = None
     try:
         sync.push(version)
-    except SyncError as error:
+    except (SyncError, RuntimeError) as error:
         message = str(error)
     everywhere = torch.tensor([message is not None], dtype=torch.int32)
     dist.all_reduce(everywhere)
-    assert everywhere.item() == dist.get_world_size(), f"only {everywhere.item()} ranks raised SyncError"
-    if dist.get_rank() != 0:
-        assert f"version {version}" in message
-    return message
-
-
-def main() -> None:
-    model_dir, run_dir = sys.argv[1], Path(sys.argv[2])
-    device = init_distributed()
-    rollout, chat = None, Chat(model_dir)
+    assert everywhere.item() == dist.get_world_size(), f"only {everywhere.item()} ranks raised"
     if dist.get_rank() == 0:
-        rollout = Rollout(
-            RolloutConfig(), model_path=model_dir, device="cpu", dtype="float32", run_dir=run_dir, seed=1,
-            stop_token_ids=chat.eos_token_ids, vocab_size=chat.vocab_size,
-        )  # fmt: skip
-        rollout.launch()
-    try:
-        cases(model_dir, run_dir, rollout, device)
-    finally:
+        assert all(word in message for word in words), message
+    say(f"refused: {message}")
+
+
+# ---- the cases -------------------------------------------------------------------------------------------------------------------------
+
+
+def layouts(root: Path, rollout: Rollout | None, device: torch.device) -> None:
+    """Each layout, each transport, two engines of different tensor-parallel sizes at once."""
+    version = 0
+    for name, layout in LAYOUTS.items():
+        actor = make_actor(root / "dense", layout, device)
+        for transport in ("disk", "group", "colocated"):
+            with make_sync(actor, rollout, root, root / "dense", transport=transport) as sync:
+                for seed in range(2):
+                    version += 1
+                    disturb(actor, 7 * version + seed)
+                    sync.push(version)
+                assert sync.plans_made == 1
+                say(f"{name} {transport}: two pushes, every checksum equal, greedy tokens equal, log-probs {compare(actor, rollout):.1e}")
+
+
+def experts(root: Path, rollout: Rollout | None, device: torch.device) -> None:
+    actor = make_actor(root / "moe", {EP: 2}, device)
+    for version, transport in enumerate(("group", "colocated", "disk")):
+        with make_sync(actor, rollout, root, root / "moe", transport=transport) as sync:
+            disturb(actor, version)
+            sync.push(version)
+            say(f"EP2 {transport}: every checksum equal, greedy tokens equal, log-probs {compare(actor, rollout):.1e}")
+
+
+def delta(root: Path, rollout: Rollout | None, actor: Actor) -> None:
+    """Only what has changed travels; nothing changed: only the stamp."""
+    with make_sync(actor, rollout, root, root / "dense", transport="group", delta=True) as sync:
+        whole = sync.push(100)
+        with torch.no_grad():
+            for name, param in actor.params().items():
+                if name == "decoder.layers.1.mlp.linear_fc2.weight":
+                    param.mul_(1.1)
+        part, none = sync.push(101), sync.push(102)
+        worst = compare(actor, rollout)
         if rollout is not None:
-            rollout.close()
+            sizes = [int(m["sync/bytes"]) for m in (whole, part, none)]
+            assert sizes[1] == 4 * 128 * 256 and sizes[2] == 0, sizes
+            say(f"delta: {sizes} bytes, log-probs {worst:.1e}")
 
 
-def cases(model_dir: str, run_dir: Path, rollout: Rollout | None, device: torch.device) -> None:
-    config = make_config(model_dir, {TP: 2})
-    actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
-    if rollout is not None:
-        rollout.wait_ready()
-    with WeightSync(actor, rollout, SyncConfig(tolerance=TOLERANCE), run_dir, model_path=model_dir, probes=PROMPTS, device=device) as sync:
-        for version in range(3):
-            probe = sync.push(version)
-            worst = compare(actor, rollout)
+def in_flight(root: Path, rollout: Rollout | None, actor: Actor, first_version: int) -> None:
+    """64 requests run when the push comes: none is lost, and what holds tokens of two versions says so."""
+    prompts = [Prompt(id=f"p{i}", messages=[], answer="") for i in range(32)]
+    for number, (mode, allow_stale) in enumerate((("retract", True), ("retract", False), ("abort", False), ("drain", False))):
+        version = first_version + number
+        with make_sync(actor, rollout, root, root / "dense", transport="colocated", in_flight=mode) as sync:
+            disturb(actor, version)
+            running = None
             if rollout is not None:
-                assert rollout.version == version
-                say(f"push {version}: greedy tokens equal, log-probs within {worst:.1e} nats, probe {probe['sync/probe_max_diff']:.1e}")
-            share = actor.take(make_batch())
-            actor.train_step(share, actor.teach(share))
-
-        # The engine still holds version 2; the actor has gone a step further.
-        for name, change, words in (
-            ("shape", lambda t: t | {CHANGED: t[CHANGED][:-1]}, f"exported {CHANGED} as"),
-            ("missing", lambda t: {k: v for k, v in t.items() if k != CHANGED}, f"exported no {CHANGED}"),
-            ("unknown", lambda t: t | {CHANGED + "_scale": torch.ones(1)}, f"exported {CHANGED}_scale, which the model does not have"),
-        ):
-            sync.actor = Spoiled(actor, change)
-            message = refused(sync, 3)
+                rollout.config.allow_stale = allow_stale
+                running = ThreadPoolExecutor(1).submit(
+                    rollout.generate, prompts, [[4, 10 + i, 17, 2] for i in range(32)], str, step=0, num_samples=2, temperature=1.0,
+                    top_p=1.0, max_response_tokens=200,
+                )  # fmt: skip
+                while sum(engine.in_flight for engine in rollout.engines) < 2:
+                    time.sleep(0.01)
+                time.sleep(0.3)
+            sync.push(version)
             if rollout is not None:
-                assert words in message, message
-                assert rollout.version == 2
-                rollout.score(PROMPTS[0])  # raises if the engine says that it holds another version
-            say(f"{name}: {message}")
+                groups, stats = running.result(timeout=120), rollout.stats
+                samples = [sample for group in groups for sample in group.samples]
+                assert len(samples) == 64 and all(sample.response_ids for sample in samples)
+                versions = sorted({sample.version for sample in samples})
+                assert set(versions) <= {version - 1, version}, versions
+                assert stats["retries"] == stats["restarts"] == 0, stats
+                if mode == "retract":
+                    assert stats["stale"] > 0, stats  # marked, and (unless allowed) asked again
+                if mode == "retract" and not allow_stale:
+                    for sample in samples:
+                        assert sample.version in (version - 1, version)
+                if mode == "abort":
+                    assert stats["aborted"] > 0, stats
+                if mode == "drain":
+                    assert versions == [version - 1] and not stats["stale"] and not stats["aborted"], (versions, stats)
+                say(f"64 requests, {mode}, stale {'kept' if allow_stale else 'asked again'}: versions {versions}, {stats}")
+            compare(actor, rollout)
 
-        for scale in (1.5, 1.02):
-            sync.actor = Spoiled(actor, lambda t, scale=scale: t | {CHANGED: t[CHANGED] * scale})
-            message = refused(sync, 3)
-            if rollout is not None:
-                assert "differ by" in message and "sync.tolerance=0.001" in message, message
-            say(f"one tensor x {scale}: {message}")
-        sync.actor = actor
-        sync.push(3)
-        say(f"the next push is right again: within {compare(actor, rollout):.1e} nats")
+
+class Spoiled:
+    """A transport whose `send` does something else at a bucket."""
+
+    def __init__(self, sync: WeightSync, at: int, change: Callable[[dict[str, Tensor]], None]) -> None:
+        self.at, self.change, self.seen = at, change, 0
+        self.inner = sync._transport
+        sync._transport = self
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def send(self, bucket: object, flat: Tensor, *, last: bool) -> object:
+        self.seen += 1
+        if self.seen == self.at:
+            self.change(bucket.views(flat))
+        return self.inner.send(bucket, flat, last=last)
+
+
+def faults(root: Path, rollout: Rollout | None, actor: Actor) -> None:
+    """A corrupted tensor, a name that the engine lacks, two pushes at once: each is named, and the next push heals."""
+    first = rollout is not None
+    for transport in ("group", "colocated", "disk"):
+        with make_sync(actor, rollout, root, root / "dense", transport=transport) as sync:
+            sync.push(200)
+
+            def corrupt(tensors: dict[str, Tensor]) -> None:
+                if CHANGED in tensors:
+                    tensors[CHANGED][0, 0] += 1
+
+            if first:
+                whole, spoiled = sync._transport, [Spoiled(sync, n, corrupt) for n in range(1, len(sync._gather.plan.buckets) + 1)]
+                assert spoiled
+            failed(sync, 201, "layers.1.mlp.gate_up_proj.weight", CHANGED, "does not hold what was sent")
+            if first:
+                sync._transport = whole
+                try:
+                    rollout.score(PROMPTS[0])
+                except EngineError as error:
+                    assert "push again" in str(error)
+                else:
+                    raise AssertionError("an engine with a corrupted tensor answered")
+            sync.push(202)
+            compare(actor, rollout)
+    with make_sync(actor, rollout, root, root / "dense", transport="group") as sync:
+        sync.push(203)
+        if first:  # an engine that lacks a name: here the actor sends one more than it has
+            plan, sync._checked = sync._gather.plan, None
+            bucket = plan.buckets[0]
+            entry = next(iter(bucket.tensors.values()))
+            bucket.tensors["model.layers.0.mlp.extra.weight"] = entry
+        failed(sync, 204, "has no parameter model.layers.0.mlp.extra.weight")
+        if first:
+            del bucket.tensors["model.layers.0.mlp.extra.weight"]
+            assert rollout.version == 203 and rollout.score(PROMPTS[0])  # nothing was sent: the old version serves
+        sync.push(204)
+        if first:
+            guest = Rollout(RolloutConfig(engine=EngineConfig(urls=[e.url for e in rollout.engines])), **common(root / "dense", root))
+            guest.engines, stranger = [], guest.engines  # do not load the start weights into a server in use
+            guest.start()
+            guest.engines = stranger
+            guest._call(ready(stranger))
+            guest.open_update(9, "retract")
+        failed(sync, 205, "another push is under way")
+        if first:
+            guest.close_update(9)
+            guest.close()
+        sync.push(206)
+        held = [sync._lock.acquire()]
+        failed(sync, 207, "another push is under way" if not first else "under way")
+        sync._lock.release()
+        assert held
+        sync.push(207)
+        say(f"healed: log-probs {compare(actor, rollout):.1e}")
+
+
+async def ready(engines: list) -> None:
+    for engine in engines:
+        await engine.wait_ready()
+
+
+def death(root: Path, owned: Rollout | None, actor: Actor) -> None:
+    """The engine dies when a part of the weights has been sent: it is restarted and gets all of them, and both versions are whole."""
+    for version, transport in enumerate(("colocated", "group"), start=300):
+        with make_sync(actor, owned, root, root / "dense", transport=transport) as sync:
+            disturb(actor, version)
+            if owned is not None:
+                owned.config.engine.max_restarts += 1
+            sync._prepare(version)
+            if owned is not None:
+
+                def kill(_: dict[str, Tensor]) -> None:
+                    for process in psutil.Process(owned.engines[0].process.pid).children(recursive=True):
+                        process.kill()
+                    psutil.Process(owned.engines[0].process.pid).kill()
+                    owned.engines[0].process.wait()
+
+                Spoiled(sync, 2, kill)
+            start = time.perf_counter()
+            sync.push(version)
+            worst = compare(actor, owned)
+            if owned is not None:
+                assert owned.engines[0].held == version and owned._restarts == version - 299
+                taken = time.perf_counter() - start
+                say(f"killed in the middle of a push by {transport}: healed after {taken:.0f} s, log-probs {worst:.1e}")
+
+
+def common(model: Path, run_dir: Path) -> dict:
+    return {
+        "model_path": str(model), "device": "cpu", "dtype": "float32", "run_dir": run_dir, "seed": 1, "stop_token_ids": [3],
+        "vocab_size": 96,
+    }  # fmt: skip
+
+
+def main(root: Path) -> None:
+    device = init_distributed()
+    owned, fleets = [], [None, None]
+    try:
+        if dist.get_rank() == 0:
+            for name, model, size in (("one", "dense", 1), ("two", "dense", 2), ("moe", "moe", 1)):
+                config = RolloutConfig(engine=EngineConfig(tensor_parallel_size=size, max_total_tokens=40_000))
+                owned.append(Rollout(config, **common(root / model, root / name)))
+                owned[-1].launch()
+            for rollout in owned:
+                rollout.wait_ready()
+            urls = [[rollout.engines[0].url for rollout in part] for part in (owned[:2], owned[2:])]
+            models = (root / "dense", root / "moe")
+            fleets = [Rollout(RolloutConfig(engine=EngineConfig(urls=u)), **common(m, root)) for u, m in zip(urls, models, strict=True)]
+            for fleet in fleets:
+                fleet.start()
+        start = time.perf_counter()
+        layouts(root, fleets[0], device)
+        actor = make_actor(root / "dense", {TP: 2}, device)
+        delta(root, fleets[0], actor)
+        in_flight(root, fleets[0], actor, 103)
+        faults(root, fleets[0], actor)
+        death(root, owned[0] if owned else None, actor)
+        experts(root, fleets[1], device)
+        say(f"all: {time.perf_counter() - start:.0f} s")
+    finally:
+        for rollout in [fleet for fleet in fleets if fleet] + owned:
+            threading.Thread(target=rollout.close).start()
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -341,7 +341,7 @@ def test_another_engine_takes_over(rollout: Rollout, other: Path, tmp_path: Path
             strike.join()
             assert strike.in_flight > 0
             check_groups(groups, other, 8, 8, version=0)
-            assert guest.stats["retries"] > 0 and [engine.up for engine in guest.engines] == [False, True]
+            assert guest.stats["retries"] > 0 and [engine.alive for engine in guest.engines] == [False, True]
             guest.push(str(other), 1)  # to whom is left
             check_groups(ask(guest, 2, 2, 6), other, 2, 2, version=1)
 

@@ -1,7 +1,7 @@
 """Whole runs through the command line: Megatron under TP 2 on gloo, a real SGLang server, and what lies in the run directory afterwards.
 
-Proves: a run's files, lines and table; every push reaches the engine, token for token, and a push gone wrong stops every rank
-(push_cases.py); the engine's death in the middle of a rollout loses and doubles no sample; 7 + 6 + 7 steps with two resumes are the same
+Proves: a run's files, lines and table; every push reaches the engine, checksum for checksum; the engine's death in the middle of a rollout
+loses and doubles no sample, and the new one gets the weights from the actor's ranks; 7 + 6 + 7 steps with two resumes are the same
 numbers, bit for bit, as 20 in one go; a checkpoint of TP 2 goes on under TP 1, DP 2 and PP 2.
 Does not prove: that anything is learned (make quickstart), CUDA, several machines.
 """
@@ -143,6 +143,7 @@ def job(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
         f"rollout.num_prompts={P}", f"rollout.num_samples={G}", "rollout.max_prompt_tokens=32", f"rollout.max_response_tokens={LONG}",
         "rollout.max_concurrency=32", "reward.verifier=exact_match", "evaluation.num_samples=2", "evaluation.max_response_tokens=4",
         "actor.dtype=float32", "actor.micro_batch_size=16", "actor.tensor_model_parallel_size=2",
+        "sync.transport=group", "sync.verify=full",  # a restarted engine can have the weights from the actor alone
         "optimizer.lr=1e-4", "optimizer.lr_warmup_steps=2", f"run.steps={STEPS}", f"run.dir={run}",
     ]  # fmt: skip
     process = megasd(*arguments, log=log)
@@ -223,17 +224,6 @@ def test_a_dead_engine_costs_no_sample(job: Job) -> None:
         assert rows[step]["rollout/samples"] == P * G
 
 
-# ---- pushes ----------------------------------------------------------------------------------------------------------------------------
-
-
-def test_pushes_are_proven(start: Path, tmp_path: Path) -> None:
-    """See push_cases.py. The random model: its probabilities are close together, so that its greedy tokens are easily upset."""
-    output = torchrun("tests/integration/push_cases.py", 2, str(start / "model"), str(tmp_path))
-    found = [line for line in output.splitlines() if line.startswith("ok ")]
-    print(*found, sep="\n")
-    assert len(found) == 9, output
-
-
 # ---- the same numbers ------------------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +258,7 @@ def replay(start: Path, replayed: Path, run: Path, steps: int, *arguments: str) 
         f"model.path={start}/small", f"data.train={start}/rows.jsonl", f"rollout.replay_dir={replayed}", TEMPLATE,
         f"rollout.num_prompts={P}", "rollout.num_samples=4", "rollout.max_prompt_tokens=32", "rollout.max_response_tokens=16",
         "actor.dtype=float32", "actor.micro_batch_size=16", "actor.tensor_model_parallel_size=2",
+        "sync.transport=group", "sync.verify=full",  # a restarted engine can have the weights from the actor alone
         "optimizer.lr=1e-3", "optimizer.lr_warmup_steps=10", "checkpoint.keep=9", "run.tensorboard=false", "run.export=false",
         f"run.dir={run}", f"run.steps={steps}", *arguments,
     ]  # fmt: skip

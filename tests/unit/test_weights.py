@@ -3,7 +3,7 @@
 Proves, for tiny random Qwen3 (untied, tied), Qwen3 with fewer query groups than ranks, and Qwen3-MoE as transformers writes them: every
 shard at TP 1, 2, 4 and EP 1, 2 together holds every value of the file once, bit for bit; the fused QKV and fc1 have Megatron's row order;
 padded vocabulary rows are zeros; a directory that is broken or another model's is refused by a line naming the tensor or file.
-Does not prove that Megatron computes the same logits (tests/distributed/test_weights.py does) nor the collectives of export_hf.
+Does not prove that Megatron computes the same logits (tests/distributed/test_weights.py does) nor the messages of a gather.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from megasd.types import UserError
 from megasd.weights import families, files, mapping
-from megasd.weights.export import export_hf
+from megasd.weights.export import export_hf, plan_of
 from megasd.weights.families import config_from_hf
 from megasd.weights.files import read_hf_config, save_hf, write_weights
+from megasd.weights.gather import Gather
 from megasd.weights.load import load_hf
 from megasd.weights.table import global_params
 from tests.tiny_weights import FAMILIES, local_params, tiny_checkpoint
@@ -83,16 +84,17 @@ def test_round_trip_is_bit_exact(checkpoint: Path, tp: int) -> None:
         equal(merge_all(hf, load_all(checkpoint, tp, ep), tp, ep), load_file(checkpoint / "model.safetensors"))
 
 
+def exported(params: dict[str, torch.Tensor], hf: dict, **kwargs) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in export_hf(Gather(plan_of(params, hf, **kwargs), params))}
+
+
 def test_one_process_export_is_bit_exact(checkpoint: Path) -> None:
     hf = read_hf_config(checkpoint)
     params = load_all(checkpoint, 1)[0]
-    tensors = export_hf(params, hf, tp_group=None, pp_group=None)
+    tensors = exported(params, hf)
     assert list(tensors) == list(families.table(hf).expected_tensors())
     equal(tensors, load_file(checkpoint / "model.safetensors"))
-    params["embedding.word_embeddings.weight"].zero_()
-    assert tensors["model.embed_tokens.weight"].abs().sum() > 0, "the export must be a copy"
-    half = export_hf(params, hf, tp_group=None, pp_group=None, dtype=torch.bfloat16)
-    assert {t.dtype for t in half.values()} == {torch.bfloat16}
+    assert {t.dtype for t in exported(params, hf, dtype=torch.bfloat16).values()} == {torch.bfloat16}
 
 
 def test_fused_row_orders() -> None:
@@ -254,8 +256,8 @@ def test_model_without_a_parameter_or_of_another_shape(dense: Path) -> None:
     with pytest.raises(UserError, match="no Hugging Face counterpart"):
         load_hf({"module.decoder.final_layernorm.weight": torch.zeros(32)}, dense, tp_rank=0, tp_size=1)
     params = local_params(hf, tp_size=1, layers=range(2))
-    with pytest.raises(UserError, match="no pipeline stage holds model.layers.2"):
-        export_hf(params, hf, tp_group=None, pp_group=None)
+    with pytest.raises(UserError, match=r"no rank holds decoder\.layers\.2.*model\.layers\.2"):
+        exported(params, hf)
     with pytest.raises(UserError, match=r"layers\.4"):
         load_hf(global_params(local_params(hf, tp_size=1), layer_offset=1), dense, tp_rank=0, tp_size=1)
 

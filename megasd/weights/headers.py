@@ -1,0 +1,46 @@
+"""Names and shapes of a directory's safetensors, from the headers alone. No torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from megasd.types import UserError
+
+
+def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a directory's *.safetensors, read from the headers. UserError if there is none or one is cut."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: holds no *.safetensors; give a Hugging Face directory")
+    shapes = {}
+    for path in files:
+        with path.open("rb") as file:
+            try:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+            except (struct.error, ValueError) as error:
+                raise UserError(f"{path}: not a whole safetensors file ({error}); write it again") from error
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise UserError(f"{path}: {path.stat().st_size} bytes where its header promises {8 + length + end}; write it again")
+        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
+    return shapes
+
+
+def check_same_tensors(directory: str | Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
+    """UserError naming the first missing, unknown or differently shaped tensor. SGLang ignores unknown names and dies of wrong shapes.
+
+    With tied embeddings lm_head.weight may be left out on either side.
+    """
+    found = tensor_shapes(directory)
+    optional = {"lm_head.weight"} if tied else set()
+    for name in sorted(expected.keys() - found.keys() - optional):
+        raise UserError(f"{directory}: tensor {name} is missing; export every tensor of the start model")
+    for name in sorted(found.keys() - expected.keys() - optional):
+        raise UserError(f"{directory}: tensor {name} is not in the start model; the engine would ignore it")
+    for name in sorted(found.keys() & expected.keys()):
+        if found[name] != expected[name]:
+            raise UserError(f"{directory}: tensor {name} has shape {list(found[name])}, the engine holds {list(expected[name])}")
