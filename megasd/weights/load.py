@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megasd.types import UserError
 from megasd.weights import families, mapping
@@ -92,8 +93,12 @@ def load_hf(
             layout = rule.shard(shape, *((tp_rank, tp_size) if rule.is_cut(shape, ep_size) else (0, 1)))
             plan.append((param, rule, layout, [source.slice(part, shape) for part, shape in rule.parts.items()]))
         for param, rule, layout, sources in plan:
+            # A slice of a TransformerEngine fp8 parameter is a dequantised copy; only whole does it take values.
+            shard = param if type(param) in (Tensor, Parameter) else torch.empty(layout.shape, dtype=param.dtype, device=param.device)
             if rule.layout is mapping.vocab:
-                param.zero_()  # its last rows may be padding
+                shard.zero_()  # its last rows may be padding
             for s in layout.segments:
                 values = sources[s.part][s.start : s.start + s.length] if s.dim == 0 else sources[s.part][:, s.start : s.start + s.length]
-                param.narrow(s.dim, s.offset, s.length).copy_(values)
+                shard.narrow(s.dim, s.offset, s.length).copy_(values)
+            if shard is not param:
+                param.copy_(shard)
