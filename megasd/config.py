@@ -111,6 +111,10 @@ class AlgorithmConfig:
 @dataclass
 class EngineConfig:
     urls: list[str] = field(default_factory=list)  # running SGLang servers to use; empty = start one
+    # directory that engines start from, if not model.path: the same model in fp8 (128 x 128 blocks); pushes are then quantised likewise
+    model_path: Optional[str] = None
+    # a started engine frees its weights and KV cache while the actor trains on the same GPU (SGLang needs torch_memory_saver for it)
+    release_memory: bool = False
     host: str = "127.0.0.1"  # bind address of a started engine
     port: int = 0  # port of a started engine; 0 = a free one
     tensor_parallel_size: int = 1  # of a started engine
@@ -271,6 +275,7 @@ RULES: dict[str, Rule] = {
     "rollout.max_concurrency": POSITIVE,
     "rollout.max_retries": NOT_NEGATIVE,
     "rollout.engine.urls": ("each must be http://HOST:PORT", lambda v: all(re.fullmatch(r"https?://[^/\s]+/?", url) for url in v)),
+    "rollout.engine.model_path": NOT_EMPTY,
     "rollout.engine.host": ("must be a loopback address (127.0.0.1): SGLang has no authentication", lambda v: v in LOOPBACK),
     "rollout.engine.port": ("must be 0 (a free port) or lie in [1024, 65535]", lambda v: v == 0 or 1024 <= v <= 65535),
     "rollout.engine.tensor_parallel_size": POSITIVE,

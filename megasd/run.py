@@ -108,7 +108,7 @@ class Run(contextlib.ExitStack):
             self.rewards = self.enter_context(RewardPool(config.reward))
             self.rollout = Rollout(
                 config.rollout,
-                model_path=config.model.path,
+                model_path=config.rollout.engine.model_path or config.model.path,
                 device="cuda" if torch.cuda.is_available() else "cpu",
                 dtype=engine_dtype(config),
                 run_dir=self.dir,
@@ -271,7 +271,13 @@ class Run(contextlib.ExitStack):
             metrics.update(figures | {f"train/{name}": value for name, value in more.items()})
             return batch.to_tensors()
 
-        return Batch.from_tensors(self.from_first(build)), metrics
+        batch = Batch.from_tensors(self.from_first(build))
+        if self.samples and self.config.rollout.engine.release_memory:
+            self.from_first(self.sync.release if self.is_first else dict)
+            if not self.is_first:
+                self.sync.release()
+            self.pushed = None  # whatever the version, the next push is needed
+        return batch, metrics
 
     def _groups(self, step: int) -> tuple[list[Group], dict[str, float]]:
         config, prompts = self.config, self.prompts.next()

@@ -29,7 +29,9 @@ from megasd.rollout.transport import ColocatedTransport, DiskTransport, GroupTra
 from megasd.types import UserError
 from megasd.weights.delta import Fingerprints
 from megasd.weights.files import read_hf_config
+from megasd.weights.fp8 import SCALE, Requantise
 from megasd.weights.gather import Gather
+from megasd.weights.headers import read_headers
 from megasd.weights.plan import Plan
 
 ATTEMPTS = 3  # whole pushes, when an engine dies in one and is there again
@@ -89,6 +91,8 @@ class WeightSync:
         self.pushes = 0
         self.plans_made = 0
         self._gather: Gather | None = None
+        self._sent_plan: Plan | None = None  # rank 0
+        self._fp8: Requantise | None = None
         self._transport: DiskTransport | GroupTransport | ColocatedTransport | None = None
         self._fingerprints = Fingerprints()
         self._checked: object = None  # engines whose parameters' names were compared with the plan's
@@ -114,6 +118,12 @@ class WeightSync:
             raise
         finally:
             self._lock.release()
+
+    def release(self) -> None:
+        """The engines give their memory to the trainer until the next push, which sends everything and gives it back. On every rank."""
+        self._fingerprints.forget()
+        if self.is_first:
+            self.rollout.release()
 
     def _push(self, version: int, lacking: bool) -> dict[str, float]:
         start = time.perf_counter()
@@ -154,8 +164,20 @@ class WeightSync:
                 make_buffer = self._transport.make_buffer
             self._gather = self.actor.gather(dtype=self.dtype, bucket_bytes=self.config.bucket_mib << 20, make_buffer=make_buffer)
             self.plans_made += 1
-            self._agree(self._caught(self._check_shapes, self._gather.plan), version)
+            self._agree(self._caught(self._make_sent_plan, self._gather.plan), version)
         return self._gather
+
+    def _make_sent_plan(self, plan: Plan) -> None:
+        """What the engines get on rank 0: the plan, in fp8 if they were started from an fp8 checkpoint. Held against their checkpoint."""
+        if not self.is_first:
+            return
+        quantization = read_hf_config(self.rollout.model_path).get("quantization_config")
+        if quantization:
+            if self.config.verify != "off":
+                raise UserError("sync.verify: SGLang gives checksums of dequantised fp8 weights, not of what is sent; set it to off")
+            self._fp8 = Requantise({name: dtype for name, (dtype, _) in read_headers(self.rollout.model_path).items()}, quantization)
+        self._sent_plan = plan if self._fp8 is None else Plan(tuple(self._fp8.layout(bucket) for bucket in plan.buckets))
+        self._check_shapes(self._sent_plan)
 
     def _make_transport(self) -> DiskTransport | GroupTransport | ColocatedTransport:
         if self.config.transport == "group":
@@ -164,7 +186,7 @@ class WeightSync:
             return ColocatedTransport(self.rollout, self.device, self.config.in_flight)
         nbytes = sum(torch.Size(shape).numel() for shape in self.rollout.shapes.values()) * (self.dtype or torch.float32).itemsize
         root = self._cleanup.enter_context(staging_directory(self.run_dir, 2 * nbytes, self.local_engine))
-        return self._cleanup.enter_context(contextlib.closing(DiskTransport(self.rollout, self.model_path, (root / "a", root / "b"))))
+        return self._cleanup.enter_context(contextlib.closing(DiskTransport(self.rollout, (root / "a", root / "b"))))
 
     def _attempt(
         self, gather: Gather, version: int, changed: frozenset[str] | None, lacking: bool, phases: dict[str, float]
@@ -176,8 +198,8 @@ class WeightSync:
         with _timed(phases, "begin"):
             if self.is_first:
                 expected = self._follow()
-                failure = self._caught(self._check_names, gather.plan) or self._caught(
-                    self._transport.begin, gather.plan, version, lacking=lacking
+                failure = self._caught(self._check_names, self._sent_plan) or self._caught(
+                    self._transport.begin, self._sent_plan, version, lacking=lacking
                 )
             if self._status(failure) != _OK:  # nothing is put together for engines that cannot take it
                 return {}, failure
@@ -207,6 +229,8 @@ class WeightSync:
                 for followed in expected.values():
                     for name, tensor in bucket.views(flat).items():
                         followed.feed(name, tensor)
+                if self._fp8 is not None:
+                    bucket, flat = self._fp8(bucket, flat, number % 2, self._transport.make_buffer)
                 sent[number] = self._transport.send(bucket, flat, last=bucket.index == last)
             except (EngineError, Unreachable, OSError, RuntimeError) as error:
                 failure = error
@@ -266,7 +290,7 @@ class WeightSync:
         """SyncError naming the tensor, unless the plan's names and shapes are those of model_path: an engine dies of a wrong shape."""
         if not self.is_first:
             return
-        planned, stored = plan.tensors(), self.rollout.shapes
+        planned, stored = plan.tensors(), dict(self.rollout.shapes)
         for name, shape in stored.items():
             if name not in planned and not (name == "lm_head.weight" and self.hf.get("tie_word_embeddings")):
                 raise SyncError(f"the actor has no {name}, which the engine was started with; is model.path its model?")
@@ -287,7 +311,7 @@ class WeightSync:
         place = EngineWeights(self.hf, 1)
         for url, ranks in self.rollout.checksums().items():
             for name in plan.tensors():
-                if place.parameter(name) not in ranks[0]:
+                if place.parameter(name) not in ranks[0] and not name.endswith(SCALE):  # scales are reported with their weights
                     raise SyncError(f"{url} has no parameter {place.parameter(name)} to take {name}; does it serve model.path?")
         self._checked = engines
 
@@ -334,8 +358,8 @@ class WeightSync:
             return {}
         difference = max_difference(actor, engine)
         in_float32 = next(iter(plan.tensors().values())).dtype is torch.float32
-        # bfloat16 in one engine against float32 was seen to differ by 0.09 nats at most
-        tolerance = self.config.tolerance or (1e-3 if in_float32 else 0.1)
+        # bfloat16 in one engine against float32 was seen to differ by 0.09 nats at most; that of fp8 is a guess until a GPU has run it
+        tolerance = self.config.tolerance or (0.5 if self._fp8 is not None else 1e-3 if in_float32 else 0.1)
         if not difference <= tolerance:
             failure = ProbeError(
                 f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe, more than "

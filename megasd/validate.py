@@ -233,7 +233,9 @@ def _read_json(path: Path, key: str) -> dict[str, Any]:
 
 
 def _check_sync(config: Config) -> None:
-    sync, urls = config.sync, config.rollout.engine.urls
+    sync, urls, own_model = config.sync, config.rollout.engine.urls, config.rollout.engine.model_path
+    if own_model is not None and not (Path(own_model) / "config.json").is_file():
+        raise ConfigError(f"rollout.engine.model_path: {own_model} holds no config.json; give a Hugging Face directory, or null")
     if sync.delta and sync.transport == "disk":
         raise ConfigError("sync.delta: a file holds the whole model; take sync.transport=group or colocated")
     if sync.transport == "colocated":

@@ -60,6 +60,7 @@ class Engine(Server):
         self.session: aiohttp.ClientSession | None = None
         self.alive = False  # answers, as far as is known
         self.held: int | None = None  # weight version that it holds whole; None = it must not be asked for samples
+        self.released: set[str] = set()  # tags of memory that it has given back
         self.paused = self.updating = False  # in a live update: generation stopped; SGLang's update session open
         self.reason = "not started"  # why it is not alive, once it was found dead
         self.tp_size = config.tensor_parallel_size
@@ -79,6 +80,7 @@ class Engine(Server):
         """As Server's; the new process knows nothing of the old one's weights or pauses."""
         super().launch()
         self.hung = self.paused = self.updating = False
+        self.released = set()
 
     def kill(self) -> None:
         """As Server's."""
@@ -226,6 +228,7 @@ class Engine(Server):
     async def load_weights(self, directory: str, version: int) -> None:
         """Load a safetensors directory and stamp it. EngineError if the engine refuses or then names another version."""
         self.held = None
+        await self._resume("weights")
         body = {
             "model_path": os.path.abspath(directory),
             "weight_version": str(version),
@@ -238,6 +241,7 @@ class Engine(Server):
             raise EngineError(f"the engine did not load {directory}: {error}") from error
         if not answer.get("success"):
             raise EngineError(f"the engine did not load {directory}: {answer.get('message')}")
+        await self._resume("kv_cache")
         await self._confirm(version)
 
     async def _confirm(self, version: int) -> None:
@@ -259,6 +263,7 @@ class Engine(Server):
                 raise EngineError(f"{self.url}: another push is under way (weight version {served}); one trainer at a time, or restart it")
             self.paused = True  # before the answer: whoever is waiting meanwhile is not hung
             await self.request("POST", "/pause_generation", {"mode": mode}, timeout=LOAD_TIMEOUT)
+        await self._resume("weights")
         if self.updating:  # the last one broke off
             await self.request("POST", "/end_weight_update", {}, timeout=LOAD_TIMEOUT)
             self.updating = False
@@ -284,8 +289,22 @@ class Engine(Server):
             await self.stamp(str(version))
             await self._confirm(version)
         if self.paused:
+            await self._resume("kv_cache")
             await self.request("POST", "/continue_generation", {}, timeout=LOAD_TIMEOUT)
             self.paused = False
+
+    async def release(self) -> None:
+        """Give back the memory of weights and KV cache; no requests may run. On a CPU the server says yes and frees nothing."""
+        self.held = None
+        tags = [tag for tag in ("kv_cache", "weights") if tag not in self.released]
+        if tags:
+            await self.request("POST", "/release_memory_occupation", {"tags": tags}, timeout=LOAD_TIMEOUT)
+            self.released.update(tags)
+
+    async def _resume(self, tag: str) -> None:
+        if tag in self.released:  # a second resume would kill the engine
+            await self.request("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout=LOAD_TIMEOUT)
+            self.released.remove(tag)
 
     async def stamp(self, version: str) -> None:
         """Set the weight version that answers carry."""

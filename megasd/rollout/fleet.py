@@ -260,6 +260,14 @@ class Fleet:
         """A live update that failed for good: engines that it had begun to write stay paused until the next one."""
         self._open, self._updating = True, []
 
+    def release(self) -> None:
+        """Have idle engines of ours free the memory of weights and KV cache (colocation on a GPU); they sample again after a push."""
+
+        async def release() -> None:
+            await asyncio.gather(*(engine.release() for engine in self.engines if engine.owned and engine.alive))
+
+        self._call(release())
+
     def distrust(self) -> None:
         """The engines were found to hold something else than was sent: they are not asked for samples before the next push."""
         for engine in self.engines:

@@ -63,6 +63,8 @@ class Server:
         command += ["--device", self.device, "--dtype", self.dtype, "--tensor-parallel-size", str(self.config.tensor_parallel_size)]
         command += ["--max-total-tokens", str(self.config.max_total_tokens), "--random-seed", str(self.seed), "--weight-version", "0"]
         command += ["--sleep-on-idle", "--log-level-http", "warning"]  # an idle engine leaves its core to the trainer
+        if self.config.release_memory and self.device == "cuda":
+            command.append("--enable-memory-saver")
         if not self.need_text:
             command += ["--skip-tokenizer-init"]  # responses are read as token ids; only stop strings need text
         return command + list(self.config.extra_args)

@@ -19,6 +19,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -37,10 +38,11 @@ from torch.multiprocessing import reductions
 from megasd.rollout.engine import Engine, EngineError, Unreachable
 from megasd.rollout.fleet import Fleet, InFlight
 from megasd.weights.files import write_config
+from megasd.weights.fp8 import FP8
 from megasd.weights.plan import Bucket, Plan
 
 CONNECT_TIMEOUT = timedelta(seconds=120)
-_FILE_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_FILE_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", FP8: "F8_E4M3"}
 
 
 class Sent(Protocol):
@@ -62,8 +64,8 @@ class DiskTransport:
 
     name = "disk"
 
-    def __init__(self, fleet: Fleet, model_path: str, directories: tuple[Path, Path]) -> None:
-        self.fleet, self.model_path, self.directories = fleet, Path(model_path), directories
+    def __init__(self, fleet: Fleet, directories: tuple[Path, Path]) -> None:
+        self.fleet, self.model_path, self.directories = fleet, Path(fleet.model_path), directories
         self._turn = 0
         self._file: io.BufferedWriter | None = None
 
@@ -75,7 +77,10 @@ class DiskTransport:
         directory = self.directories[self._turn]
         directory.mkdir(parents=True, exist_ok=True)
         dtypes = {entry.dtype for entry in plan.tensors().values()}
-        write_config(self.model_path, directory, max(dtypes, key=lambda dtype: dtype.itemsize))
+        if FP8 in dtypes:  # the engine's own config.json says how it is quantised
+            shutil.copyfile(self.model_path / "config.json", directory / "config.json")
+        else:
+            write_config(self.model_path, directory, max(dtypes, key=lambda dtype: dtype.itemsize))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         start = 0
         for bucket in plan.buckets:

@@ -9,12 +9,12 @@ from pathlib import Path
 from megasd.types import UserError
 
 
-def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a directory's *.safetensors, read from the headers. UserError if there is none or one is cut."""
+def read_headers(directory: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (safetensors dtype, shape) of every tensor in a directory's *.safetensors. UserError if there is none or one is cut."""
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: holds no *.safetensors; give a Hugging Face directory")
-    shapes = {}
+    found = {}
     for path in files:
         with path.open("rb") as file:
             try:
@@ -26,8 +26,13 @@ def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size != 8 + length + end:
             raise UserError(f"{path}: {path.stat().st_size} bytes where its header promises {8 + length + end}; write it again")
-        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
-    return shapes
+        found.update({name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()})
+    return found
+
+
+def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape; see read_headers."""
+    return {name: shape for name, (_, shape) in read_headers(directory).items()}
 
 
 def check_same_tensors(directory: str | Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:

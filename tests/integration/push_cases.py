@@ -309,6 +309,26 @@ def death(root: Path, owned: Rollout | None, actor: Actor) -> None:
                 say(f"killed in the middle of a push by {transport}: healed after {taken:.0f} s, log-probs {worst:.1e}")
 
 
+def rest(root: Path, owned: Rollout | None, actor: Actor) -> None:
+    """Memory is given back twice (the second time nothing is asked), nothing is sampled meanwhile, and a push brings all back."""
+    for version, transport in enumerate(("group", "disk"), start=400):
+        with make_sync(actor, owned, root, root / "dense", transport=transport, delta=transport == "group") as sync:
+            sync.push(version)
+            sync.release()
+            sync.release()
+            if owned is not None:
+                try:
+                    owned.score(PROMPTS[0])
+                except EngineError as error:
+                    assert "push" in str(error)
+                else:
+                    raise AssertionError("an engine without memory answered")
+            pushed = sync.push(version)
+            if owned is not None:
+                assert pushed["sync/bytes"] > 1e6 and not owned.engines[0].released
+            say(f"memory released and resumed by {transport}: log-probs {compare(actor, owned):.1e}")
+
+
 def common(model: Path, run_dir: Path) -> dict:
     return {
         "model_path": str(model), "device": "cpu", "dtype": "float32", "run_dir": run_dir, "seed": 1, "stop_token_ids": [3],
@@ -339,6 +359,7 @@ def main(root: Path) -> None:
         in_flight(root, fleets[0], actor, 103)
         faults(root, fleets[0], actor)
         death(root, owned[0] if owned else None, actor)
+        rest(root, owned[0] if owned else None, actor)
         experts(root, fleets[1], device)
         say(f"all: {time.perf_counter() - start:.0f} s")
     finally:

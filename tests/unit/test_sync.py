@@ -107,14 +107,17 @@ def test_a_plan_that_cannot_be_right_names_the_parameter(dense: Path) -> None:
 class Engines:
     """A fleet that only remembers what it was told to load."""
 
+    def __init__(self, model_path: Path) -> None:
+        self.model_path = str(model_path)
+
     def push(self, directory: str, version: int) -> None:
         self.directory, self.version = directory, version
 
 
 def test_the_file_of_a_push_is_a_safetensors_file_and_two_take_turns(dense: Path, tmp_path: Path) -> None:
-    fleet, params = Engines(), loaded(dense)
+    fleet, params = Engines(dense), loaded(dense)
     gather = Gather(plan_of(params, read_hf_config(dense), bucket_bytes=7000, dtype=torch.bfloat16), params)
-    transport = DiskTransport(fleet, str(dense), (tmp_path / "a", tmp_path / "b"))
+    transport = DiskTransport(fleet, (tmp_path / "a", tmp_path / "b"))
     for version, directory in enumerate(("a", "b", "a")):
         transport.begin(gather.plan, version)
         for bucket, flat in gather.replay():
