@@ -11,6 +11,7 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: E402
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -19,7 +20,7 @@ from torch import Tensor  # noqa: E402
 from megasd.actor import model as build  # noqa: E402
 from megasd.actor.forward import run_microbatches  # noqa: E402
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel  # noqa: E402
-from megasd.config import ActorConfig  # noqa: E402
+from megasd.config import ActorConfig, OptimizerConfig  # noqa: E402
 from megasd.loss.reduce import megatron_loss  # noqa: E402
 from megasd.microbatch import Microbatch, make_microbatches  # noqa: E402
 from megasd.weights import families, mapping  # noqa: E402
@@ -120,6 +121,7 @@ class FamilyModel:
             chunk.train()
             ddp.zero_grad_buffer()
             run_microbatches(ddp, self.microbatches(), mesh, self.config, loss, forward_only=False)
+            self.optimizer, _ = build.build_optimizer(ddp, OptimizerConfig(), self.actor, num_steps=1)
         if mesh.cp_size > 1:
             dist.all_reduce(rows, group=mesh.cp_group)
         return rows
@@ -135,6 +137,22 @@ class FamilyModel:
             difference = (param.main_grad - wanted).norm().item()
             worst = max(worst, (difference / size if size else difference, name))
         return worst
+
+    def gradient_norm(self, reference: dict[str, Tensor]) -> float:
+        """Relative difference of the norm by which Megatron would clip: a part counted twice, or by no rank, shows. Steps the optimizer."""
+        if not self.trains:
+            return 0.0
+        wanted = torch.stack([reference[f"grad.{name}"].norm() for name in self.table.expected_tensors()]).norm()
+        return abs(float(self.optimizer.step()[1]) / float(wanted) - 1)
+
+    def check_checkpoint_shapes(self) -> None:
+        """Megatron's distributed checkpoint takes every parameter for the part that it is (else a resume in another layout is wrong)."""
+        (chunk,) = self.chunks
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for name, tensor in chunk.sharded_state_dict(metadata={"dp_cp_group": group}).items():
+            if name.endswith("layernorm.weight") and "layers" in name:
+                (whole,) = self.table.rule(name.replace(name.split(".")[2], "0", 1)).parts.values()
+                assert tuple(tensor.global_shape[tensor.prepend_axis_num :]) == whole, (name, tensor.global_shape)
 
     @torch.no_grad()
     def chained_logits(self) -> Tensor | None:
@@ -186,7 +204,9 @@ def run_case(name: str, root: Path, actor: dict, chosen: tuple[str, ...], device
         same(model.export(), load_file(path / "model.safetensors") if mesh.rank == 0 else {}, f"{family} {name}")
         found = model.forward_and_gradients()
         logits = (found - reference["logits"]).abs().max().item() if mesh.is_last_stage else 0.0
-        report(f"{family} {name}", start, logits, model.worst_gradient(reference))
+        model.check_checkpoint_shapes()
+        gradient = model.worst_gradient(reference)
+        report(f"{family} {name}", start, logits, max(gradient, (model.gradient_norm(reference), "norm of all")))
 
 
 def run_virtual(name: str, root: Path, actor: dict, device: torch.device) -> None:
