@@ -324,7 +324,8 @@ class WeightSync:
             names = sorted({EngineWeights(self.hf, 1).parameter(name) for name in self._gather.plan.tensors()})
             only = frozenset(names[self.pushes % SAMPLE :: SAMPLE])
         sizes = {engine.tp_size for engine in self.rollout.engines if engine.alive}
-        return {size: EngineWeights(self.hf, size, only) for size in sizes}
+        on_cpu = self.rollout.engines[0].device == "cpu"
+        return {size: EngineWeights(self.hf, size, only, on_cpu=on_cpu) for size in sizes}
 
     def _verify(self, expected: dict[int, EngineWeights], plan: Plan) -> Exception | None:
         failure = self._caught(self._compare, expected, plan) if expected else None

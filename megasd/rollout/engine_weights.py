@@ -5,7 +5,8 @@
     expected.checksums                                               # [{"model.layers.0.self_attn.qkv_proj.weight": "9f...", ...}, ...]
 
 SGLang fuses q, k, v and gate, up, stacks experts, pads the vocabulary to 64 and cuts all of it over its tensor-parallel ranks
-(srt/models/{qwen2,qwen3,qwen3_moe,llama,mistral,olmo2}.py, srt/layers/vocab_parallel_embedding.py, 0.5.23). Its checksum
+(srt/models/{qwen2,qwen3,qwen3_moe,llama,mistral,olmo2}.py, srt/layers/vocab_parallel_embedding.py, 0.5.23). On a CPU it also pads the
+intermediate size to 32 a rank (srt/configs/update_config.py). Its checksum
 (srt/managers/mm_utils.py tensor_hash) is the head of a SHA-256 on a CPU, and on a GPU a sum of hashed words.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from megasd.weights.mapping import Shape
 
 VOCAB_PADDING = 64
+CPU_PADDING = 32  # of a rank's share of the intermediate size
 _FUSED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2), "gate_proj": ("gate_up_proj", 0)} | {
     "up_proj": ("gate_up_proj", 1)
 }
@@ -31,7 +33,7 @@ _WORD, _TILE = 0xFFFFFFFF, 8192  # 32-bit words; words of a tile
 
 
 class Place(NamedTuple):
-    """Where one rank puts a tensor: `parameter[index].narrow(0, offset, length)` takes `tensor.narrow(dim, start, length)`."""
+    """Where one rank puts a tensor: `parameter[index].narrow(dim, offset, length)` takes `tensor.narrow(dim, start, length)`."""
 
     parameter: str  # SGLang's name
     shape: Shape  # of the parameter on this rank
@@ -52,8 +54,8 @@ class _Filling:
 class EngineWeights:
     """Expected checksums of every tensor-parallel rank of an engine. `only`: SGLang parameters to follow, None = all."""
 
-    def __init__(self, hf: Mapping[str, Any], tp_size: int, only: Collection[str] | None = None) -> None:
-        self.tp_size, self.only = tp_size, only
+    def __init__(self, hf: Mapping[str, Any], tp_size: int, only: Collection[str] | None = None, *, on_cpu: bool = False) -> None:
+        self.tp_size, self.only, self.width_padding = tp_size, only, CPU_PADDING if on_cpu else 1
         self.heads, self.groups = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
         self.num_experts = hf.get("num_experts") or hf.get("num_local_experts") or 0
         self.checksums: list[dict[str, str]] = [{} for _ in range(tp_size)]
@@ -75,11 +77,11 @@ class EngineWeights:
         if expert is not None:
             number, stack = int(expert[2]), self.num_experts
             if expert[3] == "down":
-                columns = shape[1] // size
-                return Place(parameter, (stack, shape[0], columns), stack, number, 0, 1, rank * columns, columns)
-            rows = shape[0] // size
+                columns, start, length = self._share(shape[1], rank, self.width_padding)
+                return Place(parameter, (stack, shape[0], columns), stack, number, 0, 1, start, length)
+            rows, start, length = self._share(shape[0], rank, self.width_padding)
             offset = rows if expert[3] == "up" else 0
-            return Place(parameter, (stack, 2 * rows, *shape[1:]), 2 * stack, number, offset, 0, rank * rows, rows)
+            return Place(parameter, (stack, 2 * rows, *shape[1:]), 2 * stack, number, offset, 0, start, length)
         if leaf in ("q_proj", "k_proj", "v_proj"):
             head = shape[0] // (self.heads if leaf == "q_proj" else self.groups)
             groups = max(1, self.groups // size)  # fewer key heads than ranks: several ranks hold the same one
@@ -88,15 +90,22 @@ class EngineWeights:
             start = rank * q if leaf == "q_proj" else rank * self.groups // size * head
             return Place(parameter, (q + 2 * kv, *shape[1:]), 3, None, offset, 0, start, q if leaf == "q_proj" else kv)
         if leaf in ("gate_proj", "up_proj"):
-            rows = shape[0] // size
-            return Place(parameter, (2 * rows, *shape[1:]), 2, None, rows if leaf == "up_proj" else 0, 0, rank * rows, rows)
+            rows, start, length = self._share(shape[0], rank, self.width_padding)
+            return Place(parameter, (2 * rows, *shape[1:]), 2, None, rows if leaf == "up_proj" else 0, 0, start, length)
         if leaf in ("o_proj", "down_proj"):
-            columns = shape[1] // size
-            return Place(parameter, (shape[0], columns), 1, None, 0, 1, rank * columns, columns)
+            columns, start, length = self._share(shape[1], rank, self.width_padding if leaf == "down_proj" else 1)
+            return Place(parameter, (shape[0], columns), 1, None, 0, 1, start, length)
         if leaf in ("embed_tokens", "lm_head"):
-            rows = -(-shape[0] // VOCAB_PADDING) * VOCAB_PADDING // size
-            return Place(parameter, (rows, *shape[1:]), 1, None, 0, 0, rank * rows, max(0, min(rows, shape[0] - rank * rows)))
+            rows, start, length = self._share(shape[0], rank, VOCAB_PADDING / size)
+            return Place(parameter, (rows, *shape[1:]), 1, None, 0, 0, start, length)
         return Place(parameter, tuple(shape), 1, None, 0, 0, 0, shape[0])
+
+    def _share(self, total: int, rank: int, padding: float) -> tuple[int, int, int]:
+        """(size of a rank's share, where this rank's begins, how much of it is real) when `padding` a rank is the unit."""
+        unit = round(padding * self.tp_size)
+        size = -(-total // unit) * unit // self.tp_size
+        start = min(rank * size, total)
+        return size, start, min(size, total - start)
 
     @torch.no_grad()
     def feed(self, name: str, tensor: Tensor) -> None:
@@ -110,10 +119,7 @@ class EngineWeights:
                 self._filling[key] = _Filling(torch.zeros(place.shape, dtype=tensor.dtype, device=tensor.device), place.parts)
             filling = self._filling[key]
             target = filling.tensor if place.index is None else filling.tensor[place.index]
-            if place.length:
-                target.narrow(0, place.offset, place.length if place.dim == 0 else target.shape[0]).copy_(
-                    tensor.narrow(place.dim, place.start, place.length)
-                )
+            target.narrow(place.dim, place.offset, place.length).copy_(tensor.narrow(place.dim, place.start, place.length))
             filling.left -= 1
             if not filling.left:
                 self.checksums[rank][place.parameter] = checksum(self._filling.pop(key).tensor)
