@@ -30,6 +30,7 @@ from megasd.weights.gather import Gather  # noqa: E402
 from megasd.weights.load import load_hf  # noqa: E402
 from megasd.weights.table import global_params  # noqa: E402
 from tests.families_reference import VOCAB, make_batch  # noqa: E402
+from tests.te_stand_ins import transformer_engine_spec  # noqa: E402
 from tests.tiny_weights import MODELS  # noqa: E402
 
 TP, PP, CP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
@@ -49,6 +50,8 @@ CASES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "tp2 ep2 sp": ({TP: 2, EP: 2, **SP}, MOE),
     "pp2 ep2": ({PP: 2, EP: 2}, MOE),
 }
+# The GPU's layer spec with stand-ins for its modules (tests/te_stand_ins.py): TransformerEngine's parameter names.
+TE_NAMES, TE_FAMILIES = "tp2 pp2 sp, names of TransformerEngine", ("qwen2", "qwen3_moe", "llama_tied", "mistral_window", "olmo2", "olmo3")
 LOGITS, GRADIENTS = 1e-4, 1e-4  # largest difference; largest relative difference (Frobenius) of a parameter's gradient
 
 
@@ -196,7 +199,9 @@ def report(case: str, start: float, logits: float, gradient: tuple[float, str] =
         print(f"ok {case}: logits {logits:.1e}{worst}, {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def run_case(name: str, root: Path, actor: dict, chosen: tuple[str, ...], device: torch.device) -> None:
+def run_case(name: str, root: Path, actor: dict, chosen: tuple[str, ...], device: torch.device) -> set[str]:
+    """Every family in one layout; returns the names of this rank's parameters as Megatron calls them."""
+    names: set[str] = set()
     mesh = init_model_parallel(ActorConfig(**actor), device, seed=1)
     for family in chosen:
         start, path = time.perf_counter(), root / family
@@ -207,6 +212,8 @@ def run_case(name: str, root: Path, actor: dict, chosen: tuple[str, ...], device
         model.check_checkpoint_shapes()
         gradient = model.worst_gradient(reference)
         report(f"{family} {name}", start, logits, max(gradient, (model.gradient_norm(reference), "norm of all")))
+        names |= {local for chunk in model.chunks for local, _ in chunk.named_parameters()}
+    return names
 
 
 def run_virtual(name: str, root: Path, actor: dict, device: torch.device) -> None:
@@ -228,6 +235,10 @@ def main(root: Path) -> None:
     device = init_distributed(timeout_minutes=3)
     for name, (actor, chosen) in CASES.items():
         run_case(name, root, actor, chosen, device)
+    with transformer_engine_spec():
+        names = run_case(TE_NAMES, root, {TP: 2, PP: 2, **SP}, TE_FAMILIES, device)
+    for suffix in ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight", "mlp.experts.linear_fc1.weight1"):
+        assert any(name.endswith(suffix) for name in names), suffix
     run_virtual("pp2 x 2 virtual stages", root, {PP: 2}, device)
     if dist.get_rank() == 0:
         print("ok all", flush=True)
