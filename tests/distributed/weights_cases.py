@@ -23,17 +23,13 @@ from megasd.weights.table import global_params
 from tests.tiny_weights import transformers_logps
 
 IDS = [1, 5, 9, 2, 44, 95, 7, 3]
-# name -> family, layout; 4 ranks, what is left over is data parallelism
+# name -> family, layout; 4 ranks, what is left over is data parallelism. Every family in the common layouts: family_cases.py
 CASES = {
     "TP2 DP2": ("qwen3", {"tensor_model_parallel_size": 2}),
-    "TP4, 2 query groups": ("qwen3", {"tensor_model_parallel_size": 4}),
-    "PP2 DP2": ("qwen3", {"pipeline_model_parallel_size": 2}),
-    "TP2 PP2": ("qwen3", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "PP4 tied": ("qwen3_tied", {"pipeline_model_parallel_size": 4}),
     "TP2 PP2 tied": ("qwen3_tied", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "MoE TP2 DP2, experts cut": ("qwen3_moe", {"tensor_model_parallel_size": 2}),
     "MoE EP4": ("qwen3_moe", {"expert_model_parallel_size": 4}),
-    "MoE TP2 EP2": ("qwen3_moe", {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
     "MoE PP2 EP2": ("qwen3_moe", {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}),
 }
 
