@@ -60,7 +60,8 @@ class FamilyModel:
 
     def __init__(self, path: Path, actor: dict, mesh: Mesh, virtual_stages: int | None = None) -> None:
         self.mesh, self.hf = mesh, read_hf_config(path)
-        self.actor = ActorConfig(dtype="float32", make_vocab_size_divisible_by=20, use_distributed_optimizer=False, **actor)
+        fixed = {"dtype": "float32", "make_vocab_size_divisible_by": 20, "use_distributed_optimizer": False}
+        self.actor = ActorConfig(**(fixed | actor))
         family = build.family_of(str(path))
         self.config = build.transformer_config(family, self.actor, mesh.device)
         self.config.virtual_pipeline_model_parallel_size = virtual_stages
@@ -83,7 +84,7 @@ class FamilyModel:
         """Whole on world rank 0, empty elsewhere."""
         mesh = self.mesh
         plan = plan_of(self.params, self.hf, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, ep_size=mesh.ep_size, bucket_bytes=20_000)
-        return {name: tensor.clone() for name, tensor in export_hf(Gather(plan, self.params, rank=mesh.rank))}
+        return {name: tensor.clone() for name, tensor in export_hf(Gather(plan, self.params, rank=mesh.rank, device=mesh.device))}
 
     def microbatches(self) -> list[Microbatch]:
         mesh, actor, batch = self.mesh, self.actor, make_batch()
@@ -93,7 +94,8 @@ class FamilyModel:
 
     def logits(self, hidden: Tensor, chunk: build.Backbone) -> Tensor:
         """This rank's vocabulary columns; those of padding cannot be chosen."""
-        logits = hidden @ chunk.output_weight().t()
+        weight = chunk.output_weight()
+        logits = (hidden.to(weight.dtype) @ weight.t()).float()
         real = max(0, min(logits.size(1), VOCAB - self.mesh.tp_rank * logits.size(1)))
         return torch.cat([logits[:, :real], torch.full_like(logits[:, real:], -1e30)], 1)
 
@@ -106,7 +108,8 @@ class FamilyModel:
         """Raw logits [R, VOCAB] (zeros off the last stage) by the actor's own passes; gradients are left in main_grad."""
         (chunk,), mesh, batch = self.chunks, self.mesh, make_batch()
         ddp = build.wrap_data_parallel(chunk, self.config, self.actor)
-        rows = torch.zeros(len(batch.response_ids), VOCAB)
+        targets, weights = batch.response_ids.to(mesh.device), batch.streams["weight"].to(mesh.device)
+        rows = torch.zeros(len(targets), VOCAB, device=mesh.device)
 
         def read(microbatch: Microbatch, hidden: Tensor) -> None:
             rows[microbatch.response_index[microbatch.valid]] = self.gathered(self.logits(hidden, chunk))[microbatch.valid]
@@ -114,9 +117,8 @@ class FamilyModel:
         def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
             if not self.config.sequence_parallel:
                 hidden = copy_to_tensor_model_parallel_region(hidden)
-            nll = vocab_parallel_cross_entropy(self.logits(hidden, chunk), batch.response_ids[microbatch.response_index])
-            weight = batch.streams["weight"][microbatch.response_index] * microbatch.valid / mesh.dp_size
-            return megatron_loss((nll * weight).sum())
+            nll = vocab_parallel_cross_entropy(self.logits(hidden, chunk), targets[microbatch.response_index])
+            return megatron_loss((nll * weights[microbatch.response_index] * microbatch.valid / mesh.dp_size).sum())
 
         chunk.eval()
         run_microbatches(ddp, self.microbatches(), mesh, self.config, read, forward_only=True)
@@ -137,7 +139,7 @@ class FamilyModel:
             layout = rule.shard(shape, *((mesh.tp_rank, mesh.tp_size) if rule.is_cut(shape, mesh.ep_size) else (0, 1)))
             wanted = mapping.split([reference[f"grad.{part}"] for part in rule.parts], layout)
             size = wanted.norm().item()
-            difference = (param.main_grad - wanted).norm().item()
+            difference = (param.main_grad.cpu() - wanted).norm().item()
             worst = max(worst, (difference / size if size else difference, name))
         return worst
 
