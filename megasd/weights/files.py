@@ -5,6 +5,8 @@ with ExitStack() as stack:
     rows = source.slice("model.norm.weight", (4096,))[:16]              # reads 16 rows
 write_weights(tensors, source_dir, out_dir)                             what an engine loads: weights + config.json
 save_hf(tensors, source_dir, out_dir)                                   what a user loads: + tokenizer and the rest
+with HFWriter(out_dir, source_dir) as writer:                           the same, one tensor in memory at a time
+    writer.add(name, tensor)
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megasd.types import UserError
+from megasd.weights import families
 from megasd.weights.mapping import Shape
+from megasd.weights.shards import INDEX, as_bytes, index_of, plan_shards, write_at
 
 SHARD_BYTES = 4 << 30  # of one safetensors file of save_hf
 _FILE_DTYPES = {"F32", "BF16", "F16"}
@@ -36,6 +40,7 @@ _COPIED = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates",
 )
 
 
@@ -117,45 +122,105 @@ def write_weights(tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[s
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def save_hf(tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
-    """A Hugging Face directory: weights (files of about 4 GiB and an index when larger), config.json, generation config, tokenizer.
-
-    Written to `<out_dir>.tmp` and renamed when whole; an out_dir that is there is replaced. The rest is copied from source_dir.
-    """
-    source_dir, out_dir = Path(source_dir), Path(out_dir)
-    beside, old = out_dir.with_name(out_dir.name + ".tmp"), out_dir.with_name(out_dir.name + ".old")
-    for stale in (beside, old):
-        if stale.exists():
-            shutil.rmtree(stale)
-    beside.mkdir(parents=True)
-    write_config(source_dir, beside, next(iter(tensors.values())).dtype)
+def copy_side_files(source_dir: Path, out_dir: Path) -> None:
+    """What belongs to a model beside weights and config.json: tokenizer, chat templates, generation config."""
     for pattern in _COPIED:
-        for path in source_dir.glob(pattern):
-            shutil.copyfile(path, beside / path.name) if path.is_file() else shutil.copytree(path, beside / path.name)
-    _save_sharded(tensors, beside)
+        for path in sorted(source_dir.glob(pattern)):
+            shutil.copyfile(path, out_dir / path.name) if path.is_file() else shutil.copytree(path, out_dir / path.name)
+
+
+def sync_directory(directory: Path) -> None:
+    """Renames and new files in it survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(beside: Path, out_dir: Path) -> None:
+    """Rename a whole directory to out_dir; one that is there is replaced."""
+    old = out_dir.with_name(out_dir.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
     if out_dir.exists():
         out_dir.rename(old)
     beside.rename(out_dir)
+    sync_directory(out_dir.parent)
     if old.exists():
         shutil.rmtree(old)
 
 
-def _save_sharded(tensors: Mapping[str, Tensor], out_dir: Path) -> None:
-    files: list[dict[str, Tensor]] = [{}]
-    sizes: dict[int, int] = defaultdict(int)
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if files[-1] and sizes[len(files) - 1] + nbytes > SHARD_BYTES:
-            files.append({})
-        files[-1][name] = tensor
-        sizes[len(files) - 1] += nbytes
-    if len(files) == 1:
-        save_file(files[0], out_dir / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for number, part in enumerate(files, start=1):
-        file_name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        save_file(part, out_dir / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file_name)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+class HFWriter:
+    """A Hugging Face directory written tensor by tensor, in any order: weights, config.json, generation config, tokenizer.
+
+    Everything goes to `<out_dir>.tmp`, renamed when whole; an out_dir that is there is replaced. The names and shapes are those of
+    source_dir's config.json, and every one must come once. An error in the `with` block leaves out_dir as it was. Nothing is kept in
+    memory; files of about SHARD_BYTES and an index when there are several.
+    """
+
+    def __init__(self, out_dir: str | os.PathLike[str], source_dir: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """`dtype`: what is written (tensors are cast); None = that of the first tensor, which all must have."""
+        self.out_dir, self.source_dir, self.dtype, self._cast = Path(out_dir), Path(source_dir), dtype, dtype is not None
+        self.expected = families.table(read_hf_config(source_dir)).expected_tensors()
+        self.beside = self.out_dir.with_name(self.out_dir.name + ".tmp")
+        self._files: dict[str, int] = {}  # tensor -> open file
+        self._stack = ExitStack()
+        self._left = dict.fromkeys(self.expected)
+
+    def __enter__(self) -> Self:
+        if self.beside.exists():
+            shutil.rmtree(self.beside)
+        self.beside.mkdir(parents=True)
+        return self
+
+    def _begin(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        write_config(self.source_dir, self.beside, dtype)
+        copy_side_files(self.source_dir, self.beside)
+        plans = plan_shards({name: (dtype, shape) for name, shape in self.expected.items()}, SHARD_BYTES)
+        self._places = {name: place for plan in plans for name, place in plan.places.items()}
+        for plan in plans:
+            file = os.open(self.beside / plan.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._stack.callback(os.close, file)
+            write_at(file, memoryview(plan.header), 0)
+            os.truncate(file, plan.nbytes)
+            self._files |= dict.fromkeys(plan.places, file)
+        if (index := index_of(plans)) is not None:
+            (self.beside / INDEX).write_text(index)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor. UserError for a name that config.json does not ask for, a second time, another shape or another dtype."""
+        if name not in self._left:
+            why = "was written before" if name in self.expected else "is not a tensor of this config.json"
+            raise UserError(f"{self.out_dir}: {name} {why}")
+        if not self._files:
+            self._begin(self.dtype or tensor.dtype)
+        place = self._places[name]
+        if tuple(tensor.shape) != place.shape:
+            raise UserError(f"{self.out_dir}: {name} has shape {tuple(tensor.shape)}, config.json asks for {place.shape}")
+        if tensor.dtype != place.dtype and not self._cast:
+            raise UserError(f"{self.out_dir}: {name} is {tensor.dtype}, the tensors before it are {place.dtype}; give a dtype to write")
+        write_at(self._files[name], as_bytes(tensor.to("cpu", place.dtype).contiguous()), place.offset)
+        del self._left[name]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            with self._stack:
+                if kind is None and self._left:
+                    raise UserError(f"{self.out_dir}: {next(iter(self._left))} (of {len(self._left)} tensors) was never written")
+                if kind is None:
+                    for file in set(self._files.values()):
+                        os.fsync(file)
+            if kind is None:
+                sync_directory(self.beside)
+                put_in_place(self.beside, self.out_dir)
+        finally:
+            shutil.rmtree(self.beside, ignore_errors=True)
+
+
+def save_hf(tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
+    """A Hugging Face directory of all tensors of source_dir's config.json; see HFWriter."""
+    with HFWriter(out_dir, source_dir) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
