@@ -23,6 +23,7 @@ from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel  #
 from megasd.config import ActorConfig, OptimizerConfig  # noqa: E402
 from megasd.loss.reduce import megatron_loss  # noqa: E402
 from megasd.microbatch import Microbatch, make_microbatches  # noqa: E402
+from megasd.types import UserError  # noqa: E402
 from megasd.weights import families, mapping  # noqa: E402
 from megasd.weights.export import export_hf, plan_of  # noqa: E402
 from megasd.weights.files import read_hf_config  # noqa: E402
@@ -233,6 +234,19 @@ def run_virtual(name: str, root: Path, actor: dict, device: torch.device) -> Non
         report(f"{family} {name}", start, 0.0 if found is None else (found - reference).abs().max().item())
 
 
+def refuse_more_ranks_than_key_heads(root: Path, device: torch.device) -> None:
+    """The norm over all key heads has no part for a rank without a head of its own."""
+    config = ActorConfig(dtype="float32", tensor_model_parallel_size=4)
+    mesh = init_model_parallel(config, device, seed=1)
+    family = families.config_from_hf(read_hf_config(root / "olmo2") | {"num_key_value_heads": 2})
+    try:
+        build.build_model(family, build.transformer_config(family, config, device), config, mesh)
+    except UserError as error:
+        assert "tensor_model_parallel_size=4" in str(error), error
+    else:
+        raise AssertionError("2 key heads on 4 ranks were not refused")
+
+
 def main(root: Path) -> None:
     device = init_distributed(timeout_minutes=3)
     for name, (actor, chosen) in CASES.items():
@@ -242,6 +256,7 @@ def main(root: Path) -> None:
     for suffix in ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight", "mlp.experts.linear_fc1.weight1"):
         assert any(name.endswith(suffix) for name in names), suffix
     run_virtual("pp2 x 2 virtual stages", root, {PP: 2}, device)
+    refuse_more_ranks_than_key_heads(root, device)
     if dist.get_rank() == 0:
         print("ok all", flush=True)
     dist.destroy_process_group()
