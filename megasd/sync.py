@@ -186,7 +186,7 @@ class WeightSync:
             return ColocatedTransport(self.rollout, self.device, self.config.in_flight)
         nbytes = sum(torch.Size(shape).numel() for shape in self.rollout.shapes.values()) * (self.dtype or torch.float32).itemsize
         root = self._cleanup.enter_context(staging_directory(self.run_dir, 2 * nbytes, self.local_engine))
-        return self._cleanup.enter_context(contextlib.closing(DiskTransport(self.rollout, (root / "a", root / "b"))))
+        return self._cleanup.enter_context(contextlib.closing(DiskTransport(self.rollout, self.device, (root / "a", root / "b"))))
 
     def _attempt(
         self, gather: Gather, version: int, changed: frozenset[str] | None, lacking: bool, phases: dict[str, float]

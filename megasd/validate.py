@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from megasd.config import LOOPBACK, Config, ConfigError, check_values, samples_per_step
 
-MODEL_TYPES = ("qwen3", "qwen3_moe")
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "olmo2", "olmo3")  # those of weights/families.py
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 RUN_FILES = ("config.yaml", "metrics.jsonl", "rollouts", "checkpoints")  # any of these in run.dir: it holds a run
 
@@ -179,7 +179,12 @@ def _check_model(config: Config) -> None:
     divides("tensor_model_parallel_size", tensor, "num_attention_heads", *split)
     if is_moe and tensor > 1 and not actor.sequence_parallel:
         raise ConfigError("actor.sequence_parallel: Megatron trains a mixture of experts under TP only with it; set it to true")
-    groups = number("num_key_value_heads")
+    groups = number("num_key_value_heads" if model.get("num_key_value_heads") is not None else "num_attention_heads")
+    if model_type in ("olmo2", "olmo3") and groups % tensor:
+        raise ConfigError(
+            f"actor.tensor_model_parallel_size={tensor}: {directory} normalises all key heads together, so it must divide "
+            f"num_key_value_heads={groups}; choose a divisor"
+        )
     if groups % tensor and tensor % groups:
         raise ConfigError(
             f"actor.tensor_model_parallel_size={tensor}: is neither a divisor nor a multiple of num_key_value_heads={groups} of "

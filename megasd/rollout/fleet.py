@@ -172,7 +172,7 @@ class Fleet:
             raise
 
     async def _push(self) -> None:
-        await asyncio.gather(*(self._push_to(engine) for engine in self.engines))
+        await _together([self._push_to(engine) for engine in self.engines])
         if not any(engine.up for engine in self.engines):
             raise self._no_engine("after a push")
 
@@ -210,39 +210,24 @@ class Fleet:
             while any(engine.in_flight for engine in self._updating):
                 await asyncio.sleep(0.01)
         mode = "abort" if in_flight == "abort" else "retract"
-        await asyncio.gather(*(engine.enter_update(version, mode) for engine in self._updating))
+        await _together([engine.enter_update(version, mode) for engine in self._updating])
 
     def update(self, path: str, bodies: Sequence[dict[str, Any]]) -> concurrent.futures.Future[None]:
         """POST one body to each engine of the open update; the future fails with EngineError (refused) or Unreachable."""
 
-        async def send() -> None:
-            answers = await asyncio.gather(
-                *(e.update_weights(path, body) for e, body in zip(self._updating, bodies, strict=True)), return_exceptions=True
-            )
-            for error in answers:
-                if isinstance(error, BaseException):
-                    raise error
-
-        return self._submit(send())
+        return self._submit(_together([e.update_weights(path, body) for e, body in zip(self._updating, bodies, strict=True)]))
 
     def close_update(self, version: int) -> None:
         """End the session, see that each engine names `version`, let it go on. The engines hold `version` from here on."""
 
-        async def close() -> None:
-            await asyncio.gather(*(engine.leave_update(version) for engine in self._updating))
-
-        self._call(close())
+        self._call(_together([engine.leave_update(version) for engine in self._updating]))
         self._directory, self.version, self._open, self._updating = None, version, True, []
 
     def leave_group(self, name: str) -> None:
         """Engines that are left drop a process group."""
 
-        async def leave() -> None:
-            await asyncio.gather(
-                *(e.update_weights("/destroy_weights_update_group", {"group_name": name}) for e in self.engines if e.alive)
-            )
-
-        self._call(leave())
+        body = {"group_name": name}
+        self._call(_together([e.update_weights("/destroy_weights_update_group", body) for e in self.engines if e.alive]))
 
     def restamp(self, version: int) -> None:
         """The weights of `version` are those that the engines hold already: only the stamp changes."""
@@ -263,10 +248,7 @@ class Fleet:
     def release(self) -> None:
         """Have idle engines of ours free the memory of weights and KV cache (colocation on a GPU); they sample again after a push."""
 
-        async def release() -> None:
-            await asyncio.gather(*(engine.release() for engine in self.engines if engine.owned and engine.alive))
-
-        self._call(release())
+        self._call(_together([engine.release() for engine in self.engines if engine.owned and engine.alive]))
 
     def distrust(self) -> None:
         """The engines were found to hold something else than was sent: they are not asked for samples before the next push."""
@@ -383,3 +365,10 @@ class Fleet:
 
     async def _back_off(self, attempt: int) -> None:
         await asyncio.sleep(min(0.1 * 2**attempt, 5.0) * self._random.uniform(0.5, 1.0))
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run them at once, each to its end; then raise the first error. What one engine does must not be cut short by another's failure."""
+    for result in await asyncio.gather(*coroutines, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

@@ -64,13 +64,14 @@ class DiskTransport:
 
     name = "disk"
 
-    def __init__(self, fleet: Fleet, directories: tuple[Path, Path]) -> None:
-        self.fleet, self.model_path, self.directories = fleet, Path(fleet.model_path), directories
+    def __init__(self, fleet: Fleet, device: torch.device, directories: tuple[Path, Path]) -> None:
+        self.fleet, self.model_path, self.device, self.directories = fleet, Path(fleet.model_path), device, directories
+        self._host: Tensor | None = None  # pinned, so that a GPU's buckets come at the speed of the link
         self._turn = 0
         self._file: io.BufferedWriter | None = None
 
     def make_buffer(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def begin(self, plan: Plan, version: int, *, lacking: bool = False) -> None:
         """Write config.json and the file's header: a bucket is a stretch of the data section, so nothing is known too late."""
@@ -94,7 +95,11 @@ class DiskTransport:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def send(self, bucket: Bucket, flat: Tensor, *, last: bool) -> Sent:
-        view = memoryview(flat.cpu().numpy())
+        if flat.is_cuda:
+            if self._host is None or self._host.numel() < flat.numel():
+                self._host = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+            flat = self._host[: flat.numel()].copy_(flat)
+        view = memoryview(flat.numpy())
         while view:  # an unbuffered write may be partial
             view = view[self._file.write(view) :]
         return Done()

@@ -101,14 +101,16 @@ class Gather:
         if self.rank == self.destination:
             for owner, pieces in by_owner.items():
                 if owner != self.rank:
-                    slot.incoming[owner] = _room(slot.incoming.get(owner), _message_bytes(pieces), self.device)
-                    operations.append(dist.P2POp(dist.irecv, slot.incoming[owner], owner))
+                    nbytes = _message_bytes(pieces)
+                    slot.incoming[owner] = _room(slot.incoming.get(owner), nbytes, self.device)
+                    operations.append(dist.P2POp(dist.irecv, slot.incoming[owner][:nbytes], owner))
         elif self.rank in by_owner:
             pieces = by_owner[self.rank]
-            slot.outgoing = _room(slot.outgoing, _message_bytes(pieces), self.device)
+            nbytes = _message_bytes(pieces)
+            slot.outgoing = _room(slot.outgoing, nbytes, self.device)
             for (param, _), view in zip(pieces, _views(slot.outgoing, pieces), strict=True):
                 view.copy_(plain(self.params[param.name]))
-            operations.append(dist.P2POp(dist.isend, slot.outgoing, self.destination))
+            operations.append(dist.P2POp(dist.isend, slot.outgoing[:nbytes], self.destination))
         slot.works = dist.batch_isend_irecv(operations) if operations else []
 
     @torch.no_grad()
@@ -160,7 +162,5 @@ def _views(message: Tensor, pieces: Sequence[tuple[Param, Piece]]) -> Iterator[T
 
 
 def _room(kept: Tensor | None, nbytes: int, device: torch.device) -> Tensor:
-    """A message buffer of this length, cut from one that is kept."""
-    if kept is None or kept.untyped_storage().nbytes() < nbytes:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(kept.untyped_storage(), 0, (nbytes,))
+    """The kept buffer if it is long enough, else a new one."""
+    return kept if kept is not None and kept.numel() >= nbytes else torch.empty(nbytes, dtype=torch.uint8, device=device)

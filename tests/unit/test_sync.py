@@ -117,7 +117,7 @@ class Engines:
 def test_the_file_of_a_push_is_a_safetensors_file_and_two_take_turns(dense: Path, tmp_path: Path) -> None:
     fleet, params = Engines(dense), loaded(dense)
     gather = Gather(plan_of(params, read_hf_config(dense), bucket_bytes=7000, dtype=torch.bfloat16), params)
-    transport = DiskTransport(fleet, (tmp_path / "a", tmp_path / "b"))
+    transport = DiskTransport(fleet, torch.device("cpu"), (tmp_path / "a", tmp_path / "b"))
     for version, directory in enumerate(("a", "b", "a")):
         transport.begin(gather.plan, version)
         for bucket, flat in gather.replay():
