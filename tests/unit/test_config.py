@@ -245,7 +245,8 @@ def test_torchrun_world_size_against_config(tmp_path):
 
 
 BAD_MODELS = [
-    ({"model_type": "llama"}, [], "says model_type='llama'; supported are qwen3, qwen3_moe"),
+    ({"model_type": "gpt2"}, [], "says model_type='gpt2'; supported are qwen2, qwen3, qwen3_moe, llama"),
+    ({"model_type": "olmo2"}, [f"{TP}=8"], "normalises all key heads together"),
     ({"num_attention_heads": None}, [], "num_attention_heads must be a positive integer, not None"),
     ({"num_key_value_heads": 3}, [f"{TP}=2"], "is neither a divisor nor a multiple of num_key_value_heads=3"),
     ({"intermediate_size": 63}, [f"{TP}=2"], f"{TP}=2: does not divide intermediate_size=63"),

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megasd.types import UserError
+from megasd.validate import MODEL_TYPES
 from megasd.weights import families, mapping
 from megasd.weights.families import config_from_hf
 from megasd.weights.files import read_hf_config
@@ -304,6 +305,10 @@ def test_fp8_parameters_are_loaded_whole_and_exported_dequantised(tmp_path: Path
 
 
 # ---- what is refused ----
+
+
+def test_the_command_line_knows_the_same_families() -> None:
+    assert set(MODEL_TYPES) == set(families.MODULES)
 
 
 @pytest.mark.parametrize(
