@@ -17,7 +17,8 @@ from megasd.weights.files import Source, read_hf_config
 from megasd.weights.table import Table
 
 
-def _check_names(names: Iterable[str], table: Table, where: Path) -> None:
+def check_names(names: Iterable[str], table: Table, where: Path) -> None:
+    """UserError for a tensor of the model that is not among `names`, or one of `names` that the model has not. `where`: for the message."""
     expected, found = table.expected_tensors(), set(names)
     for name in expected:
         if name not in found:
@@ -45,7 +46,7 @@ def check_hf(hf_dir: str | os.PathLike[str]) -> None:
         raise UserError(f"{hf_dir}/{error}") from error
     with ExitStack() as stack:
         checkpoint = Source(hf_dir, stack)
-        _check_names(checkpoint.file_of, table, hf_dir)
+        check_names(checkpoint.file_of, table, hf_dir)
         for name, shape in table.expected_tensors().items():
             checkpoint.slice(name, shape)
 
@@ -86,7 +87,7 @@ def load_hf(
     _check_whole_layers(params, table, range(ep_rank * local_experts, (ep_rank + 1) * local_experts))
     with ExitStack() as stack:
         source = Source(hf_dir, stack)
-        _check_names(source.file_of, table, hf_dir)
+        check_names(source.file_of, table, hf_dir)
         plan = []
         for name, param in params.items():
             rule, shape = table.rule(name), tuple(param.shape)

@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -82,7 +83,9 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _DTYPES[name]
         if (module, name) == ("torch.serialization", "_get_layout"):
             return str
-        raise UserError(f"{self.path}: holds {module}.{name}, which no checkpoint needs; it was refused, do not load this directory elsewhere")
+        raise UserError(
+            f"{self.path}: holds {module}.{name}, which no checkpoint needs; it was refused, do not load this directory elsewhere"
+        )
 
 
 class _ChunkUnpickler(pickle.Unpickler):
@@ -147,6 +150,7 @@ class GlobalTensor:
     dtype: torch.dtype
     shape: Shape
     chunks: list[Chunk]
+    by_prefix: dict[Shape, list[Chunk]] | None = None  # of those that a layer (and expert) has
 
 
 class TorchDist:
@@ -248,17 +252,22 @@ class TorchDist:
         UserError when the chunks do not cover them, or cover them twice.
         """
         tensor, depth = self.tensors[key], len(prefix)
+        if tensor.by_prefix is None:
+            tensor.by_prefix = {}
+            for chunk in tensor.chunks:
+                ranges = (range(low, low + size) for low, size in zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True))
+                for index in product(*ranges):
+                    tensor.by_prefix.setdefault(index, []).append(chunk)
         out = torch.empty((stop - start, *tensor.shape[depth + 1 :]), dtype=tensor.dtype)
         covered = 0
-        for chunk in tensor.chunks:
-            inside = [index - offset for index, offset in zip(prefix, chunk.offsets, strict=False)]
+        for chunk in tensor.by_prefix.get(tuple(prefix), []):
             first, last = max(start, chunk.offsets[depth]), min(stop, chunk.offsets[depth] + chunk.sizes[depth])
-            if first >= last or not all(0 <= index < size for index, size in zip(inside, chunk.sizes, strict=False)):
+            if first >= last:
                 continue
             row = prod(chunk.sizes[depth + 1 :])
             position = 0  # of the prefix, in tensors
-            for index, size in zip(inside, chunk.sizes, strict=False):
-                position = position * size + index
+            for index, low, size in zip(prefix, chunk.offsets, chunk.sizes, strict=False):
+                position = position * size + index - low
             element = (position * chunk.sizes[depth] + first - chunk.offsets[depth]) * row
             target = out[first - start : last - start]
             for dim, (offset, size) in enumerate(zip(chunk.offsets[depth + 1 :], chunk.sizes[depth + 1 :], strict=True), start=1):
@@ -313,7 +322,11 @@ def no_extra_state() -> bytes:
 
 
 def write_metadata(
-    directory: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]], items: Mapping[str, list[Item]], objects: Mapping[str, Item], file: str
+    directory: Path,
+    tensors: Mapping[str, tuple[torch.dtype, Shape]],
+    items: Mapping[str, list[Item]],
+    objects: Mapping[str, Item],
+    file: str,
 ) -> None:
     """`.metadata`, common.pt and metadata.json. `items`: chunks by file name; `objects`: by their unique keys, all in `file`."""
     from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
