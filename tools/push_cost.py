@@ -1,0 +1,206 @@
+"""Push cost at 8B, 32B and 70B on H100 nodes, by layout and link: a markdown table, computed from the plan of weights/plan.py.
+
+    python tools/push_cost.py                                # the table of benchmarks/README.md
+    python tools/push_cost.py --models Qwen2.5-72B --actors 8x2@32 --engine-tp 8
+
+An actor TPxPP@GPUs fills its GPUs with data-parallel copies, Megatron's order (tensor parallel innermost, pipeline outermost), 8 GPUs a
+node. The bytes are exact: the plan says which rank owns which piece. The seconds are nominal bandwidths times one efficiency, both below;
+NOTHING HERE WAS MEASURED ON A GPU.
+
+    gather = own / (HBM / 2) + other / (HBM / 2) + same_node / NVLINK + other_nodes / IB      into rank 0, one bucket after another
+    colocated = bytes that other GPUs read of rank 0's / NVLINK (or, where more, one engine rank's copy / (HBM / 2))
+    group     = model / NVLINK or model / IB       one broadcast, pipelined: every engine rank receives the whole model
+    disk      = model / PCIE + model / WRITE, then model / READ + model / PCIE
+    seconds   = FIXED + buckets * REQUEST + max(gather, send) + min(gather, send) / buckets    buckets overlap; a file is loaded afterwards
+
+"/ (HBM / 2)": a copy reads and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megasd.weights import families, mapping
+from megasd.weights.plan import Holding, Plan, make_plan
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
+GPUS = 8  # of a node
+# Bytes per second, nominal, one direction.
+HBM = 3.35e12  # H100 SXM5 80 GB, HBM3 (NVIDIA H100 datasheet: 3.35 TB/s)
+NVLINK = 450e9  # NVLink 4 through NVSwitch, per GPU and direction (datasheet: 900 GB/s both directions)
+IB = 50e9  # InfiniBand NDR, 400 Gb/s, one adapter per GPU (DGX H100 user guide: 8 ConnectX-7)
+PCIE = 64e9  # PCIe 5.0 x16 per direction (DGX H100 user guide); before 128b/130b encoding's 1.5 %
+WRITE, READ = 5e9, 7e9  # one PCIe 4 NVMe drive, sequential (typical data-centre drive's data sheet; a DGX H100 stripes 8 of them)
+MEMORY = 10e9  # one thread's write into /dev/shm: an assumption (a core of this repository's CPU records: see benchmarks/README.md)
+EFFICIENCY = 0.75  # of every nominal bandwidth: an assumption
+REQUEST = 0.005  # seconds of one HTTP request to SGLang and back, per bucket: seen on a CPU
+FIXED = 0.05  # seconds to pause, open the session, close it, stamp and continue: seen on a CPU
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An actor: tensor- and pipeline-parallel sizes, and the GPUs it fills with data-parallel copies."""
+
+    tp: int
+    pp: int
+    gpus: int
+
+    def rank(self, stage: int, tp_rank: int) -> int:
+        """World rank in the first data-parallel copy."""
+        return stage * (self.gpus // self.pp) + tp_rank
+
+    @staticmethod
+    def parse(text: str) -> Layout:
+        """ "4x2@16" -> Layout(4, 2, 16)."""
+        sizes, _, gpus = text.partition("@")
+        tp, _, pp = sizes.partition("x")
+        layout = Layout(int(tp), int(pp or 1), int(gpus or GPUS))
+        if layout.gpus % (layout.tp * layout.pp):
+            raise ValueError(f"{text}: {layout.gpus} GPUs are no multiple of {layout.tp} x {layout.pp}")
+        return layout
+
+    def __str__(self) -> str:
+        return f"TP{self.tp} PP{self.pp} DP{self.gpus // self.tp // self.pp}, {-(-self.gpus // GPUS)} node{'s' * (self.gpus > GPUS)}"
+
+
+@dataclass(frozen=True)
+class Received:
+    """Bytes that rank 0 puts together, by where they come from."""
+
+    own: int
+    same_node: int
+    other_nodes: int
+
+    @property
+    def total(self) -> int:
+        return self.own + self.same_node + self.other_nodes
+
+
+def holdings(hf: Mapping[str, Any], layout: Layout) -> Iterator[Holding]:
+    """What the ranks of the first data-parallel copy hold: layers in equal stages, bfloat16."""
+    table = families.table(hf)
+    if table.num_layers % layout.pp:
+        raise ValueError(f"{table.num_layers} layers in {layout.pp} stages: not equal")
+    per_stage = table.num_layers // layout.pp
+    for stage in range(layout.pp):
+        names = [name for name in table.names() if _stage(name, per_stage, layout.pp) == stage]
+        for tp_rank in range(layout.tp):
+            params = {}
+            for name in names:
+                rule = table.rule(name)
+                shapes = tuple(rule.parts.values())
+                rows = mapping.padded_vocab_size(shapes[0][0], 128, layout.tp) // layout.tp
+                more = {"rows": rows} if rule.layout is mapping.vocab else {}
+                params[name] = (rule.layout(shapes, tp_rank, layout.tp, **more).shape, torch.bfloat16)
+            yield Holding(layout.rank(stage, tp_rank), tp_rank, layout.tp, 1, params)
+
+
+def _stage(name: str, per_stage: int, stages: int) -> int:
+    if name.startswith("decoder.layers."):
+        return int(name.split(".")[2]) // per_stage
+    return 0 if name.startswith("embedding.") else stages - 1
+
+
+def received(plan: Plan) -> Received:
+    """What reaches rank 0, padding of the vocabulary included, since shards travel whole."""
+    found = [0, 0, 0]
+    for bucket in plan.buckets:
+        for param in bucket.params:
+            for piece in param.pieces:
+                where = 0 if piece.owner == 0 else 1 if piece.owner < GPUS else 2
+                found[where] += torch.Size(piece.layout.shape).numel() * param.dtype.itemsize
+    return Received(*found)
+
+
+def gather_seconds(bytes_: Received) -> float:
+    """Rank 0 copies its own and what it received into the bucket, and takes in the rest over NVLink and its InfiniBand adapter."""
+    return (bytes_.total / (HBM / 2) + bytes_.same_node / NVLINK + bytes_.other_nodes / IB) / EFFICIENCY
+
+
+def ipc_seconds(nbytes: int, engine_tp: int, engines: int) -> float:
+    """The engines of rank 0's node each read their shards of rank 0's buffer: all but the one that shares its GPU over NVLink."""
+    remote = nbytes * engines - nbytes // engine_tp
+    return max(remote / NVLINK, nbytes / engine_tp / (HBM / 2)) / EFFICIENCY
+
+
+def group_seconds(nbytes: int, link: float, engine_tp: int) -> float:
+    """A pipelined broadcast, then each engine rank's copy of its shard out of the bucket."""
+    return (nbytes / link + nbytes / engine_tp / (HBM / 2)) / EFFICIENCY
+
+
+def disk_seconds(nbytes: int, write: float, read: float) -> tuple[float, float]:
+    """(rank 0 to the file, the file to the engine)."""
+    return (nbytes / PCIE + nbytes / write) / EFFICIENCY, (nbytes / PCIE + nbytes / read) / EFFICIENCY
+
+
+def push_seconds(gather: float, send: float, buckets: int, after: float = 0.0) -> float:
+    """Buckets are sent while the next is put together."""
+    return FIXED + buckets * REQUEST + max(gather, send) + min(gather, send) / buckets + after
+
+
+def row(model: str, layout: Layout, engine_tp: int, bucket_mib: int) -> dict[str, Any]:
+    """One actor and engines of one size on as many GPUs."""
+    hf = json.loads((CONFIGS / f"{model}.json").read_text())
+    plan = make_plan(families.table(hf), list(holdings(hf, layout)), bucket_bytes=bucket_mib << 20)
+    bytes_, buckets = received(plan), len(plan.buckets)
+    gather, engines = gather_seconds(bytes_), GPUS // engine_tp
+    memory, disk = disk_seconds(plan.nbytes, MEMORY, MEMORY), disk_seconds(plan.nbytes, WRITE, READ)
+    return {
+        "model": model,
+        "actor": str(layout),
+        "engine": f"TP{engine_tp}",
+        "GB": plan.nbytes / 1e9,
+        "buckets": buckets,
+        "from NVLink GB": bytes_.same_node / 1e9,
+        "from IB GB": bytes_.other_nodes / 1e9,
+        "gather s": gather,
+        "colocated, IPC s": push_seconds(gather, ipc_seconds(plan.nbytes, engine_tp, engines), buckets),
+        "group, NVLink s": push_seconds(gather, group_seconds(plan.nbytes, NVLINK, engine_tp), buckets),
+        "group, IB s": push_seconds(gather, group_seconds(plan.nbytes, IB, engine_tp), buckets),
+        "disk, shm s": push_seconds(gather, memory[0], buckets, memory[1]),
+        "disk, NVMe s": push_seconds(gather, disk[0], buckets, disk[1]),
+    }
+
+
+DEFAULT = {
+    "Qwen3-8B": (("1x1@8", "2x1@8", "4x2@8", "4x2@16"), 1),
+    "Qwen3-32B": (("8x1@8", "4x2@8", "8x2@16"), 2),
+    "Llama-3.1-70B": (("8x1@8", "8x2@16", "8x4@32"), 8),
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * 3 + "---:|" * (len(rows[0]) - 3)]
+    for row in rows:
+        cells = [f"{v:.2f}" if isinstance(v, float) and v < 10 else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", help="files of configs/model without .json (default: " + " ".join(DEFAULT) + ")")
+    parser.add_argument("--actors", nargs="+", type=Layout.parse, metavar="TPxPP@GPUS")
+    parser.add_argument("--engine-tp", type=int, choices=(1, 2, 4, 8), help="default 1, 2, 8 by model")
+    parser.add_argument("--bucket-mib", type=int, default=256)
+    arguments = parser.parse_args(argv)
+    rows = []
+    for model in arguments.models or DEFAULT:
+        actors, engine_tp = DEFAULT.get(model, (("8x1@8",), 8))
+        for layout in arguments.actors or map(Layout.parse, actors):
+            rows.append(row(model, layout, arguments.engine_tp or engine_tp, arguments.bucket_mib))
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
