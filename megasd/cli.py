@@ -1,6 +1,7 @@
 """The command line: parse, check everything that can be checked without torch, then import the loop.
 
 megasd train CONFIG.yaml... [key=value ...] [--dry-run]
+megasd convert SOURCE TARGET [--dtype DTYPE] [--check] ...
 
 Exit codes: 0 done, 2 refused (one line on stderr), 130 interrupted; anything else is a crash with its traceback.
 """
@@ -46,7 +47,33 @@ def build_parser() -> Parser:
     )
     train.add_argument("items", nargs="*", metavar="CONFIG.yaml|key=value", help="YAML files, and overrides such as optimizer.lr=1e-6")
     train.add_argument("--dry-run", action="store_true", help="check, print the resolved config and the plan, and stop")
+    add_convert(commands)
     return parser
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    """The options of `megasd convert`."""
+    convert = commands.add_parser(
+        "convert",
+        help="convert weights between Hugging Face and Megatron",
+        description="Hugging Face directory -> Megatron checkpoint (torch_dist), or back: a run's <run.dir>/checkpoints/step-<n>, or one "
+        "made here. SOURCE says which. Reads and writes a block at a time; stopped anywhere, the same command goes on.",
+        epilog="There is no --tp, --pp or --ep: a torch_dist checkpoint holds whole tensors, and Megatron cuts them when it loads, for "
+        "any TP, PP, EP and virtual PP. To train from a checkpoint, convert it to Hugging Face and give that as model.path.",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="directory to read")
+    convert.add_argument("target", metavar="TARGET", help="directory to make; appears when whole")
+    convert.add_argument("--to", choices=("megatron", "hf"), help="refuse a SOURCE that is not of the other kind")
+    convert.add_argument(
+        "--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep", help="of what is written (default: keep)"
+    )
+    convert.add_argument("--check", action="store_true", help="read the target back, compare every byte, then logits if the model fits")
+    convert.add_argument("--teacher", action="store_true", help="a run's checkpoint: the teacher's moving average, not the model")
+    convert.add_argument("--hf", metavar="DIR", help="config.json and tokenizer of a Megatron SOURCE that does not lead to them")
+    convert.add_argument("--file-mib", type=int, default=2048, metavar="N", help="size of the files written, about (MiB, default 2048)")
+    convert.add_argument("--overwrite", action="store_true", help="replace TARGET, and drop another conversion's partial files")
+    convert.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinity")
+    convert.add_argument("--allow-pickle", action="store_true", help="take pytorch_model.bin, with torch's weights_only; safetensors else")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized argument {unknown[0]}")
     alone = "RANK" not in os.environ  # a rank that torchrun started leaves it to the agent to say so
     try:
+        if args.command == "convert":
+            return _convert(parser, args, rest)
         return _train(args.items + rest, args.dry_run, argv)  # `rest`: positionals that follow an option
     except UserError as error:
         # Every rank of a machine refuses the same config, and one of them says so; any other error may be one rank's own.
@@ -69,6 +98,18 @@ def main(argv: list[str] | None = None) -> int:
         if alone:
             print("megasd: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def _convert(parser: Parser, args: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        parser.error(f"unrecognized argument {rest[0]}")
+    if args.file_mib < 1:
+        parser.error("argument --file-mib: give 1 or more")
+    _quiet_libraries()
+    from megasd import conversion
+
+    conversion.run(args)
+    return 0
 
 
 def _train(items: list[str], dry_run: bool, argv: list[str]) -> int:

@@ -19,7 +19,7 @@ FLOORS = {
     2: ("loss", "batch", "microbatch"),
     3: ("actor", "rollout"),
     4: ("sync", "evaluate", "launch", "report"),
-    5: ("run", "train", "cli"),
+    5: ("run", "train", "conversion", "cli"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 # The command line reads the rows of the recipes: plain values, no torch.
