@@ -12,7 +12,6 @@ import time
 from megasd.config import Config
 from megasd.report import result_table
 from megasd.run import Run
-from megasd.weights.files import save_hf
 
 
 def main(config: Config) -> None:
@@ -66,11 +65,10 @@ def finish(run: Run, first: int) -> None:
     if (config.checkpoint.save_at_end or _due(config.checkpoint.every, run.step)) and run.step > first:
         run.save()
     after = run.evaluate(run.step)
-    tensors = {name: tensor.cpu().clone() for name, tensor in run.actor.export_hf()} if config.run.export else None
+    if config.run.export:
+        run.actor.export_hf(run.dir / "hf")
     if not run.is_first:
         return
-    if tensors is not None:
-        save_hf(tensors, config.model.path, run.dir / "hf")
     summary = run.summary(after, config.run.steps)
     run.report.close()
     if after is not None and run.before is not None:

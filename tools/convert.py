@@ -32,16 +32,14 @@ def convert(checkpoint: Path, out_dir: Path, overrides: list[str]) -> None:
 
     cpu.install()
     from megasd.actor.actor import Actor
-    from megasd.weights.files import save_hf
 
     device = init_distributed()
     mesh = init_model_parallel(config.actor, device, config.run.seed)
     actor = Actor(config, mesh)
     actor.load(checkpoint)
-    tensors = {name: tensor.cpu().clone() for name, tensor in actor.export_hf()}
+    actor.export_hf(out_dir)
     if mesh.rank == 0:
-        save_hf(tensors, config.model.path, out_dir)
-        print(f"{out_dir}: {len(tensors)} tensors of {checkpoint}")
+        print(f"{out_dir}: weights of {checkpoint}")
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout, fus
 from megasd.ops.readout import Readout, ReadoutSpec
 from megasd.weights import families
 from megasd.weights.export import BUCKET_BYTES, export_hf, plan_of
-from megasd.weights.files import read_hf_config
+from megasd.weights.files import HFWriter, read_hf_config
 from megasd.weights.gather import Gather
 from megasd.weights.load import load_hf
 from megasd.weights.table import global_params
@@ -335,12 +335,16 @@ class Actor:
         )
         return Gather(plan, params, rank=mesh.rank, device=mesh.device, make_buffer=make_buffer)
 
-    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of every Hugging Face tensor, one after another, on world rank 0; nothing elsewhere. Every rank runs it out.
-
-        A value is overwritten two buckets later. Collectives: the plan's exchange, the gather's messages.
-        """
-        return export_hf(self.gather())
+    def export_hf(self, out_dir: Path) -> None:
+        """Write a Hugging Face directory on world rank 0, a bucket at a time. Collectives: the plan's exchange, the gather's messages."""
+        tensors = export_hf(self.gather())
+        if self.mesh.rank != 0:
+            for _ in tensors:  # gives its pieces
+                pass
+            return
+        with HFWriter(out_dir, self.config.model.path) as writer:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
 
     def save(self, directory: Path, step: int, state: dict) -> Path:
         """Checkpoint model, optimizer, teacher, schedule and RNG as `<directory>/step-<step>`; see checkpoint.py."""
