@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -74,9 +75,10 @@ def run_layout(layout: str, job: dict[str, Any], directory: Path) -> list[dict[s
             [*torchrun, str(ROOT / "tools" / "bench_sync_rank.py"), str(path)], env=environment, stdout=file, stderr=subprocess.STDOUT
         )
     if done.returncode or not out.is_file():
-        tail = "\n".join(log.read_text().splitlines()[-15:])
-        print(tail, file=sys.stderr)
-        return [{"layout": layout, "transport": name, "verified": False, "error": f"exit {done.returncode}"} for name in job["transports"]]
+        print("\n".join(log.read_text().splitlines()[-60:]), file=sys.stderr)
+        words = re.findall(r"^(?:\[rank\d\]: )?(\w*(?:Error|Exception)\b.*)", log.read_text(), re.MULTILINE)
+        error = f"exit {done.returncode}: {words[0] if words else 'see above'}"
+        return [{"layout": layout, "transport": name, "verified": False, "error": error} for name in job["transports"]]
     return json.loads(out.read_text())
 
 

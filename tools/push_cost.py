@@ -7,13 +7,16 @@ An actor TPxPP@GPUs fills its GPUs with data-parallel copies, Megatron's order (
 node. The bytes are exact: the plan says which rank owns which piece. The seconds are nominal bandwidths times one efficiency, both below;
 NOTHING HERE WAS MEASURED ON A GPU.
 
-    gather = own / (HBM / 2) + other / (HBM / 2) + same_node / NVLINK + other_nodes / IB      into rank 0, one bucket after another
-    colocated = bytes that other GPUs read of rank 0's / NVLINK (or, where more, one engine rank's copy / (HBM / 2))
-    group     = model / NVLINK or model / IB       one broadcast, pipelined: every engine rank receives the whole model
-    disk      = model / PCIE + model / WRITE, then model / READ + model / PCIE
-    seconds   = FIXED + buckets * REQUEST + max(gather, send) + min(gather, send) / buckets    buckets overlap; a file is loaded afterwards
+    gather    = (model / COPY + same_node / NVLINK + other_nodes / IB) / EFFICIENCY    into rank 0, which copies all of it into buckets
+    colocated = max(others / NVLINK, model / engine_tp / COPY) / EFFICIENCY            others: what other GPUs read of rank 0's buffers
+    group     = (model / link + model / engine_tp / COPY) / EFFICIENCY                 one broadcast, pipelined: every engine rank gets all
+    disk      = model / pcie + model / write                                           pcie = PCIE * EFFICIENCY
+    after     = model / read + model / engine_tp / pcie                                disk only: the engine loads the whole file
+    seconds   = FIXED + buckets * REQUEST + max(gather, send) + min(gather, send) / buckets + after
 
-"/ (HBM / 2)": a copy reads and writes.
+COPY = HBM / 2, a read and a write. Colocated: engines that fill rank 0's node, each of which reads the whole model; another node's cannot
+map its memory. Group over NVLINK: engines have other GPUs of rank 0's node (NCCL refuses to share one); over IB: other nodes.
+Disk: an engine of rank 0's node.
 """
 
 from __future__ import annotations
@@ -38,11 +41,12 @@ HBM = 3.35e12  # H100 SXM5 80 GB, HBM3 (NVIDIA H100 datasheet: 3.35 TB/s)
 NVLINK = 450e9  # NVLink 4 through NVSwitch, per GPU and direction (datasheet: 900 GB/s both directions)
 IB = 50e9  # InfiniBand NDR, 400 Gb/s, one adapter per GPU (DGX H100 user guide: 8 ConnectX-7)
 PCIE = 64e9  # PCIe 5.0 x16 per direction (DGX H100 user guide); before 128b/130b encoding's 1.5 %
-WRITE, READ = 5e9, 7e9  # one PCIe 4 NVMe drive, sequential (typical data-centre drive's data sheet; a DGX H100 stripes 8 of them)
-MEMORY = 10e9  # one thread's write into /dev/shm: an assumption (a core of this repository's CPU records: see benchmarks/README.md)
-EFFICIENCY = 0.75  # of every nominal bandwidth: an assumption
-REQUEST = 0.005  # seconds of one HTTP request to SGLang and back, per bucket: seen on a CPU
-FIXED = 0.05  # seconds to pause, open the session, close it, stamp and continue: seen on a CPU
+NVME_WRITE, NVME_READ = 4e9, 6.5e9  # one PCIe 4 x4 drive, sequential (data sheets of data-centre drives: 4 to 7 GB/s)
+EFFICIENCY = 0.75  # of every nominal bandwidth above: an assumption
+# Seen on a CPU (tools/bench_sync.py), not on such a node.
+SHM_WRITE, SHM_READ = 2.2e9, 3.5e9  # one thread, fresh pages of /dev/shm; SGLang's loader out of them
+REQUEST = 0.008  # seconds of one update request to SGLang, whatever it carries
+FIXED = 0.02  # seconds to pause, open the session, close it, stamp and continue
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,10 @@ def group_seconds(nbytes: int, link: float, engine_tp: int) -> float:
     return (nbytes / link + nbytes / engine_tp / (HBM / 2)) / EFFICIENCY
 
 
-def disk_seconds(nbytes: int, write: float, read: float) -> tuple[float, float]:
-    """(rank 0 to the file, the file to the engine)."""
-    return (nbytes / PCIE + nbytes / write) / EFFICIENCY, (nbytes / PCIE + nbytes / read) / EFFICIENCY
+def disk_seconds(nbytes: int, engine_tp: int, write: float, read: float) -> tuple[float, float]:
+    """(rank 0 to the file, the file to the engine's GPUs); `write`, `read`: bytes per second that are really had."""
+    pcie = PCIE * EFFICIENCY
+    return nbytes / pcie + nbytes / write, nbytes / read + nbytes / engine_tp / pcie
 
 
 def push_seconds(gather: float, send: float, buckets: int, after: float = 0.0) -> float:
@@ -152,7 +157,8 @@ def row(model: str, layout: Layout, engine_tp: int, bucket_mib: int) -> dict[str
     plan = make_plan(families.table(hf), list(holdings(hf, layout)), bucket_bytes=bucket_mib << 20)
     bytes_, buckets = received(plan), len(plan.buckets)
     gather, engines = gather_seconds(bytes_), GPUS // engine_tp
-    memory, disk = disk_seconds(plan.nbytes, MEMORY, MEMORY), disk_seconds(plan.nbytes, WRITE, READ)
+    memory = disk_seconds(plan.nbytes, engine_tp, SHM_WRITE, SHM_READ)
+    drive = disk_seconds(plan.nbytes, engine_tp, NVME_WRITE * EFFICIENCY, NVME_READ * EFFICIENCY)
     return {
         "model": model,
         "actor": str(layout),
@@ -166,7 +172,7 @@ def row(model: str, layout: Layout, engine_tp: int, bucket_mib: int) -> dict[str
         "group, NVLink s": push_seconds(gather, group_seconds(plan.nbytes, NVLINK, engine_tp), buckets),
         "group, IB s": push_seconds(gather, group_seconds(plan.nbytes, IB, engine_tp), buckets),
         "disk, shm s": push_seconds(gather, memory[0], buckets, memory[1]),
-        "disk, NVMe s": push_seconds(gather, disk[0], buckets, disk[1]),
+        "disk, NVMe s": push_seconds(gather, drive[0], buckets, drive[1]),
     }
 
 
