@@ -204,12 +204,33 @@ def _check_model(config: Config) -> None:
             f"rollout.max_response_tokens={rollout.max_response_tokens}: with rollout.max_prompt_tokens={rollout.max_prompt_tokens} a "
             f"sequence takes {total} tokens (padded to {multiple}), above max_position_embeddings={limit} of the model; lower one"
         )
+    _check_engine_reads(model, directory, max(total, rollout.max_prompt_tokens + (config.evaluation.max_response_tokens or 0)))
     evaluated = config.evaluation.max_response_tokens
     if evaluated and rollout.max_prompt_tokens + evaluated > limit:
         raise ConfigError(
             f"evaluation.max_response_tokens={evaluated}: with rollout.max_prompt_tokens={rollout.max_prompt_tokens} it exceeds "
             f"max_position_embeddings={limit} of the model; lower it"
         )
+
+
+def _check_engine_reads(model: dict[str, Any], directory: Path, tokens: int) -> None:
+    """Refuse what SGLang 0.5.23 serves as another model without a word (seen on the CPU, log-probs against transformers)."""
+    where = f"model.path: {directory}/config.json"
+    window, new, old = model.get("sliding_window"), model.get("rope_parameters") or {}, model.get("rope_scaling") or {}
+    if model.get("model_type") == "mistral" and window is not None and tokens > window:
+        raise ConfigError(
+            f"{where}: sliding_window={window}, which SGLang does not apply to Mistral; keep rollout.max_prompt_tokens + "
+            f"max_response_tokens ({tokens}) within it, or take a model without one"
+        )
+    if any(isinstance(value, dict) for value in new.values()):
+        raise ConfigError(
+            f"{where}: rope_parameters by layer type, which SGLang does not read; write rope_theta and rope_scaling instead, as published"
+        )
+    rope = new or old
+    factor, given = rope.get("factor") or 1.0, rope.get("attention_factor")
+    default = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    if rope.get("rope_type", rope.get("type")) == "yarn" and given is not None and not math.isclose(given, default, rel_tol=1e-6):
+        raise ConfigError(f"{where}: attention_factor={given}, of which SGLang knows only the default {default:.6g} for factor={factor}")
 
 
 def _check_weight_files(directory: Path) -> None:

@@ -247,6 +247,9 @@ def test_torchrun_world_size_against_config(tmp_path):
 BAD_MODELS = [
     ({"model_type": "gpt2"}, [], "says model_type='gpt2'; supported are qwen2, qwen3, qwen3_moe, llama"),
     ({"model_type": "olmo2"}, [f"{TP}=8"], "normalises all key heads together"),
+    ({"model_type": "mistral", "sliding_window": 64}, [], "sliding_window=64, which SGLang does not apply"),
+    ({"model_type": "olmo3", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, [], "rope_parameters by layer type"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.3}}, [], "attention_factor=1.3, of which SGLang knows only"),
     ({"num_attention_heads": None}, [], "num_attention_heads must be a positive integer, not None"),
     ({"num_key_value_heads": 3}, [f"{TP}=2"], "is neither a divisor nor a multiple of num_key_value_heads=3"),
     ({"intermediate_size": 63}, [f"{TP}=2"], f"{TP}=2: does not divide intermediate_size=63"),
@@ -258,6 +261,14 @@ BAD_MODELS = [
 @pytest.mark.parametrize("model, overrides, expected", BAD_MODELS, ids=[str(m) for m, _, _ in BAD_MODELS])
 def test_bad_model(model, overrides, expected, tmp_path):
     assert expected in refusal(tmp_path, *overrides, call=check, **model)
+
+
+def test_what_engines_read_passes(tmp_path):
+    published = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836}
+    for number, changes in enumerate(
+        ({"model_type": "mistral", "sliding_window": 4096}, {"model_type": "olmo3", "rope_scaling": published})
+    ):
+        check(tmp_path / str(number), **changes)
 
 
 def test_model_files(tmp_path):
