@@ -93,11 +93,12 @@ def change(actor: Actor, number: int) -> None:
 
 
 def check(actor: Actor, rollout: Rollout | None, hf: dict[str, Any]) -> str | None:
-    """What rank 0 finds different in the engines, which an unverified push wrote. Collective: the gather's messages."""
+    """What rank 0 finds different in the engines, which an unverified push wrote. Collective: a gather of its own."""
     followed = {} if rollout is None else {size: EngineWeights(hf, size) for size in {engine.tp_size for engine in rollout.engines}}
-    for name, tensor in actor.export_hf():
+    for bucket, flat in actor.gather().replay():
         for weights in followed.values():
-            weights.feed(name, tensor)
+            for name, tensor in bucket.views(flat).items():
+                weights.feed(name, tensor)
     if rollout is None:
         return None
     for url, ranks in rollout.checksums().items():
