@@ -164,6 +164,7 @@ def measure(
         "floor": floor_seconds,
         "ratio_to_copy_and_write": seconds / (floor_seconds["copy_warm"] + floor_seconds["write_memory"]),
         "ratio_to_cold_copy_and_write": seconds / (floor_seconds["copy_cold"] + floor_seconds["write_memory"]),
+        "ratio_to_copy_and_disk_write": seconds / (floor_seconds["copy_warm"] + floor_seconds["write_disk"]),
         "phases": phases(middle(pushes[1:])),
         "engine_seconds": middle(asked[1:]),
         "first_seconds": pushes[0]["sync/seconds"],
