@@ -38,13 +38,18 @@ class Sink:
     def __init__(self, file: Any, advance: Callable[[int], None]) -> None:
         self.file, self.advance, self.nbytes, self.crc = file, advance, 0, 0
         self.record: dict[str, Any] = {}  # what else its record shall say
+        self.error: OSError | None = None  # torch.save turns it into an error of its own
 
     def write(self, data: bytes | memoryview) -> int:
         data = memoryview(data).cast("B")
         self.crc = zlib.crc32(data, self.crc)
         self.nbytes += len(data)
         self.advance(len(data))
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         return len(data)
 
     def flush(self) -> None:
@@ -124,7 +129,7 @@ class Work:
     @contextmanager
     def file(self, name: str) -> Iterator[Sink]:
         """Write one file. It appears under its name, with its record, when the block ends without an error."""
-        path, beside = self.partial / name, self.partial / f"{name}.tmp"
+        path, beside, sink = self.partial / name, self.partial / f"{name}.tmp", None
         try:
             with beside.open("wb") as file:
                 sink = Sink(file, self.advance)
@@ -136,7 +141,10 @@ class Work:
             record = {"bytes": sink.nbytes, "crc32": sink.crc, **sink.record}
             _write(self.partial / ".done" / f"{name}.json", record)
             self.records[name] = json.loads(json.dumps(record))
-        except OSError as error:
+        except (OSError, RuntimeError) as caught:
+            error = caught if sink is None or sink.error is None else sink.error
+            if not isinstance(error, OSError):
+                raise
             beside.unlink(missing_ok=True)
             again = " after making room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise UserError(f"{path}: {error.strerror or error}; the same command{again} goes on from the last whole file") from error
