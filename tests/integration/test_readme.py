@@ -53,8 +53,21 @@ def test_megasd_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     row = json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n"
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text(row)
-    commands = [c for c in COMMANDS if c.startswith("megasd ")]
+    commands = [c for c in COMMANDS if c.startswith("megasd train ")]
     assert commands
     for command in commands:
         assert cli.main(shlex.split(command.replace("/models/Qwen3-8B", str(model)))[1:]) == 0, command
         assert "# ranks " in capsys.readouterr().out
+
+
+def test_megasd_convert_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one reads what the first made in place of a run's checkpoint (tests/unit/test_conversion.py has those)."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_checkpoint(tmp_path / "model", "qwen3")
+    places = {"/models/Qwen3-8B": str(model), "runs/quickstart/checkpoints/step-80": "qwen3-8b-megatron"}
+    commands = [c for c in COMMANDS if c.startswith("megasd convert ")]
+    assert len(commands) == 2
+    for command in commands:
+        words = [places.get(word, word) for word in shlex.split(command)]
+        assert cli.main(words[1:]) == 0, command
+        assert (tmp_path / words[3]).is_dir() and "peak memory" in capsys.readouterr().out
