@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,14 +71,18 @@ def run_layout(layout: str, job: dict[str, Any], directory: Path) -> list[dict[s
     path.write_text(json.dumps(job | {"layout": layout, "actor": LAYOUTS[layout], "out": str(out)}))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks_of(layout)}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    command = [*torchrun, str(ROOT / "tools" / "bench_sync_rank.py"), str(path)]
     with log.open("w") as file:
-        done = subprocess.run(
-            [*torchrun, str(ROOT / "tools" / "bench_sync_rank.py"), str(path)], env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-    if done.returncode or not out.is_file():
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()  # torchrun takes its ranks with it
+            process.wait()
+    if code or not out.is_file():
         print("\n".join(log.read_text().splitlines()[-60:]), file=sys.stderr)
         words = re.findall(r"^(?:\[rank\d\]: )?(\w*(?:Error|Exception)\b.*)", log.read_text(), re.MULTILINE)
-        error = f"exit {done.returncode}: {words[0] if words else 'see above'}"
+        error = f"exit {code}: {words[0] if words else 'see above'}"
         return [{"layout": layout, "transport": name, "verified": False, "error": error} for name in job["transports"]]
     return json.loads(out.read_text())
 
@@ -144,6 +149,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started and wrote goes with it
     started, load, rows = time.time(), os.getloadavg(), []
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
