@@ -227,9 +227,11 @@ class Run(contextlib.ExitStack):
         """While the other ranks wait in `from_first`, and only then, they can take part in a push."""
         if self.rollout is not None:
             self.rollout.repush = self._repush
-        yield
-        if self.rollout is not None:
-            self.rollout.repush = None
+        try:
+            yield
+        finally:
+            if self.rollout is not None:
+                self.rollout.repush = None
 
     def _repush(self) -> None:
         """Rank 0, in the middle of `from_first`: an engine came back with the start weights, and only the actor has the others."""

@@ -21,15 +21,16 @@ import torch
 import torch.distributed as dist
 
 from megasd.config import SyncConfig
-from megasd.rollout.engine import EngineError, Unreachable
+from megasd.rollout.engine import Unreachable
 from megasd.rollout.engine_weights import EngineWeights
 from megasd.rollout.fleet import Fleet
+from megasd.rollout.proof import check_names, check_shapes, compare, max_difference
 from megasd.rollout.staging import staging_directory
 from megasd.rollout.transport import ColocatedTransport, DiskTransport, GroupTransport, Sent
 from megasd.types import UserError
 from megasd.weights.delta import Fingerprints
 from megasd.weights.files import read_hf_config
-from megasd.weights.fp8 import SCALE, Requantise
+from megasd.weights.fp8 import Requantise
 from megasd.weights.gather import Gather
 from megasd.weights.headers import read_headers
 from megasd.weights.plan import Plan
@@ -52,12 +53,6 @@ class Actor(Protocol):
 
     def gather(self, *, dtype: torch.dtype | None = None, bucket_bytes: int, make_buffer: object = None) -> Gather: ...
     def score_tokens(self, ids: list[int]) -> list[float]: ...
-
-
-class Rollout(Protocol):
-    """What is needed of a rollout beside its Fleet; rank 0 only."""
-
-    def score(self, ids: list[int]) -> list[float]: ...
 
 
 class WeightSync:
@@ -96,6 +91,8 @@ class WeightSync:
         self._transport: DiskTransport | GroupTransport | ColocatedTransport | None = None
         self._fingerprints = Fingerprints()
         self._checked: object = None  # engines whose parameters' names were compared with the plan's
+        self._kept = -1  # version that the fingerprints are of
+        self._sent_bytes = 0
         self._lock = threading.Lock()
         self._cleanup = contextlib.ExitStack()
 
@@ -104,10 +101,12 @@ class WeightSync:
 
         `lacking`: only engines that do not hold `version` already (one that was restarted), whole and without a second attempt.
         Returns on rank 0 sync/seconds, sync/bytes, sync/seconds_<phase> and, when probed, sync/probe_max_diff (nats); {} on other ranks.
-        Raises on every rank: SyncError (a mismatch, named; a push that is already under way), on rank 0 what an engine answered. After a
-        failure engines hold the old version or none ("partial-<version>", paused), never a mix that samples; the next push heals them.
-        Collectives: the plan's exchange at the first push; per attempt one status all-reduce, the gather's messages, a second status
-        all-reduce; with config.delta one all-reduce of a byte a parameter; the actor's scoring when probed.
+        Raises on every rank: on rank 0 what went wrong (an engine's answer, a mismatch by name), SyncError elsewhere; SyncError also on a
+        rank that is in a push already. After a failure engines hold the old version or none ("partial-<version>", paused), never a mix
+        that samples; the next push heals them.
+        Collectives: at the first push two status all-reduces and the plan's exchange; with config.delta one all-reduce of a byte a
+        parameter; per attempt a status, the gather's messages, a status, and another after healing; a status after verification; when
+        probed two more and the actor's scoring.
         """
         if not self._lock.acquire(blocking=False):
             raise SyncError(f"weight version {version} was not pushed: another push is under way")
@@ -131,8 +130,11 @@ class WeightSync:
         gather = self._prepare(version)
         changed = None
         if self.config.delta:
-            known = self._fingerprints.take(gather.plan, gather.params)
-            changed = None if lacking or known is None else known
+            # Only what an engine surely holds can be left out: not after a restart behind its URL.
+            whole = lacking or (self.is_first and not self.rollout.hold(self._kept))
+            changed = self._fingerprints.take(gather.plan, gather.params, whole=whole)
+            if changed is not None and self.config.verify != "off":
+                changed = self._whole_parameters(changed)
         for attempt in range(1, ATTEMPTS + 1):
             expected, failure = self._attempt(gather, version, changed, lacking, phases)
             status = self._agree(failure, version, again=not lacking and attempt < ATTEMPTS)
@@ -140,14 +142,14 @@ class WeightSync:
                 break
             changed = None  # whatever the engine holds now, it gets all of it
             self._agree(self._heal(), version)
-        sent = gather.plan.nbytes if changed is None else sum(b.only(changed).nbytes for b in gather.plan.buckets)
-        metrics = {"sync/bytes": float(sent)}
+        metrics = {"sync/bytes": float(self._sent_bytes)}
         with _timed(phases, "verify"):
             self._agree(self._verify(expected, gather.plan), version)
             if not lacking and self.config.verify_every and self.pushes % self.config.verify_every == 0:
                 metrics |= self._probe(version, gather.plan)
         if self.config.delta:
             self._fingerprints.keep()
+            self._kept = version
         self.pushes += not lacking
         metrics["sync/seconds"] = time.perf_counter() - start
         metrics |= {f"sync/seconds_{phase}": seconds for phase, seconds in phases.items()}
@@ -159,40 +161,44 @@ class WeightSync:
         """The plan and its buffers, made once; what cannot be right is refused before an engine is touched."""
         if self._gather is None:
             make_buffer = None
+            if self._transport is None:
+                self._agree(self._caught(self._make_transport) if self.is_first else None, version)
             if self.is_first:
-                self._transport = self._make_transport()
                 make_buffer = self._transport.make_buffer
-            self._gather = self.actor.gather(dtype=self.dtype, bucket_bytes=self.config.bucket_mib << 20, make_buffer=make_buffer)
+            gather = self.actor.gather(dtype=self.dtype, bucket_bytes=self.config.bucket_mib << 20, make_buffer=make_buffer)
             self.plans_made += 1
-            self._agree(self._caught(self._make_sent_plan, self._gather.plan), version)
+            self._agree(self._caught(self._make_sent_plan, gather) if self.is_first else None, version)
+            self._gather = gather
         return self._gather
 
-    def _make_sent_plan(self, plan: Plan) -> None:
-        """What the engines get on rank 0: the plan, in fp8 if they were started from an fp8 checkpoint. Held against their checkpoint."""
-        if not self.is_first:
-            return
+    def _make_sent_plan(self, gather: Gather) -> None:
+        """Rank 0: buffers, and what the engines get: the plan, in fp8 if they were started from an fp8 checkpoint. Held against that."""
+        plan = gather.plan
         quantization = read_hf_config(self.rollout.model_path).get("quantization_config")
         if quantization:
             if self.config.verify != "off":
                 raise UserError("sync.verify: SGLang gives checksums of dequantised fp8 weights, not of what is sent; set it to off")
             self._fp8 = Requantise({name: dtype for name, (dtype, _) in read_headers(self.rollout.model_path).items()}, quantization)
         self._sent_plan = plan if self._fp8 is None else Plan(tuple(self._fp8.layout(bucket) for bucket in plan.buckets))
-        self._check_shapes(self._sent_plan)
+        check_shapes(self._sent_plan, self.rollout.shapes, tied=bool(self.hf.get("tie_word_embeddings")))
+        gather.reserve()
 
-    def _make_transport(self) -> DiskTransport | GroupTransport | ColocatedTransport:
-        if self.config.transport == "group":
-            return self._cleanup.enter_context(contextlib.closing(GroupTransport(self.rollout, self.device, self.config.in_flight)))
-        if self.config.transport == "colocated":
-            return ColocatedTransport(self.rollout, self.device, self.config.in_flight)
+    def _make_transport(self) -> None:
+        if self.config.transport != "disk":
+            kind = GroupTransport if self.config.transport == "group" else ColocatedTransport
+            self._transport = kind(self.rollout, self.device, self.config.in_flight)
+            self._cleanup.callback(self._transport.close)
+            return
         nbytes = sum(torch.Size(shape).numel() for shape in self.rollout.shapes.values()) * (self.dtype or torch.float32).itemsize
         root = self._cleanup.enter_context(staging_directory(self.run_dir, 2 * nbytes, self.local_engine))
-        return self._cleanup.enter_context(contextlib.closing(DiskTransport(self.rollout, self.device, (root / "a", root / "b"))))
+        self._transport = DiskTransport(self.rollout, self.device, (root / "a", root / "b"))
+        self._cleanup.callback(self._transport.close)
 
     def _attempt(
         self, gather: Gather, version: int, changed: frozenset[str] | None, lacking: bool, phases: dict[str, float]
     ) -> tuple[dict[int, EngineWeights], Exception | None]:
         """Rank 0's engines get everything; the other ranks give their pieces. Returns rank 0's failure, after the messages are through."""
-        expected, failure = {}, None
+        expected, failure, self._sent_bytes = {}, None, 0
         if changed is not None and not changed:
             return {}, self._caught(self.rollout.restamp, version) if self.is_first else None
         with _timed(phases, "begin"):
@@ -232,7 +238,8 @@ class WeightSync:
                 if self._fp8 is not None:
                     bucket, flat = self._fp8(bucket, flat, number % 2, self._transport.make_buffer)
                 sent[number] = self._transport.send(bucket, flat, last=bucket.index == last)
-            except (EngineError, Unreachable, OSError, RuntimeError) as error:
+                self._sent_bytes += bucket.nbytes
+            except Exception as error:  # whatever it is: the other ranks are in the middle of the messages
                 failure = error
             waited += time.perf_counter() - before
         for number in sorted(sent):
@@ -243,6 +250,12 @@ class WeightSync:
             with _timed(phases, "commit"):
                 failure = failure or self._caught(self._transport.commit, version)
         return expected, failure
+
+    def _whole_parameters(self, changed: frozenset[str]) -> frozenset[str]:
+        """With all that shares an engine's parameter with them (a stack of experts): a checksum is of a whole parameter."""
+        place, params = EngineWeights(self.hf, 1), [param for bucket in self._gather.plan.buckets for param in bucket.params]
+        touched = {place.parameter(part) for param in params if param.name in changed for part in param.parts}
+        return frozenset(param.name for param in params if any(place.parameter(part) in touched for part in param.parts))
 
     @staticmethod
     def _caught(work: object, *args: object, **kwargs: object) -> Exception | None:
@@ -286,34 +299,12 @@ class WeightSync:
 
     # ---- proof ---------------------------------------------------------------------------------------------------------------------
 
-    def _check_shapes(self, plan: Plan) -> None:
-        """SyncError naming the tensor, unless the plan's names and shapes are those of model_path: an engine dies of a wrong shape."""
-        if not self.is_first:
-            return
-        planned, stored = plan.tensors(), dict(self.rollout.shapes)
-        for name, shape in stored.items():
-            if name not in planned and not (name == "lm_head.weight" and self.hf.get("tie_word_embeddings")):
-                raise SyncError(f"the actor has no {name}, which the engine was started with; is model.path its model?")
-            if name in planned and planned[name].shape != tuple(shape):
-                raise SyncError(f"the actor holds {name} as {planned[name].shape}; the engine was started with {tuple(shape)}")
-        for name in planned:
-            if name not in stored:
-                raise SyncError(f"the actor has {name}, which the engine was not started with; it would ignore it")
-
     def _check_names(self, plan: Plan) -> None:
-        """SyncError naming the tensor that the engine has no parameter for: it would answer 200 and skip it.
-
-        Once per start of an engine.
-        """
+        """Every tensor has a parameter in the engines; looked at once per start of an engine."""
         engines = tuple((engine.url, engine.incarnation) for engine in self.rollout.engines if engine.alive)
-        if self.config.transport == "disk" or engines == self._checked:
-            return
-        place = EngineWeights(self.hf, 1)
-        for url, ranks in self.rollout.checksums().items():
-            for name in plan.tensors():
-                if place.parameter(name) not in ranks[0] and not name.endswith(SCALE):  # scales are reported with their weights
-                    raise SyncError(f"{url} has no parameter {place.parameter(name)} to take {name}; does it serve model.path?")
-        self._checked = engines
+        if self.config.transport != "disk" and engines != self._checked:
+            check_names(plan, self.rollout.checksums(), EngineWeights(self.hf, 1))
+            self._checked = engines
 
     def _follow(self) -> dict[int, EngineWeights]:
         """What engines of each tensor-parallel size must report afterwards, taken down while the buckets pass by."""
@@ -328,25 +319,15 @@ class WeightSync:
         return {size: EngineWeights(self.hf, size, only, on_cpu=on_cpu) for size in sizes}
 
     def _verify(self, expected: dict[int, EngineWeights], plan: Plan) -> Exception | None:
-        failure = self._caught(self._compare, expected, plan) if expected else None
+        """The engines' checksums against what was sent; they are not to be trusted after a difference."""
+        if not expected:
+            return None
+        followed = next(iter(expected.values()))
+        skip = [] if followed.only is None else sorted({followed.parameter(name) for name in plan.tensors()} - set(followed.only))
+        failure = self._caught(lambda: compare(plan, expected, self.rollout.checksums(skip), skip))
         if failure is not None:
             self.rollout.distrust()
         return failure
-
-    def _compare(self, expected: dict[int, EngineWeights], plan: Plan) -> None:
-        followed = next(iter(expected.values()))
-        every = {followed.parameter(name) for name in plan.tensors()}
-        # SGLang leaves out names that contain a given one, so a few followed ones may be left out with the others.
-        skip = [] if followed.only is None else sorted(every - set(followed.only))
-        for url, ranks in self.rollout.checksums(skip).items():
-            for rank, found in enumerate(ranks):
-                for name, checksum in expected[len(ranks)].checksums[rank].items():
-                    if found.get(name, checksum if skip else None) != checksum:
-                        parts = [part for part in plan.tensors() if followed.parameter(part) == name]
-                        raise SyncError(
-                            f"{url}: {name} (tensor-parallel rank {rank}; made of {', '.join(parts[:3])}) has checksum {found.get(name)}, "
-                            f"the actor's {checksum}: the engine does not hold what was sent"
-                        )
 
     def _probe(self, version: int, plan: Plan) -> dict[str, float]:
         """Compare log-probs of the probes; ProbeError on every rank when they differ by more than config.tolerance."""
@@ -387,11 +368,3 @@ def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     phases[phase] += time.perf_counter() - start
-
-
-def max_difference(actor_logps: Sequence[Sequence[float]], engine_logps: Sequence[Sequence[float]]) -> float:
-    """Largest absolute difference (nats) over all tokens of all probes; NaN, which no tolerance admits, if any is NaN or lengths differ."""
-    ours, theirs = (torch.tensor([x for logps in side for x in logps], dtype=torch.float64) for side in (actor_logps, engine_logps))
-    if ours.shape != theirs.shape or not ours.numel():
-        return float("nan")
-    return (ours - theirs).abs().max().item()

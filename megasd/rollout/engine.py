@@ -60,6 +60,7 @@ class Engine(Server):
         self.session: aiohttp.ClientSession | None = None
         self.alive = False  # answers, as far as is known
         self.held: int | None = None  # weight version that it holds whole; None = it must not be asked for samples
+        self.distrusted = False  # was found to hold something else than was sent
         self.released: set[str] = set()  # tags of memory that it has given back
         self.paused = self.updating = False  # in a live update: generation stopped; SGLang's update session open
         self.reason = "not started"  # why it is not alive, once it was found dead
@@ -194,9 +195,9 @@ class Engine(Server):
             raise UserError(f"rollout.engine.urls: {self.url} serves {info.get('architectures')}, model.path is {wanted}")
         await self._read_limits()
         self.incarnation += 1
-        self.hung, self.alive = False, True
-        if str(info["weight_version"]).startswith(PARTIAL):  # another trainer died in the middle of a push
-            self.paused = self.updating = True
+        self.hung, self.alive, self.released = False, True, set()
+        # A trainer that died in the middle of a push has left it so; a server that was restarted since knows nothing of it.
+        self.paused = self.updating = str(info["weight_version"]).startswith(PARTIAL)
 
     async def _read_limits(self) -> None:
         info = await self.request("GET", "/server_info", timeout=30)
@@ -204,6 +205,9 @@ class Engine(Server):
         limit = info.get("max_req_input_len")
         self.max_tokens = None if limit is None else int(limit) + 4
         self.tp_size = int(info.get("tp_size") or self.tp_size)
+        for key in ("dp_size", "pp_size"):
+            if int(info.get(key) or 1) > 1:
+                raise UserError(f"rollout.engine.urls: {self.url} runs with {key}={info[key]}; weights go to servers with 1: start several")
 
     async def why_dead(self) -> str | None:
         """Why the engine counts as dead, None if it lives. Takes some seconds to be sure of a refused connection."""
@@ -248,7 +252,7 @@ class Engine(Server):
         served = await self.weight_version()
         if served != str(version):
             raise EngineError(f"{self.url} serves weight version {served} after a push of version {version}")
-        self.held = version
+        self.held, self.distrusted = version, False
 
     # ---- a live update: pause, update session, stamp -------------------------------------------------------------------------------
 
@@ -264,12 +268,12 @@ class Engine(Server):
             self.paused = True  # before the answer: whoever is waiting meanwhile is not hung
             await self.request("POST", "/pause_generation", {"mode": mode}, timeout=LOAD_TIMEOUT)
         await self._resume("weights")
-        if self.updating:  # the last one broke off
-            await self.request("POST", "/end_weight_update", {}, timeout=LOAD_TIMEOUT)
-            self.updating = False
+        await self._end(broken_off=True)
         try:
             await self.request("POST", "/begin_weight_update", {}, timeout=LOAD_TIMEOUT)
         except Refused as error:
+            await self.request("POST", "/continue_generation", {}, timeout=LOAD_TIMEOUT)
+            self.paused = False
             raise EngineError(f"{self.url}: another push is under way ({error}); one trainer at a time") from error
         self.updating, self.held = True, None
         await self.stamp(f"{PARTIAL}{version}")
@@ -282,9 +286,7 @@ class Engine(Server):
 
     async def leave_update(self, version: int | None = None) -> None:
         """Close the session, stamp `version` (if given) and let generation go on. Nothing to do where no update is open."""
-        if self.updating:
-            await self.request("POST", "/end_weight_update", {}, timeout=LOAD_TIMEOUT)
-            self.updating = False
+        await self._end(broken_off=version is None)
         if version is not None:
             await self.stamp(str(version))
             await self._confirm(version)
@@ -292,6 +294,21 @@ class Engine(Server):
             await self._resume("kv_cache")
             await self.request("POST", "/continue_generation", {}, timeout=LOAD_TIMEOUT)
             self.paused = False
+
+    async def _end(self, *, broken_off: bool) -> None:
+        """Close the update session if one is open. After an update that broke off the server may have closed it: its answer was lost."""
+        if not self.updating:
+            return
+        try:
+            await self.request("POST", "/end_weight_update", {}, timeout=LOAD_TIMEOUT)
+        except Refused:
+            if not broken_off:
+                raise
+        self.updating = False
+
+    async def holds(self, version: int) -> bool:
+        """Whether it holds this version, by what is known here and by its own word: a server may have been restarted behind its URL."""
+        return self.held == version and await self.weight_version() == str(version)
 
     async def release(self) -> None:
         """Give back the memory of weights and KV cache; no requests may run. On a CPU the server says yes and frees nothing."""

@@ -54,8 +54,9 @@ class _Filling:
 class EngineWeights:
     """Expected checksums of every tensor-parallel rank of an engine. `only`: SGLang parameters to follow, None = all."""
 
-    def __init__(self, hf: Mapping[str, Any], tp_size: int, only: Collection[str] | None = None, *, on_cpu: bool = False) -> None:
-        self.tp_size, self.only, self.width_padding = tp_size, only, CPU_PADDING if on_cpu else 1
+    def __init__(self, hf: Mapping[str, Any], tp_size: int, only: Collection[str] | None = None, *, on_cpu: bool = True) -> None:
+        self.tp_size, self.only, self.on_cpu = tp_size, only, on_cpu
+        self.width_padding = CPU_PADDING if on_cpu else 1
         self.heads, self.groups = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
         self.num_experts = hf.get("num_experts") or hf.get("num_local_experts") or 0
         self.checksums: list[dict[str, str]] = [{} for _ in range(tp_size)]
@@ -122,14 +123,14 @@ class EngineWeights:
             target.narrow(place.dim, place.offset, place.length).copy_(tensor.narrow(place.dim, place.start, place.length))
             filling.left -= 1
             if not filling.left:
-                self.checksums[rank][place.parameter] = checksum(self._filling.pop(key).tensor)
+                self.checksums[rank][place.parameter] = checksum(self._filling.pop(key).tensor, on_cpu=self.on_cpu)
 
 
-def checksum(tensor: Tensor) -> str:
-    """SGLang's checksum of a tensor's bytes, 16 hex digits, where it lies."""
+def checksum(tensor: Tensor, *, on_cpu: bool) -> str:
+    """The checksum, 16 hex digits, that an engine on a CPU or on a GPU gives of these bytes, wherever they lie here."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if not data.is_cuda:
-        return hashlib.sha256(memoryview(data.numpy())).digest()[:8].hex()
+    if on_cpu:
+        return hashlib.sha256(memoryview(data.cpu().numpy())).digest()[:8].hex()
     return f"{words_hash(data):016x}"
 
 

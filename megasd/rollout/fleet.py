@@ -46,6 +46,7 @@ class Fleet:
         self._counts: Counter[str] = Counter()
         self._restarts = 0
         self._updating: list[Engine] = []
+        self._sending: list[asyncio.Task[None]] = []  # requests of a live update
         self._open = True  # requests may be sent; an update that drains closes it
         self._inbox: queue.SimpleQueue[concurrent.futures.Future[None] | None] | None = None
         self._random = random.Random(seed)  # jitter
@@ -139,13 +140,17 @@ class Fleet:
         if self.repush is None:
             return self._call(coroutine)
         inbox: queue.SimpleQueue[concurrent.futures.Future[None] | None] = queue.SimpleQueue()
+        self._inbox = inbox
         future = self._submit(coroutine)
         future.add_done_callback(lambda _: inbox.put(None))
-        self._inbox = inbox
         try:
             while (asked := inbox.get()) is not None:
+                if not asked.set_running_or_notify_cancel():
+                    continue
                 try:
-                    asked.set_result(self.repush())
+                    if any(engine.alive and engine.held != self.version for engine in self.engines):  # one push serves all who asked
+                        self.repush()
+                    asked.set_result(None)
                 except Exception as error:
                     asked.set_exception(error)
             return future.result()
@@ -215,19 +220,42 @@ class Fleet:
     def update(self, path: str, bodies: Sequence[dict[str, Any]]) -> concurrent.futures.Future[None]:
         """POST one body to each engine of the open update; the future fails with EngineError (refused) or Unreachable."""
 
-        return self._submit(_together([e.update_weights(path, body) for e, body in zip(self._updating, bodies, strict=True)]))
+        engines = self._updating
+
+        async def send() -> None:  # the first failure is told at once: in a broadcast the other engines wait for the one that failed
+            tasks = [asyncio.ensure_future(e.update_weights(path, body)) for e, body in zip(engines, bodies, strict=True)]
+            self._sending = [task for task in self._sending if not task.done()] + tasks
+            await asyncio.gather(*tasks)
+
+        return self._submit(send())
 
     def close_update(self, version: int) -> None:
         """End the session, see that each engine names `version`, let it go on. The engines hold `version` from here on."""
 
-        self._call(_together([engine.leave_update(version) for engine in self._updating]))
-        self._directory, self.version, self._open, self._updating = None, version, True, []
+        async def close() -> None:
+            self._directory, self.version = None, version  # first: an engine that goes on early samples with it
+            await _together([engine.leave_update(version) for engine in self._updating])
+
+        self._call(close())
+        self._open, self._updating = True, []
+
+    def hold(self, version: int) -> bool:
+        """Whether every living engine holds this version whole, and says so itself. One request an engine."""
+
+        async def ask() -> list[bool]:
+            return await asyncio.gather(*(engine.holds(version) for engine in self.engines if engine.alive))
+
+        try:
+            return all(self._call(ask()))
+        except (EngineError, Unreachable):
+            return False
 
     def leave_group(self, name: str) -> None:
-        """Engines that are left drop a process group."""
+        """Engines that are left drop a process group; they have 10 s for it."""
 
         body = {"group_name": name}
-        self._call(_together([e.update_weights("/destroy_weights_update_group", body) for e in self.engines if e.alive]))
+        leaving = [e.update_weights("/destroy_weights_update_group", body) for e in self.engines if e.alive]
+        self._call(asyncio.wait_for(_together(leaving), timeout=10))
 
     def restamp(self, version: int) -> None:
         """The weights of `version` are those that the engines hold already: only the stamp changes."""
@@ -253,12 +281,14 @@ class Fleet:
     def distrust(self) -> None:
         """The engines were found to hold something else than was sent: they are not asked for samples before the next push."""
         for engine in self.engines:
-            engine.held = None
+            engine.held, engine.distrusted = None, True
 
     def heal(self) -> None:
         """After a failed live update: restart dead engines of ours, set dead URLs aside. They hold no whole version until the next push."""
 
         async def heal() -> None:
+            if self._sending:
+                await asyncio.wait(self._sending, timeout=30)
             for engine in self.engines:
                 if engine.alive:
                     await self._revive(engine, engine.incarnation)
@@ -319,7 +349,12 @@ class Fleet:
         elif self._inbox is not None and self.repush is not None:
             asked: concurrent.futures.Future[None] = concurrent.futures.Future()
             self._inbox.put(asked)
-            await asyncio.wrap_future(asked)
+            try:
+                await asyncio.wrap_future(asked)
+            except Exception as error:  # the push failed; if because the engine died again, it is for the caller to restart it
+                if isinstance(error.__cause__, Unreachable):
+                    raise Unreachable(str(error)) from error
+                raise
 
     async def _version_of(self, engine: Engine) -> str:
         try:
@@ -331,6 +366,10 @@ class Fleet:
         """Before a call: bring back engines that an earlier call left for dead."""
         for engine in self.engines:
             if engine.alive:
+                away = engine.distrusted or engine.released or engine.paused or engine in self._updating  # a push will see to it
+                if engine.held is None and not away:
+                    async with engine.lock:  # it came back when nobody could give it weights
+                        await self._give_weights(engine)
                 continue
             if engine.owned:
                 await self._revive(engine, engine.incarnation)
@@ -359,7 +398,10 @@ class Fleet:
                 return min(living, key=lambda engine: engine.in_flight)
             if not any(engine.owned or engine.alive for engine in self.engines):
                 raise self._no_engine("for a request")
-            if not any(engine.up or engine.lock.locked() or engine in self._updating or not engine.alive for engine in self.engines):
+            if not any(
+                (engine.up and not engine.paused) or engine.lock.locked() or engine in self._updating or not engine.alive
+                for engine in self.engines
+            ):
                 raise EngineError("the last push of weights failed and left no engine with a whole version; push again first")
             await asyncio.sleep(0.05)
 

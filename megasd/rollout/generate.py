@@ -206,8 +206,9 @@ class Rollout(Fleet):
         """The counter under which an output is asked again, None if it is accepted."""
         if output["meta_info"]["finish_reason"]["type"] == "abort":
             return "aborted"
-        if any(version != self.version for version in _versions(output)):
-            if not self.config.allow_stale:
+        versions = _versions(output)
+        if any(version != self.version for version in versions):
+            if not self.config.allow_stale or -1 in versions:  # a foreign stamp is not an older version
                 return "stale"
             self._counts["stale"] += 1
         return None

@@ -21,8 +21,9 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -61,8 +62,6 @@ class Done:
 
 class DiskTransport:
     """`directories` take turns: the last confirmed one stays until the next push is, since a restarted engine loads it."""
-
-    name = "disk"
 
     def __init__(self, fleet: Fleet, device: torch.device, directories: tuple[Path, Path]) -> None:
         self.fleet, self.model_path, self.device, self.directories = fleet, Path(fleet.model_path), device, directories
@@ -124,8 +123,6 @@ class DiskTransport:
 class GroupTransport:
     """A process group of its own: this rank is its rank 0, then come every engine's ranks. Formed anew when an engine was restarted."""
 
-    name = "group"
-
     def __init__(self, fleet: Fleet, device: torch.device, in_flight: InFlight) -> None:
         self.fleet, self.device, self.in_flight = fleet, device, in_flight
         self._group: dist.ProcessGroup | None = None
@@ -181,17 +178,28 @@ class GroupTransport:
             )  # fmt: skip
             offset += engine.tp_size
         answer = self.fleet.update("/init_weights_update_group", bodies)
-        self._group = _join(dist.PrefixStore(self._group_name, store), world, self._group_name, backend)
+        store, name = dist.PrefixStore(self._group_name, store), self._group_name
+        joined = _in_thread(lambda: _join(store, world, name, backend))  # it would wait for an engine that refuses, or dies
+        while not joined.done():
+            if answer.done() and answer.exception() is not None:
+                raise answer.exception()
+            time.sleep(0.001)
+        if joined.exception() is not None:
+            raise Unreachable(f"no process group with the engines: {joined.exception()}")
+        self._group = joined.result()
         answer.result()
 
     def _disconnect(self) -> None:
+        """Close this side first, which frees engines that wait in a broadcast; not waited for, since gloo sits a broken one out."""
         group, self._group, self._members = self._group, None, ()
         if group is None:
             return
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):
+                group.abort()
+        _in_thread(lambda: dist.destroy_process_group(group))
         with contextlib.suppress(Exception):  # the engines that are left forget it; a dead one has
             self.fleet.leave_group(self._group_name)
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group(group)
 
 
 class _Broadcast:
@@ -218,8 +226,6 @@ class _Broadcast:
 class ColocatedTransport:
     """The engine maps this process's buffer and copies out of it; only a handle travels, over loopback HTTP, to processes of this user."""
 
-    name = "colocated"
-
     def __init__(self, fleet: Fleet, device: torch.device, in_flight: InFlight) -> None:
         self.fleet, self.device, self.in_flight = fleet, device, in_flight
         for engine in fleet.engines:
@@ -229,7 +235,7 @@ class ColocatedTransport:
     def make_buffer(self, nbytes: int) -> Tensor:
         if self.device.type == "cuda":
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        with _own_file_system_sharing():
+        with _quiet(), _sharing_by_name():
             return torch.empty(nbytes, dtype=torch.uint8).share_memory_()
 
     def begin(self, plan: Plan, version: int, *, lacking: bool = False) -> None:
@@ -284,7 +290,7 @@ def handle(bucket: Bucket, flat: Tensor) -> str:
     if flat.is_cuda:
         torch.cuda.current_stream(flat.device).synchronize()  # what fills the buffer is done
     out = io.BytesIO()
-    with _own_file_system_sharing():
+    with _sharing_by_name():
         ForkingPickler(out, 4).dump({"flattened_tensor": _Handle(flat) if flat.is_cuda else flat, "metadata": metadata})
     return base64.b64encode(out.getvalue()).decode()
 
@@ -302,23 +308,41 @@ class _Handle:
 
 
 @contextlib.contextmanager
-def _own_file_system_sharing() -> Iterator[None]:
-    """CPU memory is shared by name: a file descriptor would need both processes to have the same multiprocessing key.
-
-    The first use starts torch's manager process, which would keep this process's stdout open after it; it gets /dev/null.
-    """
+def _sharing_by_name() -> Iterator[None]:
+    """CPU memory is shared by name: a file descriptor would need both processes to have the same multiprocessing key."""
     before = torch.multiprocessing.get_sharing_strategy()
-    saved = [os.dup(1), os.dup(2)]
-    null = os.open(os.devnull, os.O_WRONLY)
+    torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        torch.multiprocessing.set_sharing_strategy("file_system")
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The first buffer that is shared starts torch's manager process, which would hold this process's stdout open after it."""
+    saved, null = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
+    try:
         os.dup2(null, 1), os.dup2(null, 2)
         yield
     finally:
         os.dup2(saved[0], 1), os.dup2(saved[1], 2)
         for descriptor in (*saved, null):
             os.close(descriptor)
-        torch.multiprocessing.set_sharing_strategy(before)
+
+
+def _in_thread(work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+    """Run `work` in a thread that does not keep the process alive."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _require_loopback(engine: Engine) -> None:

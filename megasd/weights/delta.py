@@ -34,18 +34,20 @@ class Fingerprints:
         self._held: dict[str, int] = {}
         self._taken: dict[str, int] = {}
 
-    def take(self, plan: Plan, params: Mapping[str, Tensor]) -> frozenset[str] | None:
-        """The parameters that have changed on any rank since `keep`; None when nothing was kept yet. Collective: one all-reduce of a byte
-        per parameter over the world."""
+    def take(self, plan: Plan, params: Mapping[str, Tensor], *, whole: bool = False) -> frozenset[str] | None:
+        """The parameters that have changed on any rank since `keep`; None when nothing was kept yet, or a rank says `whole`.
+
+        Collective: one all-reduce of a byte per parameter, and one more, over the world.
+        """
         names = [param.name for bucket in plan.buckets for param in bucket.params]
         self._taken = {name: fingerprint(params[name]) for name in names if name in params}
         device = next(iter(params.values())).device
-        changed = torch.tensor([name in params and self._held.get(name) != self._taken[name] for name in names], dtype=torch.uint8)
-        changed = changed.to(device)
+        flags = [name in params and self._held.get(name) != self._taken[name] for name in names]
+        changed = torch.tensor([*flags, whole or not self._held], dtype=torch.uint8, device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(changed, dist.ReduceOp.MAX)
-        first_time = not self._held
-        return None if first_time else frozenset(name for name, flag in zip(names, changed.tolist(), strict=True) if flag)
+        *found, everything = changed.tolist()
+        return None if everything else frozenset(name for name, flag in zip(names, found, strict=True) if flag)
 
     def keep(self) -> None:
         self._held = self._taken

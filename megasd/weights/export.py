@@ -35,7 +35,7 @@ def plan_of(
 
 
 def export_hf(gather: Gather) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor with its name, in the model's order, on destinations (elsewhere nothing, but the iterator must be run out).
+    """Every Hugging Face tensor with its name, in the model's order, on rank 0 (elsewhere nothing, but the iterator must be run out).
 
     A tensor is a view that is overwritten two buckets later: copy or write it before. Collectives: the gather's messages.
     """

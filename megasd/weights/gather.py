@@ -46,7 +46,7 @@ def exchange(mine: Holding, world_size: int) -> list[Holding]:
 class _Slot:
     """One of the two places that buckets take turns in."""
 
-    outgoing: Tensor | None = None  # message to the destination
+    outgoing: Tensor | None = None  # message to rank 0
     incoming: dict[int, Tensor] = field(default_factory=dict)  # owner -> message
     flat: Tensor | None = None
     works: list[dist.Work] = field(default_factory=list)
@@ -54,10 +54,10 @@ class _Slot:
 
 
 class Gather:
-    """One rank's side of the transfers. Every rank of the world makes one with the same plan and destination, and replays it together.
+    """One rank's side of the transfers to rank 0. Every rank of the world makes one with the same plan, and replays it together.
 
-    `params`: this rank's live parameters under global names. `destination`: the rank that gets whole buckets. `device`: where they are put
-    together. `make_buffer(nbytes)`: memory for a flat bucket (uint8), asked twice in all; None = plain memory on `device`.
+    `params`: this rank's live parameters under global names. `device`: where whole buckets are put together. `make_buffer(nbytes)`: memory
+    for a flat bucket (uint8) on rank 0, asked twice in all; None = plain memory on `device`.
     """
 
     def __init__(
@@ -66,11 +66,10 @@ class Gather:
         params: Mapping[str, Tensor],
         *,
         rank: int = 0,
-        destination: int = 0,
         device: torch.device | str = "cpu",
         make_buffer: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self.plan, self.params, self.rank, self.destination = plan, params, rank, destination
+        self.plan, self.params, self.rank = plan, params, rank
         self.device = torch.device(device)
         self._make = make_buffer or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=self.device))
         self._slots = [_Slot(), _Slot()]
@@ -78,7 +77,7 @@ class Gather:
     def replay(
         self, only: frozenset[str] | None = None, ready: Callable[[int], None] | None = None
     ) -> Iterator[tuple[Bucket, Tensor | None]]:
-        """Buckets in order, with the flat buffer on the destination. `only`: these parameters alone (the same on every rank).
+        """Buckets in order, with the flat buffer on rank 0. `only`: these parameters alone (the same on every rank).
 
         `ready(i)` is called before the buffer that bucket i - 2 was put in is written again: wait there until nobody reads it.
         """
@@ -93,12 +92,18 @@ class Gather:
                 ready(i)
             yield bucket, self._finish(self._slots[i % 2])
 
+    def reserve(self) -> None:
+        """Make the buffers for whole buckets, on rank 0; else done when the first is needed."""
+        for slot in self._slots:
+            if self.rank == 0 and slot.flat is None:
+                slot.flat = self._make(self.plan.max_bucket_bytes)
+
     @torch.no_grad()
     def _start(self, bucket: Bucket, slot: _Slot) -> None:
         """Post the bucket's messages. The slot's earlier ones are through: `_finish` waited for them."""
         slot.bucket, by_owner = bucket, _by_owner(bucket)
         operations = []
-        if self.rank == self.destination:
+        if self.rank == 0:
             for owner, pieces in by_owner.items():
                 if owner != self.rank:
                     nbytes = _message_bytes(pieces)
@@ -110,17 +115,16 @@ class Gather:
             slot.outgoing = _room(slot.outgoing, nbytes, self.device)
             for (param, _), view in zip(pieces, _views(slot.outgoing, pieces), strict=True):
                 view.copy_(plain(self.params[param.name]))
-            operations.append(dist.P2POp(dist.isend, slot.outgoing[:nbytes], self.destination))
+            operations.append(dist.P2POp(dist.isend, slot.outgoing[:nbytes], 0))
         slot.works = dist.batch_isend_irecv(operations) if operations else []
 
     @torch.no_grad()
     def _finish(self, slot: _Slot) -> Tensor | None:
         for work in slot.works:
             work.wait()
-        if self.rank != self.destination:
+        if self.rank != 0:
             return None
-        if slot.flat is None:
-            slot.flat = self._make(self.plan.max_bucket_bytes)
+        self.reserve()
         flat = slot.flat[: slot.bucket.nbytes]
         tensors = slot.bucket.views(flat)
         for owner, pieces in _by_owner(slot.bucket).items():

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from megasd.config import SyncConfig
 from megasd.rollout import staging
 from megasd.rollout.engine_weights import EngineWeights, checksum, words_hash
+from megasd.rollout.proof import max_difference
 from megasd.rollout.transport import DiskTransport
-from megasd.sync import WeightSync, max_difference
+from megasd.sync import WeightSync
 from megasd.types import UserError
 from megasd.weights import families
 from megasd.weights.delta import Fingerprints, fingerprint
@@ -172,6 +173,7 @@ def sha(*parts: torch.Tensor) -> str:
 def test_engine_parameters_are_put_together_as_sglang_does(dense: Path, moe: Path, size: int) -> None:
     stored, hf = load_file(dense / "model.safetensors"), read_hf_config(dense)
     weights = EngineWeights(hf, size)
+    weights.width_padding = 1  # as on a GPU
     for name, tensor in reversed(stored.items()):  # in any order
         weights.feed(name, tensor)
     q, k, v = (stored[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv")
@@ -189,6 +191,7 @@ def test_engine_parameters_are_put_together_as_sglang_does(dense: Path, moe: Pat
         assert found["model.norm.weight"] == sha(stored["model.norm.weight"])
     assert not weights._filling
     stored, weights = load_file(moe / "model.safetensors"), EngineWeights(read_hf_config(moe), size)
+    weights.width_padding = 1
     for name, tensor in stored.items():
         weights.feed(name, tensor)
     expert = [[stored[f"model.layers.0.mlp.experts.{e}.{p}_proj.weight"] for p in ("gate", "up", "down")] for e in range(4)]
@@ -208,7 +211,7 @@ def test_only_followed_parameters_are_kept(dense: Path) -> None:
 
 def test_the_cpu_checksum_is_the_head_of_a_sha256() -> None:
     tensor = torch.randn(3, 5).bfloat16()
-    assert checksum(tensor.T) == hashlib.sha256(tensor.T.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    assert checksum(tensor.T, on_cpu=True) == hashlib.sha256(tensor.T.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def by_the_book(data: bytes) -> int:
