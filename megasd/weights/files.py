@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -169,9 +169,10 @@ class HFWriter:
         self._left = dict.fromkeys(self.expected)
 
     def __enter__(self) -> Self:
-        if self.beside.exists():
-            shutil.rmtree(self.beside)
-        self.beside.mkdir(parents=True)
+        with self._telling():
+            if self.beside.exists():
+                shutil.rmtree(self.beside)
+            self.beside.mkdir(parents=True)
         return self
 
     def _begin(self, dtype: torch.dtype) -> None:
@@ -189,19 +190,28 @@ class HFWriter:
         if (index := index_of(plans)) is not None:
             (self.beside / INDEX).write_text(index)
 
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.beside}: {error.strerror}; make room for the export, {self.out_dir} is as it was") from error
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor. UserError for a name that config.json does not ask for, a second time, another shape or another dtype."""
         if name not in self._left:
             why = "was written before" if name in self.expected else "is not a tensor of this config.json"
             raise UserError(f"{self.out_dir}: {name} {why}")
         if not self._files:
-            self._begin(self.dtype or tensor.dtype)
+            with self._telling():
+                self._begin(self.dtype or tensor.dtype)
         place = self._places[name]
         if tuple(tensor.shape) != place.shape:
             raise UserError(f"{self.out_dir}: {name} has shape {tuple(tensor.shape)}, config.json asks for {place.shape}")
         if tensor.dtype != place.dtype and not self._cast:
             raise UserError(f"{self.out_dir}: {name} is {tensor.dtype}, the tensors before it are {place.dtype}; give a dtype to write")
-        write_at(self._files[name], as_bytes(tensor.to("cpu", place.dtype).contiguous()), place.offset)
+        with self._telling():
+            write_at(self._files[name], as_bytes(tensor.to("cpu", place.dtype).contiguous()), place.offset)
         del self._left[name]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -15,6 +15,8 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -439,14 +441,20 @@ def test_disk_full_is_seen_first(hf: Path, tmp_path: Path, monkeypatch: pytest.M
     refused(hf, tmp_path / "out", "out", "GiB of disk", "make room")
 
 
-def test_write_error_leaves_what_is_whole(hf: Path, tmp_path: Path) -> None:
-    """A real error of the system in the middle of a file: no file may grow beyond 20 kB."""
+@contextmanager
+def no_file_beyond(nbytes: int) -> Iterator[None]:
+    """Real errors of the system in the middle of a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
     try:
-        refused(hf, tmp_path / "out", "__0_0.distcp", "File too large", "goes on")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_write_error_leaves_what_is_whole(hf: Path, tmp_path: Path) -> None:
+    with no_file_beyond(20_000):
+        refused(hf, tmp_path / "out", "__0_0.distcp", "File too large", "goes on")
     convert(hf, tmp_path / "out")
     convert(tmp_path / "out", tmp_path / "back")
     same(tensors_of(tmp_path / "back"), tensors_of(hf))
@@ -503,6 +511,9 @@ def test_writer_takes_any_order_and_keeps_the_old_on_error(hf: Path, tmp_path: P
             for name, tensor in given.items():
                 writer.add(name, tensor)
         assert contents(target) == before, why
+    with no_file_beyond(20_000), pytest.raises(UserError, match="out.tmp: File too large"), HFWriter(target, hf) as writer:
+        writer.add("model.norm.weight", tensors["model.norm.weight"])
+    assert contents(target) == before
     with pytest.raises(UserError, match="was written before"), HFWriter(target, hf) as writer:
         writer.add("model.norm.weight", tensors["model.norm.weight"])
         writer.add("model.norm.weight", tensors["model.norm.weight"])
