@@ -185,7 +185,9 @@ class SyncConfig:
     # how weights reach the engines: disk (a safetensors file, in shared memory where there is room) | group (broadcast over a process
     # group: NCCL, gloo) | colocated (the engine reads the actor's memory: CUDA IPC, shared memory; engines of this machine only)
     transport: Literal["disk", "group", "colocated"] = "disk"
-    bucket_mib: int = 256  # of whole tensors put together at a time (MiB; two buffers of it per receiving rank)
+    # whole tensors put together at a time (MiB; rank 0 keeps two buffers of it); null = 512 on a GPU, 24 on a CPU, where an engine's
+    # receive buffer above 32 MiB is fresh memory each time
+    bucket_mib: Optional[int] = None
     # what becomes of requests that run during a push by group or colocated: taken back and continued | asked again | waited for
     in_flight: Literal["retract", "abort", "drain"] = "retract"
     delta: bool = False  # send only parameters whose fingerprint has changed since the last push (group, colocated)

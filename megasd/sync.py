@@ -165,7 +165,8 @@ class WeightSync:
                 self._agree(self._caught(self._make_transport) if self.is_first else None, version)
             if self.is_first:
                 make_buffer = self._transport.make_buffer
-            gather = self.actor.gather(dtype=self.dtype, bucket_bytes=self.config.bucket_mib << 20, make_buffer=make_buffer)
+            mib = self.config.bucket_mib or (512 if self.device.type == "cuda" else 24)
+            gather = self.actor.gather(dtype=self.dtype, bucket_bytes=mib << 20, make_buffer=make_buffer)
             self.plans_made += 1
             self._agree(self._caught(self._make_sent_plan, gather) if self.is_first else None, version)
             self._gather = gather
@@ -242,8 +243,10 @@ class WeightSync:
             except Exception as error:  # whatever it is: the other ranks are in the middle of the messages
                 failure = error
             waited += time.perf_counter() - before
+        before = time.perf_counter()
         for number in sorted(sent):
             failure = failure or self._caught(sent[number].wait)
+        waited += time.perf_counter() - before
         phases["send"] += waited
         phases["gather"] += time.perf_counter() - started - waited
         if self.is_first:

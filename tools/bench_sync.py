@@ -35,8 +35,8 @@ from megasd.weights.files import write_weights
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LAYOUTS: dict[str, dict[str, int]] = {"TP1": {}, "TP2": {TP: 2}, "PP2": {PP: 2}, "TP2xPP2": {TP: 2, PP: 2}}
 TRANSPORTS = ("disk", "group", "colocated")
-FULL = {"layouts": ["TP1", "TP2", "PP2"], "transports": list(TRANSPORTS), "bucket_mib": [256, 64, 16], "engine_tp": [1], "repeats": 7}
-QUICK = FULL | {"bucket_mib": [256], "repeats": 5}
+FULL = {"layouts": ["TP1", "TP2", "PP2"], "transports": list(TRANSPORTS), "bucket_mib": [24, 64, 256], "engine_tp": [1], "repeats": 7}
+QUICK = FULL | {"bucket_mib": [24], "repeats": 5}
 
 
 def model_config(hidden: int, layers: int, vocab: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one bucket size (sync.bucket_mib's default); the other options still count")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), help="of the actor (default TP1 TP2 PP2)")
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, help="default: all")
-    parser.add_argument("--bucket-mib", type=int, nargs="+", help="default 256 64 16; --quick 256")
+    parser.add_argument("--bucket-mib", type=int, nargs="+", help="default 24 64 256; --quick 24")
     parser.add_argument("--engine-tp", type=int, nargs="+", help="tensor-parallel size of the engine (default 1)")
     parser.add_argument("--repeats", type=int, help="timed pushes of each row (default 7; --quick 5)")
     parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 32 (default 2048: 520 MB with the other defaults)")
