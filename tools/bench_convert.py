@@ -72,22 +72,23 @@ def convert(source: Path, target: Path, file_mib: int) -> dict[str, float]:
     return {"seconds": float(seconds), "peak_mib": float(peak), "libraries_mib": float(before)}
 
 
-def convert_killed(source: Path, target: Path, file_mib: int, kills: int, seconds: float, rng: random.Random) -> int:
-    """The same conversion, killed (SIGKILL) after random times until `kills` hits; then run out. Returns the kills that hit."""
-    hits = 0
-    while hits < kills:
+def convert_killed(source: Path, target: Path, file_mib: int, kills: int, seconds: float, rng: random.Random) -> list[int]:
+    """The same conversion, killed (SIGKILL) at random times until `kills` found it at work, then run out. Whole files at each kill.
+
+    One that is done before its kill is thrown away and begins anew.
+    """
+    whole: list[int] = []
+    while len(whole) < kills:
         process = subprocess.Popen(command(source, target, file_mib), stdout=subprocess.DEVNULL)
-        # Within a fresh conversion's time, shortened as files get done, so that most kills find it at work.
-        try:
-            process.wait(timeout=rng.uniform(1.5, 1.5 + max(1.0, seconds * (1 - hits / kills))))
-            break  # it was done before
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            hits += 1
-    if not target.exists():
-        convert(source, target, file_mib)
-    return hits
+        time.sleep(1.5 + rng.uniform(0, seconds / 2))  # 1.5 s: of importing
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if target.exists():
+            shutil.rmtree(target)
+        else:
+            whole.append(len(list(target.with_name(target.name + ".partial").glob(".done/*.json"))))
+    convert(source, target, file_mib)
+    return whole
 
 
 def sums(directory: Path) -> dict[str, int]:
@@ -143,7 +144,7 @@ def main() -> int:
         if arguments.kills:
             wanted = sums(target)
             target.rename(root / "whole")
-            found["kills"] = convert_killed(source, target, arguments.file_mib, arguments.kills, found["seconds"], rng)
+            found["whole_files_at_kills"] = convert_killed(source, target, arguments.file_mib, arguments.kills, found["seconds"], rng)
             found["equal_after_kills"] = sums(target) == wanted
             ok &= found["equal_after_kills"]
             shutil.rmtree(root / "whole")
