@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", help="files of configs/model without .json (default: " + " ".join(DEFAULT) + ")")
     parser.add_argument("--actors", nargs="+", type=Layout.parse, metavar="TPxPP@GPUS")
     parser.add_argument("--engine-tp", type=int, choices=(1, 2, 4, 8), help="default 1, 2, 8 by model")
-    parser.add_argument("--bucket-mib", type=int, default=256)
+    parser.add_argument("--bucket-mib", type=int, default=512)
     arguments = parser.parse_args(argv)
     rows = []
     for model in arguments.models or DEFAULT:

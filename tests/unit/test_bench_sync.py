@@ -96,7 +96,7 @@ def test_small_things():
     assert [ranks_of(name) for name in ("TP1", "TP2", "PP2", "TP2xPP2")] == [1, 2, 2, 4]
     assert middle([{"a": 1.0, "b": 1.0}, {"a": 3.0}, {"a": 2.0}]) == {"a": 2.0}
     assert phases({"sync/seconds": 3.0, "sync/seconds_send": 1.0, "sync/bytes": 9.0}) == {"send": 1.0}
-    assert parse(["--quick"]).bucket_mib == [256] and parse(["--quick", "--layouts", "TP2"]).layouts == ["TP2"]
+    assert parse(["--quick"]).bucket_mib == [24] and parse(["--quick", "--layouts", "TP2"]).layouts == ["TP2"]
 
 
 @pytest.mark.parametrize("wrong", [["--repeats", "0"], ["--hidden", "100"], ["--layers", "3"], ["--transports", "pigeon"]])
@@ -142,7 +142,7 @@ def test_a_cost_by_hand():
 def test_the_table_is_the_readmes():
     """The README shows what the tool prints now."""
     rows = [
-        push_cost.row(model, Layout.parse(actor), engine_tp, 256)
+        push_cost.row(model, Layout.parse(actor), engine_tp, 512)
         for model, (actors, engine_tp) in push_cost.DEFAULT.items()
         for actor in actors
     ]
