@@ -489,6 +489,22 @@ def test_check_finds_a_changed_value(hf: Path, tmp_path: Path, monkeypatch: pyte
     refused(hf, tmp_path / "out", "norm.weight", "does not come back", check=True)
 
 
+def test_check_of_logits(hf: Path, megatron: Path, hf_copy: Path) -> None:
+    """In a process of its own: it joins a process group. One row of one matrix is enough to be seen."""
+    name = "model.layers.2.mlp.up_proj.weight"
+    edit_file(hf_copy, name, lambda t: t[name][3].mul_(1.5))
+    code = (
+        "import sys; from pathlib import Path; from megasd.actor.probe import logits_difference as d; m, *hf = map(Path, sys.argv[1:]); "
+        "print(*(d(m, h)[0] for h in hf))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(megatron), str(hf), str(hf_copy)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    right, wrong = map(float, done.stdout.split()[-2:])
+    assert right < 1e-4 and wrong > 1e-2
+
+
 # ---- the writer of exports ----
 
 
