@@ -28,7 +28,7 @@ from megasd.batch import Batch  # noqa: E402
 from megasd.config import EngineConfig, RolloutConfig, SyncConfig  # noqa: E402
 from megasd.rollout.engine import EngineError  # noqa: E402
 from megasd.rollout.generate import Rollout  # noqa: E402
-from megasd.sync import SyncError, WeightSync  # noqa: E402
+from megasd.sync import SAMPLE, SyncError, WeightSync  # noqa: E402
 from megasd.types import Prompt  # noqa: E402
 from tests.distributed.golden_cases import make_config  # noqa: E402
 
@@ -149,6 +149,24 @@ def experts(root: Path, rollout: Rollout | None, device: torch.device) -> None:
             say(f"EP2 {transport}: every checksum equal, greedy tokens equal, log-probs {compare(actor, rollout):.1e}")
 
 
+def sample(root: Path, rollout: Rollout | None, actor: Actor) -> None:
+    """Every parameter's turn comes, and one that differs is found in its turn."""
+    with make_sync(actor, rollout, root, root / "dense", transport="colocated", verify="sample", verify_every=0) as sync:
+        sync.push(90)
+        if rollout is not None:
+            Spoiled(sync, -1, lambda tensors: tensors[CHANGED].view(-1)[:1].add_(1) if CHANGED in tensors else None)
+        caught = 0
+        for version in range(91, 91 + SAMPLE):
+            try:
+                sync.push(version)
+            except (SyncError, RuntimeError) as error:
+                caught += 1
+                assert dist.get_rank() != 0 or "layers.1.mlp.gate_up_proj.weight" in str(error), error
+                sync.pushes += 1  # the turn is over
+        assert caught == 1, caught
+        say("sample: one corrupted parameter found in eight pushes")
+
+
 def delta(root: Path, rollout: Rollout | None, actor: Actor) -> None:
     """Only what has changed travels; nothing changed: only the stamp."""
     with make_sync(actor, rollout, root, root / "dense", transport="group", delta=True) as sync:
@@ -216,7 +234,7 @@ class Spoiled:
 
     def send(self, bucket: object, flat: Tensor, *, last: bool) -> object:
         self.seen += 1
-        if self.seen == self.at:
+        if self.at in (self.seen, -1):  # -1: every bucket
             self.change(bucket.views(flat))
         return self.inner.send(bucket, flat, last=last)
 
@@ -233,8 +251,8 @@ def faults(root: Path, rollout: Rollout | None, actor: Actor) -> None:
                     tensors[CHANGED][0, 0] += 1
 
             if first:
-                whole, spoiled = sync._transport, [Spoiled(sync, n, corrupt) for n in range(1, len(sync._gather.plan.buckets) + 1)]
-                assert spoiled
+                whole = sync._transport
+                Spoiled(sync, -1, corrupt)
             failed(sync, 201, "layers.1.mlp.gate_up_proj.weight", CHANGED, "does not hold what was sent")
             if first:
                 sync._transport = whole
@@ -355,6 +373,7 @@ def main(root: Path) -> None:
         start = time.perf_counter()
         layouts(root, fleets[0], device)
         actor = make_actor(root / "dense", {TP: 2}, device)
+        sample(root, fleets[0], actor)
         delta(root, fleets[0], actor)
         in_flight(root, fleets[0], actor, 103)
         faults(root, fleets[0], actor)

@@ -352,17 +352,17 @@ TABLE = [
     ),
     Bad(
         "unsupported model",
-        "model.path: model/config.json says model_type='llama'; supported are qwen3, qwen3_moe",
-        model=edit("config.json", model_type="llama"),
+        "model.path: model/config.json says model_type='gemma3'; supported are qwen2, qwen3, qwen3_moe, llama, mistral, olmo2, olmo3",
+        model=edit("config.json", model_type="gemma3"),
     ),
     Bad(
         "rope scaling",
-        "model/config.json: rope_parameters={'rope_type': 'yarn', ... is not supported: only rope_type default",
-        model=edit("config.json", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+        "model/config.json: rope_parameters={'rope_type': 'dynamic', ... is not supported: rope_type one of",
+        model=edit("config.json", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
     ),
     Bad(
         "rope scaling, old key",
-        "model/config.json: rope_scaling={'rope_type': 'yarn', ... is not supported: remove it",
+        "model/config.json: rope_scaling={'rope_type': 'yarn', ... is not supported: rope_parameters says it too; remove one of the two",
         model=edit("config.json", rope_scaling={"rope_type": "yarn", "factor": 4.0}),
     ),
     Bad(

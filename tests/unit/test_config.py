@@ -230,6 +230,12 @@ BAD_TOGETHER = [
     (["rollout.replay_dir=/nowhere"], "rollout.replay_dir=/nowhere: holds no rollouts/"),
     (["run.resume=/nowhere"], "run.resume=/nowhere: no such checkpoint directory; give one, or none, or auto"),
     (["run.resume=auto", "run.overwrite=true"], "run.overwrite: a run cannot be resumed"),
+    (["sync.delta=true"], "sync.delta: a file holds the whole model; take sync.transport=group or colocated"),
+    (
+        ["sync.transport=colocated", "rollout.engine.urls=[http://10.0.0.7:30000]"],
+        "sync.transport=colocated: http://10.0.0.7:30000 is not on this machine",
+    ),
+    (["rollout.engine.model_path=/nowhere"], "rollout.engine.model_path: /nowhere holds no config.json"),
     (["run.dir=/dev/null/run"], "run.dir=/dev/null/run: /dev/null is not a directory that can be written to"),
 ]
 
