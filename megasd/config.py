@@ -48,8 +48,14 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    train: str = "???"  # JSONL rows {"prompt": str | messages, "answer": str, "solution": str (optional), "id": str (optional)}
+    # JSONL, parquet or Arrow rows, or a directory of them; {"prompt": str | messages, "answer": str} and optional solution, id,
+    # pass_rate, rubric, or the columns of `mapping`
+    train: str = "???"
     eval: Optional[str] = None  # held-out rows, same form
+    # how columns become a prompt and an answer: auto = the common names | a published data set (data/mappings.py)
+    mapping: Literal["auto", "dapo_math", "sciknoweval", "toolalpaca", "livecodebench", "math500", "aime"] = "auto"
+    # of data.eval; null = mapping
+    eval_mapping: Optional[Literal["auto", "dapo_math", "sciknoweval", "toolalpaca", "livecodebench", "math500", "aime"]] = None
     shuffle: bool = True  # a new order each epoch, from run.seed
     max_row_bytes: int = 262144  # a longer row is refused (bytes)
 
@@ -57,6 +63,8 @@ class DataConfig:
 @dataclass
 class DistillTerm:
     coefficient: float = 1.0
+    # mixture = KL or Jensen-Shannon by beta | adaptive = forward and reverse KL weighed by their gaps at head and tail (AKL 2404.02657)
+    divergence: Literal["mixture", "adaptive"] = "mixture"
     beta: float = 0.5  # weight of the teacher in the mixture; 0 = KL(T||S), 1 = KL(S||T) (SDPO alpha, GKD beta)
     # whose top_k tokens the divergence is taken on: student (SDPO) | teacher | union of both | full = the exact whole vocabulary
     support: Literal["student", "teacher", "union", "full"] = "student"
@@ -65,14 +73,55 @@ class DistillTerm:
     pointwise_clip: Optional[float] = None  # upper bound of each token's summand (nats; OPSD: 0.05); null = off
     teacher_temperature: Optional[float] = None  # of the teacher's softmax; null = rollout.temperature, as the student's (SDPO)
     is_clip: Optional[float] = 2.0  # upper bound of pi_theta / pi_old, detached (SDPO); null = off
+    # which taught samples: all | those not right (SRPO) | the longest wrong one of a group (SSOPD) | those of positive advantage (SDPG)
+    samples: Literal["taught", "wrong", "longest_wrong", "positive"] = "taught"
+    skip_tokens: int = 0  # first response tokens left out (SDFT: 3)
+    max_tokens: Optional[int] = None  # response tokens taken in, from the first on (SSOPD: 1024); null = all
+    # factor of each token: none | exp(-scale * teacher entropy), mean 1 over the term's tokens (SRPO) | backward scan (DASH 2608.06243)
+    token_weight: Literal["none", "confidence", "scan"] = "none"
+    token_weight_scale: float = 1.0  # per nat (SRPO: 1; DASH kappa: 5)
+    warmup_steps: int = 0  # steps over which the coefficient rises from 0
+    decay_from: Optional[int] = None  # step from which it falls to 0 over decay_steps; null = never
+    decay_steps: int = 1
+
+
+@dataclass
+class CreditConfig:
+    """How a teacher's log-probs of the sampled tokens, or the student's own, change each token's advantage (loss/credit.py)."""
+
+    kind: Literal["rlsd", "cepo", "rlcsd", "antisd", "egrsd", "log_ratio", "return", "margin"] = "rlsd"
+    lam: float = 0.5  # weight of the token-level part (RLSD, CEPO, RLCSD, AntiSD: 0.5)
+    lam_end: Optional[float] = None  # what it falls to, linearly (RLSD, CEPO: 0); null = constant
+    lam_steps: int = 50  # steps of that fall
+    clip: float = 0.2  # half-width of the factor around 1 (RLSD, EGRSD: 0.2; CEPO: 0.5)
+    tau: float = 0.02  # scale of the contrast, nats (RLCSD)
+    threshold: float = 0.02  # smallest residual that makes a token's second path (RLCSD delta)
+    eta: float = 1.0  # weight of the second path (RLCSD)
+    entropy_scale: float = 0.3  # weight lost by a token of the highest teacher entropy (EGRSD gamma)
+    window: int = 0  # tokens ahead over which the lowest entropy counts (CL-EGRSD: 3 to 5)
+    gate_warmup: int = 5  # steps that set the entropy gate, without the teacher's part (AntiSD)
+    gate_ratio: float = 0.93  # share of the entropy of those steps below which the gate shuts (AntiSD); 0 = no gate
+    margin: float = 0.4  # smallest gap between right and wrong samples' mean log-ratio (nats; Uni-OPD)
+    clip_return: float = 100.0  # bound of a token's log-ratio before returns are summed (nats; MiniLLM)
 
 
 @dataclass
 class PolicyGradientTerm:
     coefficient: float = 1.0
+    # ppo: min of plain and clipped | gspo: the same on the sequence's ratio | cispo: clipped, detached ratio times log pi |
+    # importance: ratio times advantage | reinforce: log pi times advantage
+    surrogate: Literal["ppo", "gspo", "cispo", "importance", "reinforce"] = "ppo"
     clip_low: float = 0.2
     clip_high: float = 0.28
-    advantage: Literal["group_mean", "group_std"] = "group_mean"  # R - mean (Dr. GRPO) | (R - mean) / std (GRPO)
+    dual_clip: Optional[float] = (
+        None  # bound of the loss at negative advantages, as a multiple of them (PPO dual clip: 3 to 10); null = off
+    )
+    # R - mean (Dr. GRPO) | (R - mean) / std (GRPO) | whitened by running moments (EGRSD) | 0, for a credit that needs no reward
+    advantage: Literal["group_mean", "group_std", "whitened", "none"] = "group_mean"
+    # scored ones | those that distill does not take (SRPO) | right ones (DRIFT) | all
+    samples: Literal["scored", "undistilled", "right", "all"] = "scored"
+    right_bonus: float = 0.0  # added to the advantage of right samples (DRIFT)
+    credit: Optional[CreditConfig] = None
 
 
 @dataclass
@@ -80,13 +129,37 @@ class NLLTerm:
     coefficient: float = 1.0
     context_fraction: float = 0.0  # share of dataset rows whose prompt carries the solution, as the teacher's does
     template: str = DEFAULT_TEMPLATE  # of those prompts, as teacher.template
+    samples: Literal["all", "right"] = "all"  # of sampled responses: all (SSD) | right ones (rejection sampling)
+    drop_shortest: float = 0.0  # share of a step's sampled responses left out, the shortest ones (SSD: 0.1)
 
 
 @dataclass
 class TeacherConfig:
-    context: Literal["first_success", "solution"] = "first_success"  # a sibling, own excluded (SDPO) | the row's own
-    weights: Literal["live", "ema", "frozen"] = "ema"
+    # what the teacher reads beside the question: a right sample of the group (first: SDPO; random; shortest: SSOPD) | the row's solution |
+    # its final answer only (RLSD) | the solution's first part and the answer (ATESD) | nothing more than `system` (OPCD, other models)
+    context: Literal["first_success", "random_success", "shortest_success", "solution", "answer", "prefix", "prompt"] = "first_success"
+    exclude_self: bool = True  # a sample is not shown to its own teacher (SDPO)
+    num_demonstrations: int = 1  # right samples in one context (SDSD: 3)
+    # for samples without a sibling: none = untaught | the row's solution (AntiSD) | the latest right sample of an earlier step (DRIFT)
+    fallback: Literal["none", "solution", "buffer"] = "none"
+    feedback: Literal["never", "without_demonstration", "always"] = "never"  # the verifier's words on the sample itself (SDPO)
+    say_verdict: bool = False  # tell the teacher whether the sample is right (AntiSD)
+    # contexts to contrast with the first: none | other samples of the group that are wrong (RLCSD) | the answer of a wrong one (CEPO)
+    contrast: Literal["none", "failures", "wrong_answer"] = "none"
+    num_contrasts: int = 4  # of them (RLCSD K)
+    prefix_fraction: float = 0.5  # share of the solution's lines shown by context=prefix; with adaptive_prefix, the first step's
+    adaptive_prefix: bool = False  # a controller moves that share (ATESD, algo/exposure.py)
+    system: Optional[str] = None  # a system turn that only the teacher reads (OPCD); null = none
+    thinking: Optional[bool] = None  # enable_thinking of the teacher's prompt (OPSD: true beside a student without); null = the student's
+    # the student's own | their average | the start model | a copy every refresh_every steps | a copy when pass rates have risen (CGTR
+    # 2606.03532) | logits between the start model's and the live ones (SDPO's trust region) | another model, teacher.model_path
+    weights: Literal["live", "ema", "frozen", "snapshot", "gated", "trust_region", "separate"] = "ema"
     ema_rate: float = 0.05  # share of the student taken in after each step (SDPO r)
+    refresh_every: int = 10  # steps (RLSD, RLCSD: 10); of gated: the fewest between two copies (CGTR: 30)
+    gate_gain: float = 0.05  # rise of the mean pass rate since the last copy that asks for the next (CGTR)
+    gate_length: float = 3.2  # a batch whose longest response exceeds so many mean lengths is not copied after (CGTR's length tail)
+    trust_mix: float = 0.01  # share of the live logits (SDPO: 0.01)
+    model_path: Optional[str] = None  # Hugging Face directory of weights=separate: same tokenizer and vocabulary
     # the teacher's last user turn; {prompt} and {solution} each stand in it once (SDPO's order: question, solution, instruction)
     template: str = DEFAULT_TEMPLATE
     strip_thinking: bool = True  # leave <think>...</think> out of a demonstration (SDPO)
@@ -96,16 +169,48 @@ class TeacherConfig:
 
 
 @dataclass
+class QuestionWeightConfig:
+    # of the pass rate p, q = 1 - p: 1 | sqrt(p q) (SC-SDPO) | p q | 4 p q (SSOPD) | p^a q^b (PACED) | 1 within [low, high], else 0
+    kind: Literal["none", "sqrt_pq", "pq", "four_pq", "power", "band"] = "none"
+    a: float = 1.0  # of power
+    b: float = 1.0
+    low: float = 0.2  # of band
+    high: float = 0.8
+    scale: float = 1.0  # factor, felt where normaliser=none (SSOPD lambda: 0.5)
+    # what the weights are divided by: their mean over the batch's informative questions (SC-SDPO) | over all its questions |
+    # over the training rows (PACED arm of SC-SDPO; needs pass_rate=frozen) | 1
+    normaliser: Literal["informative", "batch", "dataset", "none"] = "informative"
+    pass_rate: Literal["step", "frozen", "ema"] = "step"  # of this step's samples | of the start model, once | averaged over visits
+    ema_rate: float = 0.5  # share of a new visit's pass rate
+    num_samples: int = 8  # samples a row of the frozen estimate, for rows that do not bring a pass_rate
+    terms: Literal["all", "distill"] = "all"  # what is weighed
+
+
+@dataclass
 class AlgorithmConfig:
     recipe: str = "sc_sdpo"  # a row of algo/recipes.py; other keys here override its values
-    source: Literal["rollout", "dataset"] = "rollout"  # on-policy samples | the rows' own solutions
+    # on-policy samples | the rows' own solutions | both, dataset_fraction of the questions by their solutions (GKD)
+    source: Literal["rollout", "dataset", "mixed"] = "rollout"
+    dataset_fraction: float = 0.5  # of source=mixed
     distill: Optional[DistillTerm] = None
     policy_gradient: Optional[PolicyGradientTerm] = None
     nll: Optional[NLLTerm] = None
     teacher: Optional[TeacherConfig] = None
-    question_weight: Literal["none", "sqrt_pq", "pq"] = "none"  # of the pass rate p, q = 1 - p; sqrt_pq is SC-SDPO
-    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"  # over all samples (released SDPO) | over all tokens
-    tis_clip: Optional[float] = 2.0  # truncated importance sampling, min(pi_old / mu, clip); null = off
+    question_weight: QuestionWeightConfig = field(default_factory=QuestionWeightConfig)
+    # means: of each response, then over all samples (released SDPO) | then over those that take part | over all tokens that take part |
+    # sums of responses over rollout.max_response_tokens, then over all samples (Dr. GRPO) | over the tokens of all terms (SRPO)
+    aggregation: Literal["sequence_mean", "sequence_mean_taking_part", "token_mean", "sequence_sum", "token_mean_of_terms"] = (
+        "sequence_mean"
+    )
+    tis_clip: Optional[float] = 2.0  # upper bound of pi_old / mu, the trainer's over the engine's probability; null = off
+    tis_low: float = 0.0  # lower bound, for tis_mode=mask
+    tis_mode: Literal["truncate", "mask"] = "truncate"  # beyond the bounds: the bound (TIS) | 0 (IcePop)
+    overlong_buffer: int = 0  # last tokens of a response's room over which its reward falls by overlong_penalty (DAPO); 0 = off
+    overlong_penalty: float = 1.0
+    length_bonus: float = 0.0  # share added to a right sample's reward for being short, times 1 - length / room (EGRSD: 0.5)
+    minibatches: int = 1  # optimizer steps a batch, each on its share of the questions (pi_old: the weights before the first)
+    epochs: int = 1  # times that the batch is gone through (MiniLLM: 4)
+    stages: list[str] = field(default_factory=list)  # changes of this section from a step on: "50%: distill.beta=1 source=rollout"
 
 
 @dataclass
@@ -138,6 +243,9 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)  # stop strings beside the end-of-turn token
     max_concurrency: int = 256  # requests in flight
     max_retries: int = 5  # a request, on 5xx, resets and restarts; a 4xx is never retried
+    frozen_policy: bool = False  # sample training responses from the start model throughout (SSD)
+    dynamic_sampling: bool = False  # sample more questions until num_prompts of them are neither all right nor all wrong (DAPO)
+    max_batches: int = 10  # batches of questions that dynamic_sampling may sample for a step
     allow_stale: bool = False  # train on samples of an older weight version (they are counted either way)
     replay_dir: Optional[str] = None  # run.dir of another run, whose rollouts/ are read instead of sampling
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -145,9 +253,13 @@ class RolloutConfig:
 
 @dataclass
 class RewardConfig:
-    verifier: Literal["math", "exact_match", "multiple_choice"] = "math"  # math reads the last \boxed{}
-    workers: int = 2  # verifier processes
-    timeout: float = 6.0  # seconds a check may take before its worker is killed
+    # math reads the last \boxed{}; code runs the last fenced program on the row's tests, in a sandbox (data/rewards.py)
+    verifier: Literal["math", "exact_match", "multiple_choice", "tool_use", "code", "rubric"] = "math"
+    workers: int = 2  # verifier processes, or sandboxes, at once
+    timeout: float = 6.0  # seconds a check may take before its worker is killed; of code: a test whose row gives no time_limit
+    code_seconds: float = 60.0  # seconds that all tests of one program may take together
+    code_memory_mib: int = 1024  # of a program, all its processes together
+    rubric_threshold: float = 0.5  # rubric score from which on a sample is right
 
 
 @dataclass
@@ -266,7 +378,52 @@ RULES: dict[str, Rule] = {
         "must hold {prompt} and {solution} once each",
         lambda v: v.count("{prompt}") == v.count("{solution}") == 1,
     ),
+    "algorithm.distill.skip_tokens": NOT_NEGATIVE,
+    "algorithm.distill.max_tokens": POSITIVE,
+    "algorithm.distill.token_weight_scale": POSITIVE,
+    "algorithm.distill.warmup_steps": NOT_NEGATIVE,
+    "algorithm.distill.decay_from": NOT_NEGATIVE,
+    "algorithm.distill.decay_steps": POSITIVE,
+    "algorithm.policy_gradient.dual_clip": ("must be greater than 1", lambda v: v > 1),
+    "algorithm.policy_gradient.right_bonus": NOT_NEGATIVE,
+    "algorithm.policy_gradient.credit.lam": NOT_NEGATIVE,
+    "algorithm.policy_gradient.credit.lam_end": NOT_NEGATIVE,
+    "algorithm.policy_gradient.credit.lam_steps": POSITIVE,
+    "algorithm.policy_gradient.credit.clip": NONZERO_FRACTION,
+    "algorithm.policy_gradient.credit.tau": POSITIVE,
+    "algorithm.policy_gradient.credit.threshold": NOT_NEGATIVE,
+    "algorithm.policy_gradient.credit.eta": NOT_NEGATIVE,
+    "algorithm.policy_gradient.credit.entropy_scale": NOT_NEGATIVE,
+    "algorithm.policy_gradient.credit.window": NOT_NEGATIVE,
+    "algorithm.policy_gradient.credit.gate_warmup": POSITIVE,
+    "algorithm.policy_gradient.credit.gate_ratio": FRACTION,
+    "algorithm.policy_gradient.credit.margin": NOT_NEGATIVE,
+    "algorithm.policy_gradient.credit.clip_return": POSITIVE,
+    "algorithm.nll.drop_shortest": MOMENTUM,
+    "algorithm.teacher.num_demonstrations": POSITIVE,
+    "algorithm.teacher.num_contrasts": POSITIVE,
+    "algorithm.teacher.prefix_fraction": FRACTION,
+    "algorithm.teacher.refresh_every": POSITIVE,
+    "algorithm.teacher.gate_gain": NOT_NEGATIVE,
+    "algorithm.teacher.gate_length": POSITIVE,
+    "algorithm.teacher.trust_mix": FRACTION,
+    "algorithm.teacher.model_path": NOT_EMPTY,
+    "algorithm.question_weight.a": NOT_NEGATIVE,
+    "algorithm.question_weight.b": NOT_NEGATIVE,
+    "algorithm.question_weight.low": FRACTION,
+    "algorithm.question_weight.high": FRACTION,
+    "algorithm.question_weight.scale": POSITIVE,
+    "algorithm.question_weight.ema_rate": NONZERO_FRACTION,
+    "algorithm.question_weight.num_samples": POSITIVE,
+    "algorithm.dataset_fraction": FRACTION,
     "algorithm.tis_clip": POSITIVE,
+    "algorithm.tis_low": NOT_NEGATIVE,
+    "algorithm.overlong_buffer": NOT_NEGATIVE,
+    "algorithm.overlong_penalty": NOT_NEGATIVE,
+    "algorithm.length_bonus": NOT_NEGATIVE,
+    "algorithm.minibatches": POSITIVE,
+    "algorithm.epochs": POSITIVE,
+    "rollout.max_batches": POSITIVE,
     "rollout.num_prompts": POSITIVE,
     "rollout.num_samples": POSITIVE,
     "rollout.max_prompt_tokens": POSITIVE,
@@ -287,6 +444,9 @@ RULES: dict[str, Rule] = {
     "rollout.engine.max_restarts": NOT_NEGATIVE,
     "reward.workers": POSITIVE,
     "reward.timeout": POSITIVE,
+    "reward.code_seconds": POSITIVE,
+    "reward.code_memory_mib": POSITIVE,
+    "reward.rubric_threshold": FRACTION,
     "actor.tensor_model_parallel_size": POSITIVE,
     "actor.pipeline_model_parallel_size": POSITIVE,
     "actor.context_parallel_size": POSITIVE,
@@ -364,9 +524,32 @@ def load_config(files: list[str], overrides: list[str], recipes: Mapping[str, Al
     return config
 
 
-def check_values(config: Config, origin: Mapping[str, str] | None = None) -> None:
-    """Hold every value against RULES; `origin` names the source of a key for the error. Raises ConfigError."""
-    for key, value in walk(config):
+def override(algorithm: AlgorithmConfig, changes: list[str], source: str) -> AlgorithmConfig:
+    """The algorithm with dotted `changes` such as "distill.beta=1", read and checked as `load_config` does; errors name `source`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    origin: dict[str, str] = {}
+    merged = OmegaConf.structured(algorithm)
+    for text in changes:
+        tree = _parse_override(f"algorithm.{text}", source)
+        _check_tree(tree, Config, "", source, origin)
+        try:
+            merged = OmegaConf.merge(merged, tree["algorithm"])
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: algorithm.{error.full_key}: {_first_line(error)}") from error
+    try:
+        changed = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: algorithm.{error.full_key}: {_first_line(error)}") from error
+    check_values(changed, origin, "algorithm.")
+    return changed
+
+
+def check_values(config: Any, origin: Mapping[str, str] | None = None, prefix: str = "") -> None:
+    """Hold every value against RULES; `origin` names the source of a key for the error. `prefix`: the section that `config` is, if it is
+    not the whole. Raises ConfigError."""
+    for key, value in walk(config, prefix):
         where = (origin or {}).get(key, "config")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}: {key}={value}: must be a finite number")
@@ -410,7 +593,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return tree
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def _parse_override(text: str, source: str = COMMAND_LINE) -> dict[str, Any]:
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -418,7 +601,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, equals, raw = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not an override; write section.key=value")
+        raise ConfigError(f"{source}: {text!r} is not an override; write section.key=value")
     kind, optional = _type_at(parts)
     if kind is str or get_origin(kind) is Literal:
         # Taken as written, so that no, on, 1e5 and 0123 stay strings.
@@ -427,7 +610,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)["value"]
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"{COMMAND_LINE}: {key}: {raw!r} is not a YAML value: {_first_line(error)}") from error
+            raise ConfigError(f"{source}: {key}: {raw!r} is not a YAML value: {_first_line(error)}") from error
     tree = value
     for part in reversed(parts):
         tree = {part: tree}

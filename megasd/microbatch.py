@@ -1,8 +1,8 @@
 """Samples of a rank cut into the microbatches that Megatron's schedules run.
 
-b rows, s padded length, t packed tokens, T response tokens of one microbatch that this context-parallel rank holds. A *view*
-is "student" (prompt + response) or "teacher" (teacher prompt + response): the response is the same tail of both, and
-`response_index` names its tokens in either, so a teacher's hidden state can never meet another token than its own.
+b rows, s padded length, t packed tokens, T response tokens of one microbatch that this context-parallel rank holds. A sequence is a prompt
+and the response: the student's prompt, or one of the sample's teacher contexts. The response is the same tail of all of them, and
+`response_index` names its tokens in each, so a teacher's hidden state can never meet another token than its own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from megasd.batch import Batch
-
-VIEWS = ("student", "teacher")
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Microbatch:
 def make_microbatches(
     batch: Batch,
     samples: list[int],
-    view: str,
+    context: int | None,
     *,
     count: int,
     micro_batch_size: int,
@@ -49,17 +47,15 @@ def make_microbatches(
 ) -> list[Microbatch]:
     """`count` microbatches of the given samples of the local batch, in order; missing ones are filler of weight zero.
 
+    context: None for the student's prompts, 0 for the teacher's, k for the k-th that it is contrasted with.
     Sequences are right-padded to a multiple of `multiple` (2 * cp_size under context parallelism, times TP under sequence
     parallelism), each on its own when packed. Causal attention never lets a real token see the padding.
     """
-    if view not in VIEWS:
-        raise ValueError(f"view {view!r} is none of {VIEWS}")
-    prompts = (batch.prompt_ids, batch.prompt_lens) if view == "student" else (batch.teacher_ids, batch.teacher_lens)
-    prompt_parts = prompts[0].split(prompts[1].tolist())
+    prompt_parts = batch.prompt_ids.split(batch.prompt_lens.tolist()) if context is None else batch.context_parts(context)
     response_parts = batch.response_ids.split(batch.response_lens.tolist())
     response_starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
     if any(len(prompt_parts[i]) == 0 for i in samples):
-        raise ValueError(f"a sample without a {view} prompt was asked for")
+        raise ValueError(f"a sample without teacher context {context} was asked for")
     microbatches = []
     for start in range(0, count * micro_batch_size, micro_batch_size):
         chosen = samples[start : start + micro_batch_size]

@@ -25,8 +25,10 @@ from megasd.actor import checkpoint
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel
 from megasd.algo.context import with_solution
+from megasd.algo.memory import Memory
+from megasd.algo.schedule import at, variants
 from megasd.batch import Batch, build_batch, dataset_groups
-from megasd.config import Config, to_yaml
+from megasd.config import AlgorithmConfig, Config, to_yaml
 from megasd.data.chat import Chat
 from megasd.data.prompts import DataError, PromptIterator, load_prompts
 from megasd.data.rewards import RewardPool, extract_answer
@@ -61,7 +63,7 @@ class Run(contextlib.ExitStack):
         self.config, self.started, self.dir = config, time.perf_counter(), Path(config.run.dir)
         self.step, self.before, self.pushed = 0, None, None
         self.timings: Counter[str] = Counter()
-        self.chat = self.prompts = self.rewards = self.rollout = self.sink = self.report = None
+        self.chat = self.prompts = self.rewards = self.rollout = self.sink = self.report = self.memory = None
         device = init_distributed()
         self.is_first = torch.distributed.get_rank() == 0
         resume = self._resume_path()
@@ -71,11 +73,15 @@ class Run(contextlib.ExitStack):
         if resume is not None:
             state = self.actor.load(resume)
             self.step, self.before = state["step"], state["before"]
+            self.actor.gate.load_state_dict(state["gate"])
         self.sync = self._build_sync(device)
         if self.sync is not None:
             self.from_first(self.rollout.wait_ready if self.is_first else dict)
-        self.push()  # also after a resume: the engine was started from model.path
+        if not (config.rollout.frozen_policy and self.step):
+            self.push()  # also after a resume: the engine was started from model.path
         self.from_first(lambda: self._open_run_dir(is_fresh=resume is None))
+        found = self.from_first(self._estimate_pass_rates)
+        self.actor.dataset_mean = float(found["dataset_mean"]) if "dataset_mean" in found else None
 
     def _build_left_half(self, resume: Path | None) -> None:
         """Hold everything that the user gave against the program, cheapest first; the engine's log is the first thing written."""
@@ -86,12 +92,15 @@ class Run(contextlib.ExitStack):
         rows = load_prompts(
             config.data.train,
             max_row_bytes=config.data.max_row_bytes,
-            require_solution=config.algorithm.source == "dataset" or (teacher is not None and teacher.context == "solution"),
+            require_solution=reads_solutions(config),
         )
         self.prompts = PromptIterator(rows, config.rollout.num_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+        self.memory = Memory(config.algorithm, seed=config.run.seed, steps=config.run.steps)
         self.prompt_ids = self._encode(rows, config.data.train)
-        if config.algorithm.source == "dataset":
+        if any(one.source != "rollout" for one in variants(config.algorithm)):
             self._check_solutions(rows)
+        if teacher is not None and teacher.weights == "separate":
+            self._check_tokenizer(teacher.model_path)
         self.eval_rows = []
         if config.data.eval is not None:
             self.eval_rows = load_prompts(config.data.eval, max_row_bytes=config.data.max_row_bytes)
@@ -101,6 +110,7 @@ class Run(contextlib.ExitStack):
         if resume is not None:
             state = checkpoint.read_state(resume, teacher_weights=teacher.weights if teacher else "live")
             self.prompts.load_state_dict(state["prompts"])
+            self.memory.load_state_dict(state["memory"])
             first = state["step"]
         if config.rollout.replay_dir is not None and config.algorithm.source == "rollout":
             self._check_replay(first)
@@ -164,7 +174,7 @@ class Run(contextlib.ExitStack):
                 raise DataError(
                     f"{where} has {size} solution tokens, more than rollout.max_response_tokens={limit}; raise it or drop the row"
                 )
-            if nll.context_fraction:
+            if nll is not None and nll.context_fraction:
                 messages = with_solution(row.messages, row.solution, template=nll.template)
                 total = len(self.chat.encode_prompt(messages)) + size
                 if total > longest:
@@ -172,6 +182,29 @@ class Run(contextlib.ExitStack):
                         f"{where}: with its solution in context (algorithm.nll.context_fraction) it takes {total} tokens, more than the "
                         f"model's max_position_embeddings={longest}; drop the row"
                     )
+
+    def _check_tokenizer(self, path: str) -> None:
+        """A separate teacher reads the student's token ids: every one of them must mean the same to it."""
+        if Chat(path).tokenizer.get_vocab() != self.chat.tokenizer.get_vocab():
+            raise UserError(
+                f"algorithm.teacher.model_path: {path} has another tokenizer than model.path={self.config.model.path}; the two models must "
+                "share one, since the teacher scores the student's token ids"
+            )
+
+    def _estimate_pass_rates(self) -> dict[str, Tensor]:
+        """Rank 0, before the first step: how often the start model passes each training row, if weights go by that (PACED 2603.11178)."""
+        weight = self.config.algorithm.question_weight
+        if weight.kind == "none" or weight.pass_rate != "frozen":
+            return {}
+        rows = self.prompts.prompts
+        missing = [row for row in rows if row.pass_rate is None]
+        if missing and not self.memory.has_frozen:
+            groups = self.sample(missing, [self.prompt_ids[row.id] for row in missing], 0, weight.num_samples)
+            self.rewards.score(groups)
+            save_groups(self.dir / "rollouts" / "pass-rates.jsonl", groups)
+            self.memory.set_frozen({group.prompt.id: group.pass_rate for group in groups})
+        mean = self.memory.dataset_mean(rows)
+        return {} if mean is None else {"dataset_mean": torch.tensor(mean, dtype=torch.float64)}
 
     def _check_replay(self, first: int) -> None:
         """Every step's file is there, and the first of them holds this run's prompts."""
@@ -239,9 +272,15 @@ class Run(contextlib.ExitStack):
         self.sync.push(version=self.step, lacking=True)
 
     @property
+    def algorithm(self) -> AlgorithmConfig:
+        """The algorithm of the step to come: stages and scheduled numbers resolved."""
+        return at(self.config.algorithm, self.step, self.config.run.steps)
+
+    @property
     def samples(self) -> bool:
-        """Whether training itself reads the engine; else only an evaluation does, and pushes when it is due."""
-        return self.config.algorithm.source == "rollout" and self.config.rollout.replay_dir is None
+        """Whether the next step reads the current weights from the engine; else only an evaluation does, and pushes when it is due."""
+        rollout = self.config.rollout
+        return self.algorithm.source != "dataset" and rollout.replay_dir is None and not rollout.frozen_policy
 
     def push(self) -> dict[str, float]:
         """The actor's weights into the engine as version `step`; metrics on rank 0. Nothing to do where nothing samples, or twice."""
@@ -269,7 +308,12 @@ class Run(contextlib.ExitStack):
 
         def build() -> dict[str, Tensor]:
             groups, figures = self._groups(step)
-            batch, more = build_batch(groups, self.config.algorithm, self.chat, max_length=model_length(self.config))
+            batch, more = build_batch(
+                groups, self.algorithm, self.chat, self.memory,
+                step=step, max_length=model_length(self.config), room=self.config.rollout.max_response_tokens,
+                answer_of=lambda text: extract_answer(self.config.reward.verifier, text),
+            )  # fmt: skip
+            figures |= self.memory.observe(groups, step)
             metrics.update(figures | {f"train/{name}": value for name, value in more.items()})
             return batch.to_tensors()
 
@@ -281,23 +325,58 @@ class Run(contextlib.ExitStack):
             self.pushed = None  # whatever the version, the next push is needed
         return batch, metrics
 
+    def learned(self, metrics: dict[str, float]) -> None:
+        """What the step says to the next ones (rank 0)."""
+        if self.memory is not None:
+            self.memory.after_step(metrics, self.step)
+
     def _groups(self, step: int) -> tuple[list[Group], dict[str, float]]:
-        config, prompts = self.config, self.prompts.next()
-        if config.algorithm.source == "dataset":
-            nll = config.algorithm.nll
-            choice = random.Random(f"{config.run.seed}/{step}")  # the same rows carry their solution when the step is run again
-            with_context = [choice.random() < nll.context_fraction for _ in prompts]
-            return dataset_groups(prompts, config.algorithm, self.chat, with_context), {}
+        config, algorithm = self.config, self.algorithm
+        choice = random.Random(f"{config.run.seed}/{step}")  # the same rows, whenever the step is run again
+        if algorithm.source == "dataset":
+            prompts, nll = self.prompts.next(), algorithm.nll
+            with_context = [nll is not None and choice.random() < nll.context_fraction for _ in prompts]
+            return dataset_groups(prompts, algorithm, self.chat, with_context), {}
         if config.rollout.replay_dir is not None:
-            groups = self._replay(prompts, step)
+            groups = self._replay(self.prompts.next(), step)
             return groups, group_metrics(groups)
-        with self.timed("rollout"):
-            groups = self.sample(prompts, [self.prompt_ids[p.id] for p in prompts], step, config.rollout.num_samples)
-        with self.timed("reward"):
-            self.rewards.score(groups)
+        if algorithm.source == "mixed":
+            prompts = self.prompts.next()
+            given = {p.id for p in prompts if choice.random() < algorithm.dataset_fraction}
+            sampled = self._sample_and_score([p for p in prompts if p.id not in given], step)
+            groups = dataset_groups([p for p in prompts if p.id in given], algorithm, self.chat, [False] * len(given)) + sampled
+            figures = group_metrics(sampled) | {"rollout/dataset_questions": float(len(given))}
+        else:
+            groups, figures = self._dynamic(step) if config.rollout.dynamic_sampling else self._plain(step)
         save_groups(rollout_path(self.dir / "rollouts", step), groups)
         rollout_stats = {f"rollout/{name}": float(value) for name, value in self.rollout.stats.items()}
-        return groups, group_metrics(groups) | rollout_stats
+        return groups, figures | rollout_stats
+
+    def _plain(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        groups = self._sample_and_score(self.prompts.next(), step)
+        return groups, group_metrics(groups)
+
+    def _dynamic(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        """DAPO (2503.14476): questions until num_prompts of them are informative. Where rollout.max_batches end that, others fill up."""
+        kept, spare, batches = [], [], 0
+        while len(kept) < self.config.rollout.num_prompts and batches < self.config.rollout.max_batches:
+            batches += 1
+            for group in self._sample_and_score(self.prompts.next(), step):
+                (kept if group.pass_rate is not None and 0 < group.pass_rate < 1 else spare).append(group)
+        groups, surplus = (kept + spare)[: self.config.rollout.num_prompts], (kept + spare)[self.config.rollout.num_prompts :]
+        if surplus:
+            save_groups(self.dir / "rollouts" / f"surplus-step-{step:06d}.jsonl", surplus)
+        figures = {"rollout/batches": float(batches), "rollout/surplus_questions": float(len(surplus))}
+        return groups, group_metrics(kept + spare) | figures  # the pass rate is that of all questions asked
+
+    def _sample_and_score(self, prompts: list[Prompt], step: int) -> list[Group]:
+        if not prompts:
+            return []
+        with self.timed("rollout"):
+            groups = self.sample(prompts, [self.prompt_ids[p.id] for p in prompts], step, self.config.rollout.num_samples)
+        with self.timed("reward"):
+            self.rewards.score(groups)
+        return groups
 
     def sample(self, prompts: list[Prompt], prompt_ids: list[list[int]], step: int, num_samples: int) -> list[Group]:
         """Training samples of the current weights."""
@@ -328,7 +407,10 @@ class Run(contextlib.ExitStack):
 
     def save(self) -> None:
         """Checkpoint at the current step; every rank calls it."""
-        state = {"before": self.before, "prompts": self.prompts.state_dict()} if self.is_first else {}
+        state = {}
+        if self.is_first:
+            state = {"before": self.before, "prompts": self.prompts.state_dict(), "memory": self.memory.state_dict()}
+            state["gate"] = self.actor.gate.state_dict()
         self.actor.save(self.dir / "checkpoints", self.step, state)
 
     def summary(self, after: dict[str, float] | None, steps: int) -> dict:
@@ -355,6 +437,14 @@ class Run(contextlib.ExitStack):
         return report
 
 
+def reads_solutions(config: Config) -> bool:
+    """Whether every training row must bring a solution."""
+    stages = variants(config.algorithm)
+    teachers = [one.teacher for one in stages if one.teacher is not None]
+    learned = any(one.source != "rollout" for one in stages)
+    return learned or any(teacher.context in ("solution", "prefix") or teacher.fallback == "solution" for teacher in teachers)
+
+
 def engine_dtype(config: Config) -> str:
     """Of the engine's weights, and so of what is sent to it."""
     return config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype
@@ -377,7 +467,9 @@ def group_metrics(groups: list[Group]) -> dict[str, float]:
     samples = [s for g in groups for s in g.samples]
     rates = [g.pass_rate for g in groups if g.pass_rate is not None]
     verdicts = Counter(s.verdict.value for s in samples if s.verdict is not None)
+    scores = [s.score for s in samples if s.score is not None]
     return {
+        **({"reward/score": sum(scores) / len(scores)} if scores else {}),
         "reward/pass_rate": sum(rates) / len(rates) if rates else 0.0,
         "reward/all_right": float(sum(r == 1.0 for r in rates)),
         "reward/all_wrong": float(sum(r == 0.0 for r in rates)),

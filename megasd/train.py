@@ -24,11 +24,12 @@ def main(config: Config) -> None:
         for step in range(first, config.run.steps):
             started = time.perf_counter()
             batch, metrics = run.next_batch(step)
-            share = run.actor.take(batch)
+            shares = [run.actor.take(part, run.algorithm) for part in batch.parts(run.algorithm.minibatches)]
             with run.timed("teach"):
-                teacher = run.actor.teach(share)
+                signals = [run.actor.teach(share) for share in shares]
             with run.timed("train"):
-                learned = run.actor.train_step(share, teacher)
+                learned = run.actor.train(shares, signals)
+            run.learned(learned)
             run.step = step + 1
             with run.timed("sync"):
                 pushed = run.push() if run.samples else {}

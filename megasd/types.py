@@ -41,6 +41,8 @@ class Prompt:
     messages: list[Message]
     answer: str  # gold answer, read by the verifier
     solution: str | None = None  # reference solution, if the row has one (teacher contexts, NLL)
+    pass_rate: float | None = None  # of the start model, if the row says it (PACED's frozen rate)
+    rubric: list[dict[str, str | float]] | None = None  # criteria of data/rubric.py, if the row has them
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Sample:
     version: int  # weight version that every token was sampled with
     verdict: Verdict | None = None  # None until scored
     detail: str = ""  # why the verifier failed, for ERROR and TIMEOUT
+    score: float | None = None  # shaped reward in [0, 1] where the verifier gives one (a rubric); pass rates go by the verdict
+    feedback: str = ""  # what the verifier tells the model about a wrong answer; never the expected one
 
     @property
     def reward(self) -> float:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megasd.config import LOOPBACK, Config, ConfigError, check_values, samples_per_step
+from megasd.config import LOOPBACK, AlgorithmConfig, Config, ConfigError, check_values, samples_per_step
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "olmo2", "olmo3")  # those of weights/families.py
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+ROW_SUFFIXES = (".jsonl", ".parquet", ".arrow")  # of the files of a directory of rows (data/rows.py)
 RUN_FILES = ("config.yaml", "metrics.jsonl", "rollouts", "checkpoints")  # any of these in run.dir: it holds a run
 
 
@@ -62,38 +63,133 @@ def sequence_multiple(config: Config) -> int:
 
 
 def needs_engine(config: Config) -> bool:
-    """Whether the run samples at all: rollouts that are not replayed, or an evaluation."""
-    return config.data.eval is not None or (config.algorithm.source == "rollout" and config.rollout.replay_dir is None)
+    """Whether the run samples at all: rollouts that are not replayed, an evaluation, or an estimate of pass rates."""
+    algorithm = config.algorithm
+    samples = algorithm.source != "dataset" or any("source=" in stage for stage in algorithm.stages)
+    estimates = algorithm.question_weight.kind != "none" and algorithm.question_weight.pass_rate == "frozen"
+    return config.data.eval is not None or estimates or (samples and config.rollout.replay_dir is None)
+
+
+def check_terms(algorithm: AlgorithmConfig) -> None:
+    """What the values of one algorithm may be together, whatever else the run is; also asked of each stage (algo/schedule.py)."""
+    distill, pg, nll, teacher = algorithm.distill, algorithm.policy_gradient, algorithm.nll, algorithm.teacher
+    credit = pg.credit if pg is not None else None
+    if distill is None and pg is None and nll is None:
+        raise ConfigError("algorithm: no term to train on; give algorithm.distill, algorithm.policy_gradient or algorithm.nll")
+    if distill and teacher is None:
+        raise ConfigError("algorithm.teacher: algorithm.distill reads a teacher; give one, as in algorithm.teacher.weights=ema")
+    if credit and teacher is None:
+        raise ConfigError("algorithm.teacher: algorithm.policy_gradient.credit reads a teacher; give one, or set the credit to null")
+    if teacher and distill is None and credit is None:
+        raise ConfigError(
+            "algorithm.teacher: no term reads the teacher; set algorithm.teacher=null or give algorithm.distill or "
+            "algorithm.policy_gradient.credit"
+        )
+    _check_source(algorithm)
+    if distill:
+        _check_distill(algorithm)
+    if teacher:
+        _check_teacher(algorithm)
+    if pg and pg.samples == "undistilled" and distill is None:
+        raise ConfigError("algorithm.policy_gradient.samples=undistilled: there is no algorithm.distill to leave samples; set it to scored")
+    if pg and pg.advantage == "none" and (credit is None or credit.kind not in ("antisd", "rlcsd", "log_ratio", "return", "margin")):
+        raise ConfigError(
+            "algorithm.policy_gradient.advantage=none: nothing is left to learn from; give a reward's advantage, or a credit that adds one"
+        )
+    if credit and credit.kind in ("rlcsd", "cepo") and teacher.contrast == "none":
+        raise ConfigError(f"algorithm.teacher.contrast: credit {credit.kind} contrasts two teachers; set it to failures or wrong_answer")
+    if algorithm.tis_mode == "mask" and algorithm.tis_clip is None:
+        raise ConfigError("algorithm.tis_mode=mask: needs an upper bound; set algorithm.tis_clip")
+    if algorithm.tis_clip is not None and algorithm.tis_low >= algorithm.tis_clip:
+        raise ConfigError(f"algorithm.tis_low={algorithm.tis_low}: must be below algorithm.tis_clip={algorithm.tis_clip}")
+    weight = algorithm.question_weight
+    if weight.normaliser == "dataset" and weight.kind != "none" and weight.pass_rate != "frozen":
+        raise ConfigError("algorithm.question_weight.normaliser=dataset: asks for the rates of all rows; set pass_rate=frozen")
+    if weight.kind == "band" and weight.low > weight.high:
+        raise ConfigError(f"algorithm.question_weight.low={weight.low}: exceeds high={weight.high}; exchange them")
+
+
+def _check_source(algorithm: AlgorithmConfig) -> None:
+    if algorithm.source == "rollout":
+        if algorithm.nll and algorithm.nll.context_fraction:
+            raise ConfigError("algorithm.nll.context_fraction: needs the rows' solutions; set it to 0 or algorithm.source=dataset")
+        return
+    if algorithm.source == "dataset" and algorithm.policy_gradient:
+        raise ConfigError(
+            "algorithm.policy_gradient: learns from sampled responses, and algorithm.source=dataset has none; "
+            "set algorithm.policy_gradient=null or algorithm.source=rollout"
+        )
+    weight = algorithm.question_weight
+    if weight.kind != "none" and weight.pass_rate != "frozen":
+        raise ConfigError(
+            f"algorithm.question_weight.kind={weight.kind}: algorithm.source={algorithm.source} has rows without pass rates; "
+            "set it to none, or algorithm.question_weight.pass_rate=frozen"
+        )
+    if algorithm.tis_clip is not None:
+        raise ConfigError(
+            f"algorithm.tis_clip: algorithm.source={algorithm.source} has rows that no engine sampled, so there is no ratio; set it to null"
+        )
+
+
+def _check_distill(algorithm: AlgorithmConfig) -> None:
+    distill, teacher = algorithm.distill, algorithm.teacher
+    if teacher.transport == "record" and distill.support != "teacher":
+        raise ConfigError(
+            f"algorithm.teacher.transport=record: holds the teacher's own top tokens, which algorithm.distill.support="
+            f"{distill.support} does not ask for; set the support to teacher or the transport to hidden"
+        )
+    if teacher.transport == "record" and distill.token_weight == "confidence":
+        raise ConfigError("algorithm.teacher.transport=record: holds no entropy for token_weight=confidence; set the transport to hidden")
+    if distill.divergence == "adaptive" and (distill.support == "full" or distill.tail == "raw"):
+        raise ConfigError(
+            "algorithm.distill.divergence=adaptive: weighs buckets that sum to one; take support student, teacher or union with tail "
+            "bucket or renormalise"
+        )
+    if distill.divergence == "adaptive" and distill.pointwise_clip is not None:
+        raise ConfigError("algorithm.distill.pointwise_clip: is of divergence=mixture; set it to null")
+    if distill.max_tokens is not None and distill.skip_tokens >= distill.max_tokens:
+        raise ConfigError(
+            f"algorithm.distill.skip_tokens={distill.skip_tokens}: leaves nothing of the first max_tokens={distill.max_tokens}; lower it"
+        )
+
+
+def _check_teacher(algorithm: AlgorithmConfig) -> None:
+    teacher = algorithm.teacher
+    if (teacher.weights == "separate") != (teacher.model_path is not None):
+        raise ConfigError(
+            f"algorithm.teacher.model_path={teacher.model_path}: goes with algorithm.teacher.weights=separate and with it alone; give both"
+        )
+    if teacher.context == "prompt" and teacher.system is None and teacher.weights == "live":
+        raise ConfigError(
+            "algorithm.teacher.context=prompt: a live teacher that reads the student's own prompt is the student; give "
+            "algorithm.teacher.system, other weights or another context"
+        )
+    if teacher.adaptive_prefix and teacher.context != "prefix":
+        raise ConfigError("algorithm.teacher.adaptive_prefix: moves the share shown by context=prefix; set that, or adaptive_prefix=false")
+    if teacher.transport == "record" and algorithm.policy_gradient and algorithm.policy_gradient.credit:
+        raise ConfigError("algorithm.teacher.transport=record: credit needs hidden states; set algorithm.teacher.transport=hidden")
 
 
 def _check_algorithm(config: Config) -> None:
     algorithm = config.algorithm
-    if algorithm.distill is None and algorithm.policy_gradient is None and algorithm.nll is None:
-        raise ConfigError("algorithm: no term to train on; give algorithm.distill, algorithm.policy_gradient or algorithm.nll")
-    if algorithm.distill and algorithm.teacher is None:
-        raise ConfigError("algorithm.teacher: algorithm.distill reads a teacher; give one, as in algorithm.teacher.weights=ema")
-    if algorithm.teacher and algorithm.distill is None:
-        raise ConfigError("algorithm.teacher: no term reads the teacher; set algorithm.teacher=null or give algorithm.distill")
-    if algorithm.distill and algorithm.teacher.transport == "record" and algorithm.distill.support != "teacher":
+    check_terms(algorithm)
+    if algorithm.minibatches > config.rollout.num_prompts:
         raise ConfigError(
-            f"algorithm.teacher.transport=record: holds the teacher's own top tokens, which algorithm.distill.support="
-            f"{algorithm.distill.support} does not ask for; set the support to teacher or the transport to hidden"
+            f"algorithm.minibatches={algorithm.minibatches}: exceeds the rollout.num_prompts={config.rollout.num_prompts} of a batch"
         )
-    if algorithm.source == "dataset":
-        for name in ("policy_gradient", "distill"):
-            if getattr(algorithm, name):
-                raise ConfigError(
-                    f"algorithm.{name}: learns from sampled responses, and algorithm.source=dataset has none; "
-                    f"set algorithm.{name}=null or algorithm.source=rollout"
-                )
-        if algorithm.question_weight != "none":
-            raise ConfigError(
-                f"algorithm.question_weight={algorithm.question_weight}: algorithm.source=dataset has no pass rates; set it to none"
-            )
-    elif algorithm.nll and algorithm.nll.context_fraction:
-        raise ConfigError("algorithm.nll.context_fraction: needs the rows' solutions; set it to 0 or algorithm.source=dataset")
+    if algorithm.overlong_buffer >= config.rollout.max_response_tokens:
+        raise ConfigError(
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer}: must be smaller than rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens}"
+        )
+    if config.rollout.frozen_policy and config.evaluation.every:
+        raise ConfigError("rollout.frozen_policy: the engine keeps the start model until the end; set evaluation.every=0")
+    if config.rollout.dynamic_sampling and config.rollout.replay_dir is not None:
+        raise ConfigError("rollout.dynamic_sampling: a replay has its questions already; set it to false")
+    if algorithm.source == "mixed" and config.rollout.replay_dir is not None:
+        raise ConfigError("algorithm.source=mixed: cannot be replayed; set rollout.replay_dir=null")
     rollout = config.rollout
-    if algorithm.source == "rollout" and algorithm.tis_clip is not None and (rollout.top_p < 1 or rollout.top_k > 0):
+    if algorithm.tis_clip is not None and (rollout.top_p < 1 or rollout.top_k > 0):
         raise ConfigError(
             "algorithm.tis_clip: the engine's log-probs are those before top-p and top-k, so the ratio to what was sampled is unknown; "
             "set it to null, or rollout.top_p=1 and rollout.top_k=-1"
@@ -272,11 +368,17 @@ def _check_sync(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(path).is_file() and not _holds_rows(Path(path)):
             raise ConfigError(f"{key}={path}: {'not a regular' if Path(path).exists() else 'no such'} file; give a JSONL file")
     replay = config.rollout.replay_dir
     if replay is not None and not (Path(replay) / "rollouts").is_dir():
         raise ConfigError(f"rollout.replay_dir={replay}: holds no rollouts/; give the run.dir of a finished run")
+
+
+def _holds_rows(directory: Path) -> bool:
+    """Whether it is a directory that data/rows.py may read: of `datasets`, or of shards."""
+    names = ("state.json", "dataset_dict.json")
+    return directory.is_dir() and any(file.suffix in ROW_SUFFIXES or file.name in names for file in directory.iterdir())
 
 
 def _check_run_dir(config: Config) -> None:

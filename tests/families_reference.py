@@ -21,8 +21,8 @@ def make_batch() -> Batch:
     return Batch(
         prompt_ids=torch.randint(0, VOCAB, (sum(PROMPT_LENS),), generator=g),
         prompt_lens=prompt_lens,
-        teacher_ids=torch.zeros(0, dtype=torch.int64),
-        teacher_lens=torch.zeros(number, dtype=torch.int64),
+        context_ids=torch.zeros(0, dtype=torch.int64),
+        context_lens=torch.zeros(number, 1, dtype=torch.int64),
         response_ids=torch.randint(0, VOCAB, (sum(RESPONSE_LENS),), generator=g),
         response_lens=response_lens,
         question_weight=torch.ones(number, dtype=torch.float64),

@@ -1,6 +1,6 @@
 """The actor: a Megatron model that scores, learns, saves and exports. It never learns the name of the algorithm.
 
-A step is three calls, on every rank alike:  share = actor.take(batch);  states = actor.teach(share);  actor.train_step(share, states).
+A step, on every rank alike:  share = actor.take(batch, algorithm);  signal = actor.teach(share);  actor.train_step(share, signal).
 R local response tokens, T those of one microbatch, V local vocabulary, h hidden.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,14 @@ from megasd.actor import checkpoint, cpu, optimizer_fixes
 from megasd.actor import model as build
 from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh, broadcast_tensors
-from megasd.actor.teacher import TeacherWeights
+from megasd.actor.teacher import Teacher, check_vocabulary
 from megasd.actor.teacher_signal import TeacherSignal
-from megasd.batch import Batch
-from megasd.config import Config
-from megasd.loss.objective import objective, readout_spec
-from megasd.loss.reduce import exact_words, global_normalisers, megatron_loss, reduce_metrics, token_weights
+from megasd.actor.weigh import Weighed, weigh
+from megasd.batch import TERMS, Batch
+from megasd.config import AlgorithmConfig, Config
+from megasd.loss.objective import METRIC_WEIGHTS, divergence_of, objective, readout_spec
+from megasd.loss.reduce import exact_words, megatron_loss, reduce_metrics
+from megasd.loss.streams import EntropyGate, sequence_log_ratio
 from megasd.microbatch import Microbatch, make_microbatches
 from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout, fused_linear_record
 from megasd.ops.readout import Readout, ReadoutSpec
@@ -36,18 +38,23 @@ from megasd.weights.gather import Gather
 from megasd.weights.load import load_hf
 from megasd.weights.table import global_params
 
-SUMS = ("loss", "tokens", "taught_tokens", "teacher_mib")  # metrics that are sums over the batch; the others are means per token
+ADDS = ("rlcsd", "antisd", "log_ratio", "return", "margin")  # credits that add to an advantage; the others multiply it
 
 
 @dataclass
 class Share:
-    """This data-parallel rank's part of a step: its samples, which of them need a forward, and the weight of every token."""
+    """This data-parallel rank's part of a step: its samples, and which of them need a forward."""
 
     batch: Batch
     active: list[int]  # samples with a weight, an index into batch
     num_microbatches: int  # the same on every rank
-    weights: dict[str, Tensor]  # term -> float64 [R]
-    figures: dict[str, float]  # of the global normaliser, for metrics
+    algorithm: AlgorithmConfig  # as it stands in this step
+    spec: ReadoutSpec
+    streams: dict[str, Tensor]  # [R] each, on the device: the batch's, "taught", and those of passes before the student's
+    pass_rate: float  # of the whole batch's samples, for a gated teacher
+    length_tail: float  # the batch's longest response over its mean length
+    repeats: bool = False  # the batch has several optimizer steps, so pi_old is not the student
+    weighed: Weighed | None = None
 
 
 class Actor:
@@ -58,6 +65,7 @@ class Actor:
         cpu.install()
         optimizer_fixes.install()
         self.config, self.mesh, self.algorithm = config, mesh, config.algorithm
+        self.dataset_mean: float | None = None  # mean question weight of the training rows, where question_weight.normaliser=dataset
         self.hf_config = read_hf_config(config.model.path)
         family = build.family_of(config.model.path)
         self.vocab_size = family.vocab_size
@@ -75,111 +83,221 @@ class Actor:
         )
         self.ddp = build.wrap_data_parallel(self.model, self.model_config, config.actor)
         self.optimizer, self.scheduler = build.build_optimizer(self.ddp, config.optimizer, config.actor, config.run.steps)
-        teacher = self.algorithm.teacher
-        self.teacher = TeacherWeights(self.model, teacher) if teacher is not None and self.algorithm.distill is not None else None
-        self.spec = readout_spec(
-            self.algorithm,
-            # The rows of a dataset were not sampled at any temperature.
-            temperature=config.rollout.temperature if self.algorithm.source == "rollout" else 1.0,
-            vocab_size=self.vocab_size,
-        )
+        self.teacher = self._build_teacher()
+        self.gate = EntropyGate(warmup=1, ratio=0.0)
+        credit = self.algorithm.policy_gradient.credit if self.algorithm.policy_gradient is not None else None
+        if credit is not None:
+            self.gate = EntropyGate(warmup=credit.gate_warmup, ratio=credit.gate_ratio)
         self.loss_memory_bytes = config.actor.loss_memory_mib * 2**20
         # World rank that reports: first rank of the last pipeline stage (Megatron's order is tp-cp-ep-dp-pp, pp outermost).
         self.reporter = mesh.world_size // mesh.pp_size * (mesh.pp_size - 1)
 
+    def _build_teacher(self) -> Teacher | None:
+        config, actor = self.algorithm.teacher, self.config.actor
+        if config is None:
+            return None
+        if config.weights == "separate":
+            check_vocabulary(self.vocab_size, config.model_path)
+        return Teacher(self.ddp, self.model, self.model_config, config, actor, self.mesh)
+
     # ---- a training step ----
 
-    def take(self, batch: Batch) -> Share:
-        """Cut out this rank's share and weigh its tokens. Collectives: one small all-reduce over the data-parallel group."""
-        active = self._active(batch)
+    def take(self, batch: Batch, algorithm: AlgorithmConfig | None = None) -> Share:
+        """Cut out this rank's share. algorithm: as it stands in this step (algo/schedule.py); None: as configured. No collective."""
+        algorithm = algorithm or self.algorithm
+        active = active_samples(batch, algorithm)
         local, local_active = batch.shard(active, self.mesh.dp_rank, self.mesh.dp_size)
-        masks = {"distill": local.taught, "policy_gradient": local.scored, "nll": torch.ones(len(local), dtype=torch.bool)}
-        masks = {term: mask for term, mask in masks.items() if getattr(self.algorithm, term) is not None}
-        normalisers = global_normalisers(
-            local.question_weight, local.question_size, masks, local.response_lens, dp_group=self.mesh.dp_group
-        )
-        weights, figures = {}, {}
-        for term, normaliser in normalisers.items():
-            weights[term] = token_weights(
-                local.question_weight, masks[term], local.response_lens, normaliser=normaliser, aggregation=self.algorithm.aggregation
-            )
-            figures = {"informative_questions": float(normaliser.num_questions), "mean_question_weight": normaliser.mean_weight}
+        streams = dict(local.streams) | {"taught": local.taught.repeat_interleave(local.response_lens)}
         return Share(
             batch=local,
             active=local_active.nonzero().squeeze(1).tolist(),
             num_microbatches=batch.num_microbatches(active, self.mesh.dp_size, self.config.actor.micro_batch_size),
-            weights=weights,
-            figures=figures,
+            algorithm=algorithm,
+            spec=readout_spec(
+                algorithm,
+                # The rows of a dataset were not sampled at any temperature.
+                temperature=1.0 if algorithm.source == "dataset" else self.config.rollout.temperature,
+                vocab_size=self.vocab_size,
+            ),
+            streams={name: stream.to(self.mesh.device) for name, stream in streams.items()},
+            pass_rate=float(batch.right.sum() / batch.scored.sum().clamp(min=1)),
+            length_tail=float(batch.response_lens.max() / batch.response_lens.double().mean()),
         )
-
-    def _active(self, batch: Batch) -> Tensor:
-        """bool [N]: samples that some term gives a weight; the others are counted by the normalisers and need no forward."""
-        active = torch.zeros(len(batch), dtype=torch.bool)
-        if self.algorithm.nll is not None:
-            return ~active
-        if self.algorithm.distill is not None:
-            active |= batch.taught & (batch.question_weight > 0)
-        if self.algorithm.policy_gradient is not None:
-            first = batch.response_lens.cumsum(0) - batch.response_lens
-            active |= batch.scored & (batch.question_weight > 0) & (batch.streams["advantage"][first] != 0)
-        return active
 
     @torch.no_grad()
     def teach(self, share: Share) -> TeacherSignal | None:
-        """Teacher pass, forward only, over the active taught samples; None when the algorithm has no teacher.
+        """Teacher passes, forward only, over the active taught samples; None when the algorithm has no teacher.
 
-        Collectives: the model's, those of ops/readout.py for records, and the signal's all-reduces over the context-parallel group.
+        For distillation the signal keeps hidden states or records; for credit and confidence weights share.streams get the log-probs of
+        the sampled tokens under each context and the teacher's entropy. Collectives: the model's, those of ops/readout.py, and all-reduces
+        over the context-parallel group.
         """
-        if self.teacher is None:
+        algorithm = share.algorithm
+        if algorithm.teacher is None or self.teacher is None:
             return None
-        batch, mesh = share.batch, self.mesh
-        samples = [i for i in share.active if batch.taught[i]]
-        record_k = min(self.spec.top_k, self.vocab_size) if self.spec.support == "record" else None
+        signal, term = None, algorithm.distill
+        credit = algorithm.policy_gradient.credit if algorithm.policy_gradient is not None else None
+        reads_logps = credit is not None or (term is not None and term.token_weight == "confidence")
+        for context in range(share.batch.context_lens.shape[1]):
+            one = self._teacher_pass(share, context, as_record=share.spec.support == "record")
+            if reads_logps and self.mesh.is_last_stage:
+                self._read_teacher(share, one, context)
+            if context == 0:
+                signal = one
+        return signal if term is not None else None
+
+    def _teacher_pass(self, share: Share, context: int, *, as_record: bool) -> TeacherSignal:
+        """Hidden states (or records) of the active samples that have this context."""
+        batch, mesh, spec = share.batch, self.mesh, share.spec
+        samples = [i for i in share.active if batch.context_lens[i, context] > 0]
+        record_k = min(spec.top_k, self.vocab_size) if as_record else None
         signal = TeacherSignal.empty(
             batch,
             samples,
-            hidden_size=self.model_config.hidden_size if mesh.is_last_stage else 0,
+            hidden_size=self.teacher.hidden_size if mesh.is_last_stage else 0,
             top_k=record_k,
             dtype=self.model_config.params_dtype,
             device=mesh.device,
         )
 
-        def keep(microbatch: Microbatch, hidden_Th: Tensor) -> None:
+        def keep(microbatch: Microbatch, hidden_Th: Tensor, columns: slice) -> None:
             slots = signal.slot_R[microbatch.response_index[microbatch.valid]]
             hidden_Th = hidden_Th[microbatch.valid].to(self.model_config.params_dtype)
             if record_k is None:
-                signal.hidden_Sh[slots] = hidden_Th
+                signal.hidden_Sh[slots, columns] = hidden_Th
                 return
             record = fused_linear_record(
                 hidden_Th,
-                self.model.output_weight(),
+                self.teacher.output_weight(),
                 record_k,
                 vocab_size=self.vocab_size,
-                temperature=self.spec.teacher_temperature,
+                temperature=spec.teacher_temperature,
                 tp_group=mesh.tp_group,
                 memory_bytes=self.loss_memory_bytes,
             )
             signal.record.ids_TK[slots], signal.record.logq_TK[slots] = record.ids_TK, record.logq_TK
             signal.record.log_tail_T[slots] = record.log_tail_T
 
-        with self.teacher.active():
-            self.model.eval()
-            microbatches = self._microbatches(batch, samples, "teacher", share.num_microbatches)
-            run_microbatches(self.ddp, microbatches, mesh, self.model_config, keep, forward_only=True)
-            self.model.train()
+        self.teacher.run(self._microbatches(batch, samples, context, share.num_microbatches), keep)
         if mesh.is_last_stage:
             signal.complete(mesh.cp_group if mesh.cp_size > 1 else None)
             if record_k is None:
-                signal.output_weight_Vh = self.teacher.tensor_of(self.model.output_weight())
+                signal.output_weight_Vh = self.teacher.output_weight()
         return signal
 
-    def train_step(self, share: Share, teacher: TeacherSignal | None) -> dict[str, float]:
+    def _read_teacher(self, share: Share, signal: TeacherSignal, context: int) -> None:
+        """Log-probs of the sampled tokens, and of the first context the entropy, from kept hidden states into share.streams."""
+        batch, device = share.batch, self.mesh.device
+        present_R = signal.slot_R >= 0
+        readout = fused_linear_readout(
+            signal.hidden_Sh[signal.slot_R],
+            signal.output_weight_Vh,
+            batch.response_ids.to(device),
+            ReadoutSpec(vocab_size=self.vocab_size, support="none", temperature=share.spec.teacher_temperature),
+            tp_group=self.mesh.tp_group,
+            memory_bytes=self.loss_memory_bytes,
+        )
+        if context == 0:
+            share.streams |= {"teacher_logp": readout.logp_T, "teacher_entropy": readout.entropy_T, "taught": present_R}
+            none = readout.logp_T.new_zeros(0, len(present_R))
+            share.streams |= {"contrast_logp": none, "contrast_present": none.bool()}
+        else:
+            for name, row_R in (("contrast_logp", readout.logp_T), ("contrast_present", present_R)):
+                share.streams[name] = torch.cat([share.streams[name], row_R[None]])
+
+    @torch.no_grad()
+    def look(self, share: Share, teacher: TeacherSignal | None, *, with_divergence: bool = False) -> dict[str, Tensor]:
+        """The student before its step, forward only: "logp" [R] of the sampled tokens and, if asked for, "divergence" [R].
+
+        Zero for inactive samples; an empty dict before the last stage. Collectives: the model's, ops/readout.py, one all-reduce over CP.
+        """
+        batch, mesh, results = share.batch, self.mesh, {}
+        if mesh.is_last_stage:
+            names = ("logp", "divergence") if with_divergence else ("logp",)
+            results = {name: torch.zeros(len(batch.response_ids), device=mesh.device) for name in names}
+        spec = share.spec if with_divergence else replace(share.spec, support="none")
+
+        def read(microbatch: Microbatch, hidden_Th: Tensor) -> None:
+            index, valid, weight_Vh = microbatch.response_index, microbatch.valid, self.model.output_weight()
+            readout = fused_linear_readout(
+                hidden_Th.to(weight_Vh.dtype), weight_Vh, batch.response_ids.to(mesh.device)[index], spec,
+                teacher=teacher.of(index) if with_divergence else None, tp_group=mesh.tp_group, memory_bytes=self.loss_memory_bytes,
+            )  # fmt: skip
+            results["logp"][index[valid]] = readout.logp_T[valid].float()
+            if with_divergence:
+                results["divergence"][index[valid]] = divergence_of(readout, share.algorithm)[valid].float()
+
+        self.model.eval()
+        microbatches = self._microbatches(batch, share.active, None, share.num_microbatches)
+        run_microbatches(self.ddp, microbatches, mesh, self.model_config, read, forward_only=True)
+        self.model.train()
+        for values in results.values():
+            if mesh.cp_size > 1:
+                dist.all_reduce(values, group=mesh.cp_group)
+        return results
+
+    def remember(self, share: Share, *, repeats: bool) -> None:
+        """Before the first update of a batch: pi_old of its tokens, where a later update (`repeats`) or the algorithm's credit reads it.
+
+        Collectives: those of `look`, or none.
+        """
+        pg, share.repeats = share.algorithm.policy_gradient, repeats
+        if repeats or (pg is not None and pg.credit is not None and pg.credit.kind in ("return", "margin")):
+            found = self.look(share, None)
+            if found:
+                share.streams["old_logp"] = found["logp"]
+
+    def _prepare(self, share: Share, teacher: TeacherSignal | None) -> None:
+        """Weights and streams of the tokens, once a share; the sequence ratio before each update. Collectives: actor/weigh.py, `look`."""
+        algorithm = share.algorithm
+        pg, term = algorithm.policy_gradient, algorithm.distill
+        if share.weighed is None:
+            if term is not None and term.token_weight == "scan":
+                share.streams |= {k: v for k, v in self.look(share, teacher, with_divergence=True).items() if k == "divergence"}
+            share.weighed = weigh(
+                share.batch,
+                share.streams,
+                algorithm,
+                observe=self._observe_entropy,
+                dataset_mean=self.dataset_mean,
+                room=self.config.rollout.max_response_tokens,
+                dp_group=self.mesh.dp_group,
+            )
+        if pg is not None and pg.surrogate == "gspo" and share.repeats:
+            found = self.look(share, None)
+            if found:
+                ratio_R = sequence_log_ratio(found["logp"].cpu(), share.streams["old_logp"].cpu(), share.batch.response_lens)
+                share.weighed.streams["sequence_log_ratio"] = ratio_R.to(found["logp"])
+
+    def _observe_entropy(self, median: float | None) -> tuple[bool, float]:
+        """The gate on every rank, from the median that the last pipeline stage has seen. Collective: one broadcast."""
+        sent = None if median is None else {"median": torch.tensor(median, dtype=torch.float64)}
+        seen = float(broadcast_tensors(sent if dist.get_rank() == self.reporter else None, self.reporter)["median"])
+        return self.gate.observe(seen), seen
+
+    def train(self, shares: list[Share], signals: list[TeacherSignal | None]) -> dict[str, float]:
+        """All optimizer steps of a batch: its minibatches in order, as often as algorithm.epochs says. Metrics: means over the steps,
+        token counts summed over minibatches. Raises and collectives: as `train_step`."""
+        epochs = shares[0].algorithm.epochs
+        steps = [(share, signal) for _ in range(epochs) for share, signal in zip(shares, signals, strict=True)]
+        for share in shares:
+            self.remember(share, repeats=len(steps) > 1)
+        found = [self.train_step(share, signal, first=k == 0, last=k == len(steps) - 1) for k, (share, signal) in enumerate(steps)]
+        if len(found) == 1:
+            return found[0]
+        mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+        counts = {name: mean[name] * len(shares) for name in ("tokens", "taught_tokens", "informative_questions") if name in mean}
+        return mean | counts | {"updates": float(len(found))}
+
+    def train_step(self, share: Share, teacher: TeacherSignal | None, *, first: bool = True, last: bool = True) -> dict[str, float]:
         """One optimizer step on the share; returns global metrics on every rank.
 
-        Raises FloatingPointError when the gradient norm is not finite. Collectives: the model's, the gradient reduction over
-        DP x CP, one all-reduce and one broadcast of the metrics.
+        first, last of its batch: the learning rate moves before the first, the teacher follows after the last (SDPO 2601.20802).
+        Raises FloatingPointError when the gradient norm is not finite. Collectives: the model's, the gradient reduction over DP x CP, one
+        all-reduce and one broadcast of the metrics, those of actor/weigh.py.
         """
         start = time.perf_counter()
+        self._prepare(share, teacher)
         totals: dict[str, Tensor] = {}
 
         def loss_of(microbatch: Microbatch, hidden_Th: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -190,38 +308,42 @@ class Actor:
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        microbatches = self._microbatches(share.batch, share.active, "student", share.num_microbatches)
+        microbatches = self._microbatches(share.batch, share.active, None, share.num_microbatches)
         run_microbatches(self.ddp, microbatches, self.mesh, self.model_config, loss_of, forward_only=False)
-        self.scheduler.step(increment=1)  # before the step, so that warm-up starts at lr / warm-up steps and not at zero
+        if first:
+            self.scheduler.step(increment=1)  # before the step, so that warm-up starts at lr / warm-up steps and not at zero
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
         _, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm}: the step is not trustworthy; resume from the last checkpoint")
-        if self.teacher is not None:
-            self.teacher.update()
+        figures = share.weighed.figures
+        if last and self.teacher is not None:
+            self.teacher.weights.update(pass_rate=share.pass_rate, length_tail=share.length_tail)
+            if self.algorithm.teacher.weights in ("snapshot", "gated"):
+                figures = figures | {"teacher_copies": float(self.teacher.weights.refresh.copies)}
         if teacher is not None:
             totals["teacher_mib"] = exact_words(torch.tensor(teacher.num_bytes / 2**20))
         metrics = self._reduce(totals)
-        return metrics | {"grad_norm": grad_norm, "lr": learning_rate, "seconds": time.perf_counter() - start} | share.figures
+        return metrics | {"grad_norm": grad_norm, "lr": learning_rate, "seconds": time.perf_counter() - start} | figures
 
     def _loss(
         self, share: Share, teacher: TeacherSignal | None, microbatch: Microbatch, hidden_Th: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device, index, valid = self.mesh.device, microbatch.response_index.cpu(), microbatch.valid
-        streams_T = {name: stream[index].to(device) for name, stream in share.batch.streams.items()}
-        weights_T = {term: weight[index].to(device) * valid for term, weight in share.weights.items()}
+        streams_T = {name: stream[..., index.to(stream.device)].to(device) for name, stream in share.weighed.streams.items()}
+        weights_T = {term: weight[index].to(device) * valid for term, weight in share.weighed.weights.items()}
 
         def loss_fn(readout: Readout, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            streams, weights = ({name: t[tokens] for name, t in part.items()} for part in (streams_T, weights_T))
-            return objective(readout, streams, weights, valid[tokens], self.algorithm)
+            streams, weights = ({name: t[..., tokens] for name, t in part.items()} for part in (streams_T, weights_T))
+            return objective(readout, streams, weights, valid[tokens], share.algorithm)
 
         weight_Vh = self.model.output_weight()
         return fused_linear_loss(
             hidden_Th.to(weight_Vh.dtype),
             weight_Vh,
             share.batch.response_ids[index].to(device),
-            self.spec,
+            share.spec,
             loss_fn,
             teacher=None if teacher is None else teacher.of(microbatch.response_index),
             tp_group=self.mesh.tp_group,
@@ -229,13 +351,13 @@ class Actor:
             reduce_hidden_grad=not self.config.actor.sequence_parallel,
         )
 
-    def _microbatches(self, batch: Batch, samples: list[int], view: str, count: int) -> list[Microbatch]:
+    def _microbatches(self, batch: Batch, samples: list[int], context: int | None, count: int) -> list[Microbatch]:
         mesh, actor = self.mesh, self.config.actor
         sequence = 2 * mesh.cp_size if mesh.cp_size > 1 else 1
         return make_microbatches(
             batch,
             samples,
-            view,
+            context,
             count=count,
             micro_batch_size=actor.micro_batch_size,
             packing=actor.packing,
@@ -251,7 +373,8 @@ class Actor:
         reduced = {}
         if self.mesh.is_last_stage:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            counts = {name: "taught_tokens" if name == "divergence" else "tokens" for name in totals if name not in SUMS}
+            counts = {name: METRIC_WEIGHTS.get(name, "tokens") for name in totals}
+            counts = {name: by for name, by in counts.items() if by}
             reduced = reduce_metrics(totals, counts, group=group, device=self.mesh.device)
         sent = {name: torch.tensor(value, dtype=torch.float64) for name, value in reduced.items()}
         return {name: float(value) for name, value in broadcast_tensors(sent, self.reporter).items()}
@@ -259,7 +382,7 @@ class Actor:
     # ---- scoring ----
 
     @torch.no_grad()
-    def score(self, batch: Batch, *, top_k: int, temperature: float = 1.0, view: str = "student") -> dict[str, Tensor]:
+    def score(self, batch: Batch, *, top_k: int, temperature: float = 1.0) -> dict[str, Tensor]:
         """Forward only, live weights: for every response token [R] of this rank's `batch` (not sharded over data-parallel ranks)
 
         "logp" of the token, "entropy" (nats), "ids" and "logps" [R, K] of the K most likely tokens, float32, on the last stage;
@@ -286,7 +409,7 @@ class Actor:
         self.model.eval()
         count = -(-len(batch) // self.config.actor.micro_batch_size)
         run_microbatches(
-            self.ddp, self._microbatches(batch, list(range(len(batch))), view, count), mesh, self.model_config, read, forward_only=True
+            self.ddp, self._microbatches(batch, list(range(len(batch))), None, count), mesh, self.model_config, read, forward_only=True
         )
         self.model.train()
         for name in results:
@@ -300,8 +423,8 @@ class Actor:
         batch = Batch(
             prompt_ids=torch.tensor(ids[:1]),
             prompt_lens=torch.tensor([1]),
-            teacher_ids=none,
-            teacher_lens=torch.tensor([0]),
+            context_ids=none,
+            context_lens=torch.tensor([[0]]),
             response_ids=torch.tensor(ids[1:]),
             response_lens=torch.tensor([length]),
             question_weight=torch.ones(1, dtype=torch.float64),
@@ -355,4 +478,21 @@ class Actor:
         return checkpoint.load(path, mesh=self.mesh, **self._parts())
 
     def _parts(self) -> dict:
-        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "teacher": self.teacher}
+        teacher = self.teacher.weights if self.teacher is not None else None
+        return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "teacher": teacher}
+
+
+def active_samples(batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
+    """bool [N]: samples that some term gives a weight; the others are counted by the normalisers and need no forward."""
+    active, weighed = torch.zeros(len(batch), dtype=torch.bool), batch.question_weight > 0
+    for term in TERMS:
+        if getattr(algorithm, term) is None:
+            continue
+        mask = batch.mask(term)
+        if term == "distill" or algorithm.question_weight.terms == "all":
+            mask = mask & weighed
+        if term == "policy_gradient" and not (algorithm.policy_gradient.credit and algorithm.policy_gradient.credit.kind in ADDS):
+            first = batch.response_lens.cumsum(0) - batch.response_lens
+            mask = mask & (batch.streams["advantage"][first] != 0)
+        active |= mask
+    return active

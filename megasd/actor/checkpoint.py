@@ -54,7 +54,10 @@ def save(
     dist_checkpointing.save(sharded | {"scheduler": scheduler.state_dict()}, str(writing))
     dist.barrier()
     if mesh.rank == 0:
-        (writing / STATE_FILE).write_text(json.dumps({**state, "step": step, "layout": _layout(mesh), "teacher": _has_shadow(teacher)}))
+        about = {"step": step, "layout": _layout(mesh), "teacher": _has_shadow(teacher)}
+        if teacher is not None:
+            about["teacher_refresh"] = teacher.state_dict()
+        (writing / STATE_FILE).write_text(json.dumps(state | about))
         if final.exists():
             shutil.rmtree(final)
         writing.rename(final)
@@ -93,6 +96,8 @@ def load(
     if _has_shadow(teacher):
         for name, shadow in teacher.shadow.items():
             shadow.copy_(loaded["teacher"][name])
+    if teacher is not None and "teacher_refresh" in state:
+        teacher.load_state_dict(state["teacher_refresh"])
     if same_layout:
         _set_rng_state(loaded["rng"])
     return state
@@ -113,7 +118,7 @@ def read_state(path: Path, *, teacher_weights: str) -> dict:
         state = json.loads((path / STATE_FILE).read_text())
     except ValueError as error:
         raise UserError(f"run.resume: {path / STATE_FILE} is damaged ({error}); resume from another checkpoint") from error
-    if teacher_weights != "live" and not state["teacher"]:
+    if teacher_weights not in ("live", "separate") and not state["teacher"]:
         raise UserError(
             f"run.resume: {path} holds no teacher, and algorithm.teacher.weights={teacher_weights} needs one; set it to live, or resume "
             "from a checkpoint of a run that had one"

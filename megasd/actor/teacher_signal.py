@@ -8,7 +8,7 @@ S kept tokens, R response tokens of the share, T tokens of a microbatch, h hidde
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ class TeacherSignal:
     hidden_Sh: Tensor | None = None
     output_weight_Vh: Tensor | None = None
     record: TeacherRecord | None = None
+    streams: dict[str, Tensor] = field(default_factory=dict)  # [R] or [C - 1, R] each, on the last stage; see actor/weigh.py
 
     @classmethod
     def empty(cls, batch: Batch, samples: list[int], *, hidden_size: int, top_k: int | None, dtype: torch.dtype, device: torch.device):

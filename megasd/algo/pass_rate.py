@@ -1,6 +1,7 @@
-"""Question weights from pass rates (SC-SDPO 2605.27765): how much a question teaches, judged by how often it was solved in this step.
+"""Question weights from pass rates: how much a question teaches, judged by how often it was solved.
 
-Raw weights: loss/reduce.py divides them by their mean over the informative questions of the whole batch, so a constant factor does nothing.
+Raw weights: loss/reduce.py divides them by what question_weight.normaliser says, so a constant factor is felt where that is "none" alone.
+A question that no verifier could score has no pass rate (None) and the weight 0, except where every question has the same.
 """
 
 from __future__ import annotations
@@ -8,33 +9,56 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from megasd.config import QuestionWeightConfig
+
 QuestionWeight = Callable[[float | None], float]
+Rule = Callable[[float, QuestionWeightConfig], float]  # of a pass rate that is known
 
 
-def none(pass_rate: float | None) -> float:
-    """1 for every question (plain SDPO)."""
-    return 1.0
+def sqrt_pq(pass_rate: float, config: QuestionWeightConfig) -> float:
+    """sqrt(p (1 - p)): the residual question-level scale of group-normalised GRPO (SC-SDPO 2605.27765, alpha = 1/2)."""
+    return math.sqrt(pass_rate * (1.0 - pass_rate))
 
 
-def sqrt_pq(pass_rate: float | None) -> float:
-    """sqrt(p (1 - p)): the residual question-level scale of group-normalised GRPO (SC-SDPO, alpha = 1/2)."""
-    return math.sqrt(pq(pass_rate))
-
-
-def pq(pass_rate: float | None) -> float:
-    """p (1 - p) (SC-SDPO, alpha = 1). 0 for a question that no verifier could score."""
-    if pass_rate is None:
-        return 0.0
-    if not 0.0 <= pass_rate <= 1.0:
-        raise ValueError(f"a pass rate lies in [0, 1], got {pass_rate}; map shaped rewards to success or failure first")
+def pq(pass_rate: float, config: QuestionWeightConfig) -> float:
+    """p (1 - p) (SC-SDPO, alpha = 1)."""
     return pass_rate * (1.0 - pass_rate)
 
 
-QUESTION_WEIGHTS: dict[str, QuestionWeight] = {"none": none, "sqrt_pq": sqrt_pq, "pq": pq}
+def four_pq(pass_rate: float, config: QuestionWeightConfig) -> float:
+    """4 p (1 - p): 1 where right and wrong are even (SSOPD 2605.17497)."""
+    return 4.0 * pass_rate * (1.0 - pass_rate)
 
 
-def question_weight(name: str) -> QuestionWeight:
-    """Raw (not normalised) weight of a question as a function of its pass rate (None: unscored); ValueError for an unknown name."""
-    if name not in QUESTION_WEIGHTS:
-        raise ValueError(f"question_weight must be one of {', '.join(QUESTION_WEIGHTS)}, got {name!r}")
-    return QUESTION_WEIGHTS[name]
+def power(pass_rate: float, config: QuestionWeightConfig) -> float:
+    """p^a (1 - p)^b (PACED 2603.11178)."""
+    return pass_rate**config.a * (1.0 - pass_rate) ** config.b
+
+
+def band(pass_rate: float, config: QuestionWeightConfig) -> float:
+    """1 from low to high, both included, else 0 (the hard filter that SC-SDPO compares with)."""
+    return float(config.low <= pass_rate <= config.high)
+
+
+RULES: dict[str, Rule] = {"sqrt_pq": sqrt_pq, "pq": pq, "four_pq": four_pq, "power": power, "band": band}
+
+
+def question_weight(config: QuestionWeightConfig) -> QuestionWeight:
+    """Raw (not normalised) weight of a question as a function of its pass rate (None: not known), config.scale included.
+
+    ValueError for an unknown kind, and, from the function, for a rate outside [0, 1].
+    """
+    if config.kind == "none" or (config.kind == "power" and config.a == config.b == 0):
+        return lambda pass_rate: config.scale
+    if config.kind not in RULES:
+        raise ValueError(f"question_weight.kind must be one of none, {', '.join(RULES)}, got {config.kind!r}")
+    rule = RULES[config.kind]
+
+    def weight(pass_rate: float | None) -> float:
+        if pass_rate is None:
+            return 0.0
+        if not 0.0 <= pass_rate <= 1.0:
+            raise ValueError(f"a pass rate lies in [0, 1], got {pass_rate}; map shaped rewards to success or failure first")
+        return config.scale * rule(pass_rate, config)
+
+    return weight

@@ -41,9 +41,12 @@ class Chat:
         self._end_of_turn = self._find_end_of_turn()
         self.eos_token_ids = self._collect_eos(config)
 
-    def encode_prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids of the conversation and the generation prompt: what the engine continues. UserError when the template refuses it."""
-        return self._encode(self._render(messages, add_generation_prompt=True))
+    def encode_prompt(self, messages: list[Message], *, enable_thinking: bool | None = None) -> list[int]:
+        """Token ids of the conversation and the generation prompt: what the engine continues. UserError when the template refuses it.
+
+        enable_thinking: other than the model's own setting (a teacher that thinks beside a student that does not); None: the same.
+        """
+        return self._encode(self._render(messages, add_generation_prompt=True, enable_thinking=enable_thinking))
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of an assistant turn after encode_prompt, as the template writes it, the end-of-turn id last.
@@ -67,13 +70,12 @@ class Chat:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the special tokens already
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool, enable_thinking: bool | None = None) -> str:
         import jinja2
 
+        options = self._template_options if enable_thinking is None else {"enable_thinking": enable_thinking}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._template_options
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options)
         except jinja2.TemplateError as error:  # raise_exception of a template, or a template that is broken
             roles = ", ".join(message["role"] for message in messages)
             reason = str(error).replace("\n", " ")

@@ -1,117 +1,130 @@
-"""Prompts from strict JSONL, and the resumable order in which a run reads them. Plain Python.
+"""Prompts from strict rows, and the resumable order in which a run reads them. Plain Python.
 
     {"id": "gsm-17", "prompt": "7+8=", "answer": "15", "solution": "7+8=15"}
-    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7+8="}], "answer": "15"}
+    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7+8="}], "answer": "15", "pass_rate": 0.25}
 
-`prompt` and `answer` are required; `id` defaults to "<file stem>-<row number from 0>". Other keys are metadata and are left alone,
-except look-alikes of the known ones (a "solutoin" would silently be no solution).
+A prompt and an answer are required; `id` defaults to "<file stem>-<row number from 0>". `pass_rate` is the start model's (the frozen rate
+of PACED, arXiv 2603.11178), `rubric` a list of criteria. Other columns are metadata and are left alone, except look-alikes of the known
+ones (a "solutoin" would silently be no solution). Files are read by data/rows.py, columns by data/mappings.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
+import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megasd.types import Message, Prompt, UserError
+from megasd.data.mappings import DROPS_REPEATS, MAPPINGS, Mapped
+from megasd.data.rows import DataError, Row, kind_name, read_rows, short
+from megasd.types import Message, Prompt
 
-KEYS = ("id", "prompt", "answer", "solution")
 ROLES = ("system", "user", "assistant")
 
-
-class DataError(UserError):
-    """A bad row or data file: "path:line: reason; what to do", one line."""
+logger = logging.getLogger(__name__)
 
 
-def load_prompts(path: str | Path, *, max_row_bytes: int = 262144, require_solution: bool = False) -> list[Prompt]:
-    """Every row of a JSONL file, in file order. DataError names the first bad row; nothing is skipped, trimmed or guessed.
+def load_prompts(path: str | Path, *, max_row_bytes: int = 262144, require_solution: bool = False, mapping: str = "auto") -> list[Prompt]:
+    """Every prompt of a file or directory, in its order. DataError names the first bad row; nothing is trimmed or guessed.
 
     `max_row_bytes` bounds a row's size in bytes, its newline excluded. `require_solution` refuses rows without one
-    (teacher context "solution", and NLL on the rows' own solutions).
+    (teacher context "solution", and NLL on the rows' own solutions). `mapping`: a name of data/mappings.py; what that one leaves out by its
+    rules is counted in a logged warning.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file; give the path of a JSONL file")
-    if not path.is_file():  # a directory, or a pipe that would block
-        raise DataError(f"{path}: not a regular file; give the path of a JSONL file")
     prompts: list[Prompt] = []
-    line_of: dict[str, int] = {}
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(max_row_bytes + 2):  # at most one row in memory, however long it is
-                number += 1
-                where = f"{path}:{number}"
-                prompt = _parse_row(line, where, default_id=f"{path.stem}-{number - 1}", max_row_bytes=max_row_bytes)
-                if require_solution and prompt.solution is None:
-                    raise DataError(f'{where}: no "solution", which this algorithm reads; add one or drop the row')
-                if prompt.id in line_of:
-                    raise DataError(
-                        f'{where}: id {_short(prompt.id)} was used on line {line_of[prompt.id]}; make every "id" unique or drop them all'
-                    )
-                line_of[prompt.id] = number
-                prompts.append(prompt)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    if not prompts:
+    first: dict[str, tuple[Row, Prompt]] = {}
+    left_out = 0
+    for row, found in read_prompts(path, max_row_bytes=max_row_bytes, mapping=mapping):
+        if isinstance(found, DataError):
+            raise found
+        for prompt in found:
+            if prompt is None or (mapping in DROPS_REPEATS and prompt.id in first and is_repeat(prompt, first[prompt.id][1])):
+                left_out += 1
+                continue
+            if require_solution and prompt.solution is None:
+                raise no_solution(row)
+            if prompt.id in first:
+                raise used_id(row, prompt.id, first[prompt.id][0])
+            first[prompt.id] = (Row(row.path, row.number, None), prompt)
+            prompts.append(prompt)
+    if not prompts and not left_out:
         raise DataError(f"{path}: no rows; write one JSON object per line")
+    if not prompts:
+        raise DataError(f"{path}: none of its {left_out} rows is one that mapping {mapping} takes; check data.mapping")
+    if left_out:
+        logger.warning("%s: mapping %s took %d prompts and left %d out, as its rules say", path, mapping, len(prompts), left_out)
     return prompts
 
 
-def _parse_row(line: bytes, where: str, *, default_id: str, max_row_bytes: int) -> Prompt:
-    row_bytes = line.rstrip(b"\r\n")
-    if len(row_bytes) > max_row_bytes:
-        raise DataError(f"{where}: row is longer than data.max_row_bytes={max_row_bytes}; shorten it or raise the limit")
-    if row_bytes.startswith(b"\xef\xbb\xbf"):
-        raise DataError(f"{where}: starts with a byte order mark; save the file as UTF-8 without BOM")
-    try:
-        text = row_bytes.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
-    if "\0" in text:
-        raise DataError(f"{where}: holds a NUL byte; the file is damaged or not UTF-8 text, write it again")
-    if not text.strip():
-        raise DataError(f"{where}: blank line; remove it")
-    try:
-        row = json.loads(text, object_pairs_hook=_object_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not valid JSON ({reason}); write one JSON object per line") from error
-    if not isinstance(row, dict):
-        raise DataError(f'{where}: the row is a JSON {_kind(row)}, not an object; write {{"prompt": ..., "answer": ...}}')
-    for key in row:
-        if key not in KEYS and (close := difflib.get_close_matches(key.lower(), KEYS, n=1, cutoff=0.8)):
-            raise DataError(f"{where}: unknown key {_short(key)}; did you mean {close[0]!r}? Rename it")
+def read_prompts(path: str | Path, *, max_row_bytes: int, mapping: str = "auto") -> Iterator[tuple[Row, list[Prompt | None] | DataError]]:
+    """Every row with its prompts (None for what the mapping leaves out), or with what is wrong with it. DataError for a bad file.
+
+    Ids are not held against each other here.
+    """
+    if mapping not in MAPPINGS:
+        raise DataError(f"data.mapping: {mapping!r} is not one of {', '.join(MAPPINGS)}")
+    read = MAPPINGS[mapping]
+    for row in read_rows(path, max_row_bytes=max_row_bytes):
+        if row.values is None:
+            yield row, row.error
+            continue
+        try:
+            default_id = f"{row.path.stem}-{row.number - 1}"
+            yield row, [None if m is None else _to_prompt(m, row.where, default_id) for m in read(row.values, row.where)]
+        except DataError as error:
+            yield row, error
+
+
+def no_solution(row: Row) -> DataError:
+    """The refusal of a row without a reference solution."""
+    return DataError(f'{row.where}: no "solution", which this algorithm reads; add one or drop the row', "missing")
+
+
+def used_id(row: Row, used: str, earlier: Row) -> DataError:
+    """The refusal of a row whose id an earlier one has."""
+    there = f"on line {earlier.number}" if earlier.path == row.path else f"in {earlier.where}"
+    return DataError(f'{row.where}: id {short(used)} was used {there}; make every "id" unique or drop them all', "id")
+
+
+def is_repeat(one: Prompt, other: Prompt) -> bool:
+    """Whether two rows of one id say the same."""
+    return one.messages == other.messages and one.answer == other.answer
+
+
+def _to_prompt(mapped: Mapped, where: str, default_id: str) -> Prompt:
+    values, names = mapped
     return Prompt(
-        id=_text(row, "id", where) if "id" in row else default_id,
-        messages=_messages(row, where),
-        answer=_text(row, "answer", where),
-        solution=_text(row, "solution", where) if row.get("solution") is not None else None,
+        id=_text(values, "id", where) if "id" in values else default_id,
+        messages=_messages(values, where, names.get("prompt", "prompt")),
+        answer=_text(values, "answer", where, name=names.get("answer")),
+        solution=_text(values, "solution", where, name=names.get("solution")) if values.get("solution") is not None else None,
+        pass_rate=_pass_rate(values, where),
+        rubric=_rubric(values, where),
     )
 
 
-def _messages(row: dict[str, Any], where: str) -> list[Message]:
-    prompt = row.get("prompt")
+def _messages(values: dict[str, Any], where: str, name: str) -> list[Message]:
+    prompt = values.get("prompt")
     if not isinstance(prompt, list):
-        return [{"role": "user", "content": _text(row, "prompt", where, wanted="a string or a list of messages")}]
+        return [{"role": "user", "content": _text(values, "prompt", where, name=name, wanted="a string or a list of messages")}]
     if not prompt:
-        raise DataError(f'{where}: "prompt" is an empty list; give at least one user message')
+        raise DataError(f'{where}: "{name}" is an empty list; give at least one user message', "messages")
     messages: list[Message] = []
     for i, message in enumerate(prompt):
-        name = f"prompt[{i}]"
+        place = f"{name}[{i}]"
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise DataError(f'{where}: "{name}" must be an object with exactly "role" and "content"; rewrite it')
+            raise DataError(f'{where}: "{place}" must be an object with exactly "role" and "content"; rewrite it', "messages")
         role = message["role"]
         if role not in ROLES:
-            raise DataError(f'{where}: "{name}" has role {_short(role)}; use one of {", ".join(ROLES)}')
+            raise DataError(f'{where}: "{place}" has role {short(role)}; use one of {", ".join(ROLES)}', "role")
         if role == "system" and i > 0:
-            raise DataError(f'{where}: "{name}" is a system message; only the first message may be one, move it')
-        messages.append({"role": role, "content": _text(message, "content", where, name=f"{name}.content")})
+            raise DataError(f'{where}: "{place}" is a system message; only the first message may be one, move it', "role")
+        messages.append({"role": role, "content": _text(message, "content", where, name=f"{place}.content")})
     if messages[-1]["role"] != "user":
-        raise DataError(f'{where}: the last message of "prompt" has role {messages[-1]["role"]!r}; end with a user message')
+        raise DataError(f'{where}: the last message of "{name}" has role {messages[-1]["role"]!r}; end with a user message', "role")
     return messages
 
 
@@ -119,38 +132,47 @@ def _text(values: dict[str, Any], key: str, where: str, *, name: str | None = No
     """values[key] as a string that holds something."""
     name = name or key
     if key not in values:
-        raise DataError(f'{where}: no "{name}"; add {wanted}')
+        raise DataError(f'{where}: no "{name}"; add {wanted}', "missing")
     value = values[key]
     if not isinstance(value, str):
-        raise DataError(f'{where}: "{name}" is a JSON {_kind(value)}, not {wanted}; {"quote it" if _is_scalar(value) else "rewrite it"}')
+        what = "quote it" if _is_number(value) else "rewrite it"
+        raise DataError(f'{where}: "{name}" is a JSON {kind_name(value)}, not {wanted}; {what}', "type")
     if not value.strip():
-        raise DataError(f'{where}: "{name}" is empty; fill it in or drop the row')
+        raise DataError(f'{where}: "{name}" is empty; fill it in or drop the row', "empty")
     if "\0" in value:
-        raise DataError(f'{where}: "{name}" holds a NUL character; remove it')
-    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON may spell half of a surrogate pair; UTF-8 cannot
-        raise DataError(f'{where}: "{name}" holds half of a surrogate pair (\\ud800-\\udfff); write the character itself')
+        raise DataError(f'{where}: "{name}" holds a NUL character; remove it', "encoding")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair; UTF-8 cannot
+        message = f'{where}: "{name}" holds half of a surrogate pair (\\ud800-\\udfff); write the character itself'
+        raise DataError(message, "encoding") from error
     return value
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
+def _pass_rate(values: dict[str, Any], where: str) -> float | None:
+    rate = values.get("pass_rate")
+    if rate is None:
+        return None
+    if not _is_number(rate) or not 0 <= rate <= 1:
+        raise DataError(f'{where}: "pass_rate" is {short(rate)}; give a number from 0 to 1, or none', "field")
+    return float(rate)
 
 
-def _is_scalar(value: object) -> bool:
+def _rubric(values: dict[str, Any], where: str) -> list[dict[str, str | float]] | None:
+    rubric = values.get("rubric")
+    if rubric is None:
+        return None
+    if not isinstance(rubric, list) or not rubric:
+        raise DataError(f'{where}: "rubric" must be a list of criteria; rewrite it or leave it out', "field")
+    for i, criterion in enumerate(rubric):
+        is_flat = isinstance(criterion, dict) and all(isinstance(value, (str, int, float)) for value in criterion.values())
+        if not is_flat or not criterion:
+            raise DataError(f'{where}: "rubric[{i}]" must be an object of strings and numbers; rewrite it', "field")
+    return rubric
+
+
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _kind(value: object) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class PromptIterator:
@@ -229,5 +251,6 @@ class PromptIterator:
 def _fingerprint(prompts: list[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.id, prompt.messages, prompt.answer, prompt.solution]).encode())
+        extra = [] if prompt.pass_rate is None and prompt.rubric is None else [prompt.pass_rate, prompt.rubric]
+        digest.update(json.dumps([prompt.id, prompt.messages, prompt.answer, prompt.solution, *extra]).encode())
     return digest.hexdigest()[:16]

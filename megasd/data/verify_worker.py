@@ -1,11 +1,11 @@
-"""One verifier process: `python -m megasd.data.verify_worker TIMEOUT`, driven by data/rewards.py over pipes.
+"""One verifier process: `python -m megasd.data.verify_worker CHECK TIMEOUT`, driven by data/verify_pool.py over pipes.
 
-    -> {"answer": "\\frac{1}{2}", "gold": "0.5"}         a line on stdin
-    <- {"verdict": "right", "detail": ""}               a line on stdout; the first line is {"ready": true}
+    -> {"answer": "\\frac{1}{2}", "gold": "0.5"}                    a line on stdin
+    <- {"verdict": "right", "detail": "", "result": null}          a line on stdout; the first line is {"ready": true}
 
-Three deadlines, because sympy can hang in pure Python and in C alike: an alarm after TIMEOUT seconds raises inside the check (the worker
-lives on); the parent kills the worker a second later; and a watchdog thread ends an orphan whose parent is gone. RLIMIT_AS bounds memory.
-Imports neither torch nor transformers.
+Three deadlines, because sympy and regular expressions can hang in pure Python and in C alike: an alarm after TIMEOUT seconds raises inside
+the check (the worker lives on); the parent kills the worker half a second later; and a watchdog thread ends an orphan whose parent is gone.
+RLIMIT_AS bounds memory. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 MAX_MEMORY_BYTES = 4 << 30  # address space; sympy with its caches takes about 0.5 GB of it
-GRACE = 1.0  # seconds past the alarm until the parent kills; the watchdog waits twice as long
+GRACE = 0.5  # seconds past the alarm until the parent kills; the watchdog waits twice as long
 
 
 class CheckTimeout(BaseException):
@@ -42,8 +43,20 @@ def check_math(answer: str, gold: str) -> bool:
     return verify(gold_parsed, answer_parsed, timeout_seconds=None, raise_on_error=True)
 
 
-def serve(check: Callable[[str, str], bool], timeout: float) -> None:
-    """Answer requests until stdin closes. `timeout`: seconds a check may take."""
+def judge_rubric(answer: str, gold: str) -> list[tuple[float, float, str]]:
+    """(weight, value, rule) of each criterion of a response; `gold` is JSON of the row's id, answer, solution and rubric."""
+    from megasd.data.rubric import RuleJudge
+    from megasd.types import Prompt
+
+    row, reference, solution, rubric = json.loads(gold)
+    return RuleJudge().explain(Prompt(row, [], reference, solution, rubric=rubric), answer)
+
+
+CHECKS: dict[str, Callable[[str, str], Any]] = {"math": check_math, "rubric": judge_rubric}
+
+
+def serve(check: Callable[[str, str], Any], timeout: float) -> None:
+    """Answer requests until stdin closes. `timeout`: seconds a check may take. A check that returns no bool has its result passed on."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not reach the protocol
     signal.signal(signal.SIGALRM, _raise_timeout)
@@ -53,22 +66,24 @@ def serve(check: Callable[[str, str], bool], timeout: float) -> None:
         _reply(replies, _judge(check, request["answer"], request["gold"], timeout))
 
 
-def _judge(check: Callable[[str, str], bool], answer: str, gold: str, timeout: float) -> dict[str, str]:
+def _judge(check: Callable[[str, str], Any], answer: str, gold: str, timeout: float) -> dict[str, Any]:
     faulthandler.dump_traceback_later(timeout + 2 * GRACE, exit=True)
     try:
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            right = check(answer, gold)
+            found = check(answer, gold)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     except CheckTimeout:
-        return {"verdict": "timeout", "detail": f"no verdict within {timeout:g} s"}
+        return {"verdict": "timeout", "detail": f"no verdict within {timeout:g} s", "result": None}
     except Exception as error:
         said = error.args[0] if error.args and isinstance(error.args[0], str) else ""  # str() of a sympy argument may itself hang
-        return {"verdict": "error", "detail": f"{type(error).__name__}: {' '.join(said.split())[:200]}"}
+        return {"verdict": "error", "detail": f"{type(error).__name__}: {' '.join(said.split())[:200]}", "result": None}
     finally:
         faulthandler.cancel_dump_traceback_later()
-    return {"verdict": "right" if right else "wrong", "detail": ""}
+    if isinstance(found, bool):
+        return {"verdict": "right" if found else "wrong", "detail": "", "result": None}
+    return {"verdict": "right", "detail": "", "result": found}
 
 
 def _raise_timeout(signum: int, frame: FrameType | None) -> None:
@@ -80,15 +95,17 @@ def _reply(stream, message: dict) -> None:
     stream.flush()
 
 
-def main(argv: list[str], check: Callable[[str, str], bool] = check_math) -> None:
+def main(argv: list[str], check: Callable[[str, str], Any] | None = None) -> None:
+    """Serve CHECKS[argv[-2]], or `check`, with the timeout argv[-1]."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    check = check or CHECKS[argv[-2]]
     if check is check_math:
         import logging
 
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
         check_math("\\frac{1}{2}", "0.5")  # the first use of sympy takes half a second: before "ready", outside every deadline
-    serve(check, float(argv[0]))
+    serve(check, float(argv[-1]))
 
 
 if __name__ == "__main__":

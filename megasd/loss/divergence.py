@@ -1,4 +1,4 @@
-"""Divergence of a student from a teacher over a few buckets: forward KL, reverse KL, generalised Jensen-Shannon.
+"""Divergence of a student from a teacher over a few buckets: forward KL, reverse KL, generalised Jensen-Shannon, adaptive KL.
 
 T tokens, B buckets: the chosen tokens and, with a tail, all the rest (ops/readout.py makes them). Replicated work, no process group.
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megasd.ops.pointwise import divergence_terms
+
+_HEAD_MASS = 0.5  # of the teacher (AKL)
 
 
 class _Divergence(torch.autograd.Function):
@@ -50,3 +52,32 @@ def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float,
             f"student buckets {tuple(student_logq_TB.shape)} and teacher buckets {tuple(teacher_logq_TB.shape)} differ in shape"
         )
     return _Divergence.apply(student_logq_TB, teacher_logq_TB.detach(), beta, normalised, clip)
+
+
+def adaptive(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, tail: str = "bucket") -> Tensor:
+    """Adaptive KL [T] in nats (AKL 2404.02657): g_head / (g_head + g_tail) KL(T || S) + g_tail / (g_head + g_tail) KL(S || T).
+
+    Head: the fewest buckets that hold half of the teacher's mass, the most likely first; g: sum |T - S| over head and over the rest.
+    tail: as the readout's; "bucket": the last one stands for all tokens off the support, so it joins the head last, and its gap is a lower
+    bound of theirs. Where student and teacher agree, both shares are a half of 0. UNSURE: the paper does not say whether g gets a gradient;
+    here it is detached, so the loss is a mixture of two divergences at each step. Infinite KLs as `divergence`.
+    """
+    forward_T, reverse_T = (divergence(student_logq_TB, teacher_logq_TB, beta=beta, normalised=tail != "raw") for beta in (0.0, 1.0))
+    head_T, rest_T = head_gaps(student_logq_TB, teacher_logq_TB, tail=tail)
+    total_T = head_T + rest_T
+    share_T = torch.where(total_T > 0, head_T / torch.where(total_T > 0, total_T, 1.0), 0.5)
+    return torch.where(share_T > 0, share_T * forward_T, 0.0) + torch.where(share_T < 1, (1 - share_T) * reverse_T, 0.0)
+
+
+@torch.no_grad()
+def head_gaps(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, tail: str = "bucket") -> tuple[Tensor, Tensor]:
+    """(g_head_T, g_tail_T) of `adaptive`, constants."""
+    p_TB, q_TB = student_logq_TB.exp(), teacher_logq_TB.exp()
+    rank_TB = q_TB.clone()
+    if tail == "bucket":
+        rank_TB[:, -1] = -1.0
+    order_TB = rank_TB.argsort(dim=-1, descending=True, stable=True)
+    mass_TB = q_TB.gather(1, order_TB)
+    gap_TB = (q_TB - p_TB).abs().gather(1, order_TB)
+    head_TB = torch.nn.functional.pad(mass_TB.cumsum(-1)[:, :-1], (1, 0)) < _HEAD_MASS  # what stands before a bucket is not half yet
+    return torch.where(head_TB, gap_TB, 0.0).sum(-1), torch.where(head_TB, 0.0, gap_TB).sum(-1)

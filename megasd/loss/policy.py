@@ -1,7 +1,13 @@
-"""Per-token importance ratios and the clipped policy gradient.
+"""Per-token importance ratios and the surrogates of the policy gradient.
 
-T response tokens. logp: student under gradient, old_logp: student at the start of the step (pi_old), rollout_logp: the engine (mu);
+T response tokens. logp: student under gradient, old_logp: student before the batch's first step (pi_old), rollout_logp: the engine (mu);
 nats, all at the sampling temperature. Elementwise, no collective. Log-ratios are clamped to +-20 as verl does.
+
+    ppo         -min(rho A, clip(rho) A), rho = pi_theta / pi_old           PPO 1707.06347; unequal clips: DAPO 2503.14476
+    gspo        the same on the response's ratio s = exp(mean log rho), as sg(s) pi_theta / sg(pi_theta)     GSPO 2507.18071
+    cispo       -sg(clip(rho)) A log pi_theta: clipped tokens keep a gradient                               CISPO 2506.13585
+    importance  -rho A                                                      Thinking Machines' on-policy distillation
+    reinforce   -A log pi_theta                                             EGRSD 2605.13255
 """
 
 from __future__ import annotations
@@ -9,13 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SURROGATES = ("ppo", "gspo", "cispo", "importance", "reinforce")
+TIS_MODES = ("truncate", "mask")
 _LOG_RATIO = 20.0
 
 
-def _truncated_ratio(numerator_T: Tensor, denominator_T: Tensor, clip: float | None) -> Tensor:
-    if clip is None:
-        return torch.ones_like(numerator_T).detach()
-    return (numerator_T - denominator_T).detach().clamp(-_LOG_RATIO, _LOG_RATIO).exp().clamp(max=clip)
+def _ratio(log_ratio_T: Tensor) -> Tensor:
+    return log_ratio_T.clamp(-_LOG_RATIO, _LOG_RATIO).exp()
 
 
 def is_ratio(logp_T: Tensor, old_logp_T: Tensor, clip: float | None) -> Tensor:
@@ -23,18 +29,58 @@ def is_ratio(logp_T: Tensor, old_logp_T: Tensor, clip: float | None) -> Tensor:
 
     Truncated from above only; exactly 1 on policy. clip None: ones.
     """
-    return _truncated_ratio(logp_T, old_logp_T, clip)
+    return tis(logp_T, old_logp_T, clip)
 
 
-def tis(old_logp_T: Tensor, rollout_logp_T: Tensor, clip: float | None) -> Tensor:
-    """Detached correction min(pi_old / mu, clip) for an engine whose probabilities differ from the trainer's. clip None: ones."""
-    return _truncated_ratio(old_logp_T, rollout_logp_T, clip)
+def tis(old_logp_T: Tensor, rollout_logp_T: Tensor, clip: float | None, *, low: float = 0.0, mode: str = "truncate") -> Tensor:
+    """Detached correction pi_old / mu for an engine whose probabilities differ from the trainer's. clip None: ones.
 
-
-def policy_gradient(logp_T: Tensor, old_logp_T: Tensor, advantages_T: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
-    """loss_T = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = pi_theta / pi_old.
-
-    PPO 1707.06347; unequal clips: DAPO 2503.14476. On policy (old_logp = logp detached) the value is -A and the gradient -A grad logp.
+    "truncate": brought into [low, clip] (TIS; low 0: from above only); "mask": 0 outside of it (IcePop).
     """
-    ratio_T = (logp_T - old_logp_T.detach()).clamp(-_LOG_RATIO, _LOG_RATIO).exp()
-    return -torch.minimum(ratio_T * advantages_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
+    if mode not in TIS_MODES:
+        raise ValueError(f"mode must be one of {', '.join(TIS_MODES)}, got {mode!r}")
+    if clip is None:
+        return torch.ones_like(old_logp_T).detach()
+    ratio_T = _ratio((old_logp_T - rollout_logp_T).detach())
+    if mode == "mask":
+        return torch.where((ratio_T >= low) & (ratio_T <= clip), ratio_T, 0.0)
+    return ratio_T.clamp(min=low, max=clip)
+
+
+def policy_gradient(
+    logp_T: Tensor,
+    old_logp_T: Tensor,
+    advantages_T: Tensor,
+    *,
+    surrogate: str = "ppo",
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    sequence_log_ratio_T: Tensor | None = None,
+) -> Tensor:
+    """loss_T of a surrogate of the list at the head of the file; only logp_T gets a gradient.
+
+    On policy (old_logp = logp detached) ppo, gspo and importance have the value -A, and all five the gradient -A grad logp. Ratios are
+    clipped to [1 - clip_low, 1 + clip_high] (ppo, gspo, cispo). dual_clip c > 1: where A < 0 the loss is at most -c A (ppo, gspo; dual-clip
+    PPO 1912.09729). sequence_log_ratio_T: mean log rho of each token's response (gspo). ValueError where it is missing.
+    """
+    advantages_T = advantages_T.detach()
+    if surrogate == "reinforce":
+        return -advantages_T * logp_T
+    if surrogate == "gspo":
+        if sequence_log_ratio_T is None:
+            raise ValueError("surrogate 'gspo' needs sequence_log_ratio_T, the mean log-ratio of each token's response")
+        ratio_T = _ratio(sequence_log_ratio_T.detach()) * (logp_T - logp_T.detach()).exp()
+    elif surrogate in SURROGATES:
+        ratio_T = _ratio(logp_T - old_logp_T.detach())
+    else:
+        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
+    if surrogate == "importance":
+        return -ratio_T * advantages_T
+    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    if surrogate == "cispo":
+        return -clipped_T.detach() * advantages_T * logp_T
+    loss_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
+    if dual_clip is None:
+        return loss_T
+    return torch.where(advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)

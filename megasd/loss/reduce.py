@@ -37,11 +37,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-AGGREGATIONS = ("sequence_mean", "token_mean")
+AGGREGATIONS = ("sequence_mean", "sequence_mean_taking_part", "token_mean", "sequence_sum", "token_mean_of_terms")
+NORMALISERS = ("informative", "batch", "dataset", "none")
 HIGH_BITS, LOW_BITS = 24, 60  # units 2^-24 and 2^-60
 LIMIT, COARSE = 2.0**38, 2.0**8
 MAX_VALUES = 2**28
 MIN_WEIGHT = 2.0**-30
+WEIGHT_BITS = 44
 
 
 def exact_words(values: Tensor, *, dim: int | None = None) -> Tensor:
@@ -78,80 +80,136 @@ def exact_value(words: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Global figures of one step: mean_weight over informative questions (weight > 0), their number, all samples, tokens in the mask."""
+    """Global figures of one step for one loss term."""
 
-    mean_weight: float  # 0.0 when no question is informative
-    num_questions: int
-    num_samples: int
-    num_tokens: int
+    mean_weight: float  # what question weights are divided by; 0.0 when no question is informative (weight > 0)
+    num_questions: int  # informative ones
+    num_all_questions: int
+    num_samples: int  # all of the batch
+    num_taking_part: int  # samples with a token in the term's mask
+    num_tokens: int  # in the term's mask
+    num_tokens_of_terms: int  # in the mask of some term
 
 
-def _check(question_weight_N: Tensor, mask_N: Tensor, response_lens_N: Tensor) -> None:
-    if not question_weight_N.shape == mask_N.shape == response_lens_N.shape:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (question_weight_N, mask_N, response_lens_N))
-        raise ValueError(f"question weights, mask and response lengths must have one entry per sample, got shapes {shapes}")
+def _of_samples(mask_R: Tensor, response_lens_N: Tensor) -> Tensor:
+    """int64 [N]: tokens of each response that are in the mask."""
+    owner_R = torch.arange(len(response_lens_N), device=mask_R.device).repeat_interleave(response_lens_N)
+    return torch.zeros_like(response_lens_N).index_add_(0, owner_R, mask_R.to(response_lens_N.dtype))
+
+
+def _check(question_weight_N: Tensor, mask_R: Tensor, response_lens_N: Tensor) -> None:
+    if question_weight_N.shape != response_lens_N.shape:
+        shapes = f"{tuple(question_weight_N.shape)} and {tuple(response_lens_N.shape)}"
+        raise ValueError(f"question weights and response lengths must have one entry per sample, got shapes {shapes}")
+    if mask_R.shape != (int(response_lens_N.sum()),):
+        raise ValueError(f"a mask must have one entry per response token, {int(response_lens_N.sum())}, got shape {tuple(mask_R.shape)}")
+
+
+def _check_weights(weight_N: Tensor) -> None:
+    if not ((weight_N == 0) | (weight_N >= MIN_WEIGHT)).all():
+        # Smaller ones would drown in the quantum of the sum; only ratios of weights count, so a rule can be scaled.
+        raise ValueError(f"question weights must be 0 or at least 2^-30, got {weight_N.min().item()}; multiply the rule by a constant")
 
 
 def global_normalisers(
-    question_weight_N: Tensor,
+    weights: dict[str, Tensor],
     question_size_N: Tensor,
     masks: dict[str, Tensor],
     response_lens_N: Tensor,
     *,
+    normaliser: str = "informative",
+    dataset_mean: float | None = None,
     dp_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Normaliser]:
     """Loss term -> its figures over the data-parallel group, the same on every rank and for every dealing of the samples, bit for bit.
 
-    Each sample of a question of n samples brings w / n and 1[w > 0] / n, so the sums are over unique questions although a question's
-    samples may lie on several ranks (SC-SDPO 2605.27765, eq. 16: the mean is over questions). The terms differ in num_tokens alone.
-    question_weight_N: raw weights of the samples' questions, 0 or at least 2^-30. question_size_N: number of the question's samples in the
-    WHOLE batch. masks: term -> [N], samples that take part in it (taught ones for distillation); the same terms on every rank.
+    Each sample of a question of n samples brings w / n, 1[w > 0] / n and 1 / n, so the sums are over unique questions although a
+    question's samples may lie on several ranks. normaliser: what weights are divided by. "informative": their mean over the questions
+    with w > 0 of the batch (SC-SDPO 2605.27765, eq. 16); "batch": over all its questions; "dataset": dataset_mean, the mean over the
+    training rows (PACED 2603.11178 as SC-SDPO ran it); "none": 1.
+    weights: term -> [N] raw weights of the samples' questions in that term, 0 or at least 2^-30. question_size_N: number of the
+    question's samples in the WHOLE batch. masks: term -> bool [R], response tokens that take part in it; the same terms on every rank.
     dp_group: data parallel WITHOUT context parallel, since context-parallel ranks hold the same samples; every rank must call, one without
-    samples too. One all_reduce of 7 + len(masks) int64; none when dp_group is None or has one rank.
-    ValueError: shapes or weights that are not as said, and, on all ranks alike, question sizes that do not fit the samples.
+    samples too. One all_reduce of 5 + 8 len(masks) int64; none when dp_group is None or has one rank.
+    ValueError: names, shapes or weights that are not as said, and, on all ranks alike, question sizes that do not fit the samples.
     """
-    for mask_N in masks.values():
-        _check(question_weight_N, mask_N, response_lens_N)
-    weight_N, size_N = question_weight_N.double(), question_size_N.double()
-    informative_N = weight_N > 0
-    if not ((weight_N == 0) | (informative_N & (weight_N >= MIN_WEIGHT))).all():
-        # Smaller ones would drown in the quantum of the sum; only ratios of weights count, so a rule can be scaled.
-        raise ValueError(f"question weights must be 0 or at least 2^-30, got {weight_N.min().item()}; multiply the rule by a constant")
-    names = sorted(masks)
-    counts = [weight_N.new_tensor(len(weight_N), dtype=torch.int64), *((response_lens_N * masks[name]).sum() for name in names)]
-    words = torch.cat([exact_words(weight_N / size_N), exact_words(informative_N / size_N), torch.stack(counts).long()])
+    if normaliser not in NORMALISERS:
+        raise ValueError(f"normaliser must be one of {', '.join(NORMALISERS)}, got {normaliser!r}")
+    if normaliser == "dataset" and not (dataset_mean is not None and dataset_mean > 0):
+        raise ValueError(f"normaliser 'dataset' needs the mean weight of the training rows, greater than 0, got {dataset_mean}")
+    names, size_N = sorted(masks), question_size_N.double()
+    any_R = torch.zeros(int(response_lens_N.sum()), dtype=torch.bool, device=response_lens_N.device)
+    parts = []
+    for name in names:
+        weight_N, mask_R = weights[name].double(), masks[name]
+        _check(weight_N, mask_R, response_lens_N)
+        _check_weights(weight_N)
+        any_R = any_R | mask_R
+        counts = torch.stack([(_of_samples(mask_R, response_lens_N) > 0).sum(), mask_R.sum()])
+        parts += [exact_words(weight_N / size_N), exact_words((weight_N > 0) / size_N), counts]
+    num_samples = torch.tensor(len(response_lens_N), device=response_lens_N.device)
+    words = torch.cat([exact_words(1 / size_N), torch.stack([num_samples, any_R.sum()]), *parts])
     if dp_group is not None and dist.get_world_size(dp_group) > 1:
         dist.all_reduce(words, group=dp_group)
-    weight, questions = exact_value(words[:3]), exact_value(words[3:6])
-    if not math.isfinite(weight) or abs(questions - round(questions)) > 1e-6:
-        raise ValueError(f"{questions} informative questions of total weight {weight}: question sizes do not fit, or weights beyond 2^38")
-    num_questions = round(questions)
-    mean_weight = weight / num_questions if num_questions else 0.0
-    num_samples, *num_tokens = words[6:].tolist()
-    return {name: Normaliser(mean_weight, num_questions, num_samples, n) for name, n in zip(names, num_tokens, strict=True)}
+    all_questions = _count(words[:3])
+    num_samples, num_tokens_of_terms = words[3:5].tolist()
+    found = {}
+    for name, part in zip(names, words[5:].view(-1, 8), strict=True):
+        weight, questions, (taking_part, num_tokens) = exact_value(part[:3]), _count(part[3:6]), part[6:].tolist()
+        if not math.isfinite(weight):
+            raise ValueError(f"question weights of the term {name!r} are beyond 2^38")
+        divisor = {"informative": questions, "batch": all_questions}.get(normaliser)
+        mean = {"none": 1.0, "dataset": dataset_mean}.get(normaliser) if divisor is None else weight / max(divisor, 1)
+        counts = questions, all_questions, num_samples, taking_part, num_tokens, num_tokens_of_terms
+        found[name] = Normaliser(mean if questions else 0.0, *counts)
+    return found
+
+
+def _count(words: Tensor) -> int:
+    """The number of questions whose samples brought 1 / n each."""
+    value = exact_value(words)
+    if not abs(value - round(value if math.isfinite(value) else 0.0)) <= 1e-6:
+        raise ValueError(f"{value} questions in the batch: question sizes do not fit the samples")
+    return round(value)
 
 
 def token_weights(
-    question_weight_N: Tensor, mask_N: Tensor, response_lens_N: Tensor, *, normaliser: Normaliser, aggregation: str
+    question_weight_N: Tensor,
+    mask_R: Tensor,
+    response_lens_N: Tensor,
+    *,
+    normaliser: Normaliser,
+    aggregation: str,
+    room: int = 1,
 ) -> Tensor:
     """weight_R float64: the factor of each response token's loss, such that the plain sum over all ranks is the loss of the step.
 
-    With w the question's weight over normaliser.mean_weight, and 0 for samples outside mask_N:
-    "sequence_mean": w / (B |y_i|), B all samples of the batch, those outside the mask included (released SDPO 2601.20802; SC-SDPO
-    keeps that denominator); "token_mean": w / (number of response tokens inside the mask, over the whole batch).
+    With w the question's weight over normaliser.mean_weight, 0 for tokens outside mask_R (bool [R]), and n_i the tokens of a response that
+    take part:
+    "sequence_mean": w / (B n_i), B all samples of the batch, those outside the mask included (released SDPO 2601.20802; SC-SDPO
+    keeps that denominator); "sequence_mean_taking_part": w / (samples with a token in the mask * n_i); "token_mean": w / (tokens in the
+    mask, over the whole batch; DAPO 2503.14476); "sequence_sum": w / (B room), room a constant such as the longest response's tokens
+    (Dr. GRPO 2503.20783); "token_mean_of_terms": w / (tokens in the mask of some term; SRPO 2604.02288).
+    Equal weights give w = 1 exactly: w is rounded to 44 bits, which takes up what the mean's last bits miss (relative 2.8e-14).
     No informative question: all weights 0. Cast where it is used; the same float64 whatever the layout is. No collective.
     """
-    _check(question_weight_N, mask_N, response_lens_N)
+    _check(question_weight_N, mask_R, response_lens_N)
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
-    weight_N = question_weight_N.double() * mask_N
+    weight_N = question_weight_N.double()
     if normaliser.mean_weight > 0:
-        weight_N = weight_N / normaliser.mean_weight
-    if aggregation == "sequence_mean":
-        weight_N = weight_N / (normaliser.num_samples * response_lens_N.clamp(min=1))
-    else:
-        weight_N = weight_N / max(normaliser.num_tokens, 1)
-    return weight_N.repeat_interleave(response_lens_N)
+        mantissa_N, exponent_N = torch.frexp(weight_N / normaliser.mean_weight)
+        weight_N = torch.ldexp((mantissa_N * 2.0**WEIGHT_BITS).round() / 2.0**WEIGHT_BITS, exponent_N)
+    of_samples_N = _of_samples(mask_R, response_lens_N).clamp(min=1)
+    divisor_N = {
+        "sequence_mean": normaliser.num_samples * of_samples_N,
+        "sequence_mean_taking_part": normaliser.num_taking_part * of_samples_N,
+        "token_mean": torch.full_like(of_samples_N, normaliser.num_tokens),
+        "sequence_sum": torch.full_like(of_samples_N, normaliser.num_samples * room),
+        "token_mean_of_terms": torch.full_like(of_samples_N, normaliser.num_tokens_of_terms),
+    }[aggregation]
+    weight_N = weight_N / divisor_N.clamp(min=1)
+    return torch.where(mask_R, weight_N.repeat_interleave(response_lens_N), 0.0)
 
 
 def weigh(values_T: Tensor, weight_T: Tensor) -> Tensor:

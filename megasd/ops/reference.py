@@ -45,6 +45,23 @@ def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float,
     return (summands if clip is None else summands.clamp(max=clip)).sum(-1)
 
 
+def adaptive(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, last_is_tail: bool) -> Tensor:
+    """Shares of KL(T||S) and KL(S||T) by the gaps |T - S| over the teacher's head (half of its mass) and over the rest: [T]."""
+    rows = []
+    for s, t in zip(student_logq_TB.double(), teacher_logq_TB.double().detach(), strict=True):
+        order = sorted(range(len(t)), key=lambda b: (last_is_tail and b == len(t) - 1, -t[b].item(), b))
+        head, mass = [], 0.0
+        for b in order:
+            if mass < 0.5:
+                head.append(b)
+            mass += t[b].exp().item()
+        gap = (t.exp() - s.detach().exp()).abs()
+        share = gap[head].sum() / gap.sum()
+        forward, reverse = divergence(s[None], t[None], beta=0.0), divergence(s[None], t[None], beta=1.0)
+        rows.append(share * forward + (1 - share) * reverse)
+    return torch.cat(rows)
+
+
 def full_divergence(
     student_logits_TV: Tensor,
     teacher_logits_TV: Tensor,

@@ -22,7 +22,17 @@ from megasd.actor.actor import Actor  # noqa: E402
 from megasd.actor.forward import run_microbatches  # noqa: E402
 from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
 from megasd.batch import Batch  # noqa: E402
-from megasd.config import ActorConfig, AlgorithmConfig, Config, DistillTerm, NLLTerm, PolicyGradientTerm, TeacherConfig  # noqa: E402
+from megasd.config import (  # noqa: E402
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    CreditConfig,
+    DistillTerm,
+    NLLTerm,
+    PolicyGradientTerm,
+    QuestionWeightConfig,
+    TeacherConfig,
+)
 from megasd.microbatch import Microbatch  # noqa: E402
 from megasd.ops import reference  # noqa: E402
 
@@ -89,13 +99,69 @@ ALGORITHMS: dict[str, dict] = {
 }
 
 
+
+
+def credit(kind: str, surrogate: str = "ppo", **values: object) -> dict:
+    term = PolicyGradientTerm(surrogate=surrogate, credit=CreditConfig(kind=kind, **values))
+    return {"policy_gradient": term, "distill": None, "tis_clip": None}
+
+
+# What is worked out on whole sequences and over all ranks, with the layout of two ranks that it is run under.
+METHODS: dict[str, tuple[dict, dict]] = {
+    "rlsd snapshot": (credit("rlsd") | {"teacher": TeacherConfig(weights="snapshot", refresh_every=1)}, {TP: 2}),
+    "cepo": (credit("cepo"), {PP: 2}),
+    "rlcsd": (credit("rlcsd", tau=0.5) | {"aggregation": "token_mean"}, {CP: 2}),
+    "antisd gate": (credit("antisd", gate_warmup=1, gate_ratio=0.9), {PP: 2}),
+    "cl egrsd": (credit("egrsd", "reinforce", window=2) | {"aggregation": "token_mean"}, {}),
+    "return": (credit("return") | {"epochs": 2, "minibatches": 2}, {CP: 2, "packing": True}),
+    "margin": (credit("margin"), {}),
+    "gspo": ({"policy_gradient": PolicyGradientTerm(surrogate="gspo"), "minibatches": 2, "distill": None, "teacher": None}, {PP: 2}),
+    "routed": (
+        {
+            "distill": DistillTerm(top_k=TOP_K, samples="wrong", token_weight="confidence"),
+            "policy_gradient": PolicyGradientTerm(samples="undistilled"),
+            "aggregation": "token_mean_of_terms",
+        },
+        {TP: 2, **SP},
+    ),
+    "scan": ({"distill": DistillTerm(support="full", beta=0.0, token_weight="scan", token_weight_scale=5.0, skip_tokens=1)}, {}),
+    "trust region": ({"teacher": TeacherConfig(weights="trust_region", trust_mix=0.3)}, {TP: 2}),
+    "adaptive": ({"distill": DistillTerm(divergence="adaptive", support="teacher", top_k=TOP_K)}, {CP: 2}),
+}
+
+
+def methods_batch() -> Batch:
+    """The batch with verdicts, and two contexts a sample to contrast the teacher's with (some lack one)."""
+    batch, g = make_batch(), torch.Generator().manual_seed(6)
+    lens = torch.stack([batch.context_lens[:, 0], *torch.randint(3, 15, (2, 32), generator=g)], dim=1)
+    lens[lens[:, 0] == 0] = 0
+    lens[3::7, 2] = 0
+    batch.context_ids, batch.context_lens = torch.randint(0, VOCAB, (int(lens.sum()),), generator=g), lens
+    batch.right = torch.rand(32, generator=g) < 0.4
+    wrong, taught = ~batch.right, batch.taught
+    batch.masks = {"distill": wrong & taught, "policy_gradient": ~(wrong & taught)}
+    return batch
+
+
+def run_method(config: Config, device: torch.device, steps: int = 2) -> list[list[float]]:
+    actor, whole, trace = Actor(config, init_model_parallel(config.actor, device, seed=1)), methods_batch(), []
+    if config.algorithm.aggregation != "token_mean_of_terms":
+        whole.masks = {}
+    for _ in range(steps):
+        shares = [actor.take(part) for part in whole.parts(config.algorithm.minibatches)]
+        metrics = actor.train(shares, [actor.teach(share) for share in shares])
+        trace.append([metrics["loss"], metrics["grad_norm"]])
+    return trace
+
+
 def make_config(model: str, actor: dict, **algorithm: object) -> Config:
     config = Config()
     config.model.path, config.run.steps = model, STEPS
     # The trace has microbatches of 2; several ranks take 4, for the time goes with the number of collectives.
     size = 2 if os.environ.get("WORLD_SIZE", "1") == "1" else 4
     config.actor = ActorConfig(**({"dtype": "float32", "micro_batch_size": size, "make_vocab_size_divisible_by": 20} | actor))
-    values = {"distill": DistillTerm(top_k=TOP_K), "teacher": TeacherConfig(), "question_weight": "sqrt_pq"} | algorithm
+    weight = QuestionWeightConfig(kind="sqrt_pq")
+    values = {"distill": DistillTerm(top_k=TOP_K), "teacher": TeacherConfig(), "question_weight": weight} | algorithm
     config.algorithm = AlgorithmConfig(**values)
     config.optimizer.lr, config.optimizer.lr_warmup_steps, config.rollout.temperature = 1e-3, 2, 1.1
     return config
@@ -112,8 +178,8 @@ def make_batch() -> Batch:
     return Batch(
         prompt_ids=draw(0, VOCAB, int(prompt_lens.sum())),
         prompt_lens=prompt_lens,
-        teacher_ids=draw(0, VOCAB, int(teacher_lens.sum())),
-        teacher_lens=teacher_lens,
+        context_ids=draw(0, VOCAB, int(teacher_lens.sum())),
+        context_lens=teacher_lens[:, None],
         response_ids=draw(0, VOCAB, tokens),
         response_lens=response_lens,
         question_weight=(passes * (1 - passes)).sqrt().double().repeat_interleave(4),
@@ -145,7 +211,7 @@ def twin(model_dir: str, batch: Batch, config: Config) -> list[float]:
     temperature, term = config.rollout.temperature, config.algorithm.distill
     per_question = batch.question_weight.view(-1, 4)[:, 0]
     mean = per_question[per_question > 0].mean()
-    prompts, teachers = batch.prompt_ids.split(batch.prompt_lens.tolist()), batch.teacher_ids.split(batch.teacher_lens.tolist())
+    prompts, teachers = batch.prompt_ids.split(batch.prompt_lens.tolist()), batch.context_parts(0)
     responses, mus = (x.split(batch.response_lens.tolist()) for x in (batch.response_ids, batch.streams["rollout_logp"]))
     total = torch.zeros((), dtype=torch.float64)
     for i, response in enumerate(responses):
@@ -207,7 +273,7 @@ def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
         torch.distributed.all_gather(shards, shard, group=mesh.tp_group)
         rows[microbatch.response_index[microbatch.valid]] = torch.cat(shards, 1)[microbatch.valid, :VOCAB]
 
-    microbatches = actor._microbatches(batch, list(range(len(batch))), "student", len(batch) // actor.config.actor.micro_batch_size)
+    microbatches = actor._microbatches(batch, list(range(len(batch))), None, len(batch) // actor.config.actor.micro_batch_size)
     run_microbatches(actor.ddp, microbatches, mesh, actor.model_config, read, forward_only=True)
     if mesh.cp_size > 1 and mesh.is_last_stage:
         torch.distributed.all_reduce(rows, group=mesh.cp_group)
@@ -255,6 +321,8 @@ def main() -> None:
         for name, algorithm in ALGORITHMS.items():
             golden[name] = run(make_config(model_dir, {}, **algorithm), device, batch)
         check("record near teacher", golden["record"], golden["teacher"])
+        for name, (algorithm, _) in METHODS.items():
+            golden[name] = run_method(make_config(model_dir, {}, **algorithm), device)
         Path(trace_file).write_text(json.dumps(golden))
     for name, actor in CASES[world].items():
         check(name, run(make_config(model_dir, actor), device, batch), golden["dense"])
@@ -276,6 +344,9 @@ def main() -> None:
     layout = {1: {"micro_batch_size": 1}, 2: {CP: 2}, 4: {TP: 2, CP: 2, **SP}}[world]
     for name, algorithm in ALGORITHMS.items() if world != 2 else ():  # four ranks have all that two have
         check(name, run(make_config(model_dir, layout, **algorithm), device, batch, steps=steps), golden[name][:steps])
+    for name, (algorithm, split) in METHODS.items() if world != 4 else ():
+        actor = split if world == 2 else {"micro_batch_size": 1}
+        check(name, run_method(make_config(model_dir, actor, **algorithm), device), golden[name])
     for name, actor in {1: {"tp1": {}}, 2: {"tp2": {TP: 2}, "pp2": {PP: 2}, "cp2": {CP: 2}}, 4: {"tp2 pp2": {TP: 2, PP: 2}}}[world].items():
         hf_parity(model_dir, make_config(model_dir, actor), device, name)
     finish(rank)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megasd.loss.reduce import (
     AGGREGATIONS,
+    NORMALISERS,
     exact_value,
     exact_words,
     global_normalisers,
@@ -31,7 +32,12 @@ N = len(QUESTION)
 SIZE = torch.tensor(SIZES)[QUESTION]
 LENS = torch.arange(N) * 5 % 13 + 1
 STARTS = LENS.cumsum(0) - LENS
-MASKS = {"distill": torch.arange(N) % 4 != 1, "nll": torch.ones(N, dtype=torch.bool)}
+OWNER = torch.arange(N).repeat_interleave(LENS)
+PLACE = torch.arange(len(OWNER)) - STARTS[OWNER]
+# By token: some samples not at all (1, 5, 9, ...), of the others no first token and none after the seventh, so short ones drop out too.
+MASKS = {"distill": (OWNER % 4 != 1) & (PLACE >= 1) & (PLACE < 7), "nll": torch.ones(len(OWNER), dtype=torch.bool)}
+TAKING_PART = {term: [int(MASKS[term][OWNER == i].sum()) for i in range(N)] for term in MASKS}
+DATASET_MEAN, ROOM = 0.2, 16
 MEANS = {"loss_per_token": "tokens", "loss_per_taught": "taught_tokens"}
 THETA = torch.tensor([1.25, 0.75])
 
@@ -98,19 +104,25 @@ def step(
     mine: list[int],
     microbatches: int,
     *,
-    weight: torch.Tensor,
+    weights: dict[str, torch.Tensor],
     aggregation: str,
+    normaliser: str,
     term: str,
     dtype: torch.dtype,
     signed: bool,
 ) -> tuple[dict[str, float], float, torch.Tensor]:
     """A training step on this rank's samples: (metrics, the plain sum of the microbatches' losses, the gradient), global all of them."""
     index = torch.tensor(mine, dtype=torch.int64)
-    masks = {name: mask[index] for name, mask in MASKS.items()}
+    whole = torch.tensor([int(STARTS[i]) + p for i in mine for p in range(int(LENS[i]))], dtype=torch.int64)  # its responses
+    masks = {name: mask[whole] for name, mask in MASKS.items()}
+    local_weights = {name: weight[index] for name, weight in weights.items()}
+    options = {"normaliser": normaliser, "dataset_mean": DATASET_MEAN, "dp_group": layout.dp_group}
     with RingBytes() as seen:
-        normalisers = global_normalisers(weight[index], SIZE[index], masks, LENS[index], dp_group=layout.dp_group)
-    assert seen.calls["forward"] == (layout.dp > 1) and seen.received["forward"] <= 2 * 8 * (7 + len(masks))
-    weight_R = token_weights(weight[index], masks[term], LENS[index], normaliser=normalisers[term], aggregation=aggregation)
+        normalisers = global_normalisers(local_weights, SIZE[index], masks, LENS[index], **options)
+    assert seen.calls["forward"] == (layout.dp > 1) and seen.received["forward"] <= 2 * 8 * (5 + 8 * len(masks))
+    weight_R = token_weights(
+        local_weights[term], masks[term], LENS[index], normaliser=normalisers[term], aggregation=aggregation, room=ROOM
+    )
     starts_R = LENS[index].cumsum(0) - LENS[index]
     base, other = (table.to(dtype) for table in tables(signed))
     theta = THETA.to(dtype).clone().requires_grad_()
@@ -150,38 +162,64 @@ def step(
     return metrics, plain.item(), gradient
 
 
-def by_definition(weight: torch.Tensor, aggregation: str, term: str, losses: torch.Tensor) -> float:
+def by_definition(weight: torch.Tensor, aggregation: str, normaliser: str, term: str, losses: torch.Tensor) -> float:
     """sum(w l) / normaliser, written from the definition over unique questions, in plain Python."""
     per_question = [float(weight[QUESTION == j][0]) for j in range(len(SIZES))]
     informative = [w for w in per_question if w > 0]
-    mean = math.fsum(informative) / len(informative)
+    mean = {
+        "informative": math.fsum(informative) / len(informative),
+        "batch": math.fsum(informative) / len(SIZES),
+        "dataset": DATASET_MEAN,
+        "none": 1.0,
+    }[normaliser]
+    in_some_mask = int((MASKS["distill"] | MASKS["nll"]).sum())
     terms = []
-    for i in MASKS[term].nonzero()[:, 0].tolist():
-        share = N * int(LENS[i]) if aggregation == "sequence_mean" else int((LENS * MASKS[term]).sum())
-        terms += [float(weight[i]) / mean / share * value for value in losses[STARTS[i] : STARTS[i] + LENS[i]].tolist()]
+    for t in MASKS[term].nonzero()[:, 0].tolist():
+        i = int(OWNER[t])
+        share = {
+            "sequence_mean": N * TAKING_PART[term][i],
+            "sequence_mean_taking_part": sum(n > 0 for n in TAKING_PART[term]) * TAKING_PART[term][i],
+            "token_mean": sum(TAKING_PART[term]),
+            "sequence_sum": N * ROOM,
+            "token_mean_of_terms": in_some_mask,
+        }[aggregation]
+        terms.append(float(weight[i]) / mean / share * float(losses[t]))
     return math.fsum(terms)
 
 
-def every_split(all_layouts: list[Layout]) -> int:
+def settings() -> list[dict]:
+    """Every aggregation and every normaliser (on one and two ranks their product); every aggregation with the other term and in float32."""
     weight = torch.tensor(RAW, dtype=torch.float64)[QUESTION]
+    weights = {"distill": weight, "nll": torch.ones_like(weight)}
+    exact, rounded = {"dtype": torch.float64, "signed": True}, {"dtype": torch.float32, "signed": False}
+    found = [
+        dict(aggregation=aggregation, normaliser=normaliser, term="distill", **exact)
+        for aggregation, normaliser in itertools.product(AGGREGATIONS, NORMALISERS)
+        if dist.get_world_size() <= 2 or "sequence_mean" == aggregation or "informative" == normaliser
+    ]
+    for aggregation in AGGREGATIONS:
+        found.append(dict(aggregation=aggregation, normaliser="informative", term="nll", **exact | {"signed": False}))
+        found.append(dict(aggregation=aggregation, normaliser="informative", term="distill", **rounded))
+    return [{"weights": weights} | one for one in found]
+
+
+def every_split(all_layouts: list[Layout]) -> int:
     count = 0
-    for aggregation, (dtype, signed), term in itertools.product(
-        AGGREGATIONS, ((torch.float64, True), (torch.float64, False), (torch.float32, False)), MASKS
-    ):
-        settings = dict(weight=weight, aggregation=aggregation, term=term, signed=signed)
-        alone, _, gradient = step(Layout(), list(range(N)), 1, dtype=dtype, **settings)
-        double, _, double_gradient = step(Layout(), list(range(N)), 1, dtype=torch.float64, **settings)
-        base, other = tables(signed)
-        torch.testing.assert_close(
-            double["loss"], by_definition(weight, aggregation, term, THETA[0] * base + THETA[1] * other), rtol=1e-12, atol=0
-        )
-        assert double["loss_per_taught"] != double["loss_per_token"] and alone["distill.num_questions"] == 4
+    for setting in settings():
+        alone, _, gradient = step(Layout(), list(range(N)), 1, **setting)
+        double, _, double_gradient = step(Layout(), list(range(N)), 1, **setting | {"dtype": torch.float64})
+        base, other = tables(setting["signed"])
+        term, aggregation, normaliser = setting["term"], setting["aggregation"], setting["normaliser"]
+        defined = by_definition(setting["weights"][term], aggregation, normaliser, term, THETA[0] * base + THETA[1] * other)
+        torch.testing.assert_close(double["loss"], defined, rtol=1e-12, atol=0)
+        assert alone["distill.num_questions"] == 4 and alone["nll.num_questions"] == alone["distill.num_all_questions"] == 6
+        assert alone["distill.num_taking_part"] < alone["nll.num_taking_part"] == N
         for layout in all_layouts:
             for (name, deal), microbatches in itertools.product(deals(layout.dp).items(), (1, 2, 4)):
-                metrics, plain, grad = step(layout, deal[layout.rank // layout.cp], microbatches, dtype=dtype, **settings)
-                where = f"{layout.dp=} {layout.cp=} {name} {microbatches=} {aggregation} {dtype} {term}"
+                metrics, plain, grad = step(layout, deal[layout.rank // layout.cp], microbatches, **setting)
+                where = f"{layout.dp=} {layout.cp=} {name} {microbatches=} {aggregation} {normaliser} {setting['dtype']} {term}"
                 assert metrics == alone, f"{where}: {metrics} is not {alone}"  # every bit, normalisers included
-                tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+                tolerance = 1e-6 if setting["dtype"] == torch.float32 else 1e-12
                 for found, expected in ((plain, double["loss"]), (grad.double(), double_gradient), (grad, gradient)):
                     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0, msg=lambda m, where=where: f"{where}: {m}")
                 count += 1
@@ -190,14 +228,15 @@ def every_split(all_layouts: list[Layout]) -> int:
 
 def nothing_informative(all_layouts: list[Layout]) -> int:
     """|S| = 0: a loss of exactly 0, gradients of exactly 0, and an optimizer that steps without harm."""
-    weight = torch.zeros(N, dtype=torch.float64)
+    weights = dict.fromkeys(MASKS, torch.zeros(N, dtype=torch.float64))
     count = 0
-    for layout, aggregation, dtype, microbatches in itertools.product(all_layouts, AGGREGATIONS, (torch.float64, torch.float32), (1, 2, 4)):
+    for layout, aggregation, (dtype, normaliser), microbatches in itertools.product(
+        all_layouts, AGGREGATIONS, zip((torch.float64, torch.float32) * 2, NORMALISERS, strict=True), (2,)
+    ):
         for deal in deals(layout.dp).values():
             mine = deal[layout.rank // layout.cp]
-            metrics, plain, grad = step(
-                layout, mine, microbatches, weight=weight, aggregation=aggregation, term="distill", dtype=dtype, signed=True
-            )
+            options = dict(aggregation=aggregation, normaliser=normaliser, term="distill", dtype=dtype, signed=True)
+            metrics, plain, grad = step(layout, mine, microbatches, weights=weights, **options)
             assert metrics["loss"] == plain == 0.0 and (grad == 0).all()
             assert metrics["loss_per_taught"] == 0.0 and metrics["taught_tokens"] == 0.0 and metrics["tokens"] == int(LENS.sum())
             assert metrics["distill.num_questions"] == metrics["distill.mean_weight"] == 0 and metrics["distill.num_samples"] == N

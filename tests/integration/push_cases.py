@@ -61,8 +61,8 @@ def compare(actor: Actor, rollout: Rollout | None) -> float:
             batch = Batch(
                 prompt_ids=torch.tensor(prompt),
                 prompt_lens=torch.tensor([len(prompt)]),
-                teacher_ids=none,
-                teacher_lens=torch.tensor([0]),
+                context_ids=none,
+                context_lens=torch.tensor([[0]]),
                 response_ids=engine["ids"],
                 response_lens=torch.tensor([len(engine["ids"])]),
                 question_weight=torch.ones(1, dtype=torch.float64),

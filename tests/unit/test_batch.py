@@ -20,8 +20,8 @@ def make_batch(num: int = 7) -> Batch:
     return Batch(
         prompt_ids=torch.arange(int(prompt.sum())),
         prompt_lens=prompt,
-        teacher_ids=torch.arange(1000, 1000 + int(teacher.sum())),
-        teacher_lens=teacher,
+        context_ids=torch.arange(1000, 1000 + 2 * int(teacher.sum())),
+        context_lens=torch.stack([teacher, teacher], dim=1),  # a teacher's prompt and one to contrast it with
         response_ids=torch.arange(100, 100 + tokens),
         response_lens=response,
         question_weight=torch.ones(num, dtype=torch.float64),
@@ -31,18 +31,18 @@ def make_batch(num: int = 7) -> Batch:
     )
 
 
-@pytest.mark.parametrize("view", ["student", "teacher"])
+@pytest.mark.parametrize("context", [None, 0, 1])
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
-def test_each_response_token_is_predicted_once(view: str, packing: bool, cp_size: int, micro_batch_size: int) -> None:
+def test_each_response_token_is_predicted_once(context: int | None, packing: bool, cp_size: int, micro_batch_size: int) -> None:
     batch = make_batch()
-    samples = [i for i in range(len(batch)) if view == "student" or batch.taught[i]]
+    samples = [i for i in range(len(batch)) if context is None or batch.taught[i]]
     count = -(-len(samples) // micro_batch_size) + 1  # one of filler
     seen: list[int] = []
     for cp_rank in range(cp_size):
         cut = make_microbatches(
-            batch, samples, view, count=count, micro_batch_size=micro_batch_size, packing=packing,
+            batch, samples, context, count=count, micro_batch_size=micro_batch_size, packing=packing,
             cp_rank=cp_rank, cp_size=cp_size, multiple=2 * cp_size,
         )  # fmt: skip
         assert len(cut) == count
@@ -83,5 +83,15 @@ def test_inconsistent_batches_are_refused() -> None:
         Batch.from_tensors(tensors | {"stream:rollout_logp": torch.zeros(1)})
     with pytest.raises(ValueError, match="prompt_ids"):
         Batch.from_tensors(tensors | {"prompt_ids": torch.zeros(1, dtype=torch.int64)})
-    with pytest.raises(ValueError, match="view"):
-        make_microbatches(make_batch(), [0], "judge", count=1, micro_batch_size=1, packing=False)
+    with pytest.raises(ValueError, match="without teacher context 1"):
+        make_microbatches(make_batch(), [2], 1, count=1, micro_batch_size=1, packing=False)
+
+
+def test_minibatches_are_whole_questions() -> None:
+    batch = make_batch(12)
+    batch.question_size = torch.tensor([3] * 3 + [2] * 2 + [4] * 4 + [1] + [2] * 2)
+    parts = batch.parts(3)
+    assert [part.question_size.tolist() for part in parts] == [[3] * 3, [2] * 2 + [4] * 4, [1, 2, 2]]
+    assert torch.equal(torch.cat([part.response_ids for part in parts]), batch.response_ids)
+    with pytest.raises(ValueError, match="5 questions cannot be cut into 6"):
+        batch.parts(6)

@@ -39,13 +39,13 @@ def test_order_is_defaults_recipe_files_overrides(tmp_path):
     second.write_text("algorithm: {distill: {beta: 0.2}}\nrun: {steps: 4}\n")
     config = load("run.steps=5", files=[str(first), str(second)])
     assert config.algorithm.distill == DistillTerm(beta=0.2, top_k=7)
-    assert config.algorithm.question_weight == "none"  # the row of sdpo, not the default sc_sdpo
+    assert config.algorithm.question_weight.kind == "none"  # the row of sdpo, not the default sc_sdpo
     assert (config.run.steps, config.run.seed) == (5, 1)
 
 
 def test_default_recipe_and_rows_are_not_shared():
     config = load("algorithm.distill.beta=0.25")
-    assert config.algorithm.recipe == "sc_sdpo" and config.algorithm.question_weight == "sqrt_pq"
+    assert config.algorithm.recipe == "sc_sdpo" and config.algorithm.question_weight.kind == "sqrt_pq"
     assert RECIPES["sc_sdpo"].distill.beta == 0.5
 
 
@@ -115,7 +115,7 @@ BAD_OVERRIDES = {
     "optimizer.lr=fast": "optimizer.lr='fast': must be a number",
     "optimizer.lr_decay_style=cosin": "must be one of constant, linear, cosine; did you mean cosine?",
     "algorithm.recipe=sc_sdp": "command line: algorithm.recipe: no recipe 'sc_sdp'; did you mean sc_sdpo?",
-    "algorithm.recipe=zzz": "choose one of sc_sdpo, sdpo",
+    "algorithm.recipe=zzz": "choose one of sft, ssd, grpo",
     "algorithm.distill.beta=1.5": "algorithm.distill.beta=1.5: must lie in [0, 1]",
     "algorithm.distill.is_clip=0": "algorithm.distill.is_clip=0.0: must be greater than 0",
     "algorithm.distill.is_clip=x": "must be a number (or null)",
@@ -201,9 +201,24 @@ BAD_TOGETHER = [
     (["algorithm.teacher=null"], "algorithm.teacher: algorithm.distill reads a teacher; give one"),
     (["algorithm.distill=null", "algorithm.policy_gradient.coefficient=1"], "algorithm.teacher: no term reads the teacher"),
     (["algorithm.distill=null", "algorithm.teacher=null"], "algorithm: no term to train on"),
-    (["algorithm.source=dataset"], "algorithm.distill: learns from sampled responses, and algorithm.source=dataset has none"),
+    (["algorithm.source=dataset"], "algorithm.question_weight.kind=sqrt_pq: algorithm.source=dataset has rows without pass rates"),
+    (["algorithm.recipe=sdpo", "algorithm.source=dataset"], "algorithm.tis_clip: algorithm.source=dataset has rows that no engine sampled"),
+    (["algorithm.recipe=rlsd", "algorithm.teacher=null"], "algorithm.teacher: algorithm.policy_gradient.credit reads a teacher"),
+    (["algorithm.recipe=gkd"], "algorithm.teacher.model_path=None: goes with algorithm.teacher.weights=separate"),
+    (["algorithm.distill.divergence=adaptive", "algorithm.distill.support=full"], "algorithm.distill.divergence=adaptive: weighs buckets"),
+    (["algorithm.recipe=grpo", "algorithm.policy_gradient.advantage=none"], "advantage=none: nothing is left to learn from"),
+    (["algorithm.recipe=grpo", "algorithm.policy_gradient.samples=undistilled"], "there is no algorithm.distill to leave samples"),
+    (["algorithm.recipe=rlcsd", "algorithm.teacher.contrast=none"], "algorithm.teacher.contrast: credit rlcsd contrasts two teachers"),
+    (["algorithm.teacher.context=prompt", "algorithm.teacher.weights=live"], "a live teacher that reads the student's own prompt"),
+    (["algorithm.teacher.adaptive_prefix=true"], "algorithm.teacher.adaptive_prefix: moves the share shown by context=prefix"),
+    (["algorithm.question_weight.normaliser=dataset"], "asks for the rates of all rows; set pass_rate=frozen"),
+    (["algorithm.tis_mode=mask", "algorithm.tis_clip=null"], "algorithm.tis_mode=mask: needs an upper bound"),
+    (["algorithm.minibatches=33"], "algorithm.minibatches=33: exceeds the rollout.num_prompts=32"),
+    (["algorithm.distill.skip_tokens=9", "algorithm.distill.max_tokens=9"], "leaves nothing of the first max_tokens=9"),
+    (["algorithm.overlong_buffer=1024"], "algorithm.overlong_buffer=1024: must be smaller than rollout.max_response_tokens"),
+    (["rollout.frozen_policy=true", "evaluation.every=5"], "the engine keeps the start model until the end; set evaluation.every=0"),
     (["algorithm.recipe=grpo", "algorithm.source=dataset"], "algorithm.policy_gradient: learns from sampled responses"),
-    (["algorithm.recipe=sft", "algorithm.question_weight=pq"], "algorithm.question_weight=pq: algorithm.source=dataset has no pass rates"),
+    (["algorithm.recipe=sft", "algorithm.question_weight.kind=pq"], "algorithm.question_weight.kind=pq: algorithm.source=dataset has rows"),
     (["algorithm.teacher.transport=record"], "algorithm.teacher.transport=record: holds the teacher's own top tokens"),
     (["algorithm.nll.context_fraction=0.5"], "algorithm.nll.context_fraction: needs the rows' solutions"),
     (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: exceeds optimizer.lr=1e-05"),

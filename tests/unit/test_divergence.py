@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from megasd.loss.divergence import divergence
+from megasd.loss.divergence import adaptive, divergence, head_gaps
 from megasd.ops import reference
 from megasd.ops.pointwise import divergence_terms
 from megasd.ops.readout import TAILS, ReadoutSpec, TeacherRecord, vocab_parallel_readout
@@ -124,22 +124,112 @@ def test_sampled_logp_and_entropy_equal_the_twin():
     torch.testing.assert_close(entropy(one_hot, vocab_size=3), torch.tensor([0.0, math.log(2)]))
 
 
+DIVERGENCES = [0.0, 0.3, 0.5, 1.0, "adaptive"]
+
+
+def twin_ids(student, teacher, support, k):
+    """Ids of every row's support, as a list of rows: a union's rows differ in length."""
+    own, other = (reference.topk(x.detach(), k)[0] for x in (student, teacher))
+    if support == "union":
+        return [reference.union(a, b) for a, b in zip(own, other, strict=True)]
+    return list(own if support == "student" else other)
+
+
+def twin(student, teacher, ids, kind, tail, clip=None):
+    rows = []
+    for s, t, chosen in zip(student, teacher, ids, strict=True):
+        s, t = (reference.bucket_logprobs(x[None], chosen[None], temperature=0.9, tail=tail) for x in (s, t))
+        if kind == "adaptive":
+            rows.append(reference.adaptive(s, t, last_is_tail=tail == "bucket"))
+        else:
+            rows.append(reference.divergence(s, t, beta=kind, clip=clip))
+    return torch.cat(rows)
+
+
+def of_readout(readout, kind, tail, clip=None):
+    buckets = readout.student_logq_TB, readout.teacher_logq_TB
+    if kind == "adaptive":
+        return adaptive(*buckets, tail=tail)
+    return divergence(*buckets, beta=kind, normalised=tail != "raw", clip=clip)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("tail", TAILS)
-def test_gradcheck(tail):
-    """Finite differences, apart from any twin. The support is a record's: it does not move with the logits."""
+@pytest.mark.parametrize("support", ["student", "teacher", "union", "record"])
+def test_gradcheck(support, tail, kind):
+    """Against the unsharded twin and against finite differences, which know no twin; with the pointwise clip and the target too.
+
+    Adaptive: the gap's shares are constants, which finite differences of the whole would not see, so those of its two parts are taken.
+    """
+    student, teacher = logits(2, 6, 7, scale=1.5).requires_grad_(), logits(2, 6, 8, scale=1.5)
+    ids = twin_ids(student, teacher, support, 3)
+    targets, given, upstream = torch.tensor([0, 4]), teacher, logits(2, 1, 9)[:, 0]
+    if support == "record":
+        logq = reference.bucket_logprobs(teacher, torch.stack(ids), temperature=0.9)
+        given = TeacherRecord(torch.stack(ids).int(), logq[:, :-1].contiguous(), logq[:, -1].contiguous())
+    options = dict(support=support, top_k=3, tail=tail, temperature=0.9, teacher_temperature=0.9)
+    for clip in (None, 0.05) if kind != "adaptive" else (None,):
+
+        def loss(z, clip=clip, kind=kind):
+            readout = read(z, given, targets, **options)
+            return of_readout(readout, kind, tail, clip) + 0.1 * readout.logp_T
+
+        expected = twin(student, teacher, ids, kind, tail, clip) + 0.1 * reference.sampled_logp(student, targets, temperature=0.9)
+        torch.testing.assert_close(loss(student), expected, rtol=0, atol=1e-12)
+        grads = [torch.autograd.grad(x, student, upstream)[0] for x in (loss(student), expected)]
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+        if kind != "adaptive":
+            assert torch.autograd.gradcheck(loss, student)
+            continue
+        head, rest = head_gaps(read(student, given, **options).student_logq_TB, read(student, given, **options).teacher_logq_TB, tail=tail)
+        share = head / (head + rest)
+
+        def fixed(z, share=share):
+            return share * loss(z, kind=0.0) + (1 - share) * loss(z, kind=1.0)
+
+        assert torch.autograd.gradcheck(fixed, student)
+        torch.testing.assert_close(torch.autograd.grad(fixed(student), student, upstream)[0], grads[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradcheck_of_the_whole_vocabulary(beta):
     student, teacher = logits(4, 8, 7, scale=1.5).requires_grad_(), logits(4, 8, 8, scale=1.5)
-    ids = torch.stack([torch.randperm(8)[:3] for _ in range(4)])
-    logq = reference.bucket_logprobs(teacher, ids)
-    record = TeacherRecord(ids.int(), logq[:, :-1], logq[:, -1])
-    targets = torch.tensor([0, 1, 2, 3])
-    for beta in (0.0, 0.3, 1.0):
+    for clip in (None, 0.05):
+        options = dict(support="full", beta=beta, clip=clip, temperature=0.9, teacher_temperature=0.9)
+        assert torch.autograd.gradcheck(lambda z, options=options: read(z, teacher, **options).divergence_T, student)
+        expected = reference.full_divergence(student, teacher, beta=beta, temperature=0.9, clip=clip)
+        grads = [torch.autograd.grad(x.sum(), student)[0] for x in (read(student, teacher, **options).divergence_T, expected)]
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
-        def loss(z, beta=beta):
-            readout = read(z, record, targets, support="record", tail=tail, temperature=0.9)
-            return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=tail != "raw") + readout.logp_T
 
-        assert torch.autograd.gradcheck(loss, student)
-        assert torch.autograd.gradcheck(lambda z, beta=beta: full(z, teacher, beta=beta), student)
+def test_adaptive_by_hand():
+    """Golden logits: the head is token 1 alone (mass 0.79); shares from the gaps; KLs are golden vectors."""
+    s, t = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
+    head, rest = head_gaps(s, t, tail="raw")
+    assert head.item() == pytest.approx(0.786600 - 0.221733, abs=2e-6)
+    assert rest.item() == pytest.approx(0.602732 - 0.106455 + 0.134488 - 0.064568 + 0.039163 - 0.030008 + 0.011039 - 0.003215, abs=4e-6)
+    share = head.item() / (head + rest).item()
+    expected = share * GOLDEN_FULL[0.0] + (1 - share) * GOLDEN_FULL[1.0]
+    assert adaptive(s, t, tail="raw").item() == pytest.approx(expected, abs=1e-6)
+    # A tail bucket heavier than any token of the support joins the head last, and only if half of the mass is not reached without it.
+    logq = torch.tensor([[0.3, 0.25, 0.45]], dtype=torch.float64).log()
+    other = torch.tensor([[0.2, 0.2, 0.6]], dtype=torch.float64).log()
+    assert head_gaps(other, logq)[1].item() == pytest.approx(0.15) and head_gaps(other, logq, tail="renormalise")[
+        1
+    ].item() == pytest.approx(0.05)
+
+
+def test_adaptive_at_the_edges():
+    """Equal: 0 and gradient 0. Impossible tokens: never NaN."""
+    for tail in TAILS:
+        x = logits(16, 40, 9).requires_grad_()
+        readout = read(x, x.detach().clone(), support="teacher", top_k=5, tail=tail)
+        loss = of_readout(readout, "adaptive", tail)
+        assert (loss == 0).all()
+        if tail != "raw":
+            assert (torch.autograd.grad(loss.sum(), x)[0] == 0).all()
+    student, teacher = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log(), torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]).log()
+    assert not adaptive(student, teacher).isnan().any()
 
 
 @pytest.mark.parametrize("beta", BETAS)

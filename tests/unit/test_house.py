@@ -14,12 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
-    0: ("config", "types", "metrics", "validate"),
+    0: ("config", "types", "metrics", "validate", "presets"),
     1: ("algo", "data", "ops", "weights"),
     2: ("loss", "batch", "microbatch"),
     3: ("actor", "rollout"),
-    4: ("sync", "evaluate", "launch", "report"),
-    5: ("run", "train", "conversion", "cli"),
+    4: ("sync", "evaluate", "launch", "report", "analysis"),
+    5: ("run", "train", "conversion", "analyze", "data_check", "eval_run", "harness", "cli"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 # The command line reads the rows of the recipes: plain values, no torch.

@@ -1,14 +1,20 @@
-"""data/prompts.py: the strict JSONL reader and the resumable order.
+"""data/prompts.py and data/rows.py: the strict reader of JSONL, parquet, Arrow and directories, and the resumable order.
 
-Proves that every kind of bad row is refused with one line that names the file, the line and what to do, and that the iterator visits every
-prompt once an epoch, never twice in a batch, and resumes exactly. Does not prove that any tokenizer accepts the text.
+Proves that every kind of bad row is refused with one line that names the file, the line and what to do; that all formats give the same
+prompts; which directories are refused; and that the iterator visits every prompt once an epoch, never twice in a batch, and resumes
+exactly. The `datasets` directory is written here as Dataset.save_to_disk lays it out. Does not prove that any tokenizer accepts the text.
 """
 
+import gzip
 import json
 import os
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
+from megasd.algo.recipes import RECIPES
+from megasd.config import load_config
 from megasd.data.prompts import DataError, PromptIterator, load_prompts
 from megasd.types import Prompt
 
@@ -63,6 +69,19 @@ BAD = {
     "NUL escape": (b'{"prompt": "1\\u0000", "answer": "1"}', "NUL character"),
     "half a surrogate": (b'{"prompt": "\\ud800", "answer": "1"}', "surrogate"),
     "oversize": (b'{"prompt": "' + b"x" * 500 + b'", "answer": "1"}', "data.max_row_bytes=200"),
+    "NaN": (b'{"prompt": "1", "answer": "1", "x": NaN}', "NaN is no JSON number"),
+    "two questions": (b'{"prompt": "1", "question": "2", "answer": "1"}', '"prompt" and "question" disagree'),
+    "two answers": (b'{"prompt": "1", "answer": "1", "label": "2"}', '"answer" and "label" disagree'),
+    "two solutions": (
+        b'{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}], "answer": "1", "solution": "3"}',
+        '"messages" and "solution" disagree',
+    ),
+    "label a number": (b'{"prompt": "1", "label": 1}', '"label" is a JSON number'),
+    "ground truth a number": (b'{"prompt": "1", "reward_model": {"ground_truth": 1}}', '"reward_model.ground_truth" is a JSON number'),
+    "pass rate": (b'{"prompt": "1", "answer": "1", "pass_rate": 1.01}', '"pass_rate" is 1.01; give a number from 0 to 1'),
+    "pass rate true": (b'{"prompt": "1", "answer": "1", "pass_rate": true}', '"pass_rate" is True'),
+    "rubric": (b'{"prompt": "1", "answer": "1", "rubric": [{"rule": ["x"]}]}', '"rubric[0]" must be an object of strings and numbers'),
+    "capital": (b'{"prompt": "1", "answer": "1", "Solution": "2"}', "did you mean 'solution'"),
     "deep nesting": (b'{"x":' + b"[" * 90 + b"}", "not valid JSON"),
     "empty messages": (b'{"prompt": [], "answer": "1"}', "empty list"),
     "bad role": (b'{"prompt": [{"role": "human", "content": "1"}], "answer": "1"}', "has role 'human'"),
@@ -95,11 +114,18 @@ def test_a_bad_row_is_named(tmp_path, name):
 
 def test_a_bad_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.gz").write_bytes(gzip.compress(GOOD))
+    (tmp_path / "rows.parquet").write_bytes(GOOD)
+    (tmp_path / "rows.arrow").write_bytes(GOOD)
     for path, reason in (
         (tmp_path / "missing.jsonl", "no such file"),
-        (tmp_path, "not a regular file"),
+        (tmp_path / "folder", "not a regular file"),
         (tmp_path / "pipe", "not a regular file"),
         (write(tmp_path, b""), "no rows"),
+        (tmp_path / "rows.gz", "compressed .gzip.; unpack it first"),
+        (tmp_path / "rows.parquet", "cannot be read as parquet after row 0"),
+        (tmp_path / "rows.arrow", "cannot be read as arrow after row 0"),
     ):
         with pytest.raises(DataError, match=reason) as caught:
             load_prompts(path)
@@ -118,6 +144,128 @@ def test_bom_on_the_first_line_and_the_exact_size_limit(tmp_path):
 def test_solutions_can_be_required(tmp_path):
     with pytest.raises(DataError, match=':1: no "solution"'):
         load_prompts(write(tmp_path, GOOD), require_solution=True)
+
+
+ROWS = [
+    {"id": f"r{i}", "prompt": [{"role": "user", "content": f"{i}+1="}], "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
+     "solution": "thus" if i % 2 else None, "pass_rate": 0.5, "rubric": [{"rule": "contains", "value": str(i + 1)}], "extra_info": {"i": i}}
+    for i in range(500)
+]  # fmt: skip
+
+
+def write_stream(path, rows: list[dict]) -> None:
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=200)
+
+
+def save_to_disk(directory, rows: list[dict]) -> None:
+    """Two Arrow streams and state.json, as `datasets` writes them; the second file's name sorts before the first's."""
+    directory.mkdir()
+    write_stream(directory / "data-b.arrow", rows[:300])
+    write_stream(directory / "data-a.arrow", rows[300:])
+    (directory / "dataset_info.json").write_text("{}")
+    state = {"_data_files": [{"filename": "data-b.arrow"}, {"filename": "data-a.arrow"}], "_split": "train", "_format_type": None}
+    (directory / "state.json").write_text(json.dumps(state))
+
+
+def test_every_format_gives_the_same_prompts(tmp_path):
+    path = write(tmp_path, b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))
+    expected = load_prompts(path)
+    assert expected[1] == Prompt("r1", [{"role": "user", "content": "1+1="}], "2", "thus", 0.5, [{"rule": "contains", "value": "2"}])
+    table = pa.Table.from_pylist(ROWS)
+    parquet.write_table(table, tmp_path / "one.parquet", row_group_size=70)
+    write_stream(tmp_path / "stream.arrow", ROWS)
+    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "parquet_without_suffix").write_bytes((tmp_path / "one.parquet").read_bytes())
+    save_to_disk(tmp_path / "saved", ROWS)
+    (tmp_path / "shards").mkdir()
+    for i in range(2):
+        parquet.write_table(table.slice(250 * i, 250), tmp_path / "shards" / f"train-0000{i}-of-00002.parquet")
+    (tmp_path / "shards" / "README.md").write_text("what this is")
+    (tmp_path / "lines").mkdir()
+    for name, rows in (("a.jsonl", ROWS[:1]), ("b.jsonl", ROWS[1:])):
+        (tmp_path / "lines" / name).write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    for name in ("one.parquet", "stream.arrow", "file.arrow", "parquet_without_suffix", "saved", "shards", "lines"):
+        assert load_prompts(tmp_path / name) == expected, name
+
+
+def test_a_bad_row_of_a_table_is_named_by_file_and_row(tmp_path):
+    rows = [{"prompt": f"{i}=", "answer": str(i)} for i in range(400)]
+    save_to_disk(tmp_path / "saved", rows[:350] + [{"prompt": " ", "answer": "1"}])
+    with pytest.raises(DataError, match=r'saved/data-a.arrow:51: "prompt" is empty'):
+        load_prompts(tmp_path / "saved")
+    parquet.write_table(pa.Table.from_pylist([*rows, {"prompt": "x" * 5000, "answer": "1"}]), tmp_path / "long.parquet")
+    with pytest.raises(DataError, match="long.parquet:401: row is longer than data.max_row_bytes=1000"):
+        load_prompts(tmp_path / "long.parquet", max_row_bytes=1000)
+    not_text = pa.table({"prompt": pa.array([b"a", b"\xff"]).cast(pa.binary()).view(pa.utf8()), "answer": ["1", "2"]})
+    parquet.write_table(not_text, tmp_path / "bytes.parquet")
+    with pytest.raises(DataError, match="bytes.parquet:2: not UTF-8"):
+        load_prompts(tmp_path / "bytes.parquet")
+    parquet.write_table(pa.table({"prompt": ["1="], "answer": [1]}), tmp_path / "number.parquet")
+    with pytest.raises(DataError, match='number.parquet:1: "answer" is a JSON number'):
+        load_prompts(tmp_path / "number.parquet")
+    parquet.write_table(pa.Table.from_pylist([rows[0] | {"id": "a"}, rows[1] | {"id": "a"}]), tmp_path / "ids.parquet")
+    with pytest.raises(DataError, match="ids.parquet:2: id 'a' was used on line 1"):
+        load_prompts(tmp_path / "ids.parquet")
+
+
+def test_directories_that_mix_or_lack_files_are_refused(tmp_path):
+    def directory(name: str, *files: str):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes(GOOD)
+        return tmp_path / name
+
+    (split := directory("dict")).joinpath("dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (indices := directory("indices")).joinpath("state.json").write_text('{"_data_files": [{"filename": "a"}], "_indices_data_files": [{}]}')
+    (gone := directory("gone")).joinpath("state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+    (outside := directory("outside")).joinpath("state.json").write_text('{"_data_files": [{"filename": "../rows.jsonl"}]}')
+    write(tmp_path, GOOD)
+    for path, reason in (
+        (split, "holds the splits train, test; give one of them, as .*dict/train"),
+        (indices, "selection by indices; save it again after dataset.flatten_indices"),
+        (gone, "names 'a.arrow', which is not in the directory"),
+        (outside, "which is not in the directory"),
+        (directory("mixed", "a.jsonl", "b.parquet"), "holds .jsonl and .parquet files"),
+        (directory("splits", "train-00000-of-00001.parquet", "test-00000-of-00001.parquet"), r"more than one split \(test, train\)"),
+        (directory("names", "train.jsonl", "test.jsonl"), r"more than one split \(test, train\)"),
+        (directory("missing", "train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"), "shard train-00001-of-00003 is missing"),
+        (directory("empty", "README.md"), "holds no .jsonl or .parquet or .arrow file"),
+    ):
+        with pytest.raises(DataError, match=reason) as caught:
+            load_prompts(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_columns_of_the_ecosystem(tmp_path):
+    question = [{"role": "user", "content": "7+8="}]
+    rows = [
+        {"messages": [*question, {"role": "assistant", "content": "7+8=15"}], "answer": "15"},
+        {"question": "7+8=", "label": "15", "solution": "7+8=15"},
+        {"problem": "7+8=", "answer": "15", "reward_model": {"ground_truth": "15"}, "solution": "7+8=15"},
+        {"prompt": question, "question": "7+8= ", "answer": " 15", "label": "15", "solution": "7+8=15", "question_id": 3, "uid": 4},
+        {"prompt": "7+8=", "question": None, "answer": "15", "messages": [*question, {"role": "assistant", "content": "7+8=15"}]},
+    ]
+    path = write(tmp_path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    for prompt in load_prompts(path):
+        assert (prompt.messages, prompt.answer.strip(), prompt.solution) == (question, "15", "7+8=15")
+
+
+def test_pass_rates_and_rubrics_belong_to_the_fingerprint_and_their_absence_does_not():
+    plain, rated = make_prompts(3), make_prompts(3)
+    before = PromptIterator(plain, 2, seed=1).fingerprint
+    assert before == "0220709b9d90ab6e"  # as of runs begun without those fields
+    rated[0].pass_rate = 0.5
+    assert PromptIterator(rated, 2, seed=1).fingerprint != before
+
+
+def test_directories_of_rows_pass_the_command_lines_check(tmp_path):
+    from megasd.validate import _check_data
+
+    save_to_disk(tmp_path / "saved", ROWS)
+    _check_data(load_config([], ["model.path=m", f"data.train={tmp_path / 'saved'}", "data.mapping=auto"], RECIPES))
 
 
 def make_prompts(n: int) -> list[Prompt]:

@@ -9,6 +9,7 @@ import json
 import pytest
 
 from megasd.algo.context import teacher_contexts
+from megasd.config import TeacherConfig
 from megasd.data.chat import Chat
 from megasd.data.prompts import load_prompts
 from megasd.types import Group, Sample
@@ -49,7 +50,8 @@ def test_teacher_prompts_fit_the_vocabulary_and_the_context(out, template, longe
     options = {"template": template} if template else {}
     for prompt in load_prompts(out / "eval.jsonl"):
         group = Group(prompt, [Sample(prompt.id, 0, [], [], [], "", "stop", 0)])
-        ids = chat.encode_prompt(teacher_contexts(group, "solution", **options)[0].messages)
+        ((context,),) = teacher_contexts(group, TeacherConfig(context="solution", **options), seed="")
+        ids = chat.encode_prompt(context.messages)
         assert chat.tokenizer.unk_token_id not in ids
         assert len(ids) <= longest
         assert chat.decode(chat.encode_response(prompt.answer)) == prompt.answer

@@ -1,11 +1,14 @@
 """data/rewards.py and its workers: what each verifier extracts, and that no check can hang, kill or mislead a run.
 
 Proves, with real worker processes: the verdicts of math-verify that depend on pinned versions; that a check hung in Python, hung in C, out
-of memory, raising or killed takes down neither the pool nor another row's verdict; that an orphaned worker ends by itself. The hostile
-checks run in the real worker loop with a check function that misbehaves on request; one hostile input goes to math-verify itself.
+of memory, raising or killed takes down neither the pool nor another row's verdict; that an orphaned worker ends by itself; the bomb suite:
+towers, LaTeX and programs made to hang or break end within their limit + 1 s, neither right nor wrong, and the pool goes on; what
+feedback says, and that it never holds the expected answer. The hostile checks run in the real worker loop with a check function that
+misbehaves on request, the bombs in math-verify and in sandboxes themselves (what programs may do there: test_sandbox.py).
 Does not prove that math-verify is right in general.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +19,9 @@ import time
 import pytest
 
 from megasd.config import RewardConfig
-from megasd.data.rewards import MAX_ANSWER_CHARACTERS, RewardPool, extract_answer, last_boxed
+from megasd.data import sandbox
+from megasd.data.code_task import last_code_block
+from megasd.data.rewards import MAX_ANSWER_CHARACTERS, VERIFIERS, RewardPool, extract_answer, last_boxed
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 R, W, E, T = Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
@@ -97,8 +102,18 @@ def test_math_reads_the_last_box(text, answer):
 
 def test_extraction_is_linear_in_hostile_text():
     start = time.monotonic()
-    for text in ("\\boxed{" * 200_000, "{" * 1_000_000, "<think>" * 200_000, "<answer>" * 200_000, "A " * 500_000, "\\" * 999_999):
-        for verifier in ("math", "exact_match", "multiple_choice"):
+    for text in (
+        "\\boxed{" * 200_000,
+        "{" * 1_000_000,
+        "<think>" * 200_000,
+        "<answer>" * 200_000,
+        "A " * 500_000,
+        "```\n" * 200_000,
+        "Action Input: {" * 100_000,
+        "Action:\nAction Input: [[{" * 50_000,
+        "\\" * 999_999,
+    ):
+        for verifier in VERIFIERS:
             extract_answer(verifier, text)
     assert last_boxed("\\boxed{" + "{" * 1_000_000) is None
     assert time.monotonic() - start < 10
@@ -133,7 +148,7 @@ def test_plain_verifiers_need_no_worker():
         )
         with RewardPool(RewardConfig(verifier=verifier)) as pool:
             counts = pool.score([group])
-            assert pool._workers == []
+            assert pool.workers.workers == []
         assert verdicts(group) == expected
         assert counts == {"right": expected.count(R), "wrong": expected.count(W), "error": 0.0, "timeout": 0.0, "restarts": 0.0}
 
@@ -192,17 +207,17 @@ def test_misbehaving_checks_leave_the_other_rows_alone(misbehaving, caplog):
         assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 5 and "row p, sample 1: verifier timeout" in caplog.text
 
         again = make_group(["yes", "no"] * 20)  # the pool survives, with all of its workers
-        assert pool.score([again])["right"] == 20 and len(pool._workers) == 2
+        assert pool.score([again])["right"] == 20 and len(pool.workers.workers) == 2
 
 
 def test_a_worker_killed_from_outside_is_replaced(misbehaving):
     with RewardPool(RewardConfig(verifier="math", workers=1, timeout=5.0), worker_command=misbehaving) as pool:
         pool.score([make_group(["yes"])])
-        os.kill(pool._workers[0].process.pid, signal.SIGKILL)  # idle
+        os.kill(pool.workers.workers[0].process.pid, signal.SIGKILL)  # idle
         group = make_group(["slow", "yes"])
         assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]
 
-        killer = threading.Timer(0.2, os.kill, (pool._workers[0].process.pid, signal.SIGKILL))  # in the middle of a check
+        killer = threading.Timer(0.2, os.kill, (pool.workers.workers[0].process.pid, signal.SIGKILL))  # in the middle of a check
         killer.start()
         group = make_group(["slow", "yes"])
         assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]  # asked again once
@@ -221,7 +236,7 @@ def test_long_answers_and_odd_characters_do_not_block(misbehaving):
     with RewardPool(RewardConfig(verifier="math", workers=1, timeout=5.0), worker_command=misbehaving) as pool:
         group = make_group(["yes" + long[:-3], "yes" + long, "yes \n\x00\x85\u2028 \ud800"], gold=long)
         pool.score([group])
-        assert verdicts(group) == [R, W, R] and "more than 4096" in group.samples[1].detail
+        assert verdicts(group) == [R, E, R] and "more than 4096" in group.samples[1].detail
         group = make_group(["yes"], gold=long + "x")
         pool.score([group])
         assert verdicts(group) == [E]
@@ -232,7 +247,7 @@ def test_workers_that_cannot_start_are_one_error(tmp_path):
     with RewardPool(RewardConfig(verifier="math"), worker_command=command) as pool:
         with pytest.raises(UserError, match="do not start: exit status 1; no module named what") as caught:
             pool.score([make_group(["1"])])
-        assert "\n" not in str(caught.value) and pool._workers == []
+        assert "\n" not in str(caught.value) and pool.workers.workers == []
 
 
 def test_an_orphan_in_a_hung_check_ends(misbehaving, tmp_path):
@@ -244,7 +259,7 @@ from megasd.types import Group, Prompt, Sample
 pool = RewardPool(RewardConfig(verifier="math", workers=1, timeout=0.5), worker_command={misbehaving!r})
 score = lambda text: pool.score([Group(Prompt("p", [], "g"), [Sample("p", 0, [], [], [], text, "stop", 0)])])
 score("\\\\boxed{{yes}}")
-print(pool._workers[0].process.pid, flush=True)
+print(pool.workers.workers[0].process.pid, flush=True)
 threading.Timer(0.2, __import__("os")._exit, (1,)).start()
 score("\\\\boxed{{hang in C}}")
 """
@@ -273,3 +288,162 @@ def test_bad_settings_are_one_line():
     for config in (RewardConfig(verifier="nonsense"), RewardConfig(workers=0), RewardConfig(timeout=0.0)):
         with pytest.raises(UserError, match="reward"):
             RewardPool(config)
+
+
+# ---- bombs ----
+
+BOMB_SECONDS = 0.6
+MATH_BOMBS = {
+    "tower": "9^{9^{9^{9}}}",
+    "power of a power": "10^{10^{10}}",
+    "factorial": "(10^{9})!",
+    "integral": r"\int_0^1 \sin(\cos(\tan(x^{x^{x}}))) dx",
+    "product": r"\prod_{i=1}^{10^{9}} i",
+    "deep braces": "{" * 1500 + "1" + "}" * 1500,
+    "deep fractions": r"\frac{1}{" * 400 + "2" + "}" * 400,
+    "deep roots": r"\sqrt{" * 500 + "2" + "}" * 500,
+    "long product": "*".join(["(x+1)"] * 600),
+    "huge": "1+" * 500_000 + "1",
+}
+
+
+@pytest.fixture(scope="module")
+def bomb_pool():
+    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=BOMB_SECONDS)) as pool:
+        pool.score([make_group(["1/2"], "0.5")])  # a worker is up
+        yield pool
+        warm = make_group(["3/6"], "0.5")
+        pool.score([warm])
+        assert verdicts(warm) == [R]  # after all of them the pool goes on
+
+
+@pytest.mark.parametrize("name", MATH_BOMBS)
+def test_a_math_bomb_costs_its_limit_and_is_neither_right_nor_wrong(bomb_pool, name):
+    group = make_group([MATH_BOMBS[name]], "0.5")
+    if not bomb_pool.workers.workers[0].ready:  # the last bomb had to be killed; starting is no part of a check's time
+        bomb_pool.score([make_group(["2/4"], "0.5")])
+    start = time.monotonic()
+    bomb_pool.score([group])
+    assert time.monotonic() - start < BOMB_SECONDS + 1
+    assert verdicts(group)[0] in (T, E) and group.pass_rate is None, group.samples[0].detail
+
+
+def fenced(program: str) -> str:
+    return f"Here it is:\n```python\n{program}\n```\nDone."
+
+
+def code_group(programs: list[str], **tests: object) -> Group:
+    answer = json.dumps({"inputs": ["3 4\n", "5 6\n"], "outputs": ["7", "11\n"], "fn_name": None, "time_limit": 5} | tests)
+    samples = [Sample("c", i, [1], [2], [-0.1], program, "stop", 0) for i, program in enumerate(programs)]
+    return Group(Prompt("c", [{"role": "user", "content": "Add."}], answer), samples)
+
+
+def no_sandbox() -> bool:
+    try:
+        return not sandbox.find_kind()
+    except UserError:
+        return True
+
+
+needs_sandbox = pytest.mark.skipif(no_sandbox(), reason="no sandbox works on this machine")
+ADD = "a, b = map(int, input().split())\nprint(a + b)"
+CODE_BOMBS = {
+    "loop": "while True: pass",
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "memory": "x = bytearray(1 << 40)",
+    "flood": "while True: print('x' * 1000)",
+    "network": "import socket\nsocket.create_connection(('192.0.2.1', 80), 1)",
+    "network, and then the answer": f"import urllib.request\ntry: urllib.request.urlopen('http://192.0.2.1')\nexcept OSError: pass\n{ADD}",
+    "child that stays": f"import os, time\nif os.fork() == 0: time.sleep(60)\n{ADD}",
+    "after the first test": f"{ADD}\nif a == 5:\n    while True: pass",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", CODE_BOMBS)
+def test_a_code_bomb_costs_its_limit_and_is_neither_right_nor_wrong(name):
+    with RewardPool(RewardConfig(verifier="code", workers=2, code_memory_mib=256)) as pool:
+        seconds = 1.0 if name in ("loop", "fork bomb", "child that stays", "after the first test") else 5.0
+        group = code_group([fenced(CODE_BOMBS[name]), fenced(ADD)], time_limit=seconds)
+        start = time.monotonic()
+        pool.score([group])
+        assert time.monotonic() - start < seconds + 1.5  # a sandbox to start and two tests; test_sandbox.py times the runs
+    assert verdicts(group)[0] in (T, E) and verdicts(group)[1] is R
+    assert group.pass_rate == 1.0 and group.samples[0].detail.startswith("test ")
+
+
+@needs_sandbox
+def test_programs_are_right_only_when_every_test_passes():
+    texts = [
+        fenced(ADD),
+        fenced("a, b = map(int, input().split())\nprint(7)"),
+        fenced("print(1 / 0)"),
+        "no program",
+        "```python\nprint(7)",  # cut off
+        fenced("print(7)") + fenced(ADD),  # the last block counts
+        f"<think>{fenced(ADD)}</think>{fenced('print(7)')}",
+        fenced("a, b = map(int, input().split())\nprint(f' {a + b} \\n\\n')"),  # lines are stripped
+    ]
+    with RewardPool(RewardConfig(verifier="code", workers=2)) as pool:
+        group = code_group(texts)
+        pool.score([group])
+        assert verdicts(group) == [R, W, W, W, W, R, W, R]
+        feedback = [sample.feedback for sample in group.samples]
+        assert feedback[0] == "" and "gave a wrong result on this input:\n5 6\nIt printed:\n7" in feedback[1]
+        assert "ZeroDivisionError" in feedback[2] and "sandbox_program" not in feedback[2] and 'File "program.py", line 1' in feedback[2]
+        assert feedback[3] == feedback[4] == "No complete fenced code block was found."
+        assert not any("11" in text for text in feedback)  # nowhere what was expected
+
+        method = "class Solution:\n    def add(self, a, b):\n        print('noise')\n        return [a + b]"
+        tests = {"inputs": ["3\n4", [5, 6]], "outputs": ["[7]", [11]], "fn_name": "add"}
+        group = code_group([fenced(method), fenced("def add(a, b): return (a + b,)"), fenced("def sub(a): pass")], **tests)
+        group.samples.append(Sample("c", 3, [1], [2], [-0.1], fenced("def add(a, b): return a + b"), "stop", 0))
+        pool.score([group])
+        assert verdicts(group) == [R, R, W, W] and "defines no function add" in group.samples[2].feedback
+
+        slow = code_group([fenced("import time; time.sleep(0.4)\n" + ADD)] * 2)
+        with RewardPool(RewardConfig(verifier="code", code_seconds=0.5)) as short:
+            short.score([slow])
+        assert verdicts(slow) == [T, T]  # each test is in time, both are not
+
+
+def test_a_row_without_tests_is_named_before_anything_is_sampled(monkeypatch):
+    monkeypatch.setattr(sandbox, "find_kind", lambda: "namespaces")
+    pool = RewardPool(RewardConfig(verifier="code"))
+    for answer in ("7", "{}", '{"inputs": [], "outputs": []}', '{"inputs": ["1"], "outputs": []}', "[1]"):
+        with pytest.raises(UserError, match='row c: "answer" holds no tests') as caught:
+            pool.check_rows([Prompt("c", [], answer)])
+        assert "\n" not in str(caught.value)
+    group = Group(Prompt("c", [], "7"), code_group([fenced(ADD)]).samples)
+    pool.score([group])
+    assert verdicts(group) == [E] and "holds no tests" in group.samples[0].detail
+
+
+def test_no_sandbox_no_pool(monkeypatch):
+    monkeypatch.setattr(sandbox, "probe", lambda kind: "not here")
+    sandbox.find_kind.cache_clear()
+    try:
+        with pytest.raises(UserError, match="no sandbox works on this machine"):
+            RewardPool(RewardConfig(verifier="code"))
+    finally:
+        monkeypatch.undo()
+        sandbox.find_kind.cache_clear()
+
+
+def test_feedback_says_what_is_wrong_and_not_what_is_right():
+    for verifier, gold, texts, words in (
+        ("math", "933", [r"\boxed{12}", "12", r"\boxed{933}"], ["not equal to the reference", "No \\boxed{} answer", ""]),
+        ("multiple_choice", "C", ["<answer>B</answer>", "none", "C"], ["not the right one", "No chosen option", ""]),
+        ("exact_match", "933", ["12", "<think>", "933"], ["not the expected text", "No answer was found", ""]),
+    ):
+        samples = [Sample("p", i, [], [], [], text, "stop", 0) for i, text in enumerate(texts)]
+        with RewardPool(RewardConfig(verifier=verifier)) as pool:
+            pool.score([Group(Prompt("p", [], gold), samples)])
+        assert [word in sample.feedback for word, sample in zip(words, samples, strict=True)] == [True] * 3
+        assert samples[2].feedback == "" and not any(gold in sample.feedback for sample in samples[:2])
+
+
+def test_the_last_whole_code_block():
+    assert last_code_block("```\na\n```\n```py\nb\nc\n```\n") == "b\nc\n"
+    assert last_code_block("```py\na\n```\n```py\nb") is None and last_code_block("`a`") is None
+    assert last_code_block("  ```py\n  a\n  ```") == "  a\n"

@@ -1,0 +1,150 @@
+"""How much of the solution the teacher reads, learned while the student learns (ATESD 2605.11458).
+
+A decision is a share alpha of the solution's lines, drawn from Beta(a, b), (a, b) = 1 + softplus(MLP(state)), and held for HOLD steps.
+LOOK_AHEAD steps after it was made it is judged by the falls of the student's loss, g = DISCOUNT:
+
+    R = sum_{i=1..L} g^(i-1) max(0, loss_{i-1} - loss_i)  +  REFERENCE_WEIGHT * mean_i[g^(i-1)] log T(reference)
+
+loss_0 being the step's before it. BATCH judged decisions make one step of REINFORCE with R whitened over them; entropy of the Beta above
+MAX_ENTROPY is penalised. The first HOLD steps have the configured share, which nothing is learned from: it was not drawn.
+
+UNSURE: every constant below, the optimiser (plain gradient descent), and what the state's mismatch, probe and confidence are; the paper's
+code is not released. Here mismatch is the mean divergence and confidence exp of the mean log-prob of the sampled tokens; the teacher's
+log-prob of the reference is read where the step's figures have it ("reference_logp", nats per token) and left out where they do not.
+One alpha for a whole batch, as the paper has it. The only file of algo/ that needs torch (on the CPU, float64).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Beta
+
+HOLD = 2  # H, steps that a decision is held
+LOOK_AHEAD = 6  # L, steps after which it is judged
+DISCOUNT = 0.9  # g
+REFERENCE_WEIGHT = 0.1  # lam_gt
+HIDDEN = 16  # units of the MLP's one hidden layer
+BATCH = 4  # decisions of one controller update
+LEARNING_RATE = 0.05
+MAX_ENTROPY = -0.2  # nats; Beta(1, 1) has 0, the most there is
+ENTROPY_WEIGHT = 1.0
+AVERAGE_RATE = 0.2  # share of a new step in the averages of the state
+HORIZON = 100  # steps that progress counts to where the run's length is not known
+FEATURES = ("progress", "fraction", "loss", "divergence", "reference_nll", "confidence")
+
+
+class ExposureController:
+    """The share of the solution to show, `fraction`, after each step's figures; the same for the same seed and figures.
+
+    controller = ExposureController(seed=1, start=0.5, steps=100)
+    controller.observe({"loss": 0.31, "divergence": 0.31, "logp": -0.4}); controller.fraction
+    """
+
+    def __init__(self, *, seed: int, start: float, steps: int | None = None) -> None:
+        """start: the share of the first steps, in [0, 1]. steps: of the run, for the state's progress."""
+        self.seed, self.fraction, self.horizon = seed, start, steps or HORIZON
+        self.step, self.decisions, self.updates, self.reward = 0, 0, 0, 0.0
+        self.averages: dict[str, float] = {}
+        self.loss: float | None = None  # of the last step
+        self.open: list[dict[str, Any]] = []  # decisions that are not judged yet
+        self.judged: list[dict[str, Any]] = []
+        draw = torch.Generator().manual_seed(seed)
+        size = len(FEATURES)
+        self.weights = [
+            torch.randn(size, HIDDEN, generator=draw, dtype=torch.float64) / math.sqrt(size),
+            torch.zeros(HIDDEN, dtype=torch.float64),
+            torch.zeros(HIDDEN, 2, dtype=torch.float64),  # the first draws come from one Beta around 0.5, whatever the state
+            torch.zeros(2, dtype=torch.float64),
+        ]
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """The figures of the step that is over: "loss", and "divergence", "logp", "reference_logp" where there are any.
+
+        ValueError without a finite loss.
+        """
+        loss = metrics.get("loss", math.nan)
+        if not math.isfinite(loss):
+            raise ValueError(f"the exposure controller learns from finite losses, got {loss}")
+        self._average(metrics, loss)
+        for decision in self.open:
+            decision["losses"].append(loss)
+            if "reference_logp" in metrics:
+                decision["reference"].append(metrics["reference_logp"])
+        due = [d for d in self.open if len(d["losses"]) > LOOK_AHEAD]
+        self.open = [d for d in self.open if len(d["losses"]) <= LOOK_AHEAD]
+        self.judged += [{"state": d["state"], "fraction": d["fraction"], "reward": _reward(d)} for d in due]
+        if len(self.judged) >= BATCH:
+            self._learn(self.judged[:BATCH])
+            self.judged = self.judged[BATCH:]
+        self.loss, self.step = loss, self.step + 1
+        if self.step % HOLD == 0:
+            self._decide()
+
+    def beta(self) -> tuple[float, float]:
+        """(a, b) of the Beta that the present state gives."""
+        a, b = self._beta(torch.tensor([self._state()], dtype=torch.float64))[0].tolist()
+        return a, b
+
+    def figures(self) -> dict[str, float]:
+        """The share in use, the mean of the present Beta, updates made, mean reward of the last of them."""
+        a, b = self.beta()
+        return {"fraction": self.fraction, "mean": a / (a + b), "updates": float(self.updates), "reward": self.reward}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        names = ("fraction", "step", "decisions", "updates", "reward", "averages", "loss", "open", "judged")
+        return deepcopy({name: getattr(self, name) for name in names}) | {"weights": [w.tolist() for w in self.weights]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of state_dict; seed, start and steps stay those of the constructor."""
+        for name, value in deepcopy(dict(state)).items():
+            setattr(self, name, [torch.tensor(w, dtype=torch.float64) for w in value] if name == "weights" else value)
+
+    def _average(self, metrics: Mapping[str, float], loss: float) -> None:
+        seen = {"fraction": self.fraction, "loss": loss, "divergence": metrics.get("divergence", 0.0)}
+        seen |= {"reference_nll": -metrics.get("reference_logp", 0.0), "confidence": math.exp(metrics.get("logp", 0.0))}
+        for name, value in seen.items():
+            old = self.averages.get(name, value)
+            self.averages[name] = old + AVERAGE_RATE * (value - old)
+
+    def _state(self) -> list[float]:
+        known = {"progress": min(1.0, self.step / self.horizon)} | self.averages
+        return [known.get(name, 0.0) for name in FEATURES]
+
+    def _decide(self) -> None:
+        self.fraction = random.Random(f"{self.seed}/exposure/{self.decisions}").betavariate(*self.beta())
+        self.decisions += 1
+        self.open.append({"state": self._state(), "fraction": self.fraction, "losses": [self.loss], "reference": []})
+
+    def _beta(self, states_BF: Tensor) -> Tensor:
+        """(a, b) of each state, [B, 2], each above 1."""
+        w1, b1, w2, b2 = self.weights
+        return 1.0 + torch.nn.functional.softplus(torch.tanh(states_BF @ w1 + b1) @ w2 + b2)
+
+    def _learn(self, decisions: list[dict[str, Any]]) -> None:
+        """One step of REINFORCE."""
+        rewards_B = torch.tensor([d["reward"] for d in decisions], dtype=torch.float64)
+        whitened_B = (rewards_B - rewards_B.mean()) / (rewards_B.std() + 1e-8)
+        fractions_B = torch.tensor([d["fraction"] for d in decisions], dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        self.weights = [w.detach().requires_grad_() for w in self.weights]
+        policy = Beta(*self._beta(torch.tensor([d["state"] for d in decisions], dtype=torch.float64)).T)
+        excess_B = (policy.entropy() - MAX_ENTROPY).clamp(min=0.0)
+        loss = (ENTROPY_WEIGHT * excess_B - whitened_B * policy.log_prob(fractions_B)).mean()
+        gradients = torch.autograd.grad(loss, self.weights)
+        self.weights = [(w - LEARNING_RATE * g).detach() for w, g in zip(self.weights, gradients, strict=True)]
+        self.updates, self.reward = self.updates + 1, float(rewards_B.mean())
+
+
+def _reward(decision: Mapping[str, Any]) -> float:
+    losses, reference = decision["losses"], decision["reference"]
+    falls = sum(DISCOUNT**i * max(0.0, losses[i] - losses[i + 1]) for i in range(len(losses) - 1))
+    shares = [DISCOUNT**i for i in range(len(reference))]
+    mean = sum(g * x for g, x in zip(shares, reference, strict=True)) / sum(shares) if shares else 0.0
+    return falls + REFERENCE_WEIGHT * mean

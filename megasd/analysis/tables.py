@@ -1,0 +1,128 @@
+"""Tables as CSV and markdown, and plots as PNG. matplotlib is optional: without it the tables are written and the plots are not.
+
+A table is a list of rows, a row a dict of column -> value; None is a value that could not be measured ("-" in markdown, empty in CSV).
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+NO_PLOTS = "plots skipped: matplotlib is not installed; pip install 'matplotlib>=3.9,<4' draws them on the next call"
+MAX_MARKDOWN_ROWS = 60  # a longer table is thinned out in markdown; the CSV holds every row
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Their mean; None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def ratio(value: float | None, of: float | None) -> float | None:
+    """value / of; None where either is unknown or `of` is 0."""
+    return value / of if value is not None and of else None
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Every column, in the order in which they first occur."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def pivot(rows: Sequence[Row], index: str, across: str, values: Sequence[str]) -> list[Row]:
+    """Wide from long: a row for each value of `index`, and for each value of `across` a column a value, named "across value".
+
+    pivot([{"m": "wait", "s": "none", "n": 3}], "m", "s", ["n"]) == [{"m": "wait", "none n": 3}]
+    """
+    found: dict[Any, Row] = {}
+    for row in rows:
+        found.setdefault(row[index], {index: row[index]}).update({f"{row[across]} {name}": row[name] for name in values})
+    return list(found.values())
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """All digits, one line a row; written beside and renamed when whole."""
+    writing = path.with_name(path.name + ".writing")
+    with writing.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns(rows), restval="")
+        writer.writeheader()
+        writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
+    os.replace(writing, path)
+
+
+def markdown(rows: Sequence[Row], *, limit: int | None = MAX_MARKDOWN_ROWS) -> str:
+    """A pipe table. More rows than `limit` are thinned out evenly, first and last kept, and a line says so."""
+    if not rows:
+        return "(no rows)\n"
+    chosen = list(rows)
+    if limit is not None and len(rows) > limit:
+        chosen = [rows[round(i * (len(rows) - 1) / (limit - 1))] for i in range(limit)]
+    names = columns(rows)
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(shown(row.get(name)) for name in names) + " |" for row in chosen]
+    if len(chosen) < len(rows):
+        lines += ["", f"{len(chosen)} of {len(rows)} rows; the CSV holds all of them."]
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: object) -> str:
+    """A value for a reader: four digits that count, "-" for unknown."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_lines(path: Path, panels: Sequence[tuple[str, dict[str, tuple[list[float], list[float | None]]]]], *, x_label: str) -> None:
+    """Panels one below the other; a panel is (y label, {line: (x values, y values)}). Points without a value are left out."""
+    figure, axes = _figure(len(panels), height=2.6)
+    for axis, (label, lines) in zip(axes, panels, strict=True):
+        for name, (xs, ys) in lines.items():
+            points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+            axis.plot([x for x, _ in points], [y for _, y in points], label=name, marker="." if len(points) < 30 else None)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=7, ncols=2)
+    axes[-1].set_xlabel(x_label)
+    _save(figure, path)
+
+
+def plot_bars(path: Path, panels: Sequence[tuple[str, dict[str, list[float | None]]]], groups: Sequence[str]) -> None:
+    """Grouped bars, a panel each: (y label, {series: a value for each of `groups`}). No bar where there is no value."""
+    figure, axes = _figure(len(panels), height=2.8)
+    for axis, (label, series) in zip(axes, panels, strict=True):
+        width = 0.8 / max(len(series), 1)
+        for k, (name, values) in enumerate(series.items()):
+            places = [i - 0.4 + (k + 0.5) * width for i in range(len(groups))]
+            axis.bar(places, [value or 0.0 for value in values], width, label=name)
+        axis.set_xticks(range(len(groups)), groups, fontsize=8)
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(axis="y", alpha=0.3)
+        if len(series) > 1:
+            axis.legend(fontsize=7, ncols=2)
+    _save(figure, path)
+
+
+def _figure(panels: int, *, height: float) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display, and keep every figure
+
+    figure = Figure(figsize=(7.5, height * panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(panels, 1, squeeze=False)[:, 0])
+
+
+def _save(figure: Any, path: Path) -> None:
+    writing = path.with_name(path.name + ".writing")
+    figure.savefig(writing, dpi=130, format="png")
+    os.replace(writing, path)

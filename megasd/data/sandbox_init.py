@@ -1,0 +1,299 @@
+"""Runs inside the sandbox, as process 1 of its own pid namespace: `python -I -S sandbox_init.py SPEC`, driven by sandbox.py over pipes.
+
+    -> {"input": "/in/3", "seconds": 2.0}                                                    a line on stdin, one test
+    <- {"status": 0, "stdout": "15\\n", "stderr": "", "seconds": 0.02, "limit": null}         a line on stdout; {"ready": true} first
+
+Each test is a fresh Python process of the program in /in/program.py with rlimits of its own; when it has ended, everything that it left
+running is killed. Expected outputs are never in here: sandbox.py's caller compares. Stdlib only, imports nothing of megasd: the file is
+mounted alone. With SPEC["unshare"] it makes the namespaces and the file system first; under bubblewrap both are there already.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+
+NOBODY = 65534
+CANNOT_START = 126  # exit status of a program that never began
+NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+MOUNT_SETATTR, PIVOT_ROOT = 442, {"x86_64": 155, "aarch64": 41}  # system call numbers; mount_setattr has the same one everywhere
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+CAP_SYS_ADMIN = 21
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+}  # fmt: skip
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name, *arguments):
+    """A function of libc; OSError when it fails."""
+    if getattr(libc, name)(*arguments) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def mount(source, target, kind=None, flags=0, data=None):
+    encode = lambda text: None if text is None else os.fsencode(text)  # noqa: E731
+    call("mount", encode(source), os.fsencode(target), encode(kind), ctypes.c_ulong(flags), encode(data))
+
+
+# ---- namespaces and the file system, where bubblewrap did not make them ----
+
+
+def make_namespaces():
+    """Leave in a child that is process 1 of fresh namespaces; the outer process waits for it, and takes it along when it dies."""
+    flags = NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS
+    uid, gid = os.geteuid(), os.getegid()
+    if not has_capability(CAP_SYS_ADMIN):
+        if uid == 0:  # root of a container: as root's own user id it would be free of RLIMIT_NPROC
+            become_nobody()
+            uid = gid = NOBODY
+        flags |= NEWUSER
+    call("unshare", flags)
+    if flags & NEWUSER:
+        map_ids(0, uid, gid)
+    child = os.fork()
+    if child:
+        os.closerange(0, 2)  # only the child holds the pipes
+        status = os.waitpid(child, 0)[1]
+        os._exit(os.waitstatus_to_exitcode(status) & 255)
+    die_with_parent()
+
+
+def has_capability(number):
+    with open("/proc/self/status") as file:
+        effective = next(line for line in file if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> number & 1)
+
+
+def map_ids(inside, uid, gid):
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{inside} {uid} 1"), ("gid_map", f"{inside} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+def die_with_parent():
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def build_root(spec):
+    """A root of its own: the directories to read, a /tmp of limited size to write, and nothing else of the machine."""
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")  # becomes the root
+    os.mkdir("/tmp/.old")
+    if libc.syscall(PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/.old") < 0:
+        raise OSError(ctypes.get_errno(), "pivot_root")
+    os.chdir("/")
+    for source, target in spec["binds"]:
+        bind(f"/.old{source}", target)
+    for link, target in spec["links"]:
+        os.symlink(target, link)
+    for name in ("null", "zero", "full", "random", "urandom"):
+        bind(f"/.old/dev/{name}", f"/dev/{name}", read_only=False)
+    os.mkdir("/proc")
+    try:
+        mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    except OSError:
+        pass  # a container that hides parts of its /proc allows no new one; programs do without
+    os.mkdir("/tmp")
+    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['tmp_bytes']},mode=1777,nr_inodes=4096")
+    call("umount2", b"/.old", MNT_DETACH)
+    os.rmdir("/.old")
+    read_only_mount("/", recursive=False)
+
+
+def bind(source, target, read_only=True):
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        open(target, "w").close()
+    mount(source, target, None, MS_BIND | MS_REC)
+    if read_only:
+        read_only_mount(target, recursive=True)
+
+
+def read_only_mount(path, recursive):
+    """mount_setattr (Linux 5.12): adds flags and keeps those that a user namespace may not drop."""
+    attributes = (ctypes.c_uint64 * 4)(1 | 2 | 4, 0, 0, 0)  # set: read-only, nosuid, nodev
+    if libc.syscall(MOUNT_SETATTR, -100, os.fsencode(path), 0x8000 if recursive else 0, ctypes.byref(attributes), 32) < 0:
+        raise OSError(ctypes.get_errno(), f"mount_setattr {path}")
+
+
+# ---- privileges ----
+
+
+def become_nobody():
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # a change of user takes /proc/self away, where maps are written
+
+
+def drop_privileges():
+    """No root, no capabilities after the next exec, and processes counted in a user namespace of this sandbox alone."""
+    try_write("/proc/sys/kernel/shmall", "0")  # System V memory outlives its process and escapes RLIMIT_AS
+    if os.geteuid() == 0 and open("/proc/self/uid_map").read().split()[1:2] == ["0"]:
+        become_nobody()  # the machine's root, whom RLIMIT_NPROC does not bind
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        call("unshare", NEWUSER)
+        map_ids(NOBODY, uid, gid)
+        try_write("/proc/sys/user/max_user_namespaces", "0")
+    except OSError:
+        pass  # no further user namespace allowed: processes are counted with others of this user
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # programs may not trace this process nor open its files
+    die_with_parent()
+
+
+def try_write(path, text):
+    try:
+        with open(path, "w") as file:
+            file.write(text)
+    except OSError:
+        pass
+
+
+# ---- tests ----
+
+
+def serve(spec):
+    assert os.getpid() == 1, "not process 1 of a pid namespace"  # kill(-1) below would reach the machine
+    for line in sys.stdin:
+        request = json.loads(line)
+        reply = run_test(spec, request["input"], request["seconds"])
+        print(json.dumps(reply), flush=True)
+
+
+def run_test(spec, path, seconds):
+    """One process of the program on one input; its end, what it printed and which limit it met."""
+    begun = time.monotonic()
+    out_read, out_write = os.pipe()
+    error_read, error_write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        become_program(spec, path, seconds, out_write, error_write)
+    os.close(out_write)
+    os.close(error_write)
+    out, error, limit = collect(out_read, error_read, begun + seconds, spec["output_bytes"])
+    status = None
+    while limit is None and status is None:  # both pipes are closed: it has ended, or is about to
+        done, code = os.waitpid(child, os.WNOHANG)
+        if done:
+            status = os.waitstatus_to_exitcode(code)
+        elif time.monotonic() > begun + seconds:
+            limit = "time"
+        else:
+            time.sleep(0.001)
+    os.close(out_read)
+    os.close(error_read)
+    status = end_all(child, status)
+    if status in (-signal.SIGXCPU, -signal.SIGKILL) and limit is None:
+        limit = "time" if time.monotonic() - begun > seconds * 0.9 else "killed"
+    try:
+        clear_tmp()
+    except (OSError, RecursionError):
+        limit = limit or "files"
+    text = lambda data: data.decode("utf-8", "replace")  # noqa: E731
+    seconds = time.monotonic() - begun
+    return {"status": status, "stdout": text(out), "stderr": text(error[-4000:]), "seconds": round(seconds, 3), "limit": limit}
+
+
+def collect(out_fd, error_fd, deadline, most):
+    """(stdout, stderr, limit) until both are closed, or "time" or "output" is up."""
+    found = {out_fd: bytearray(), error_fd: bytearray()}
+    still = [out_fd, error_fd]
+    while still:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return bytes(found[out_fd]), bytes(found[error_fd]), "time"
+        for fd in select.select([*still, 0], [], [], left)[0]:
+            if fd == 0:  # no request comes before the reply: the other side is gone, and so is this namespace with process 1
+                os._exit(1)
+            data = os.read(fd, 65536)
+            found[fd] += data
+            if not data:
+                still.remove(fd)
+            elif len(found[fd]) > most:
+                return bytes(found[out_fd][:most]), bytes(found[error_fd][:most]), "output"
+    return bytes(found[out_fd]), bytes(found[error_fd]), None
+
+
+def end_all(child, status):
+    """Kill whatever runs in this namespace but this process; returns the program's exit status."""
+    while True:
+        try:
+            os.kill(-1, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        try:
+            done, code = os.waitpid(-1, 0)
+        except ChildProcessError:
+            return status
+        if done == child and status is None:
+            status = os.waitstatus_to_exitcode(code)
+
+
+def clear_tmp():
+    """No test finds what an earlier one left."""
+    for folder, folders, files in os.walk("/tmp", topdown=False):
+        for name in files:
+            os.unlink(os.path.join(folder, name))
+        for name in folders:
+            path = os.path.join(folder, name)
+            os.unlink(path) if os.path.islink(path) else os.rmdir(path)
+
+
+def become_program(spec, path, seconds, out_fd, error_fd):
+    """In the child: limits, descriptors, exec. Never returns."""
+    try:
+        os.setsid()
+        os.dup2(os.open(path, os.O_RDONLY), 0)
+        os.dup2(out_fd, 1)
+        os.dup2(error_fd, 2)
+        os.closerange(3, 256)
+        os.chdir("/tmp")
+        cpu = int(seconds) + 1
+        for name, value in (
+            ("AS", spec["memory_bytes"]), ("CPU", cpu), ("FSIZE", spec["file_bytes"]), ("NOFILE", 64), ("CORE", 0), ("MEMLOCK", 0),
+            ("MSGQUEUE", 0), ("NPROC", spec["processes"] + 1),
+        ):  # fmt: skip
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "/sandbox_program.py", json.dumps(spec["site_packages"])]
+        command += [] if spec["fn_name"] is None else [spec["fn_name"]]
+        os.execve(sys.executable, command, ENVIRONMENT)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}".encode())
+    finally:
+        os._exit(CANNOT_START)
+
+
+def main(argv):
+    spec = json.loads(argv[0])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 1 of a namespace is immune to signals that it has no handler for
+    try:
+        die_with_parent()
+        if spec["unshare"]:
+            make_namespaces()
+            build_root(spec)
+        os.chdir("/")
+        drop_privileges()
+    except OSError as error:
+        print(json.dumps({"ready": False, "reason": str(error)}), flush=True)
+        return
+    print(json.dumps({"ready": True}), flush=True)
+    serve(spec)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

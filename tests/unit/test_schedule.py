@@ -1,0 +1,134 @@
+"""algo/schedule.py: the algorithm of each step, and the stages that are refused.
+
+Proves where stages begin, that they add up, the scheduled numbers, and one-line refusals. Does not prove that an actor trains on across a
+stage (the nightly recipes do).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megasd.algo.recipes import RECIPES
+from megasd.algo.schedule import at, check_stages, variants
+from megasd.config import AlgorithmConfig, ConfigError, CreditConfig, DistillTerm, PolicyGradientTerm, override
+
+SDPO = RECIPES["sdpo"]
+
+
+def staged(*stages: str, start: AlgorithmConfig = SDPO) -> AlgorithmConfig:
+    return replace(start, stages=list(stages))
+
+
+def test_without_stages_or_schedules_the_algorithm_is_itself():
+    assert at(SDPO, 7, 100) is SDPO
+    assert variants(SDPO) == [SDPO]
+
+
+@pytest.mark.parametrize(
+    "stage, steps, first",
+    [("50%", 100, 50), ("50%", 3, 2), ("0%", 10, 0), ("33%", 100, 33), ("12.5%", 80, 10), ("7", 100, 7), ("0", 5, 0), ("100%", 5, 5)],
+)
+def test_a_stage_begins_at_its_step(stage, steps, first):
+    algorithm = staged(f"{stage}: distill.beta=1")
+    betas = [at(algorithm, step, steps).distill.beta for step in range(steps)]
+    assert betas == [0.5] * first + [1.0] * (steps - first)
+    check_stages(algorithm, steps)
+
+
+def test_paced_goes_from_references_to_samples():
+    before, after = at(RECIPES["paced"], 49, 100), at(RECIPES["paced"], 50, 100)
+    assert (before.source, before.distill.beta) == ("dataset", 0.0)
+    assert (after.source, after.distill.beta) == ("rollout", 1.0)
+    assert replace(after, source="dataset", distill=before.distill) == before
+
+
+def test_later_stages_add_to_earlier_ones():
+    algorithm = staged("10: distill.beta=1", "20: distill.top_k=7 aggregation=token_mean", "30: distill.beta=0")
+    found = [at(algorithm, step, 40) for step in (0, 10, 20, 30)]
+    assert [(a.distill.beta, a.distill.top_k) for a in found] == [(0.5, 100), (1.0, 100), (1.0, 7), (0.0, 7)]
+    assert [a.aggregation for a in found] == ["sequence_mean"] * 2 + ["token_mean"] * 2
+    assert variants(algorithm) == found
+    assert SDPO.distill.beta == 0.5  # nothing changed in place
+
+
+def test_a_stage_may_add_a_term_and_quote_a_value():
+    algorithm = staged("5: policy_gradient.samples=right teacher.template='{prompt} and {solution}' distill.pointwise_clip=null")
+    after = at(algorithm, 5, 10)
+    assert after.policy_gradient == PolicyGradientTerm(samples="right")
+    assert after.teacher.template == "{prompt} and {solution}" and after.distill.pointwise_clip is None
+    assert at(algorithm, 4, 10).policy_gradient is None
+    assert at(staged("5: nll.drop_shortest=0.2"), 5, 10).nll.drop_shortest == 0.2
+
+
+def test_lam_falls_to_zero():
+    """RLSD 2604.03128: 0.5 to 0 over the first 50 steps."""
+    lams = [at(RECIPES["rlsd"], step, 100).policy_gradient.credit.lam for step in (0, 10, 25, 50, 99)]
+    assert lams == pytest.approx([0.5, 0.4, 0.25, 0.0, 0.0]) and lams[3] == 0.0
+    constant = replace(RECIPES["rlsd"], policy_gradient=PolicyGradientTerm(credit=CreditConfig(lam=0.3)))
+    assert at(constant, 99, 100) is constant
+
+
+def test_the_coefficient_rises_and_falls():
+    algorithm = replace(SDPO, distill=DistillTerm(coefficient=2.0, warmup_steps=4, decay_from=10, decay_steps=4))
+    found = [at(algorithm, step, 20).distill.coefficient for step in range(16)]
+    assert found == [0.5, 1.0, 1.5, *[2.0] * 8, 1.5, 1.0, 0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("steps", [1, 3, 100])
+def test_every_recipe_passes(recipe, steps):
+    check_stages(RECIPES[recipe], steps)
+    for step in range(min(steps, 3)):
+        assert at(RECIPES[recipe], step, steps).recipe == recipe
+
+
+BAD = [
+    (["distill.beta=1"], "algorithm.stages[0]: 'distill.beta=1' is not a stage; write"),
+    (["50%:"], "is not a stage"),
+    (["50%: distill.beta='1"], "No closing quotation; close the quotes"),
+    (["1.5: distill.beta=1"], "starts at a whole step or at 0% to 100%"),
+    (["120%: distill.beta=1"], "starts at a whole step or at 0% to 100%"),
+    (["50%: distill.bta=1"], "algorithm.stages[0]: algorithm.distill.bta: unknown key; did you mean algorithm.distill.beta?"),
+    (["50%: distill.beta"], "is not an override"),
+    (["50%: distill.beta=high"], "algorithm.distill.beta='high': must be a number"),
+    (["50%: distill.beta=2"], "algorithm.stages[0]: algorithm.distill.beta=2.0: must lie in [0, 1]"),
+    (["50%: source=engine"], "must be one of rollout, dataset, mixed"),
+    (["50%: distill.top_k=${nothing}"], "algorithm.stages[0]: algorithm.distill.top_k: Interpolation key 'nothing' not found"),
+    (["10: distill.beta=1", "5: distill.beta=0"], "algorithm.stages[1]: begins before the stage in front of it"),
+    (["100: distill.beta=1"], "algorithm.stages[0]: never begins in run.steps=100"),
+    (["50%: distill=null"], "algorithm.stages[0]: algorithm: no term to train on"),
+    (["50%: recipe=grpo"], "algorithm.recipe is built before the first step and cannot change"),
+    (["50%: teacher.weights=live"], "algorithm.teacher.weights is built before the first step"),
+    (["50%: teacher.ema_rate=0.1"], "algorithm.teacher.ema_rate is built"),
+    (["50%: question_weight.kind=pq question_weight.pass_rate=frozen"], "algorithm.question_weight.pass_rate is built"),
+    (
+        ["50%: policy_gradient.credit.kind=antisd"],
+        "algorithm.policy_gradient.credit's gate is built",
+    ),
+]
+
+
+@pytest.mark.parametrize("stages, expected", BAD, ids=[" | ".join(s) for s, _ in BAD])
+def test_bad_stages_are_one_line(stages, expected):
+    with pytest.raises(ConfigError) as caught:
+        check_stages(staged(*stages), 100)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_was_built_from_the_start_stays():
+    grpo = RECIPES["grpo"]
+    with pytest.raises(ConfigError, match="give algorithm.teacher from the start"):
+        check_stages(staged("50%: distill.beta=1 teacher.weights=ema", start=grpo), 100)
+    with pytest.raises(ConfigError, match="algorithm.question_weight is built"):
+        check_stages(staged("50%: question_weight.a=2", start=RECIPES["sdpo_paced"]), 100)
+    check_stages(staged("50%: policy_gradient.advantage=group_std distill=null teacher=null"), 100)  # a teacher may go
+
+
+def test_override_reads_as_the_loader_does():
+    changed = override(SDPO, ["distill.beta=1", "teacher.template={prompt} {solution}", "policy_gradient={}"], "here")
+    assert changed.distill.beta == 1.0 and isinstance(changed.distill.beta, float)
+    assert changed.teacher.template == "{prompt} {solution}" and changed.policy_gradient == PolicyGradientTerm()
+    with pytest.raises(ConfigError, match="^here: algorithm.distill.beta=-1.0: must lie in"):
+        override(SDPO, ["distill.beta=-1"], "here")
