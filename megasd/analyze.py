@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from megasd.algo.recipes import RECIPES
 from megasd.analysis import coverage, guidance, rollouts, tables
 from megasd.analysis.markers import MARKERS
-from megasd.config import Config, load_config
+from megasd.config import Config
+from megasd.load_config import load_config
 from megasd.types import Group, UserError
 from megasd.validate import validate
 

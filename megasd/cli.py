@@ -27,7 +27,8 @@ from typing import NoReturn, get_args, get_type_hints
 from megasd import __version__
 from megasd.algo.recipes import ABOUT, RECIPES
 from megasd.algo.schedule import check_stages
-from megasd.config import Config, ConfigError, DataConfig, RewardConfig, load_config, samples_per_step, to_yaml
+from megasd.config import Config, ConfigError, DataConfig, RewardConfig, samples_per_step
+from megasd.load_config import load_config, to_yaml
 from megasd.presets import PRESETS
 from megasd.types import UserError
 from megasd.validate import data_parallel_size, default_world_size, needs_engine, sequence_multiple, validate

@@ -19,6 +19,7 @@ from typing import Any
 
 from megasd.algo.context import with_solution
 from megasd.algo.recipes import RECIPES
+from megasd.algo.schedule import variants
 from megasd.config import DEFAULT_TEMPLATE, AlgorithmConfig, RolloutConfig
 from megasd.data.check import CHARACTERS_A_TOKEN, Report, Rules, check
 from megasd.types import Message, Prompt, UserError
@@ -69,9 +70,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def reads_solutions(algorithm: AlgorithmConfig) -> bool:
-    """Whether every row needs a reference solution."""
-    teacher = algorithm.teacher
-    return algorithm.source != "rollout" or (teacher is not None and teacher.context in ("solution", "prefix"))
+    """Whether every row needs a reference solution, at any stage of the method."""
+    stages = variants(algorithm)
+    teachers = [stage.teacher for stage in stages if stage.teacher is not None]
+    learned = any(stage.source != "rollout" for stage in stages)
+    return learned or any(teacher.context in ("solution", "prefix") or teacher.fallback == "solution" for teacher in teachers)
 
 
 def figures(report: Report, held_out: Report | None) -> dict[str, Any]:
@@ -148,7 +151,8 @@ def length_lines(name: str, unit: str, found: dict[str, Any]) -> list[str]:
 
 def teacher_messages(prompt: Prompt, algorithm: AlgorithmConfig | None) -> list[Message] | None:
     """What the self-teacher would read: the row's solution, its answer, or a stand-in for a sampled success. None without a teacher."""
-    teacher = algorithm.teacher if algorithm is not None else None
+    teachers = [stage.teacher for stage in variants(algorithm) if stage.teacher is not None] if algorithm is not None else []
+    teacher = teachers[0] if teachers else None
     if algorithm is not None and teacher is None:
         return None
     context = teacher.context if teacher is not None else "solution"

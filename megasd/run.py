@@ -28,12 +28,13 @@ from megasd.algo.context import with_solution
 from megasd.algo.memory import Memory
 from megasd.algo.schedule import at, variants
 from megasd.batch import Batch, build_batch, dataset_groups
-from megasd.config import AlgorithmConfig, Config, to_yaml
+from megasd.config import AlgorithmConfig, Config
 from megasd.data.chat import Chat
 from megasd.data.prompts import DataError, PromptIterator, load_prompts
 from megasd.data.rewards import RewardPool, extract_answer
 from megasd.data.rollouts import load_groups, rollout_path, save_groups
 from megasd.evaluate import summarise
+from megasd.load_config import to_yaml
 from megasd.metrics import MetricSink
 from megasd.report import Report
 from megasd.rollout.generate import Rollout

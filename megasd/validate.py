@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megasd.config import LOOPBACK, AlgorithmConfig, Config, ConfigError, check_values, samples_per_step
+from megasd.config import LOOPBACK, AlgorithmConfig, Config, ConfigError, samples_per_step
+from megasd.rules import check_values
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "olmo2", "olmo3")  # those of weights/families.py
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -74,7 +74,7 @@ def figures(groups: list[Group]) -> dict[str, float]:
 def collect(directory: Path, method: str, steps: int) -> dict:
     """Figures before and after, the training pass rate of each step, seconds of a step."""
     run_dir = directory / method
-    rows = read_metrics(run_dir)
+    rows = read_metrics(run_dir / "metrics.jsonl")
     before, after = (figures(load_groups(run_dir / "rollouts" / f"eval-step-{step:06d}.jsonl")) for step in (0, steps))
     return {
         "before": before,

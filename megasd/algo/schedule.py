@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from operator import attrgetter
 
-from megasd.config import AlgorithmConfig, ConfigError, CreditConfig, DistillTerm, override
+from megasd.config import AlgorithmConfig, ConfigError, CreditConfig, DistillTerm
+from megasd.load_config import override
 from megasd.validate import check_terms
 
 STAGE = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*:(.*)", re.DOTALL)

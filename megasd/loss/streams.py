@@ -1,9 +1,10 @@
 """Statistics of whole responses and of the whole batch, before the student's pass: weights, discounts, returns and shifts of tokens.
 
-N samples of this data-parallel rank, R response tokens of all N, one response after the other. Everything is a constant (no gradient). Sums
-over the batch are those of loss/reduce.py (`exact_words`, float64), so that a result has the same bits however the samples are dealt over
-`group`, the data-parallel ranks WITHOUT context parallel; every rank must call, one without tokens too; None or one rank: no collective.
-Tensors live on a device that `group` can reduce.
+N samples of this data-parallel rank, R response tokens of all N, one response after the other. Everything is a constant (no gradient).
+`group`: the data-parallel ranks WITHOUT context parallel; every rank must call, one without tokens too; None or one rank: no collective.
+Sums over the batch are those of loss/reduce.py (`exact_words`, float64), so that what a token gets does not depend on how samples are dealt
+over the ranks, but for the last bit of an exp or a sigmoid, which goes with its place in a vector unit. Tensors live on a device that
+`group` can reduce.
 """
 
 from __future__ import annotations

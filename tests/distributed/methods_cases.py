@@ -132,7 +132,7 @@ def golden_credit(all_layouts: list[Layout]) -> None:
 
 
 def golden_weights(all_layouts: list[Layout]) -> None:
-    """SC-SDPO's weights by its row, from verdicts; the importance ratio; DASH's scan."""
+    """SC-SDPO's weights and GRPO's advantages by their rows, from verdicts; the importance ratio; DASH's scan."""
     successes = [0, 1, 4, 7, 8]
     w = world([[RIGHT] * k + [WRONG] * (8 - k) for k in successes])
     for kind, expected in {"sqrt_pq": [0, 0.854249, 1.291503, 0.854249, 0], "pq": [0, 0.7, 1.6, 0.7, 0]}.items():
@@ -143,6 +143,8 @@ def golden_weights(all_layouts: list[Layout]) -> None:
         for j, k in enumerate(successes):
             taught = [of_sample[8 * j + i] for i in range(8) if not (k == 0 or (k == 1 and i == 0))]  # a lone success is untaught
             assert all(abs(x - expected[j]) < 6e-7 for x in taught) and sum(of_sample[8 * j : 8 * j + 8]) - sum(taught) == 0
+    advantages = batch_of(world([[RIGHT, WRONG, WRONG, RIGHT, WRONG, WRONG, WRONG, WRONG]]).groups, RECIPES["grpo"])[0].streams["advantage"]
+    assert all(abs(x - y) < 6e-7 for x, y in zip(advantages.unique().tolist(), (-0.540061, 1.620182), strict=True)), advantages
     sdpo = replace(RECIPES["sdpo"], teacher=replace(RECIPES["sdpo"].teacher, context="solution"), tis_clip=None)
     for layout in all_layouts:
         w = tokens(likely(-2.0, -2.0, -2.0), likely(-1.0, -1.0, -1.0))
@@ -355,7 +357,7 @@ def every_row(all_layouts: list[Layout]) -> int:
                 part = step(w, row, layout, microbatches=microbatches, fused=fused, old=before)
                 torch.testing.assert_close(part.loss, whole.loss, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
                 torch.testing.assert_close(part.gradient, whole.gradient, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
-                assert part.metrics.keys() == whole.metrics.keys()
+                assert part.metrics.keys() == whole.metrics.keys() and part.weighed.figures == whole.weighed.figures, name
                 for metric, value in part.metrics.items():
                     torch.testing.assert_close(value, whole.metrics[metric], **CLOSE, msg=lambda m, where=(name, metric): f"{where}: {m}")
                 for term, weights in part.weighed.weights.items():

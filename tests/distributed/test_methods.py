@@ -6,9 +6,9 @@ through build_batch, actor/weigh.py, the readout and the objective; every row, b
 DP 1, 2, 4 and microbatches 1, 2, 4 give the loss, gradient, metrics and token weights of one process. Does not prove: a model, an
 optimizer or Megatron (test_golden.py), CUDA.
 
-As stated elsewhere some identities are false; what is tested is the true statement, in the docstring of its case: SRPO of wrong samples
-equals entropy-weighted SDPO if that takes the mean over tokens; RLSD equals GRPO with the same correction for the engine; SC-SDPO with equal
-weights equals SDPO where no question is all right or all wrong; teacher = student has a gradient for raw, truncated KLs.
+Some identities hold under a condition that is easily left out; the docstring of the case says it: SRPO of wrong samples is entropy-weighted
+SDPO if that takes the mean over tokens; RLSD is GRPO with the same correction for the engine; SC-SDPO with equal weights is SDPO where no
+question is all right; teacher = student has a gradient for raw sums over a part of the vocabulary.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from megasd.analysis.engine import Guest, open_engine
 from megasd.analysis.guidance import GUIDED, SETTINGS
 from megasd.analysis.markers import MARKERS
 from megasd.cli import main
-from megasd.config import load_config
 from megasd.data.chat import Chat
 from megasd.data.rollouts import load_groups
+from megasd.load_config import load_config
 from megasd.types import Group, Verdict
 from tools import make_quickstart
 

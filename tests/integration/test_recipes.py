@@ -100,7 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_three_steps(runs: Path, name: str) -> None:
-    rows = read_metrics(runs / name)
+    rows = read_metrics(runs / name / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(STEPS))
     for row in rows:
         assert math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.config import load_config
+from megasd.load_config import load_config
 from tests.unit.fake_model import write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]

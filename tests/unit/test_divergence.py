@@ -62,6 +62,16 @@ def test_golden_top2(tail, beta):
     assert on_support(STUDENT, TEACHER, 2, beta=beta, tail=tail).item() == pytest.approx(GOLDEN_TOP2[tail, beta], abs=6e-7)
 
 
+def test_golden_summands():
+    """Of KL(T||S); with the pointwise clip at 0.05 the gap token is cut and gets no gradient (OPSD), and the sum turns negative."""
+    s, t = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
+    summands, _ = divergence_terms(s, t, beta=0.0, normalised=False)
+    assert summands[0].tolist() == pytest.approx([-0.184566, 0.996030, -0.047377, 0.010427, -0.003966], abs=6e-7)
+    clipped, slope = divergence_terms(s, t, beta=0.0, normalised=False, clip=0.05)
+    assert clipped.sum().item() == pytest.approx(-0.175482, abs=6e-7) and (slope[0] == 0).tolist() == [False, True, False, False, False]
+    assert read(STUDENT, TEACHER, support="full", beta=0.0, clip=0.05).divergence_T.item() == pytest.approx(-0.175482, abs=6e-7)
+
+
 def logits(num_tokens, vocab, seed, scale=3.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(num_tokens, vocab, generator=generator, dtype=torch.float64) * scale).to(dtype)

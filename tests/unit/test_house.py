@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
-    0: ("config", "types", "metrics", "validate", "presets"),
+    0: ("config", "rules", "load_config", "types", "metrics", "validate", "presets"),
     1: ("algo", "data", "ops", "weights"),
     2: ("loss", "batch", "microbatch"),
     3: ("actor", "rollout"),
@@ -23,7 +23,7 @@ FLOORS = {
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 # The command line reads the rows of the recipes: plain values, no torch.
-LIGHT = ("config", "types", "metrics", "validate", "algo.recipes", "cli")
+LIGHT = ("config", "rules", "load_config", "types", "metrics", "validate", "algo.recipes", "cli")
 FOREIGN = re.compile(r"(?<![\w./])/work/|\.\./shared|CONTRACTS\.md")
 
 

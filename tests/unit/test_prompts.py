@@ -14,8 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from megasd.algo.recipes import RECIPES
-from megasd.config import load_config
 from megasd.data.prompts import DataError, PromptIterator, load_prompts
+from megasd.load_config import load_config
 from megasd.types import Prompt
 
 GOOD = b'{"prompt": "7+8=", "answer": "15"}\n'

@@ -15,12 +15,12 @@ import pytest
 
 from megasd.algo.recipes import ABOUT, RECIPES
 from megasd.algo.schedule import check_stages, variants
-from megasd.config import load_config
+from megasd.load_config import load_config
 from megasd.validate import check_terms, validate
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = """sft ssd grpo dr_grpo dapo gspo cispo sdpo sc_sdpo paced sdpo_paced opsd rlsd rlcsd antisd egrsd cl_egrsd srpo ssopd sdft opcd gkd akl
-minillm tml_opd atesd uni_opd ropd drift""".split()
+NAMES = """sft ssd grpo dr_grpo dapo gspo cispo sdpo sc_sdpo paced sdpo_paced opsd rlsd rlcsd antisd egrsd cl_egrsd srpo ssopd sdft opcd
+gkd akl minillm tml_opd atesd uni_opd ropd drift""".split()
 
 
 @pytest.fixture(scope="module")

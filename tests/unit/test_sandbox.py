@@ -25,7 +25,7 @@ from megasd.data.sandbox import Limits, Outcome, Sandbox, find_kind, probe
 from megasd.types import UserError
 
 KINDS = [kind for kind in sandbox.KINDS if probe(kind) is None]
-SECONDS = 0.6  # limit of programs that run into it
+SECONDS = 0.4  # limit of programs that run into it
 SMALL = Limits(memory_bytes=256 << 20, file_bytes=4 << 20, tmp_bytes=8 << 20, output_bytes=1 << 16, processes=8)
 pytestmark = pytest.mark.skipif(not KINDS, reason="no sandbox works on this machine")
 

@@ -12,7 +12,8 @@ import pytest
 
 from megasd.algo.recipes import RECIPES
 from megasd.algo.schedule import at, check_stages, variants
-from megasd.config import AlgorithmConfig, ConfigError, CreditConfig, DistillTerm, PolicyGradientTerm, override
+from megasd.config import AlgorithmConfig, ConfigError, CreditConfig, DistillTerm, PolicyGradientTerm
+from megasd.load_config import override
 
 SDPO = RECIPES["sdpo"]
 

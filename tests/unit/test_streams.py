@@ -173,7 +173,7 @@ def test_golden_scan():
 @pytest.mark.parametrize("kappa", [0.0, 5.0])
 def test_scan_is_the_gradient_of_the_backward_recursion(kappa):
     x = values(4).abs().requires_grad_()
-    total, expected_sum = 0.0, 0.0
+    total = 0.0
     for i in range(6):
         r = x[(OWNER == i) & MASK]
         if len(r):
@@ -186,8 +186,7 @@ def test_scan_is_the_gradient_of_the_backward_recursion(kappa):
     (expected,) = torch.autograd.grad(total, x)
     found = scan(garbage(x.detach()), MASK, LENS, kappa=kappa)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
-    expected_sum = (found * x.detach()).sum().item()
-    assert expected_sum == pytest.approx(total.item(), rel=1e-12)
+    assert (found * x.detach()).sum().item() == pytest.approx(total.item(), rel=1e-12)
 
 
 def test_sequence_log_ratio_is_the_mean_over_the_response():
