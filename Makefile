@@ -5,7 +5,7 @@ BIN := .venv/bin
 WARMUP_ARGS ?=
 ARGS ?=
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test nightly lint clean
 
 install: .venv/.installed
 
@@ -28,6 +28,10 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Every recipe and every analysis end to end on real SGLang: about five minutes on two cores.
+nightly: install
+	$(BIN)/python -m pytest -m nightly
 
 clean:
 	rm -rf runs

@@ -243,7 +243,7 @@ def write_coverage(args: argparse.Namespace, rest: list[str]) -> None:
         _write_yaml(target, tree, f"{size} of the {len(prompts)} rows of {config.data.train}, seed {seed}; on top of {' '.join(files)}")
         try:
             sized = load_config([*files, str(target)], [], RECIPES)
-            check_stages(sized.algorithm, sized.run.steps)
+            check_stages(sized)
             validate(sized)
         except UserError as error:
             raise UserError(f"size {size} ({target}): {error}") from error

@@ -165,7 +165,9 @@ def build_batch(
         found: list[list[TeacherContext]] = [[]] * len(group.samples)
         if algorithm.teacher is not None:
             seed = f"{memory.seed}/{step}/{group.prompt.id}"
-            found = teacher_contexts(group, algorithm.teacher, seed=seed, prefix_fraction=memory.prefix_fraction, buffer=memory.buffer)
+            found = teacher_contexts(
+                group, algorithm.teacher, seed=seed, prefix_fraction=memory.prefix_fraction, buffer=memory.buffer, answer_of=answer_of
+            )
         contexts += [encoder.encode(one, sample) for one, sample in zip(found, group.samples, strict=True)]
         advantages_G = [0.0] * len(group.samples)
         if pg is not None:
@@ -186,7 +188,7 @@ def build_batch(
         scored=torch.tensor([s.verdict is not None and s.verdict.counts for s in samples]),
         right=torch.tensor([s.verdict is Verdict.RIGHT for s in samples]),
         streams={
-            "rollout_logp": torch.tensor([x for s in samples for x in s.response_logps], dtype=torch.float32),
+            "rollout_logp": torch.cat([_rollout_logps(s) for s in samples]),
             "advantage": torch.tensor(advantages_N, dtype=torch.float32).repeat_interleave(lens),
         },
     )
@@ -285,7 +287,7 @@ def dataset_groups(prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat
                         index=0,
                         prompt_ids=chat.encode_prompt(messages),
                         response_ids=response,
-                        response_logps=[0.0] * len(response),
+                        response_logps=[],  # nothing sampled it
                         text=prompt.solution,
                         finish_reason="stop",
                         version=0,
@@ -295,6 +297,11 @@ def dataset_groups(prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat
             )
         )
     return groups
+
+
+def _rollout_logps(sample: Sample) -> Tensor:
+    """NaN for a response that no engine sampled."""
+    return torch.tensor(sample.response_logps or [float("nan")] * len(sample.response_ids), dtype=torch.float32)
 
 
 def _flat(lists: list[list[int]]) -> Tensor:

@@ -79,7 +79,8 @@ class DistillTerm:
 
 @dataclass
 class CreditConfig:
-    """How a teacher's log-probs of the sampled tokens, or the student's own, change each token's advantage (loss/credit.py)."""
+    """How the log-probs that teachers give the sampled tokens, held against the student's or each other, change each token's advantage
+    (loss/credit.py)."""
 
     kind: Literal["rlsd", "cepo", "rlcsd", "antisd", "egrsd", "log_ratio", "return", "margin"] = "rlsd"
     lam: float = 0.5  # weight of the token-level part (RLSD, CEPO, RLCSD, AntiSD: 0.5)
@@ -122,7 +123,7 @@ class NLLTerm:
     context_fraction: float = 0.0  # share of dataset rows whose prompt carries the solution, as the teacher's does
     template: str = DEFAULT_TEMPLATE  # of those prompts, as teacher.template
     samples: Literal["all", "right"] = "all"  # of sampled responses: all (SSD) | right ones (rejection sampling)
-    drop_shortest: float = 0.0  # share of a step's sampled responses left out, the shortest ones (SSD: 0.1)
+    drop_shortest: float = 0.0  # share of a step's responses left out, the shortest ones, rows' solutions too (SSD: 0.1, of its whole set)
 
 
 @dataclass
@@ -132,7 +133,8 @@ class TeacherConfig:
     context: Literal["first_success", "random_success", "shortest_success", "solution", "answer", "prefix", "prompt"] = "first_success"
     exclude_self: bool = True  # a sample is not shown to its own teacher (SDPO)
     num_demonstrations: int = 1  # right samples in one context (SDSD: 3)
-    # for samples without a sibling: none = untaught | the row's solution (AntiSD) | the latest right sample of an earlier step (DRIFT)
+    # for samples without a sibling: none = untaught | the row's solution, untaught without one (AntiSD) | the latest right sample of an
+    # earlier step (DRIFT)
     fallback: Literal["none", "solution", "buffer"] = "none"
     feedback: Literal["never", "without_demonstration", "always"] = "never"  # the verifier's words on the sample itself (SDPO)
     say_verdict: bool = False  # tell the teacher whether the sample is right (AntiSD)
@@ -309,6 +311,8 @@ class EvaluationConfig:
     num_prompts: int = 0  # held-out rows used, the first ones; 0 = all
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = -1  # -1 = off
+    enable_thinking: Optional[bool] = None  # of the held-out prompts; null = model.enable_thinking
     max_response_tokens: Optional[int] = None  # null = rollout.max_response_tokens
 
 

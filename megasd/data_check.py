@@ -19,7 +19,7 @@ from typing import Any
 
 from megasd.algo.context import with_solution
 from megasd.algo.recipes import RECIPES
-from megasd.algo.schedule import variants
+from megasd.algo.schedule import reads_solutions, variants
 from megasd.config import DEFAULT_TEMPLATE, AlgorithmConfig, RolloutConfig
 from megasd.data.check import CHARACTERS_A_TOKEN, Report, Rules, check
 from megasd.types import Message, Prompt, UserError
@@ -67,14 +67,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(figures(report, held_out)))
     return 1 if errors else 0
-
-
-def reads_solutions(algorithm: AlgorithmConfig) -> bool:
-    """Whether every row needs a reference solution, at any stage of the method."""
-    stages = variants(algorithm)
-    teachers = [stage.teacher for stage in stages if stage.teacher is not None]
-    learned = any(stage.source != "rollout" for stage in stages)
-    return learned or any(teacher.context in ("solution", "prefix") or teacher.fallback == "solution" for teacher in teachers)
 
 
 def figures(report: Report, held_out: Report | None) -> dict[str, Any]:

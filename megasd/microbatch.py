@@ -57,31 +57,27 @@ def make_microbatches(
     if any(len(prompt_parts[i]) == 0 for i in samples):
         raise ValueError(f"a sample without teacher context {context} was asked for")
     microbatches = []
-    for start in range(0, count * micro_batch_size, micro_batch_size):
-        chosen = samples[start : start + micro_batch_size]
-        filler = not chosen
-        if filler:
-            chosen = [0]
-            prompt_parts = list(prompt_parts)
-            if len(prompt_parts[0]) == 0:  # an untaught sample may stand in for nothing: any one token will do
-                prompt_parts[0] = response_parts[0][:1]
-        sequences = [torch.cat([prompt_parts[i], response_parts[i]]) for i in chosen]
+    for first in range(0, count * micro_batch_size, micro_batch_size):
+        chosen = samples[first : first + micro_batch_size]
+        filler = not chosen  # two tokens stand in for nothing
+        pairs = [(prompt_parts[i], response_parts[i], response_starts[i]) for i in chosen] or [(response_parts[0][:1],) * 2 + (0,)]
+        sequences = [torch.cat([prompt, response]) for prompt, response, _ in pairs]
         lengths = [-(-len(s) // multiple) * multiple for s in sequences]
         if not packing:
             lengths = [max(lengths)] * len(sequences)
         tokens, positions, rows, index = [], [], [], []
         local_start = 0
-        for row, (i, sequence, length) in enumerate(zip(chosen, sequences, lengths, strict=True)):
+        for row, ((prompt, response, start), sequence, length) in enumerate(zip(pairs, sequences, lengths, strict=True)):
             held = _held_positions(length, cp_rank, cp_size)
             padded = torch.full((length,), pad_id, dtype=torch.int64)
             padded[: len(sequence)] = sequence
             tokens.append(padded[held])
             positions.append(held)
             # The logits at position q predict token q + 1: response tokens sit at len(prompt) .. len(sequence) - 1.
-            offset = held + 1 - len(prompt_parts[i])
-            predicts = ((offset >= 0) & (offset < len(response_parts[i]))).nonzero().squeeze(1)
-            rows.append(local_start + predicts if packing else predicts * len(chosen) + row)
-            index.append(response_starts[i] + offset[predicts])
+            offset = held + 1 - len(prompt)
+            predicts = ((offset >= 0) & (offset < len(response))).nonzero().squeeze(1)
+            rows.append(local_start + predicts if packing else predicts * len(pairs) + row)
+            index.append(start + offset[predicts])
             local_start += len(held)
         all_rows, all_index = torch.cat(rows), torch.cat(index)
         valid = torch.ones(len(all_rows), dtype=torch.bool)

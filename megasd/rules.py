@@ -132,6 +132,7 @@ RULES: dict[str, Rule] = {
     "evaluation.num_prompts": NOT_NEGATIVE,
     "evaluation.temperature": ("must be 0 (greedy) or more", lambda v: v >= 0),
     "evaluation.top_p": NONZERO_FRACTION,
+    "evaluation.top_k": ("must be -1 (off) or greater than 0", lambda v: v == -1 or v > 0),
     "evaluation.max_response_tokens": POSITIVE,
     "checkpoint.every": NOT_NEGATIVE,
     "checkpoint.keep": POSITIVE,

@@ -24,7 +24,7 @@ def main(config: Config) -> None:
         for step in range(first, config.run.steps):
             started = time.perf_counter()
             batch, metrics = run.next_batch(step)
-            shares = [run.actor.take(part, run.algorithm) for part in batch.parts(run.algorithm.minibatches)]
+            shares = run.actor.take_all(batch, run.algorithm)
             with run.timed("teach"):
                 signals = [run.actor.teach(share) for share in shares]
             with run.timed("train"):

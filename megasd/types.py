@@ -53,7 +53,7 @@ class Sample:
     index: int  # position in its group, 0..G-1
     prompt_ids: list[int]
     response_ids: list[int]  # sampled token ids, the stop token included when it was sampled
-    response_logps: list[float]  # engine log-probs (nats) of response_ids under the sampling temperature
+    response_logps: list[float]  # engine log-probs (nats) of response_ids under the sampling temperature; [] for a row's own solution
     text: str  # decoded response without special tokens
     finish_reason: str  # "stop" | "length"
     version: int  # weight version that every token was sampled with

@@ -1,6 +1,6 @@
 """What the values of a config may be together, and with the files and ranks it meets. Stdlib only: answers before torch is imported.
 
-`validate` raises ConfigError, one line: the key, what is wrong, what to do.
+`validate` raises ConfigError, one line: the key, what is wrong, what to do. Of the algorithm: validate_algorithm.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megasd.config import LOOPBACK, AlgorithmConfig, Config, ConfigError, samples_per_step
+from megasd.config import LOOPBACK, Config, ConfigError, samples_per_step
 from megasd.rules import check_values
+from megasd.validate_algorithm import check_algorithm, check_read
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "olmo2", "olmo3")  # those of weights/families.py
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -27,10 +28,15 @@ def validate(config: Config, world_size: int | None = None, *, rank: int = 0) ->
     Ranks other than 0 leave out the look into run.dir, which rank 0 may already be filling.
     """
     check_values(config)
-    _check_algorithm(config)
+    world_size = world_size or default_world_size(config)
+    check_algorithm(config, config.algorithm, data_parallel_size(config, world_size))
+    if not config.algorithm.stages:  # else algo/schedule.py knows whether a later stage reads it
+        check_read(config, [config.algorithm])
+    _check_run(config)
     _check_lengths(config)
-    _check_parallel(config, world_size or default_world_size(config))
+    _check_parallel(config, world_size)
     _check_model(config)
+    _check_teacher_model(config)
     _check_sync(config)
     _check_data(config)
     if rank == 0:
@@ -71,129 +77,22 @@ def needs_engine(config: Config) -> bool:
     return config.data.eval is not None or estimates or (samples and config.rollout.replay_dir is None)
 
 
-def check_terms(algorithm: AlgorithmConfig) -> None:
-    """What the values of one algorithm may be together, whatever else the run is; also asked of each stage (algo/schedule.py)."""
-    distill, pg, nll, teacher = algorithm.distill, algorithm.policy_gradient, algorithm.nll, algorithm.teacher
-    credit = pg.credit if pg is not None else None
-    if distill is None and pg is None and nll is None:
-        raise ConfigError("algorithm: no term to train on; give algorithm.distill, algorithm.policy_gradient or algorithm.nll")
-    if distill and teacher is None:
-        raise ConfigError("algorithm.teacher: algorithm.distill reads a teacher; give one, as in algorithm.teacher.weights=ema")
-    if credit and teacher is None:
-        raise ConfigError("algorithm.teacher: algorithm.policy_gradient.credit reads a teacher; give one, or set the credit to null")
-    if teacher and distill is None and credit is None:
-        raise ConfigError(
-            "algorithm.teacher: no term reads the teacher; set algorithm.teacher=null or give algorithm.distill or "
-            "algorithm.policy_gradient.credit"
-        )
-    _check_source(algorithm)
-    if distill:
-        _check_distill(algorithm)
-    if teacher:
-        _check_teacher(algorithm)
-    if pg and pg.samples == "undistilled" and distill is None:
-        raise ConfigError("algorithm.policy_gradient.samples=undistilled: there is no algorithm.distill to leave samples; set it to scored")
-    if pg and pg.advantage == "none" and (credit is None or credit.kind not in ("antisd", "rlcsd", "log_ratio", "return", "margin")):
-        raise ConfigError(
-            "algorithm.policy_gradient.advantage=none: nothing is left to learn from; give a reward's advantage, or a credit that adds one"
-        )
-    if credit and credit.kind in ("rlcsd", "cepo") and teacher.contrast == "none":
-        raise ConfigError(f"algorithm.teacher.contrast: credit {credit.kind} contrasts two teachers; set it to failures or wrong_answer")
-    if algorithm.tis_mode == "mask" and algorithm.tis_clip is None:
-        raise ConfigError("algorithm.tis_mode=mask: needs an upper bound; set algorithm.tis_clip")
-    if algorithm.tis_clip is not None and algorithm.tis_low >= algorithm.tis_clip:
-        raise ConfigError(f"algorithm.tis_low={algorithm.tis_low}: must be below algorithm.tis_clip={algorithm.tis_clip}")
-    weight = algorithm.question_weight
-    if weight.normaliser == "dataset" and weight.kind != "none" and weight.pass_rate != "frozen":
-        raise ConfigError("algorithm.question_weight.normaliser=dataset: asks for the rates of all rows; set pass_rate=frozen")
-    if weight.kind == "band" and weight.low > weight.high:
-        raise ConfigError(f"algorithm.question_weight.low={weight.low}: exceeds high={weight.high}; exchange them")
-
-
-def _check_source(algorithm: AlgorithmConfig) -> None:
-    if algorithm.source == "rollout":
-        if algorithm.nll and algorithm.nll.context_fraction:
-            raise ConfigError("algorithm.nll.context_fraction: needs the rows' solutions; set it to 0 or algorithm.source=dataset")
-        return
-    if algorithm.source == "dataset" and algorithm.policy_gradient:
-        raise ConfigError(
-            "algorithm.policy_gradient: learns from sampled responses, and algorithm.source=dataset has none; "
-            "set algorithm.policy_gradient=null or algorithm.source=rollout"
-        )
-    weight = algorithm.question_weight
-    if weight.kind != "none" and weight.pass_rate != "frozen":
-        raise ConfigError(
-            f"algorithm.question_weight.kind={weight.kind}: algorithm.source={algorithm.source} has rows without pass rates; "
-            "set it to none, or algorithm.question_weight.pass_rate=frozen"
-        )
-    if algorithm.tis_clip is not None:
-        raise ConfigError(
-            f"algorithm.tis_clip: algorithm.source={algorithm.source} has rows that no engine sampled, so there is no ratio; set it to null"
-        )
-
-
-def _check_distill(algorithm: AlgorithmConfig) -> None:
-    distill, teacher = algorithm.distill, algorithm.teacher
-    if teacher.transport == "record" and distill.support != "teacher":
-        raise ConfigError(
-            f"algorithm.teacher.transport=record: holds the teacher's own top tokens, which algorithm.distill.support="
-            f"{distill.support} does not ask for; set the support to teacher or the transport to hidden"
-        )
-    if teacher.transport == "record" and distill.token_weight == "confidence":
-        raise ConfigError("algorithm.teacher.transport=record: holds no entropy for token_weight=confidence; set the transport to hidden")
-    if distill.divergence == "adaptive" and (distill.support == "full" or distill.tail == "raw"):
-        raise ConfigError(
-            "algorithm.distill.divergence=adaptive: weighs buckets that sum to one; take support student, teacher or union with tail "
-            "bucket or renormalise"
-        )
-    if distill.divergence == "adaptive" and distill.pointwise_clip is not None:
-        raise ConfigError("algorithm.distill.pointwise_clip: is of divergence=mixture; set it to null")
-    if distill.max_tokens is not None and distill.skip_tokens >= distill.max_tokens:
-        raise ConfigError(
-            f"algorithm.distill.skip_tokens={distill.skip_tokens}: leaves nothing of the first max_tokens={distill.max_tokens}; lower it"
-        )
-
-
-def _check_teacher(algorithm: AlgorithmConfig) -> None:
-    teacher = algorithm.teacher
-    if (teacher.weights == "separate") != (teacher.model_path is not None):
-        raise ConfigError(
-            f"algorithm.teacher.model_path={teacher.model_path}: goes with algorithm.teacher.weights=separate and with it alone; give both"
-        )
-    if teacher.context == "prompt" and teacher.system is None and teacher.weights == "live":
-        raise ConfigError(
-            "algorithm.teacher.context=prompt: a live teacher that reads the student's own prompt is the student; give "
-            "algorithm.teacher.system, other weights or another context"
-        )
-    if teacher.adaptive_prefix and teacher.context != "prefix":
-        raise ConfigError("algorithm.teacher.adaptive_prefix: moves the share shown by context=prefix; set that, or adaptive_prefix=false")
-    if teacher.transport == "record" and algorithm.policy_gradient and algorithm.policy_gradient.credit:
-        raise ConfigError("algorithm.teacher.transport=record: credit needs hidden states; set algorithm.teacher.transport=hidden")
-
-
-def _check_algorithm(config: Config) -> None:
-    algorithm = config.algorithm
-    check_terms(algorithm)
-    if algorithm.minibatches > config.rollout.num_prompts:
-        raise ConfigError(
-            f"algorithm.minibatches={algorithm.minibatches}: exceeds the rollout.num_prompts={config.rollout.num_prompts} of a batch"
-        )
-    if algorithm.overlong_buffer >= config.rollout.max_response_tokens:
-        raise ConfigError(
-            f"algorithm.overlong_buffer={algorithm.overlong_buffer}: must be smaller than rollout.max_response_tokens="
-            f"{config.rollout.max_response_tokens}"
-        )
-    if config.rollout.frozen_policy and config.evaluation.every:
+def _check_run(config: Config) -> None:
+    rollout, engine = config.rollout, config.rollout.engine
+    if rollout.frozen_policy and config.evaluation.every:
         raise ConfigError("rollout.frozen_policy: the engine keeps the start model until the end; set evaluation.every=0")
-    if config.rollout.dynamic_sampling and config.rollout.replay_dir is not None:
-        raise ConfigError("rollout.dynamic_sampling: a replay has its questions already; set it to false")
-    if algorithm.source == "mixed" and config.rollout.replay_dir is not None:
-        raise ConfigError("algorithm.source=mixed: cannot be replayed; set rollout.replay_dir=null")
-    rollout = config.rollout
-    if algorithm.tis_clip is not None and (rollout.top_p < 1 or rollout.top_k > 0):
+    if rollout.frozen_policy and engine.release_memory:
+        raise ConfigError("rollout.frozen_policy: nothing gives the engine its weights back; set rollout.engine.release_memory=false")
+    if rollout.frozen_policy and engine.urls and config.run.resume != "none":
         raise ConfigError(
-            "algorithm.tis_clip: the engine's log-probs are those before top-p and top-k, so the ratio to what was sampled is unknown; "
-            "set it to null, or rollout.top_p=1 and rollout.top_k=-1"
+            "rollout.frozen_policy: who says that the engines at rollout.engine.urls hold the start model? Let the run start one"
+        )
+    if rollout.dynamic_sampling and rollout.replay_dir is not None:
+        raise ConfigError("rollout.dynamic_sampling: a replay has its questions already; set it to false")
+    if rollout.dynamic_sampling and rollout.num_samples == 1:
+        raise ConfigError(
+            "rollout.dynamic_sampling: looks for questions that are neither all right nor all wrong, and with rollout.num_samples=1 there "
+            "are none; raise that, or set it to false"
         )
     optimizer, steps = config.optimizer, config.run.steps
     if optimizer.min_lr > optimizer.lr:
@@ -248,66 +147,100 @@ def _check_parallel(config: Config, world_size: int) -> None:
 
 def _check_model(config: Config) -> None:
     directory = Path(config.model.path)
-    if not directory.is_dir():
-        raise ConfigError(f"model.path={config.model.path}: no such directory; give a Hugging Face model directory on this machine")
-    model = _read_json(directory / "config.json", "model.path")
-    model_type = model.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(f"model.path: {directory}/config.json says model_type={model_type!r}; supported are {', '.join(MODEL_TYPES)}")
-    _check_weight_files(directory)
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(f"model.path={directory}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's own")
-
-    def number(key: str) -> int:
-        if type(model.get(key)) is not int or model[key] < 1:
-            raise ConfigError(f"model.path: {directory}/config.json: {key} must be a positive integer, not {model.get(key)!r}")
-        return model[key]
-
-    def divides(key: str, size: int, *names: str) -> None:
-        for name in names:
-            if number(name) % size:
-                raise ConfigError(f"actor.{key}={size}: does not divide {name}={model[name]} of {directory}/config.json; choose a divisor")
-
-    actor, is_moe = config.actor, model_type == "qwen3_moe"
-    tensor = actor.tensor_model_parallel_size
-    width = "moe_intermediate_size" if is_moe else "intermediate_size"
-    # Expert parallelism runs its experts without tensor parallelism (actor/parallel.py).
-    split = () if is_moe and actor.expert_model_parallel_size > 1 else (width,)
-    divides("tensor_model_parallel_size", tensor, "num_attention_heads", *split)
-    if is_moe and tensor > 1 and not actor.sequence_parallel:
-        raise ConfigError("actor.sequence_parallel: Megatron trains a mixture of experts under TP only with it; set it to true")
-    groups = number("num_key_value_heads" if model.get("num_key_value_heads") is not None else "num_attention_heads")
-    if model_type in ("olmo2", "olmo3") and groups % tensor:
-        raise ConfigError(
-            f"actor.tensor_model_parallel_size={tensor}: {directory} normalises all key heads together, so it must divide "
-            f"num_key_value_heads={groups}; choose a divisor"
-        )
-    if groups % tensor and tensor % groups:
-        raise ConfigError(
-            f"actor.tensor_model_parallel_size={tensor}: is neither a divisor nor a multiple of num_key_value_heads={groups} of "
-            f"{directory}/config.json; choose one that is"
-        )
-    divides("pipeline_model_parallel_size", actor.pipeline_model_parallel_size, "num_hidden_layers")
-    if actor.expert_model_parallel_size > 1:
-        if not is_moe:
-            raise ConfigError(f"actor.expert_model_parallel_size: {directory} is no mixture of experts ({model_type}); set it to 1")
-        divides("expert_model_parallel_size", actor.expert_model_parallel_size, "num_experts")
-
-    limit, multiple = number("max_position_embeddings"), sequence_multiple(config)
-    rollout = config.rollout
-    total = math.ceil((rollout.max_prompt_tokens + rollout.max_response_tokens) / multiple) * multiple
+    model = _read_model(directory, "model.path")
+    limit = _check_split(config, model, directory, "model.path")
+    rollout, evaluated = config.rollout, config.evaluation.max_response_tokens
+    total = _longest(config)
     if total > limit:
         raise ConfigError(
             f"rollout.max_response_tokens={rollout.max_response_tokens}: with rollout.max_prompt_tokens={rollout.max_prompt_tokens} a "
-            f"sequence takes {total} tokens (padded to {multiple}), above max_position_embeddings={limit} of the model; lower one"
+            f"sequence takes {total} tokens (padded to {sequence_multiple(config)}), above max_position_embeddings={limit} of the model; "
+            "lower one"
         )
-    _check_engine_reads(model, directory, max(total, rollout.max_prompt_tokens + (config.evaluation.max_response_tokens or 0)))
-    evaluated = config.evaluation.max_response_tokens
+    _check_engine_reads(model, directory, max(total, rollout.max_prompt_tokens + (evaluated or 0)))
     if evaluated and rollout.max_prompt_tokens + evaluated > limit:
         raise ConfigError(
             f"evaluation.max_response_tokens={evaluated}: with rollout.max_prompt_tokens={rollout.max_prompt_tokens} it exceeds "
             f"max_position_embeddings={limit} of the model; lower it"
         )
+
+
+def _check_teacher_model(config: Config) -> None:
+    """A separate teacher runs on the ranks of the student, split as it is."""
+    teacher = config.algorithm.teacher
+    if teacher is None or teacher.model_path is None:
+        return
+    directory, key = Path(teacher.model_path), "algorithm.teacher.model_path"
+    limit = _check_split(config, _read_model(directory, key), directory, key)
+    if (total := _longest(config)) > limit:
+        raise ConfigError(
+            f"{key}: {directory} takes sequences of max_position_embeddings={limit}, and rollout.max_prompt_tokens + "
+            f"rollout.max_response_tokens make {total} tokens; lower one, or take another teacher"
+        )
+
+
+def _longest(config: Config) -> int:
+    """Tokens of the longest sequence of the student, padding included."""
+    multiple = sequence_multiple(config)
+    return math.ceil((config.rollout.max_prompt_tokens + config.rollout.max_response_tokens) / multiple) * multiple
+
+
+def _read_model(directory: Path, key: str) -> dict[str, Any]:
+    """config.json of a whole Hugging Face directory of a known family; `key` names it in errors."""
+    if not directory.is_dir():
+        raise ConfigError(f"{key}={directory}: no such directory; give a Hugging Face model directory on this machine")
+    model = _read_json(directory / "config.json", key)
+    if model.get("model_type") not in MODEL_TYPES:
+        raise ConfigError(
+            f"{key}: {directory}/config.json says model_type={model.get('model_type')!r}; supported are {', '.join(MODEL_TYPES)}"
+        )
+    _check_weight_files(directory, key)
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(f"{key}={directory}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the model's own")
+    return model
+
+
+def _check_split(config: Config, model: dict[str, Any], directory: Path, key: str) -> int:
+    """Refuse a model that the ranks cannot be given equal parts of; its max_position_embeddings."""
+    lead = "" if key == "model.path" else f"{key}: "
+
+    def number(name: str) -> int:
+        if type(model.get(name)) is not int or model[name] < 1:
+            raise ConfigError(f"{key}: {directory}/config.json: {name} must be a positive integer, not {model.get(name)!r}")
+        return model[name]
+
+    def divides(axis: str, size: int, *names: str) -> None:
+        for name in names:
+            if number(name) % size:
+                raise ConfigError(
+                    f"{lead}actor.{axis}={size}: does not divide {name}={model[name]} of {directory}/config.json; choose a divisor"
+                )
+
+    actor, model_type = config.actor, model["model_type"]
+    is_moe, tensor = model_type == "qwen3_moe", actor.tensor_model_parallel_size
+    width = "moe_intermediate_size" if is_moe else "intermediate_size"
+    # Expert parallelism runs its experts without tensor parallelism (actor/parallel.py).
+    split = () if is_moe and actor.expert_model_parallel_size > 1 else (width,)
+    divides("tensor_model_parallel_size", tensor, "num_attention_heads", *split)
+    if is_moe and tensor > 1 and not actor.sequence_parallel:
+        raise ConfigError(f"{lead}actor.sequence_parallel: Megatron trains a mixture of experts under TP only with it; set it to true")
+    groups = number("num_key_value_heads" if model.get("num_key_value_heads") is not None else "num_attention_heads")
+    if model_type in ("olmo2", "olmo3") and groups % tensor:
+        raise ConfigError(
+            f"{lead}actor.tensor_model_parallel_size={tensor}: {directory} normalises all key heads together, so it must divide "
+            f"num_key_value_heads={groups}; choose a divisor"
+        )
+    if groups % tensor and tensor % groups:
+        raise ConfigError(
+            f"{lead}actor.tensor_model_parallel_size={tensor}: is neither a divisor nor a multiple of num_key_value_heads={groups} of "
+            f"{directory}/config.json; choose one that is"
+        )
+    divides("pipeline_model_parallel_size", actor.pipeline_model_parallel_size, "num_hidden_layers")
+    if actor.expert_model_parallel_size > 1:
+        if not is_moe:
+            raise ConfigError(f"{lead}actor.expert_model_parallel_size: {directory} is no mixture of experts ({model_type}); set it to 1")
+        divides("expert_model_parallel_size", actor.expert_model_parallel_size, "num_experts")
+    return number("max_position_embeddings")
 
 
 def _check_engine_reads(model: dict[str, Any], directory: Path, tokens: int) -> None:
@@ -330,17 +263,17 @@ def _check_engine_reads(model: dict[str, Any], directory: Path, tokens: int) -> 
         raise ConfigError(f"{where}: attention_factor={given}, of which SGLang knows only the default {default:.6g} for factor={factor}")
 
 
-def _check_weight_files(directory: Path) -> None:
+def _check_weight_files(directory: Path, key: str) -> None:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = _read_json(index, "model.path").get("weight_map")
+        shards = _read_json(index, key).get("weight_map")
         if not isinstance(shards, dict):
-            raise ConfigError(f"model.path: {index}: holds no weight_map; download the model again")
+            raise ConfigError(f"{key}: {index}: holds no weight_map; download the model again")
         missing = sorted({name for name in shards.values() if not (directory / str(name)).is_file()})
         if missing:
-            raise ConfigError(f"model.path: {index} names {missing[0]}, which is missing ({len(missing)} in all); download the model again")
+            raise ConfigError(f"{key}: {index} names {missing[0]}, which is missing ({len(missing)} in all); download the model again")
     elif not any(directory.glob("*.safetensors")):
-        raise ConfigError(f"model.path={directory}: holds no *.safetensors; convert the weights or give another directory")
+        raise ConfigError(f"{key}={directory}: holds no *.safetensors; convert the weights or give another directory")
 
 
 def _read_json(path: Path, key: str) -> dict[str, Any]:

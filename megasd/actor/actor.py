@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,16 +21,18 @@ from megasd.actor import checkpoint, cpu, optimizer_fixes
 from megasd.actor import model as build
 from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh, broadcast_tensors
+from megasd.actor.share import Share, active_samples, batch_figures, mean_question_weight
+from megasd.actor.teach import TeacherPass
 from megasd.actor.teacher import Teacher, check_vocabulary
 from megasd.actor.teacher_signal import TeacherSignal
-from megasd.actor.weigh import Weighed, weigh
-from megasd.batch import TERMS, Batch
+from megasd.actor.weigh import weigh
+from megasd.batch import Batch
 from megasd.config import AlgorithmConfig, Config
 from megasd.loss.objective import METRIC_WEIGHTS, divergence_of, objective, readout_spec
 from megasd.loss.reduce import exact_words, megatron_loss, reduce_metrics
 from megasd.loss.streams import EntropyGate, sequence_log_ratio
 from megasd.microbatch import Microbatch, make_microbatches
-from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout, fused_linear_record
+from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout
 from megasd.ops.readout import Readout, ReadoutSpec
 from megasd.weights import families
 from megasd.weights.export import BUCKET_BYTES, export_hf, plan_of
@@ -37,24 +40,6 @@ from megasd.weights.files import HFWriter, read_hf_config
 from megasd.weights.gather import Gather
 from megasd.weights.load import load_hf
 from megasd.weights.table import global_params
-
-ADDS = ("rlcsd", "antisd", "log_ratio", "return", "margin")  # credits that add to an advantage; the others multiply it
-
-
-@dataclass
-class Share:
-    """This data-parallel rank's part of a step: its samples, and which of them need a forward."""
-
-    batch: Batch
-    active: list[int]  # samples with a weight, an index into batch
-    num_microbatches: int  # the same on every rank
-    algorithm: AlgorithmConfig  # as it stands in this step
-    spec: ReadoutSpec
-    streams: dict[str, Tensor]  # [R] each, on the device: the batch's, "taught", and those of passes before the student's
-    pass_rate: float  # of the whole batch's samples, for a gated teacher
-    length_tail: float  # the batch's longest response over its mean length
-    repeats: bool = False  # the batch has several optimizer steps, so pi_old is not the student
-    weighed: Weighed | None = None
 
 
 class Actor:
@@ -84,7 +69,7 @@ class Actor:
         self.ddp = build.wrap_data_parallel(self.model, self.model_config, config.actor)
         self.optimizer, self.scheduler = build.build_optimizer(self.ddp, config.optimizer, config.actor, config.run.steps)
         self.teacher = self._build_teacher()
-        self.gate = EntropyGate(warmup=1, ratio=0.0)
+        self.gate, self.gate_is_open = EntropyGate(warmup=1, ratio=0.0), False
         credit = self.algorithm.policy_gradient.credit if self.algorithm.policy_gradient is not None else None
         if credit is not None:
             self.gate = EntropyGate(warmup=credit.gate_warmup, ratio=credit.gate_ratio)
@@ -102,6 +87,16 @@ class Actor:
 
     # ---- a training step ----
 
+    def take_all(self, batch: Batch, algorithm: AlgorithmConfig) -> list[Share]:
+        """A share of each minibatch; what goes by the batch (mean question weight, pass rate) is the whole batch's. No collective."""
+        weight, parts = algorithm.question_weight, batch.parts(algorithm.minibatches)
+        shares = [self.take(part, algorithm) for part in parts]
+        if len(parts) > 1:
+            mean = mean_question_weight(batch, weight.normaliser) if weight.normaliser in ("informative", "batch") else None
+            whole = batch_figures(batch)
+            shares = [replace(share, is_first=k == 0, mean_weight=mean or None, **whole) for k, share in enumerate(shares)]
+        return shares
+
     def take(self, batch: Batch, algorithm: AlgorithmConfig | None = None) -> Share:
         """Cut out this rank's share. algorithm: as it stands in this step (algo/schedule.py); None: as configured. No collective."""
         algorithm = algorithm or self.algorithm
@@ -115,95 +110,26 @@ class Actor:
             algorithm=algorithm,
             spec=readout_spec(
                 algorithm,
-                # The rows of a dataset were not sampled at any temperature.
-                temperature=1.0 if algorithm.source == "dataset" else self.config.rollout.temperature,
+                temperature=self._temperature(algorithm),
                 vocab_size=self.vocab_size,
             ),
             streams={name: stream.to(self.mesh.device) for name, stream in streams.items()},
-            pass_rate=float(batch.right.sum() / batch.scored.sum().clamp(min=1)),
-            length_tail=float(batch.response_lens.max() / batch.response_lens.double().mean()),
+            **batch_figures(batch),
         )
 
-    @torch.no_grad()
+    def _temperature(self, algorithm: AlgorithmConfig) -> float:
+        """Of the softmax: that of sampling. A likelihood is one at temperature 1 (SSD 2604.01193), and rows were not sampled at any."""
+        likelihood = algorithm.distill is None and algorithm.policy_gradient is None
+        return 1.0 if likelihood or algorithm.source == "dataset" else self.config.rollout.temperature
+
     def teach(self, share: Share) -> TeacherSignal | None:
-        """Teacher passes, forward only, over the active taught samples; None when the algorithm has no teacher.
-
-        For distillation the signal keeps hidden states or records; for credit and confidence weights share.streams get the log-probs of
-        the sampled tokens under each context and the teacher's entropy. Collectives: the model's, those of ops/readout.py, and all-reduces
-        over the context-parallel group.
-        """
-        algorithm = share.algorithm
-        if algorithm.teacher is None or self.teacher is None:
+        """What the student's pass reads of the teacher (actor/teach.py, which says the collectives); None without a distillation term."""
+        if share.algorithm.teacher is None or self.teacher is None:
             return None
-        signal, term = None, algorithm.distill
-        credit = algorithm.policy_gradient.credit if algorithm.policy_gradient is not None else None
-        reads_logps = credit is not None or (term is not None and term.token_weight == "confidence")
-        for context in range(share.batch.context_lens.shape[1]):
-            one = self._teacher_pass(share, context, as_record=share.spec.support == "record")
-            if reads_logps and self.mesh.is_last_stage:
-                self._read_teacher(share, one, context)
-            if context == 0:
-                signal = one
-        return signal if term is not None else None
-
-    def _teacher_pass(self, share: Share, context: int, *, as_record: bool) -> TeacherSignal:
-        """Hidden states (or records) of the active samples that have this context."""
-        batch, mesh, spec = share.batch, self.mesh, share.spec
-        samples = [i for i in share.active if batch.context_lens[i, context] > 0]
-        record_k = min(spec.top_k, self.vocab_size) if as_record else None
-        signal = TeacherSignal.empty(
-            batch,
-            samples,
-            hidden_size=self.teacher.hidden_size if mesh.is_last_stage else 0,
-            top_k=record_k,
-            dtype=self.model_config.params_dtype,
-            device=mesh.device,
+        run = TeacherPass(
+            self.teacher, self.mesh, self.vocab_size, self.model_config.params_dtype, self.loss_memory_bytes, self._microbatches
         )
-
-        def keep(microbatch: Microbatch, hidden_Th: Tensor, columns: slice) -> None:
-            slots = signal.slot_R[microbatch.response_index[microbatch.valid]]
-            hidden_Th = hidden_Th[microbatch.valid].to(self.model_config.params_dtype)
-            if record_k is None:
-                signal.hidden_Sh[slots, columns] = hidden_Th
-                return
-            record = fused_linear_record(
-                hidden_Th,
-                self.teacher.output_weight(),
-                record_k,
-                vocab_size=self.vocab_size,
-                temperature=spec.teacher_temperature,
-                tp_group=mesh.tp_group,
-                memory_bytes=self.loss_memory_bytes,
-            )
-            signal.record.ids_TK[slots], signal.record.logq_TK[slots] = record.ids_TK, record.logq_TK
-            signal.record.log_tail_T[slots] = record.log_tail_T
-
-        self.teacher.run(self._microbatches(batch, samples, context, share.num_microbatches), keep)
-        if mesh.is_last_stage:
-            signal.complete(mesh.cp_group if mesh.cp_size > 1 else None)
-            if record_k is None:
-                signal.output_weight_Vh = self.teacher.output_weight()
-        return signal
-
-    def _read_teacher(self, share: Share, signal: TeacherSignal, context: int) -> None:
-        """Log-probs of the sampled tokens, and of the first context the entropy, from kept hidden states into share.streams."""
-        batch, device = share.batch, self.mesh.device
-        present_R = signal.slot_R >= 0
-        readout = fused_linear_readout(
-            signal.hidden_Sh[signal.slot_R],
-            signal.output_weight_Vh,
-            batch.response_ids.to(device),
-            ReadoutSpec(vocab_size=self.vocab_size, support="none", temperature=share.spec.teacher_temperature),
-            tp_group=self.mesh.tp_group,
-            memory_bytes=self.loss_memory_bytes,
-        )
-        if context == 0:
-            share.streams |= {"teacher_logp": readout.logp_T, "teacher_entropy": readout.entropy_T, "taught": present_R}
-            none = readout.logp_T.new_zeros(0, len(present_R))
-            share.streams |= {"contrast_logp": none, "contrast_present": none.bool()}
-        else:
-            for name, row_R in (("contrast_logp", readout.logp_T), ("contrast_present", present_R)):
-                share.streams[name] = torch.cat([share.streams[name], row_R[None]])
+        return run(share)
 
     @torch.no_grad()
     def look(self, share: Share, teacher: TeacherSignal | None, *, with_divergence: bool = False) -> dict[str, Tensor]:
@@ -247,7 +173,7 @@ class Actor:
             if found:
                 share.streams["old_logp"] = found["logp"]
 
-    def _prepare(self, share: Share, teacher: TeacherSignal | None) -> None:
+    def _prepare(self, share: Share, teacher: TeacherSignal | None, *, first: bool) -> None:
         """Weights and streams of the tokens, once a share; the sequence ratio before each update. Collectives: actor/weigh.py, `look`."""
         algorithm = share.algorithm
         pg, term = algorithm.policy_gradient, algorithm.distill
@@ -258,26 +184,29 @@ class Actor:
                 share.batch,
                 share.streams,
                 algorithm,
-                observe=self._observe_entropy,
-                dataset_mean=self.dataset_mean,
+                observe=partial(self._observe_entropy, is_first=share.is_first),
+                normaliser=algorithm.question_weight.normaliser if share.mean_weight is None else "dataset",
+                mean_weight=share.mean_weight or self.dataset_mean,
                 room=self.config.rollout.max_response_tokens,
                 dp_group=self.mesh.dp_group,
             )
-        if pg is not None and pg.surrogate == "gspo" and share.repeats:
+        if pg is not None and pg.surrogate == "gspo" and share.repeats and not first:  # before the first update every ratio is 1
             found = self.look(share, None)
             if found:
                 ratio_R = sequence_log_ratio(found["logp"].cpu(), share.streams["old_logp"].cpu(), share.batch.response_lens)
                 share.weighed.streams["sequence_log_ratio"] = ratio_R.to(found["logp"])
 
-    def _observe_entropy(self, median: float | None) -> tuple[bool, float]:
-        """The gate on every rank, from the median that the last pipeline stage has seen. Collective: one broadcast."""
+    def _observe_entropy(self, median: float | None, *, is_first: bool) -> tuple[bool, float]:
+        """The gate on every rank, once a batch, from the median that the last pipeline stage has seen. Collective: one broadcast."""
         sent = None if median is None else {"median": torch.tensor(median, dtype=torch.float64)}
         seen = float(broadcast_tensors(sent if dist.get_rank() == self.reporter else None, self.reporter)["median"])
-        return self.gate.observe(seen), seen
+        if is_first:
+            self.gate_is_open = self.gate.observe(seen)
+        return self.gate_is_open, seen
 
     def train(self, shares: list[Share], signals: list[TeacherSignal | None]) -> dict[str, float]:
         """All optimizer steps of a batch: its minibatches in order, as often as algorithm.epochs says. Metrics: means over the steps,
-        token counts summed over minibatches. Raises and collectives: as `train_step`."""
+        counts summed over minibatches. Raises and collectives: as `train_step`."""
         epochs = shares[0].algorithm.epochs
         steps = [(share, signal) for _ in range(epochs) for share, signal in zip(shares, signals, strict=True)]
         for share in shares:
@@ -286,8 +215,9 @@ class Actor:
         if len(found) == 1:
             return found[0]
         mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-        counts = {name: mean[name] * len(shares) for name in ("tokens", "taught_tokens", "informative_questions") if name in mean}
-        return mean | counts | {"updates": float(len(found))}
+        counts = ("tokens", "taught_tokens", "sampled_tokens", "informative_questions", "teacher_mib")
+        sums = {name: mean[name] * len(shares) for name in counts if name in mean} | {"seconds": mean["seconds"] * len(found)}
+        return found[-1] | mean | sums | {"updates": float(len(found))}
 
     def train_step(self, share: Share, teacher: TeacherSignal | None, *, first: bool = True, last: bool = True) -> dict[str, float]:
         """One optimizer step on the share; returns global metrics on every rank.
@@ -297,7 +227,7 @@ class Actor:
         all-reduce and one broadcast of the metrics, those of actor/weigh.py.
         """
         start = time.perf_counter()
-        self._prepare(share, teacher)
+        self._prepare(share, teacher, first=first)
         totals: dict[str, Tensor] = {}
 
         def loss_of(microbatch: Microbatch, hidden_Th: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -331,11 +261,12 @@ class Actor:
         self, share: Share, teacher: TeacherSignal | None, microbatch: Microbatch, hidden_Th: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         device, index, valid = self.mesh.device, microbatch.response_index.cpu(), microbatch.valid
-        streams_T = {name: stream[..., index.to(stream.device)].to(device) for name, stream in share.weighed.streams.items()}
+        streams = {name: stream for name, stream in share.weighed.streams.items() if stream.dim() == 1}
+        streams_T = {name: stream[index.to(stream.device)].to(device) for name, stream in streams.items()}
         weights_T = {term: weight[index].to(device) * valid for term, weight in share.weighed.weights.items()}
 
         def loss_fn(readout: Readout, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            streams, weights = ({name: t[..., tokens] for name, t in part.items()} for part in (streams_T, weights_T))
+            streams, weights = ({name: t[tokens] for name, t in part.items()} for part in (streams_T, weights_T))
             return objective(readout, streams, weights, valid[tokens], share.algorithm)
 
         weight_Vh = self.model.output_weight()
@@ -480,19 +411,3 @@ class Actor:
     def _parts(self) -> dict:
         teacher = self.teacher.weights if self.teacher is not None else None
         return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "teacher": teacher}
-
-
-def active_samples(batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
-    """bool [N]: samples that some term gives a weight; the others are counted by the normalisers and need no forward."""
-    active, weighed = torch.zeros(len(batch), dtype=torch.bool), batch.question_weight > 0
-    for term in TERMS:
-        if getattr(algorithm, term) is None:
-            continue
-        mask = batch.mask(term)
-        if term == "distill" or algorithm.question_weight.terms == "all":
-            mask = mask & weighed
-        if term == "policy_gradient" and not (algorithm.policy_gradient.credit and algorithm.policy_gradient.credit.kind in ADDS):
-            first = batch.response_lens.cumsum(0) - batch.response_lens
-            mask = mask & (batch.streams["advantage"][first] != 0)
-        active |= mask
-    return active

@@ -22,11 +22,12 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megasd.actor.model import Backbone
 from megasd.actor.parallel import Mesh
-from megasd.actor.teacher import TeacherWeights
+from megasd.actor.teacher import SHADOWED, TeacherWeights
 from megasd.types import UserError
 
 MEGATRON_FILES = (".metadata", "metadata.json", "common.pt")
 STATE_FILE = "megasd.json"  # what the left half needs: step, data position, layout
+LEFT_HALF = ("prompts", "memory", "gate")  # of the `state` that a run saves (run.py)
 
 
 def save(
@@ -56,7 +57,7 @@ def save(
     if mesh.rank == 0:
         about = {"step": step, "layout": _layout(mesh), "teacher": _has_shadow(teacher)}
         if teacher is not None:
-            about["teacher_refresh"] = teacher.state_dict()
+            about |= {"teacher_weights": teacher.config.weights, "teacher_refresh": teacher.state_dict()}
         (writing / STATE_FILE).write_text(json.dumps(state | about))
         if final.exists():
             shutil.rmtree(final)
@@ -110,7 +111,11 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def read_state(path: Path, *, teacher_weights: str) -> dict:
-    """The JSON state of a checkpoint. UserError when `path` is not a whole one, or lacks the teacher that `teacher_weights` needs."""
+    """The JSON state of a checkpoint.
+
+    UserError when `path` is not a whole one, lacks the teacher that `teacher_weights` needs or holds one of another kind, or comes from a
+    version that did not yet save what methods remember.
+    """
     for name in (STATE_FILE, *MEGATRON_FILES):
         if not (path / name).is_file():
             raise UserError(f"run.resume: {path} is not a whole checkpoint (no {name}); give a directory like runs/x/checkpoints/step-100")
@@ -118,10 +123,22 @@ def read_state(path: Path, *, teacher_weights: str) -> dict:
         state = json.loads((path / STATE_FILE).read_text())
     except ValueError as error:
         raise UserError(f"run.resume: {path / STATE_FILE} is damaged ({error}); resume from another checkpoint") from error
-    if teacher_weights not in ("live", "separate") and not state["teacher"]:
+    if teacher_weights in SHADOWED:
+        if not state["teacher"]:
+            raise UserError(
+                f"run.resume: {path} holds no teacher, and algorithm.teacher.weights={teacher_weights} needs one; set it to live, or "
+                "resume from a checkpoint of a run that had one"
+            )
+        if (saved := state.get("teacher_weights", teacher_weights)) != teacher_weights:
+            raise UserError(
+                f"run.resume: {path} holds a teacher of algorithm.teacher.weights={saved}, which cannot go on as {teacher_weights}; set it "
+                f"to {saved}, or start a new run"
+            )
+    missing = [name for name in LEFT_HALF if name not in state]
+    if missing:
         raise UserError(
-            f"run.resume: {path} holds no teacher, and algorithm.teacher.weights={teacher_weights} needs one; set it to live, or resume "
-            "from a checkpoint of a run that had one"
+            f"run.resume: {path / STATE_FILE} has no {missing[0]!r}: an earlier version of megasd wrote it; resume with that version, or "
+            "start a new run from its exported weights (model.path)"
         )
     return state
 

@@ -35,12 +35,14 @@ def weigh(
     algorithm: AlgorithmConfig,
     *,
     observe: Callable[[float | None], tuple[bool, float]],
-    dataset_mean: float | None,
+    normaliser: str,
+    mean_weight: float | None,
     room: int,
     dp_group: dist.ProcessGroup | None,
 ) -> Weighed:
     """streams [R]: the batch's, "taught"; on the last pipeline stage, where the algorithm asks for them, "teacher_logp",
     "teacher_entropy", "contrast_logp" [C - 1, R], "contrast_present", "old_logp", "divergence". room: rollout.max_response_tokens.
+    normaliser, mean_weight: what question weights are divided by, as loss/reduce.py's normaliser and dataset_mean.
     observe: takes the batch's median teacher entropy (None on a stage that sees no logits) to (is the entropy gate open, that median).
 
     Collectives over dp_group: one all_reduce of the normalisers, and those of loss/streams.py that the algorithm uses.
@@ -58,8 +60,8 @@ def weigh(
         batch.question_size,
         masks,
         lens_N,
-        normaliser=algorithm.question_weight.normaliser,
-        dataset_mean=dataset_mean,
+        normaliser=normaliser,
+        dataset_mean=mean_weight,
         dp_group=dp_group,
     )
     weights = {
@@ -83,9 +85,10 @@ def _token_factor(
     """Factor of the distillation weight of each token; 1 on stages that see no logits."""
     term = algorithm.distill
     if term.token_weight == "confidence" and "teacher_entropy" in streams:
-        return sequences.confidence(streams["teacher_entropy"].cpu(), mask_R, scale=term.token_weight_scale, group=dp_group).double()
+        taught_R = mask_R & streams["taught"].cpu()  # those of weight 0 had no teacher's pass
+        return sequences.confidence(streams["teacher_entropy"].cpu(), taught_R, scale=term.token_weight_scale, group=dp_group)
     if term.token_weight == "scan" and "divergence" in streams:
-        return sequences.scan(streams["divergence"].cpu(), mask_R, lens_N, kappa=term.token_weight_scale).double()
+        return sequences.scan(streams["divergence"].cpu(), mask_R, lens_N, kappa=term.token_weight_scale)
     return 1.0
 
 

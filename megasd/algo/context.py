@@ -147,7 +147,7 @@ def _demonstration(
         texts = [without_thinking(s.text) if teacher.strip_thinking else s.text for s in chosen]
         return ANOTHER.join(texts), f"sibling {', '.join(str(s.index) for s in chosen)}"
     if teacher.fallback == "solution":
-        return _solution(prompt, "fallback=solution"), "solution"
+        return (prompt.solution, "solution") if prompt.solution else None
     if teacher.fallback == "buffer" and prompt.id in buffer:
         return without_thinking(buffer[prompt.id]) if teacher.strip_thinking else buffer[prompt.id], "buffer"
     return None

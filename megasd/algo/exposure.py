@@ -3,14 +3,14 @@
 A decision is a share alpha of the solution's lines, drawn from Beta(a, b), (a, b) = 1 + softplus(MLP(state)), and held for HOLD steps.
 LOOK_AHEAD steps after it was made it is judged by the falls of the student's loss, g = DISCOUNT:
 
-    R = sum_{i=1..L} g^(i-1) max(0, loss_{i-1} - loss_i)  +  REFERENCE_WEIGHT * mean_i[g^(i-1)] log T(reference)
+    R = sum_{i=1..L} g^(i-1) max(0, loss_{i-1} - loss_i)
 
-loss_0 being the step's before it. BATCH judged decisions make one step of REINFORCE with R whitened over them; entropy of the Beta above
+loss_0 being the step's before it. The paper adds a tenth of the teacher's log-prob of the reference, which is not here: it would cost a
+pass over the references. BATCH judged decisions make one step of REINFORCE with R whitened over them; entropy of the Beta above
 MAX_ENTROPY is penalised. The first HOLD steps have the configured share, which nothing is learned from: it was not drawn.
 
 UNSURE: every constant below, the optimiser (plain gradient descent), and what the state's mismatch, probe and confidence are; the paper's
-code is not released. Here mismatch is the mean divergence and confidence exp of the mean log-prob of the sampled tokens; the teacher's
-log-prob of the reference is read where the step's figures have it ("reference_logp", nats per token) and left out where they do not.
+code is not released. Here mismatch is the mean divergence and confidence exp of the mean log-prob of the sampled tokens.
 One alpha for a whole batch, as the paper has it. The only file of algo/ that needs torch (on the CPU, float64).
 """
 
@@ -29,7 +29,6 @@ from torch.distributions import Beta
 HOLD = 2  # H, steps that a decision is held
 LOOK_AHEAD = 6  # L, steps after which it is judged
 DISCOUNT = 0.9  # g
-REFERENCE_WEIGHT = 0.1  # lam_gt
 HIDDEN = 16  # units of the MLP's one hidden layer
 BATCH = 4  # decisions of one controller update
 LEARNING_RATE = 0.05
@@ -37,7 +36,7 @@ MAX_ENTROPY = -0.2  # nats; Beta(1, 1) has 0, the most there is
 ENTROPY_WEIGHT = 1.0
 AVERAGE_RATE = 0.2  # share of a new step in the averages of the state
 HORIZON = 100  # steps that progress counts to where the run's length is not known
-FEATURES = ("progress", "fraction", "loss", "divergence", "reference_nll", "confidence")
+FEATURES = ("progress", "fraction", "loss", "divergence", "confidence")
 
 
 class ExposureController:
@@ -65,7 +64,7 @@ class ExposureController:
         ]
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """The figures of the step that is over: "loss", and "divergence", "logp", "reference_logp" where there are any.
+        """The figures of the step that is over: "loss", and "divergence", "logp" where there are any.
 
         ValueError without a finite loss.
         """
@@ -75,8 +74,6 @@ class ExposureController:
         self._average(metrics, loss)
         for decision in self.open:
             decision["losses"].append(loss)
-            if "reference_logp" in metrics:
-                decision["reference"].append(metrics["reference_logp"])
         due = [d for d in self.open if len(d["losses"]) > LOOK_AHEAD]
         self.open = [d for d in self.open if len(d["losses"]) <= LOOK_AHEAD]
         self.judged += [{"state": d["state"], "fraction": d["fraction"], "reward": _reward(d)} for d in due]
@@ -109,7 +106,7 @@ class ExposureController:
 
     def _average(self, metrics: Mapping[str, float], loss: float) -> None:
         seen = {"fraction": self.fraction, "loss": loss, "divergence": metrics.get("divergence", 0.0)}
-        seen |= {"reference_nll": -metrics.get("reference_logp", 0.0), "confidence": math.exp(metrics.get("logp", 0.0))}
+        seen["confidence"] = math.exp(metrics.get("logp", 0.0))
         for name, value in seen.items():
             old = self.averages.get(name, value)
             self.averages[name] = old + AVERAGE_RATE * (value - old)
@@ -121,7 +118,7 @@ class ExposureController:
     def _decide(self) -> None:
         self.fraction = random.Random(f"{self.seed}/exposure/{self.decisions}").betavariate(*self.beta())
         self.decisions += 1
-        self.open.append({"state": self._state(), "fraction": self.fraction, "losses": [self.loss], "reference": []})
+        self.open.append({"state": self._state(), "fraction": self.fraction, "losses": [self.loss]})
 
     def _beta(self, states_BF: Tensor) -> Tensor:
         """(a, b) of each state, [B, 2], each above 1."""
@@ -143,8 +140,5 @@ class ExposureController:
 
 
 def _reward(decision: Mapping[str, Any]) -> float:
-    losses, reference = decision["losses"], decision["reference"]
-    falls = sum(DISCOUNT**i * max(0.0, losses[i] - losses[i + 1]) for i in range(len(losses) - 1))
-    shares = [DISCOUNT**i for i in range(len(reference))]
-    mean = sum(g * x for g, x in zip(shares, reference, strict=True)) / sum(shares) if shares else 0.0
-    return falls + REFERENCE_WEIGHT * mean
+    losses = decision["losses"]
+    return sum(DISCOUNT**i * max(0.0, losses[i] - losses[i + 1]) for i in range(len(losses) - 1))

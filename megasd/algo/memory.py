@@ -1,7 +1,7 @@
 """What rank 0 remembers between steps: pass rates by question, successes, moments of rewards, the exposure controller.
 
     memory = Memory(config.algorithm, seed=1, steps=100)
-    memory.pass_rate(group, algorithm.question_weight); memory.observe(groups, step); memory.after_step(metrics, step)
+    memory.pass_rate(group, algorithm.question_weight); memory.observe(groups); memory.after_step(metrics)
 
 Only what some stage of the algorithm reads is kept. Plain Python, and torch where a share of the solution is learned.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megasd.algo.advantage import Whitener
 from megasd.algo.pass_rate import question_weight
-from megasd.algo.schedule import variants
+from megasd.algo.schedule import averages, variants
 from megasd.config import AlgorithmConfig, QuestionWeightConfig
 from megasd.types import Group, Prompt, UserError, Verdict
 
@@ -34,7 +34,7 @@ class Memory:
         self.algorithm, self.seed = algorithm, seed
         stages = variants(algorithm)
         teachers = [one.teacher for one in stages if one.teacher is not None]
-        self.averaged: dict[str, float] | None = {} if any(_reads(one, "ema") for one in stages) else None
+        self.averaged: dict[str, float] | None = {} if any(averages(one) for one in stages) else None
         self.frozen: dict[str, float | None] | None = None
         self.buffer: dict[str, str] | None = {} if any(teacher.fallback == "buffer" for teacher in teachers) else None
         whitens = any(one.policy_gradient is not None and one.policy_gradient.advantage == "whitened" for one in stages)
@@ -105,10 +105,13 @@ class Memory:
 
     @property
     def prefix_fraction(self) -> float | None:
-        """Share of the solution that the controller shows in this step (ATESD 2605.11458); None without one."""
+        """Share of the solution that the controller shows in this step (ATESD 2605.11458); None without one.
+
+        A run has it from the first step to the last (check_stages), so it is every step's.
+        """
         return None if self.exposure is None else self.exposure.fraction
 
-    def observe(self, groups: list[Group], step: int) -> dict[str, float]:
+    def observe(self, groups: list[Group], step: int = 0) -> dict[str, float]:
         """The step's scored groups, after its batch was built; once a step. Figures for the log."""
         figures: dict[str, float] = {}
         if self.averaged is not None:
@@ -131,14 +134,14 @@ class Memory:
             figures |= {f"teacher/prefix_{name}": value for name, value in self.exposure.figures().items()}
         return figures
 
-    def after_step(self, metrics: Mapping[str, float], step: int) -> None:
+    def after_step(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """The figures of the optimizer step, as the actor names them ("loss", "divergence", "logp")."""
         if self.exposure is not None:
             self.exposure.observe(metrics)
 
     def _ema_rate(self) -> float:
-        """Of the first stage that averages."""
-        return next(one.question_weight.ema_rate for one in variants(self.algorithm) if _reads(one, "ema"))
+        """Of the stages that average: they have one (check_stages)."""
+        return next(one.question_weight.ema_rate for one in variants(self.algorithm) if averages(one))
 
     # ---- checkpoints ----
 
@@ -157,7 +160,3 @@ class Memory:
         for name in ("whitener", "exposure"):
             if getattr(self, name) is not None and state[name] is not None:
                 getattr(self, name).load_state_dict(state[name])
-
-
-def _reads(algorithm: AlgorithmConfig, rates: str) -> bool:
-    return algorithm.question_weight.kind != "none" and algorithm.question_weight.pass_rate == rates

@@ -13,6 +13,7 @@ from megasd.config import QuestionWeightConfig
 
 QuestionWeight = Callable[[float | None], float]
 Rule = Callable[[float, QuestionWeightConfig], float]  # of a pass rate that is known
+LEAST = 2.0**-30  # a smaller weight is 0: an averaged rate comes ever closer to 0 or 1, and loss/reduce.py adds weights up on a grid
 
 
 def sqrt_pq(pass_rate: float, config: QuestionWeightConfig) -> float:
@@ -44,7 +45,7 @@ RULES: dict[str, Rule] = {"sqrt_pq": sqrt_pq, "pq": pq, "four_pq": four_pq, "pow
 
 
 def question_weight(config: QuestionWeightConfig) -> QuestionWeight:
-    """Raw (not normalised) weight of a question as a function of its pass rate (None: not known), config.scale included.
+    """Raw (not normalised) weight of a question as a function of its pass rate (None: not known), config.scale included; 0 below 2^-30.
 
     ValueError for an unknown kind, and, from the function, for a rate outside [0, 1].
     """
@@ -59,6 +60,7 @@ def question_weight(config: QuestionWeightConfig) -> QuestionWeight:
             return 0.0
         if not 0.0 <= pass_rate <= 1.0:
             raise ValueError(f"a pass rate lies in [0, 1], got {pass_rate}; map shaped rewards to success or failure first")
-        return config.scale * rule(pass_rate, config)
+        raw = config.scale * rule(pass_rate, config)
+        return raw if raw >= LEAST else 0.0
 
     return weight

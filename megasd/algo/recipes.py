@@ -33,28 +33,32 @@ SSD = replace(SFT, recipe="ssd", source="rollout", nll=NLLTerm(drop_shortest=0.1
 # each response, then over samples. The original clips at 0.2 on both sides and adds the KL.
 GRPO = AlgorithmConfig(recipe="grpo", policy_gradient=PolicyGradientTerm(advantage="group_std"))
 
+# The ratio to the engine's own probabilities (tis_clip) is of SC-SDPO's baseline; the papers of the rows below have none.
+PLAIN = replace(GRPO, tis_clip=None)
+
 # Dr. GRPO (2503.20783): R - mean, and token sums over a constant.
 DR_GRPO = replace(
-    GRPO, recipe="dr_grpo", policy_gradient=PolicyGradientTerm(advantage="group_mean", clip_high=0.2), aggregation="sequence_sum"
+    PLAIN, recipe="dr_grpo", policy_gradient=PolicyGradientTerm(advantage="group_mean", clip_high=0.2), aggregation="sequence_sum"
 )
 
 # DAPO (2503.14476): clip-higher and dual clip, token mean; dynamic sampling and the overlong penalty go by its file.
-DAPO = replace(GRPO, recipe="dapo", policy_gradient=PolicyGradientTerm(advantage="group_std", dual_clip=10.0), aggregation="token_mean")
+DAPO = replace(PLAIN, recipe="dapo", policy_gradient=PolicyGradientTerm(advantage="group_std", dual_clip=10.0), aggregation="token_mean")
 
 # GSPO (2507.18071): the ratio of the whole sequence, in the token form.
 GSPO = replace(
-    GRPO,
+    PLAIN,
     recipe="gspo",
     policy_gradient=PolicyGradientTerm(advantage="group_std", surrogate="gspo", clip_low=3e-4, clip_high=4e-4),
 )
 
 # CISPO (2506.13585): the clipped, detached ratio weighs log pi; no token loses its gradient.
 CISPO = replace(
-    GRPO, recipe="cispo", policy_gradient=PolicyGradientTerm(advantage="group_std", surrogate="cispo"), aggregation="token_mean"
+    PLAIN, recipe="cispo", policy_gradient=PolicyGradientTerm(advantage="group_std", surrogate="cispo"), aggregation="token_mean"
 )
 
-# ROPD (2605.07396): GRPO without std on rewards that a rubric's judge gives (reward.verifier=rubric).
-ROPD = replace(GRPO, recipe="ropd", policy_gradient=PolicyGradientTerm(advantage="group_mean", clip_high=0.2))
+# ROPD (2605.07396): GRPO without std on rewards that a rubric's judge gives. That is reward.verifier=rubric, which is no key of a row: with
+# another verifier this row is GRPO on right and wrong.
+ROPD = replace(PLAIN, recipe="ropd", policy_gradient=PolicyGradientTerm(advantage="group_mean", clip_high=0.2))
 
 # ---- distillation from a self-teacher on the student's samples ----
 
@@ -171,7 +175,8 @@ RLCSD = AlgorithmConfig(
     tis_clip=None,
 )
 
-# AntiSD (2605.11609): minus the Jensen-Shannon advantage of a live teacher that is told the verdict, behind a gate on its entropy.
+# AntiSD (2605.11609): minus the Jensen-Shannon advantage of a live teacher that is told the verdict, behind a gate on its entropy. A sample
+# without a right sibling whose row has no solution (DAPO-Math-17k) is untaught: it keeps its plain advantage.
 ANTISD = AlgorithmConfig(
     recipe="antisd",
     policy_gradient=PolicyGradientTerm(advantage="group_std", clip_high=0.2, credit=CreditConfig(kind="antisd")),
@@ -246,10 +251,10 @@ UNI_OPD = replace(
 # name: (paper, one line), in the order of `megasd recipes`.
 ABOUT: dict[str, tuple[str, str]] = {
     "sft": ("-", "supervised: likelihood of the rows' solutions"),
-    "ssd": ("2604.01193", "supervised on the start model's own samples"),
+    "ssd": ("2604.01193", "supervised on own samples; with rollout.frozen_policy=true: the start model's"),
     "grpo": ("2402.03300", "group-normalised rewards, clipped ratio"),
     "dr_grpo": ("2503.20783", "rewards less their mean, token sums over a constant"),
-    "dapo": ("2503.14476", "clip-higher, dual clip, token mean, dynamic sampling, overlong penalty"),
+    "dapo": ("2503.14476", "clip-higher, dual clip, token mean; with configs/algo/dapo.yaml: dynamic sampling, overlong penalty"),
     "gspo": ("2507.18071", "ratio of the whole sequence"),
     "cispo": ("2506.13585", "clipped, detached ratio times log-likelihood"),
     "sdpo": ("2601.20802", "Jensen-Shannon to a self-teacher that reads a right sibling"),
@@ -272,7 +277,7 @@ ABOUT: dict[str, tuple[str, str]] = {
     "tml_opd": ("Thinking Machines 2025", "per-token reverse KL to another model as advantage"),
     "atesd": ("2605.11458", "a controller decides how much of the solution the teacher reads"),
     "uni_opd": ("2605.03677", "tml_opd with a margin between right and wrong samples"),
-    "ropd": ("2605.07396", "rewards from a rubric"),
+    "ropd": ("2605.07396", "grpo without std; with reward.verifier=rubric: rewards from a rubric"),
     "drift": ("2606.30345", "sdpo, then routed by correctness, with a buffer of successes"),
 }
 

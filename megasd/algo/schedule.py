@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from operator import attrgetter
 
-from megasd.config import AlgorithmConfig, ConfigError, CreditConfig, DistillTerm
+from megasd.config import AlgorithmConfig, Config, ConfigError, CreditConfig, DistillTerm
 from megasd.load_config import override
-from megasd.validate import check_terms
+from megasd.validate import data_parallel_size, default_world_size
+from megasd.validate_algorithm import check_algorithm, check_read
 
 STAGE = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*:(.*)", re.DOTALL)
 # What is built once, before the first step.
-BUILT_ONCE = ("weights", "ema_rate", "refresh_every", "gate_gain", "gate_length", "trust_mix", "model_path")
+BUILT_ONCE = ("weights", "ema_rate", "refresh_every", "gate_gain", "gate_length", "trust_mix", "model_path", "adaptive_prefix")
 
 _known: dict[tuple[str, int], AlgorithmConfig] = {}  # reading a stage takes milliseconds, and every step asks several times
 
@@ -63,24 +64,42 @@ def variants(algorithm: AlgorithmConfig) -> list[AlgorithmConfig]:
     return [_after(algorithm, count) for count in range(len(algorithm.stages) + 1)]
 
 
-def check_stages(algorithm: AlgorithmConfig, steps: int) -> None:
-    """Refuse stages that cannot be read, are out of order, never begin in a run of `steps`, or ask for what cannot run.
+def reads_solutions(algorithm: AlgorithmConfig) -> bool:
+    """Whether every training row must bring a solution, in some stage. teacher.fallback=solution does without where a row has none."""
+    stages = variants(algorithm)
+    learned = any(one.source != "rollout" for one in stages)
+    return learned or any(one.teacher is not None and one.teacher.context in ("solution", "prefix") for one in stages)
 
-    Raises ConfigError.
+
+def check_stages(config: Config, world_size: int | None = None) -> None:
+    """Refuse stages that cannot be read, are out of order, never begin in run.steps, or ask for what cannot run on `world_size` ranks
+    (None: the number that `megasd train` starts). The start is held to the same rules. Raises ConfigError.
     """
-    last = 0
-    for stage, before, after in zip(_stages(algorithm), variants(algorithm), variants(algorithm)[1:], strict=False):
+    algorithm, steps = config.algorithm, config.run.steps
+    stages, found, last = _stages(algorithm), variants(algorithm), 0
+    data_parallel = data_parallel_size(config, world_size or default_world_size(config))
+    check_algorithm(config, algorithm, data_parallel)
+    for stage, before, after in zip(stages, found, found[1:], strict=False):
         first = stage.first_step(steps)
         if first < last:
             raise ConfigError(f"{stage.where}: begins before the stage in front of it; write stages in their order")
         if first >= steps and not stage.is_share:
             raise ConfigError(f"{stage.where}: never begins in run.steps={steps}; give a smaller step, a share such as 50%, or more steps")
         try:
-            check_terms(after)
+            check_algorithm(config, after, data_parallel)
         except ConfigError as error:
             raise ConfigError(f"{stage.where}: {error}") from error
         _check_built(stage.where, algorithm, before, after)
         last = first
+    check_read(config, found)
+    rates = sorted({one.question_weight.ema_rate for one in found if averages(one)})
+    if len(rates) > 1:
+        raise ConfigError(f"algorithm.question_weight.ema_rate: pass rates are averaged once for all stages; take {rates[0]} or {rates[1]}")
+
+
+def averages(algorithm: AlgorithmConfig) -> bool:
+    """Whether question weights go by pass rates averaged over visits."""
+    return algorithm.question_weight.kind != "none" and algorithm.question_weight.pass_rate == "ema"
 
 
 def _check_built(where: str, start: AlgorithmConfig, before: AlgorithmConfig, after: AlgorithmConfig) -> None:

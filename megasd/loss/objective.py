@@ -16,12 +16,14 @@ from megasd.loss.policy import is_ratio, policy_gradient, tis
 from megasd.loss.reduce import exact_words, weigh
 from megasd.ops.readout import Readout, ReadoutSpec
 
-# What a metric is a mean over, where that is not all response tokens; "" is a plain sum.
+# What a metric is a mean over, where that is not "tokens" (response tokens of samples with a weight); "" is a plain sum.
 METRIC_WEIGHTS = {
     "loss": "",
     "tokens": "",
     "taught_tokens": "",
     "teacher_mib": "",
+    "sampled_tokens": "",
+    "rollout_gap": "sampled_tokens",
     "divergence": "taught_tokens",
     "log_ratio": "taught_tokens",
     "credit_clipped": "taught_tokens",
@@ -53,7 +55,7 @@ def divergence_of(readout: Readout, algorithm: AlgorithmConfig) -> Tensor:
         return readout.divergence_T
     buckets = readout.student_logq_TB, readout.teacher_logq_TB
     if term.divergence == "adaptive":
-        return adaptive(*buckets)
+        return adaptive(*buckets, tail=term.tail)
     return divergence(*buckets, beta=term.beta, normalised=term.tail != "raw", clip=term.pointwise_clip)
 
 
@@ -73,7 +75,9 @@ def objective(
     tis_T = tis(old_T, streams_T["rollout_logp"], algorithm.tis_clip, low=algorithm.tis_low, mode=algorithm.tis_mode)
     terms_T = {}
     metrics_T = {"tokens": valid_T, "entropy": weigh(readout.entropy_T, valid_T), "logp": weigh(detached_T, valid_T)}
-    metrics_T |= {"rollout_gap": weigh((detached_T - streams_T["rollout_logp"]).abs(), valid_T), "tis": weigh(tis_T, valid_T)}
+    sampled_T = valid_T & ~streams_T["rollout_logp"].isnan()  # the others are rows' own solutions
+    gap_T = (detached_T - streams_T["rollout_logp"]).abs()
+    metrics_T |= {"sampled_tokens": sampled_T, "rollout_gap": weigh(gap_T, sampled_T), "tis": weigh(tis_T, valid_T)}
     if algorithm.distill is not None:
         term = algorithm.distill
         div_T = divergence_of(readout, algorithm)

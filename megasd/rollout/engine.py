@@ -173,6 +173,9 @@ class Engine(Server):
                 self.kill()
                 limit = f"rollout.engine.start_timeout={self.config.start_timeout:g} s"
                 raise StartError(f"the engine gave no token within {limit}: {self.last_error()} (log: {self.log_path})")
+            if self.port_was_taken():  # whoever answers there is another
+                self.kill()
+                self.launch()
             try:
                 await self.request("POST", "/generate", body, timeout=max(deadline - time.monotonic(), 1.0))
                 break

@@ -123,8 +123,10 @@ class Rollout(Fleet):
         temperature: float,
         top_p: float,
         max_response_tokens: int,
+        top_k: int | None = None,
     ) -> list[Group]:
         """P groups of G = num_samples samples in the prompts' order, each sample exactly once, all of weight version `self.version`.
+        top_k: -1 = off; None = config.top_k.
 
         Samples that an engine lost, aborted, or sampled with other weights are asked again (config.max_retries times; with
         config.allow_stale the latter are kept and say their version). `self.stats` then holds: samples, response_tokens, seconds, restarts,
@@ -147,7 +149,7 @@ class Rollout(Fleet):
             "max_new_tokens": max_response_tokens,
             "temperature": temperature,
             "top_p": top_p,
-            "top_k": self.config.top_k,
+            "top_k": self.config.top_k if top_k is None else top_k,
             "stop_token_ids": self.stop_token_ids,
         }
         if self.config.stop:

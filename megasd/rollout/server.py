@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -27,6 +28,9 @@ if os.getppid() == int(sys.argv[1]):
 """
 # What torchrun tells its ranks; torch.distributed inside the engine must not read it as its own (it would wait for the trainer's store).
 TORCHRUN_VARIABLES = re.compile(r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_|MASTER_)|(RANK|WORLD_SIZE|OMP_NUM_THREADS)$")
+
+
+OWN_PORTS = 20000, 32768  # Linux gives 32768 and above to whoever asks for any port
 
 
 class Server:
@@ -110,6 +114,13 @@ class Server:
         self.incarnation += 1
 
     def _choose_port(self) -> int:
+        """config.port, or a free one below the range that the kernel deals out: an engine binds it only seconds later."""
+        if self.config.port == 0:
+            for _ in range(100):
+                port = random.SystemRandom().randrange(*OWN_PORTS)
+                with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+                    probe.bind((self.config.host, port))
+                    return port
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -138,6 +149,10 @@ class Server:
     def exit_code(self) -> int | None:
         """Exit status of an owned engine's process; None while it runs, and always for a URL."""
         return self.process.poll() if self.process is not None else None
+
+    def port_was_taken(self) -> bool:
+        """Whether the server could not bind its port, which another process took since it was chosen. It does not exit for that."""
+        return self.owned and self.config.port == 0 and "address already in use" in self.last_error()
 
     def last_error(self) -> str:
         """The last line of this start's log that looks like an error, else its last line."""

@@ -99,8 +99,6 @@ ALGORITHMS: dict[str, dict] = {
 }
 
 
-
-
 def credit(kind: str, surrogate: str = "ppo", **values: object) -> dict:
     term = PolicyGradientTerm(surrogate=surrogate, credit=CreditConfig(kind=kind, **values))
     return {"policy_gradient": term, "distill": None, "tis_clip": None}

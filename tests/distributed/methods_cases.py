@@ -98,7 +98,9 @@ def advantages_of(row: AlgorithmConfig, w: World, advantages: list[float], layou
     batch, _ = batch_of(w.groups, row)
     batch.streams["advantage"] = torch.tensor(advantages, dtype=torch.float64)
     streams = signals(batch, w, row, layout, None) | signal
-    weighed = weigh(batch, streams, row, observe=lambda median: (True, median), dataset_mean=None, room=ROOM, dp_group=None)
+    weighed = weigh(
+        batch, streams, row, observe=lambda median: (True, median), normaliser="informative", mean_weight=None, room=ROOM, dp_group=None
+    )
     weighed.weights = {name: (weights > 0).double() for name, weights in weighed.weights.items()}
     found = []
     for index in range(len(advantages)):
@@ -159,7 +161,9 @@ def golden_weights(all_layouts: list[Layout]) -> None:
     group = Group(w.groups[0].prompt, [sample])
     batch, _ = batch_of([group], dash)
     streams = dict(batch.streams) | {"divergence": r, "taught": torch.ones(4, dtype=torch.bool)}
-    weights = weigh(batch, streams, dash, observe=lambda median: (True, median), dataset_mean=None, room=ROOM, dp_group=None).weights
+    weights = weigh(
+        batch, streams, dash, observe=lambda median: (True, median), normaliser="informative", mean_weight=None, room=ROOM, dp_group=None
+    ).weights
     assert abs((weights["distill"] * r).sum().item() - 0.162799) < 6e-7
     tail = (weights["distill"] * 4)[1:] - 1  # lam_t c_t
     found = tail / (weights["distill"] * 4)[:-1]
@@ -315,6 +319,8 @@ def equal_teacher(layout: Layout) -> None:
             assert found.gradient.abs().max() <= (1e-15 if row.distill.pointwise_clip else gradient_zero), row.recipe
     base = replace(small(RECIPES["sdpo"]), tis_clip=None)
     for support, tail, kind in itertools.product(("student", "teacher", "union"), TAILS, (0.0, 0.3, 0.5, 1.0, "adaptive")):
+        if (tail, kind) == ("raw", "adaptive"):  # refused by validation: where the two agree, its weights are the ratio of two roundings
+            continue
         changes = dict(support=support, tail=tail) | ({"divergence": kind} if kind == "adaptive" else {"beta": kind})
         found = step(equal, small(base, **changes), layout)
         assert abs(found.loss) <= (0.0 if exact else 1e-16 if tail == "raw" else 1e-30), changes
@@ -325,7 +331,7 @@ def equal_teacher(layout: Layout) -> None:
         ids = reference.topk(student.detach(), TOP_K)[0]
         mass = reference.bucket_logprobs(student, ids, temperature=TEMPERATURE, tail="raw").exp().sum(-1)
         (expected,) = torch.autograd.grad((mass * found.weighed.weights["distill"]).sum(), student)
-        sign = {0.0: -1.0, 1.0: 1.0, "adaptive": 0.0}[kind]
+        sign = {0.0: -1.0, 1.0: 1.0}[kind]
         torch.testing.assert_close(found.gradient, sign * expected, rtol=1e-11, atol=1e-16)
 
 

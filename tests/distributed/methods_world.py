@@ -176,7 +176,8 @@ def step(w: World, algorithm: AlgorithmConfig, layout: Layout, *, microbatches: 
     mine = replace(w, student=w.student[places], teacher=w.teacher[places], contrasts=w.contrasts[:, places])
     gate = EntropyGate(warmup=1, ratio=0.5)
     gate.observe(0.1)
-    options = dict(dataset_mean=memory.dataset_mean([group.prompt for group in w.groups]), room=ROOM, dp_group=layout.dp_group)
+    mean, kind = memory.dataset_mean([group.prompt for group in w.groups]), algorithm.question_weight.normaliser
+    options = dict(normaliser=kind, mean_weight=mean, room=ROOM, dp_group=layout.dp_group)
     streams = signals(batch, mine, algorithm, layout, None if old is None else old[places])
     weighed = weigh(batch, streams, algorithm, observe=lambda median: (gate.observe(median), median), **options)
     loss, gradient = torch.zeros((), dtype=torch.float64), torch.zeros(num_tokens, VOCAB, dtype=torch.float64)

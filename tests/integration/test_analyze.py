@@ -31,6 +31,8 @@ from megasd.load_config import load_config
 from megasd.types import Group, Verdict
 from tools import make_quickstart
 
+pytestmark = pytest.mark.nightly
+
 LETTERS, QUESTIONS, SAMPLES, STAMP = "ABCDEFGH", 16, 8, 7
 RULES = ["reward.verifier=multiple_choice", "rollout.max_prompt_tokens=64", "rollout.engine.start_timeout=500"]
 ROOM = "rollout.max_response_tokens=40"

@@ -51,12 +51,17 @@ def test_megasd_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     row = json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n"
+    (tmp_path / "runs" / "quickstart-start").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart-warmup").mkdir()
+    (tmp_path / "runs" / "quickstart-warmup" / "hf").symlink_to(model)  # what `make quickstart` leaves
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text(row)
+        (tmp_path / "runs" / "quickstart-start" / name).write_text(row)
     commands = [c for c in COMMANDS if c.startswith("megasd train ")]
     assert commands
     for command in commands:
-        assert cli.main(shlex.split(command.replace("/models/Qwen3-8B", str(model)))[1:]) == 0, command
+        arguments = shlex.split(command.replace("/models/Qwen3-8B", str(model)))[1:]
+        assert cli.main([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])]) == 0, command
         assert "# ranks " in capsys.readouterr().out
 
 

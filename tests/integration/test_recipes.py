@@ -27,6 +27,8 @@ from tests.integration.test_train import teach_to_toss
 from tests.launch import ROOT
 from tools import make_quickstart
 
+pytestmark = pytest.mark.nightly
+
 Rows = list[dict[str, float]]
 
 

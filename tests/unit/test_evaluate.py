@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megasd.cli import build_parser, main
+from megasd.cli import main
 from megasd.config import RewardConfig
 from megasd.data.rollouts import load_groups, rollout_path, save_groups
 from megasd.eval_run import decoding_of
@@ -36,6 +36,7 @@ from megasd.evaluate import (
     per_question,
     summarise,
 )
+from megasd.options import build_parser
 from megasd.presets import PRESETS
 from megasd.report import Report, result_table, step_line
 from megasd.types import Group, Prompt, Sample, UserError, Verdict

@@ -1,0 +1,53 @@
+"""What `megasd train --dry-run` says about a run."""
+
+from __future__ import annotations
+
+from megasd.config import Config, samples_per_step
+from megasd.validate import data_parallel_size, needs_engine, sequence_multiple
+
+
+def plan(config: Config, world_size: int) -> list[str]:
+    """What the run will do, in lines for a reader."""
+    actor, rollout, run, engine = config.actor, config.rollout, config.run, config.rollout.engine
+    data_parallel = data_parallel_size(config, world_size)
+    samples = samples_per_step(config)
+    tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    local = samples // data_parallel
+    if not needs_engine(config):
+        where = f"none (replays {rollout.replay_dir})" if rollout.replay_dir else "none"
+    elif engine.urls:
+        where = f"SGLang at {', '.join(engine.urls)}"
+    else:
+        dtype = actor.dtype if engine.dtype == "auto" else engine.dtype
+        port = engine.port or "a free port"
+        where = f"SGLang started on {engine.host}, {port}; TP {engine.tensor_parallel_size}, {dtype}, {engine.max_total_tokens} KV tokens"
+    lines = [
+        f"ranks        {world_size} = TP {actor.tensor_model_parallel_size} x PP {actor.pipeline_model_parallel_size} x "
+        f"CP {actor.context_parallel_size} x DP {data_parallel} (experts: EP {actor.expert_model_parallel_size})",
+        f"step         {samples} samples, at most {samples * tokens} tokens of prompt and response",
+        f"rank         {local} samples a step = {local // actor.micro_batch_size} microbatches of {actor.micro_batch_size}; "
+        f"sequences padded to {sequence_multiple(config)}",
+        f"run          {run.steps} steps, {run.steps * samples} samples; resume: {run.resume}",
+        f"algorithm    {config.algorithm.recipe}: {_terms(config)}",
+        f"engine       {where}",
+    ]
+    lines += [f"stage        {stage}" for stage in config.algorithm.stages]
+    teacher = config.algorithm.teacher
+    if teacher:
+        longest = tokens + rollout.max_response_tokens
+        about = f"; a sequence of about {longest} tokens at most" if teacher.context.endswith("_success") else ""
+        lines.append(f"teacher      {teacher.weights} weights, reads {teacher.context}{about}")
+    every = f"every {config.evaluation.every} steps, " if config.evaluation.every else ""
+    lines.append(f"evaluation   {f'{every}before and after, {config.data.eval}' if config.data.eval else 'none'}")
+    files = ["config.yaml", "metrics.jsonl", "summary.json"]
+    files += ["tensorboard/"] if run.tensorboard else []
+    files += ["rollouts/"] if needs_engine(config) else []
+    files += ["checkpoints/"] if config.checkpoint.every or config.checkpoint.save_at_end else []
+    files += ["hf/"] if run.export else []
+    return [*lines, f"writes       {run.dir}: {', '.join(files)}"]
+
+
+def _terms(config: Config) -> str:
+    algorithm = config.algorithm
+    names = [f"{n} x {t.coefficient}" for n in ("distill", "policy_gradient", "nll") if (t := getattr(algorithm, n))]
+    return f"{' + '.join(names)}; question weight {algorithm.question_weight.kind}, {algorithm.aggregation}"

@@ -1,0 +1,54 @@
+"""Proves: what a share takes from the whole batch: the mean question weight to the reducer's own bits, and which samples need a forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megasd.actor.share import active_samples, mean_question_weight
+from megasd.algo.recipes import RECIPES
+from megasd.batch import Batch
+from megasd.loss.reduce import global_normalisers
+
+
+def make_batch() -> Batch:
+    """Five questions of 3, 1, 4, 2 and 2 samples of one or two tokens; question 1 has no weight, sample 4 no teacher."""
+    sizes = torch.tensor([3, 1, 4, 2, 2])
+    question_size, num = sizes.repeat_interleave(sizes), 12
+    lens = torch.arange(num) % 2 + 1
+    advantage = torch.linspace(-1, 1, num)
+    advantage[5] = 0.0
+    contexts = torch.ones(num, 1, dtype=torch.int64)
+    contexts[4] = 0
+    return Batch(
+        prompt_ids=torch.zeros(num, dtype=torch.int64),
+        prompt_lens=torch.ones(num, dtype=torch.int64),
+        context_ids=torch.zeros(int(contexts.sum()), dtype=torch.int64),
+        context_lens=contexts,
+        response_ids=torch.zeros(int(lens.sum()), dtype=torch.int64),
+        response_lens=lens,
+        question_weight=torch.tensor([0.43301, 0.0, 0.5, 0.33072, 0.12345], dtype=torch.float64).repeat_interleave(sizes),
+        question_size=question_size,
+        scored=torch.ones(num, dtype=torch.bool),
+        streams={"advantage": advantage.repeat_interleave(lens)},
+    )
+
+
+@pytest.mark.parametrize("normaliser", ["informative", "batch"])
+def test_minibatches_are_divided_by_the_whole_batchs_mean(normaliser: str) -> None:
+    batch = make_batch()
+    masks = {"distill": torch.ones(len(batch.response_ids), dtype=torch.bool)}
+    weights = {"distill": batch.question_weight}
+    whole = global_normalisers(weights, batch.question_size, masks, batch.response_lens, normaliser=normaliser)["distill"]
+    assert mean_question_weight(batch, normaliser) == whole.mean_weight
+    assert [len(part) for part in batch.parts(2)] == [4, 8]
+
+
+def test_who_needs_a_forward() -> None:
+    batch = make_batch()
+    weighed = (batch.question_weight > 0).tolist()
+    assert active_samples(batch, RECIPES["sc_sdpo"]).tolist() == [w and i != 4 for i, w in enumerate(weighed)]
+    assert active_samples(batch, RECIPES["grpo"]).tolist() == [w and i != 5 for i, w in enumerate(weighed)]  # no advantage, no gradient
+    assert active_samples(batch, RECIPES["rlcsd"]).tolist() == active_samples(batch, RECIPES["grpo"]).tolist()
+    assert active_samples(batch, RECIPES["antisd"]).tolist() == weighed  # the teacher adds to an advantage of 0
+    assert active_samples(batch, RECIPES["ssopd"]).tolist() == [(w and i != 4) or i != 5 for i, w in enumerate(weighed)]  # grpo unweighed
