@@ -154,21 +154,21 @@ class LeftHalf(contextlib.ExitStack):
 
     def _check_replay(self) -> None:
         """Every sampling step's file is there, and the first of them holds this run's prompts."""
-        config, position, held = self.config, self.prompts.state_dict(), False
+        config, position, sampling = self.config, self.prompts.state_dict(), {}
         directory = Path(config.rollout.replay_dir) / "rollouts"
         for step in range(self.first_step, config.run.steps):
             prompts = self.prompts.next()
-            if at(config.algorithm, step, config.run.steps).source == "dataset":
-                continue
+            if at(config.algorithm, step, config.run.steps).source != "dataset":
+                sampling[step] = prompts
+        self.prompts.load_state_dict(position)
+        for step in sampling:
             if not rollout_path(directory, step).is_file():
                 staged = f" (step {step} samples: replay a run of the same algorithm.stages)" if config.algorithm.stages else ""
                 raise UserError(
                     f"rollout.replay_dir: {rollout_path(directory, step)} is missing; lower run.steps={config.run.steps}{staged}"
                 )
-            if not held:
-                self._replay(prompts, step)
-                held = True
-        self.prompts.load_state_dict(position)
+        for step, prompts in list(sampling.items())[:1]:
+            self._replay(prompts, step)
 
     def _replay(self, prompts: list[Prompt], step: int) -> list[Group]:
         path = rollout_path(Path(self.config.rollout.replay_dir) / "rollouts", step)

@@ -197,7 +197,7 @@ class Run(contextlib.ExitStack):
                 step=step, max_length=model_length(self.config), room=self.config.rollout.max_response_tokens,
                 answer_of=lambda text: extract_answer(self.config.reward.verifier, text),
             )  # fmt: skip
-            figures |= left.memory.observe(groups, step)
+            figures |= left.memory.observe(groups)
             metrics.update(figures | {f"train/{name}": value for name, value in more.items()})
             return batch.to_tensors()
 
@@ -212,7 +212,7 @@ class Run(contextlib.ExitStack):
     def learned(self, metrics: dict[str, float]) -> None:
         """What the step says to the next ones (rank 0)."""
         if self.left is not None:
-            self.left.memory.after_step(metrics, self.step)
+            self.left.memory.after_step(metrics)
 
     def evaluate(self, step: int) -> dict[str, float] | None:
         """Held-out figures on rank 0, None elsewhere or without data.eval; samples are kept in rollouts/eval-step-*.jsonl."""

@@ -21,16 +21,16 @@ from megasd.actor import checkpoint, cpu, optimizer_fixes
 from megasd.actor import model as build
 from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh, broadcast_tensors
-from megasd.actor.share import Share, active_samples, batch_figures, mean_question_weight
+from megasd.actor.share import Share, active_samples, batch_figures, mean_question_weight, softmax_temperature
 from megasd.actor.teach import TeacherPass
 from megasd.actor.teacher import Teacher, check_vocabulary
 from megasd.actor.teacher_signal import TeacherSignal
-from megasd.actor.weigh import weigh
+from megasd.actor.weigh import entropy_gate, weigh
 from megasd.batch import Batch
 from megasd.config import AlgorithmConfig, Config
 from megasd.loss.objective import METRIC_WEIGHTS, divergence_of, objective, readout_spec
 from megasd.loss.reduce import exact_words, megatron_loss, reduce_metrics
-from megasd.loss.streams import EntropyGate, sequence_log_ratio
+from megasd.loss.streams import sequence_log_ratio
 from megasd.microbatch import Microbatch, make_microbatches
 from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout
 from megasd.ops.readout import Readout, ReadoutSpec
@@ -68,22 +68,14 @@ class Actor:
         )
         self.ddp = build.wrap_data_parallel(self.model, self.model_config, config.actor)
         self.optimizer, self.scheduler = build.build_optimizer(self.ddp, config.optimizer, config.actor, config.run.steps)
-        self.teacher = self._build_teacher()
-        self.gate, self.gate_is_open = EntropyGate(warmup=1, ratio=0.0), False
-        credit = self.algorithm.policy_gradient.credit if self.algorithm.policy_gradient is not None else None
-        if credit is not None:
-            self.gate = EntropyGate(warmup=credit.gate_warmup, ratio=credit.gate_ratio)
+        self.teacher: Teacher | None = None
+        if self.algorithm.teacher is not None:
+            check_vocabulary(self.vocab_size, self.algorithm.teacher)
+            self.teacher = Teacher(self.ddp, self.model, self.model_config, self.algorithm.teacher, config.actor, mesh)
+        self.gate, self.gate_is_open = entropy_gate(self.algorithm), False
         self.loss_memory_bytes = config.actor.loss_memory_mib * 2**20
         # World rank that reports: first rank of the last pipeline stage (Megatron's order is tp-cp-ep-dp-pp, pp outermost).
         self.reporter = mesh.world_size // mesh.pp_size * (mesh.pp_size - 1)
-
-    def _build_teacher(self) -> Teacher | None:
-        config, actor = self.algorithm.teacher, self.config.actor
-        if config is None:
-            return None
-        if config.weights == "separate":
-            check_vocabulary(self.vocab_size, config.model_path)
-        return Teacher(self.ddp, self.model, self.model_config, config, actor, self.mesh)
 
     # ---- a training step ----
 
@@ -110,17 +102,12 @@ class Actor:
             algorithm=algorithm,
             spec=readout_spec(
                 algorithm,
-                temperature=self._temperature(algorithm),
+                temperature=softmax_temperature(algorithm, self.config.rollout.temperature),
                 vocab_size=self.vocab_size,
             ),
             streams={name: stream.to(self.mesh.device) for name, stream in streams.items()},
             **batch_figures(batch),
         )
-
-    def _temperature(self, algorithm: AlgorithmConfig) -> float:
-        """Of the softmax: that of sampling. A likelihood is one at temperature 1 (SSD 2604.01193), and rows were not sampled at any."""
-        likelihood = algorithm.distill is None and algorithm.policy_gradient is None
-        return 1.0 if likelihood or algorithm.source == "dataset" else self.config.rollout.temperature
 
     def teach(self, share: Share) -> TeacherSignal | None:
         """What the student's pass reads of the teacher (actor/teach.py, which says the collectives); None without a distillation term."""

@@ -64,3 +64,9 @@ def batch_figures(batch: Batch) -> dict[str, float]:
         "pass_rate": float(batch.right.sum() / batch.scored.sum().clamp(min=1)),
         "length_tail": float(batch.response_lens.max() / batch.response_lens.double().mean()),
     }
+
+
+def softmax_temperature(algorithm: AlgorithmConfig, sampling: float) -> float:
+    """That of sampling; 1 for a likelihood alone (SSD 2604.01193), and for rows, which were not sampled at any."""
+    likelihood = algorithm.distill is None and algorithm.policy_gradient is None
+    return 1.0 if likelihood or algorithm.source == "dataset" else sampling

@@ -40,6 +40,8 @@ class TeacherPass:
         term, pg = share.algorithm.distill, share.algorithm.policy_gradient
         credit = pg.credit if pg is not None else None
         reads = credit is not None or (term is not None and term.token_weight == "confidence")
+        if term is None and credit is None:  # a stage without them, or a credit that has faded out
+            return None
         asked_N = torch.zeros(len(share.batch), dtype=torch.bool)
         if term is not None:
             asked_N |= share.batch.mask("distill") & (share.batch.question_weight > 0)

@@ -186,9 +186,10 @@ def _separate_model(path: str, actor: ActorConfig, mesh: Mesh) -> tuple[build.Ba
     return model, config
 
 
-def check_vocabulary(student_size: int, teacher_path: str) -> None:
+def check_vocabulary(student_size: int, config: TeacherConfig) -> None:
     """UserError unless the separate teacher has the student's vocabulary size; what its ids mean, run.py holds against the tokenizer."""
-    size = build.family_of(teacher_path).vocab_size
+    teacher_path = config.model_path
+    size = student_size if config.weights != "separate" else build.family_of(teacher_path).vocab_size
     if size != student_size:
         raise UserError(
             f"algorithm.teacher.model_path: {teacher_path} has a vocabulary of {size}, the student of {student_size}; "

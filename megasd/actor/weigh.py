@@ -73,6 +73,12 @@ def weigh(
     return Weighed(weights, streams, figures | _question_figures(normalisers))
 
 
+def entropy_gate(algorithm: AlgorithmConfig) -> sequences.EntropyGate:
+    """As the algorithm's credit has it; one that nothing asks where it has none."""
+    credit = algorithm.policy_gradient.credit if algorithm.policy_gradient is not None else None
+    return sequences.EntropyGate(warmup=credit.gate_warmup if credit else 1, ratio=credit.gate_ratio if credit else 0.0)
+
+
 def _question_figures(normalisers: dict[str, Normaliser]) -> dict[str, float]:
     """Of the first term, the one whose questions are weighed."""
     first = normalisers["distill" if "distill" in normalisers else next(iter(normalisers))]

@@ -111,8 +111,8 @@ class Memory:
         """
         return None if self.exposure is None else self.exposure.fraction
 
-    def observe(self, groups: list[Group], step: int = 0) -> dict[str, float]:
-        """The step's scored groups, after its batch was built; once a step. Figures for the log."""
+    def observe(self, groups: list[Group]) -> dict[str, float]:
+        """The step's scored groups, after its batch was built; call it once a step. Figures for the log."""
         figures: dict[str, float] = {}
         if self.averaged is not None:
             for group in groups:
@@ -134,7 +134,7 @@ class Memory:
             figures |= {f"teacher/prefix_{name}": value for name, value in self.exposure.figures().items()}
         return figures
 
-    def after_step(self, metrics: Mapping[str, float], step: int = 0) -> None:
+    def after_step(self, metrics: Mapping[str, float]) -> None:
         """The figures of the optimizer step, as the actor names them ("loss", "divergence", "logp")."""
         if self.exposure is not None:
             self.exposure.observe(metrics)

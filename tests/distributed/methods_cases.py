@@ -279,7 +279,7 @@ def srpo_of_wrong_samples(layout: Layout) -> None:
 def dapo_is_grpo(layout: Layout) -> None:
     """Without dual clip (and dynamic sampling and overlong shaping, which are no part of the row) DAPO is GRPO with the token mean."""
     w = world(MIXED)
-    dapo, grpo = RECIPES["dapo"], replace(RECIPES["grpo"], aggregation="token_mean")
+    dapo, grpo = RECIPES["dapo"], replace(RECIPES["grpo"], aggregation="token_mean", tis_clip=RECIPES["dapo"].tis_clip)
     plain = replace(dapo, policy_gradient=replace(dapo.policy_gradient, dual_clip=None))
     old = -torch.rand(len(w.student), generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 9
     for before in (None, old):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.launch import torchrun
@@ -30,6 +31,7 @@ def make_models(root: Path) -> None:
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts)).float().save_pretrained(root / "moe")
 
 
+@pytest.mark.nightly  # three minutes; test_train.py pushes to a live engine, and to one that died, in make test
 def test_pushes(tmp_path: Path) -> None:
     make_models(tmp_path)
     output = torchrun("tests/integration/push_cases.py", 4, str(tmp_path))

@@ -14,7 +14,7 @@ from megasd.config import Config, ConfigError, DistillTerm, samples_per_step
 from megasd.load_config import _all_keys, _type_at, load_config, to_yaml
 from megasd.rules import RULES, walk
 from megasd.validate import data_parallel_size, default_world_size, sequence_multiple, validate
-from tests.unit.fake_model import MOE, write_inputs
+from tests.unit.fake_model import MOE, write_inputs, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = ["model.path=m", "data.train=d"]
@@ -192,6 +192,7 @@ def test_mandatory_values(tmp_path):
 
 
 def check(tmp_path, *overrides: str, world_size: int | None = None, rank: int = 0, **model: object) -> Config:
+    overrides = [text.replace("{model}", str(tmp_path / "model")) for text in overrides]
     config = load_config([], [*write_inputs(tmp_path, **model), *overrides], RECIPES)
     validate(config, world_size, rank=rank)
     return config
@@ -223,6 +224,63 @@ BAD_TOGETHER = [
     (["algorithm.recipe=sft", "algorithm.question_weight.kind=pq"], "algorithm.question_weight.kind=pq: algorithm.source=dataset has rows"),
     (["algorithm.teacher.transport=record"], "algorithm.teacher.transport=record: holds the teacher's own top tokens"),
     (["algorithm.nll.context_fraction=0.5"], "algorithm.nll.context_fraction: needs the rows' solutions"),
+    (["algorithm.recipe=rlcsd", "algorithm.policy_gradient.advantage=none"], "advantage=none: nothing is left to learn from"),
+    (["algorithm.recipe=rlcsd", "algorithm.teacher.context=prompt"], "algorithm.teacher.context=prompt: shows nothing for credit rlcsd"),
+    (
+        ["algorithm.recipe=rlsd", "algorithm.teacher.contrast=failures"],
+        "algorithm.teacher.contrast=failures: only the credits rlcsd and cepo",
+    ),
+    (["algorithm.teacher.contrast=wrong_answer"], "algorithm.teacher.contrast=wrong_answer: only the credits rlcsd and cepo read it"),
+    (
+        ["algorithm.distill.samples=positive"],
+        "algorithm.distill.samples=positive: there is no algorithm.policy_gradient to give advantages",
+    ),
+    (
+        ["algorithm.recipe=grpo", "algorithm.question_weight.kind=pq", "algorithm.question_weight.terms=distill"],
+        "terms=distill: there is no",
+    ),
+    (
+        ["rollout.num_samples=1"],
+        "algorithm.teacher.context=first_success: reads other samples of a question, and with rollout.num_samples=1",
+    ),
+    (
+        ["algorithm.recipe=sdpo", "algorithm.source=dataset", "algorithm.tis_clip=null"],
+        "algorithm.teacher.context=first_success: reads other samples of a question, and with algorithm.source=dataset there are none",
+    ),
+    (
+        ["algorithm.recipe=rlcsd", "algorithm.teacher.context=answer", "rollout.num_samples=1"],
+        "algorithm.teacher.contrast=failures: reads other samples of a question",
+    ),
+    (
+        ["algorithm.recipe=grpo", "algorithm.question_weight.kind=sqrt_pq", "rollout.num_samples=1"],
+        "algorithm.question_weight.kind=sqrt_pq: is 0 for the pass rates 0 and 1, and with rollout.num_samples=1",
+    ),
+    (
+        ["algorithm.recipe=grpo", "algorithm.question_weight.kind=band", "rollout.num_samples=1"],
+        "algorithm.question_weight.kind=band: is 0 for the pass rates 0 and 1",
+    ),
+    (["algorithm.recipe=grpo", "rollout.dynamic_sampling=true", "rollout.num_samples=1"], "rollout.dynamic_sampling: looks for questions"),
+    (["algorithm.recipe=sft", "rollout.dynamic_sampling=true"], "rollout.dynamic_sampling: asks for samples of every question"),
+    (
+        ["algorithm.recipe=gkd", "algorithm.teacher.model_path={model}", "rollout.dynamic_sampling=true"],
+        "rollout.dynamic_sampling: asks for samples of every question, and algorithm.source=mixed brings rows",
+    ),
+    (
+        ["algorithm.recipe=cispo", "algorithm.policy_gradient.dual_clip=3"],
+        "algorithm.policy_gradient.dual_clip: is of ppo and gspo, and the surrogate is cispo",
+    ),
+    (
+        ["algorithm.recipe=gkd", "algorithm.teacher.model_path={model}", "algorithm.policy_gradient.coefficient=1"],
+        "algorithm.policy_gradient: learns from sampled responses, and algorithm.source=mixed has rows among them",
+    ),
+    (
+        ["algorithm.teacher.transport=record", "algorithm.distill.support=teacher", "algorithm.teacher.weights=trust_region"],
+        "algorithm.teacher.transport=record: is of one model's logits",
+    ),
+    (
+        ["algorithm.recipe=sft", "algorithm.minibatches=16", "run.num_processes=4", "actor.micro_batch_size=1"],
+        "algorithm.minibatches=16: leaves 2 samples in the smallest, fewer than the 4 data-parallel ranks",
+    ),
     (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: exceeds optimizer.lr=1e-05"),
     (["optimizer.lr_decay_style=cosine", "run.steps=10"], "optimizer.lr_warmup_steps=10: cosine decay over run.steps=10 never begins"),
     (["evaluation.every=5"], "data.eval: evaluation.every asks for held-out rows"),
@@ -286,6 +344,30 @@ def test_bad_model(model, overrides, expected, tmp_path):
     assert expected in refusal(tmp_path, *overrides, call=check, **model)
 
 
+BAD_TEACHERS = [
+    (None, [], "algorithm.teacher.model_path={teacher}: no such directory; give a Hugging Face model directory"),
+    ({"model_type": "gpt2"}, [], "algorithm.teacher.model_path: {teacher}/config.json says model_type='gpt2'"),
+    ({"num_attention_heads": 9}, [f"{TP}=2"], f"algorithm.teacher.model_path: {TP}=2: does not divide num_attention_heads=9"),
+    ({"num_hidden_layers": 5}, [f"{PP}=2"], f"algorithm.teacher.model_path: {PP}=2: does not divide num_hidden_layers=5"),
+    ({**MOE, "num_experts": 5}, [f"{EP}=2"], f"algorithm.teacher.model_path: {EP}=2: does not divide num_experts=5"),
+    ({}, [f"{EP}=2"], "algorithm.teacher.model_path: actor.expert_model_parallel_size: "),
+    ({"max_position_embeddings": 2047}, [], "takes sequences of max_position_embeddings=2047, and rollout.max_prompt_tokens + "),
+]
+
+
+@pytest.mark.parametrize("teacher, overrides, expected", BAD_TEACHERS, ids=[str(t) for t, _, _ in BAD_TEACHERS])
+def test_bad_separate_teacher(teacher, overrides, expected, tmp_path):
+    """A dense or a sparse student that the ranks can hold; the teacher is what they cannot."""
+    path = tmp_path / "teacher"
+    if teacher is not None:
+        write_model(path, **teacher)
+    given = ["algorithm.recipe=tml_opd", f"algorithm.teacher.model_path={path}", *overrides]
+    student = MOE if f"{EP}=2" in overrides else {}
+    assert expected.replace("{teacher}", str(path)) in refusal(tmp_path, *given, call=check, **student)
+    write_model(path, **student)
+    check(tmp_path, *given, **student)
+
+
 def test_what_engines_read_passes(tmp_path):
     published = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836}
     for number, changes in enumerate(
@@ -336,6 +418,8 @@ GOOD = [
     ([f"{EP}=2", f"{TP}=2", "actor.sequence_parallel=true"], MOE, 2),
     (["algorithm.recipe=sft", "algorithm.nll.context_fraction=0.5"], {}, 1),
     (["algorithm.recipe=grpo"], {}, 1),
+    (["rollout.num_samples=1", "algorithm.teacher.feedback=always", "algorithm.question_weight.kind=none"], {}, 1),  # a question at a time
+    (["algorithm.recipe=grpo", "rollout.num_samples=1", "algorithm.question_weight={kind: pq, pass_rate: ema}"], {}, 1),
     (["algorithm.distill.support=full", "algorithm.tis_clip=null"], {}, 1),
     (["rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=3072"], {}, 1),
 ]

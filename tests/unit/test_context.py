@@ -151,6 +151,7 @@ def test_random_successes_are_right_others_and_follow_the_seed():
 def test_samples_without_a_sibling_fall_back():
     group = make_group(R, W, solution="7+8=15")
     assert sources(group, fallback="solution") == ["solution", "sibling 0"]
+    assert sources(make_group(R, W), fallback="solution") == [None, "sibling 0"]  # AntiSD on rows without solutions (DAPO-Math-17k)
     lone = make_group(W, W)
     buffer = {"p": "<think>x</think>old 15", "q": "no"}
     assert sources(lone, fallback="buffer", buffer=buffer) == ["buffer", "buffer"]
@@ -262,7 +263,6 @@ def test_bad_input_is_one_line():
     for call in (
         lambda: contexts_of(make_group(W), context="solution"),
         lambda: contexts_of(make_group(W), context="prefix"),
-        lambda: contexts_of(make_group(W), fallback="solution"),
         lambda: contexts_of(make_group(W), context="nonsense"),
         lambda: contexts_of(make_group(W, R), template="{prompt} only"),
         lambda: check_template("{prompt} only"),

@@ -44,7 +44,7 @@ def peak_bytes(tokens: int, support: str, memory: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("support", ["student", "union", "full"])
+@pytest.mark.parametrize("support", ["student", *(pytest.param(s, marks=pytest.mark.nightly) for s in ("union", "full"))])
 def test_peak_does_not_depend_on_the_tokens(support):
     budget = 8 << 20
     small, large = peak_bytes(512, support, budget), peak_bytes(2048, support, budget)

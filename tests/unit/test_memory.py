@@ -45,7 +45,7 @@ def test_most_recipes_need_no_memory():
     memory = Memory(RECIPES["sc_sdpo"], seed=1)
     assert memory.pass_rate(group("a", R, W, W, E)) == 1 / 3 and memory.pass_rate(group("a", E)) is None
     assert (memory.buffer, memory.whitener, memory.prefix_fraction, memory.dataset_mean([])) == (None, None, None, None)
-    assert memory.observe([group("a", R)], 0) == {} and memory.after_step(STEP, 0) is None and not memory.has_frozen
+    assert memory.observe([group("a", R)]) == {} and memory.after_step(STEP) is None and not memory.has_frozen
     assert set(memory.state_dict().values()) == {None}
 
 
@@ -60,7 +60,7 @@ def test_frozen_rates_come_from_the_row_or_the_estimate():
     memory.set_frozen({"b": 0.75, "c": None})
     assert memory.has_frozen
     assert memory.pass_rate(group("b", W)) == 0.75 and memory.pass_rate(group("c", R)) is None
-    memory.observe([group("b", R, R)], 0)
+    memory.observe([group("b", R, R)])
     assert restored(memory, weighing(pass_rate="frozen")).pass_rate(group("b", R)) == 0.75
 
 
@@ -79,10 +79,10 @@ def test_averaged_rates_hold_this_visit_and_earlier_ones():
     memory = Memory(weighing(pass_rate="ema", ema_rate=0.25), seed=1)
     first, second = group("a", R, W), group("a", R, R, R, R)
     assert memory.pass_rate(first) == memory.pass_rate(first) == 0.5  # asking changes nothing
-    assert memory.observe([first, group("b", E)], 0) == {"weight/averaged_pass_rate": 0.5}
+    assert memory.observe([first, group("b", E)]) == {"weight/averaged_pass_rate": 0.5}
     assert memory.pass_rate(second) == 0.5 + 0.25 * 0.5
     assert memory.pass_rate(group("a", E)) == 0.5 and memory.pass_rate(group("b", E)) is None  # unscored: as it was
-    memory.observe([second], 1)
+    memory.observe([second])
     again = restored(memory, weighing(pass_rate="ema", ema_rate=0.25))
     assert again.pass_rate(group("a", W)) == memory.pass_rate(group("a", W)) == 0.625 * 0.75
 
@@ -91,7 +91,7 @@ def test_a_stage_asks_for_its_own_rates():
     """DRIFT 2606.30345 averages in its second stage; the visits of the first count."""
     drift = RECIPES["drift"]
     memory = Memory(drift, seed=1)
-    memory.observe([group("a", R, R)], 0)
+    memory.observe([group("a", R, R)])
     before, after = (at(drift, step, 10).question_weight for step in (0, 5))
     now = group("a", W, W)
     assert memory.pass_rate(now, before) == memory.pass_rate(now) == 0.0
@@ -104,19 +104,19 @@ def test_a_stage_asks_for_its_own_rates():
 
 def test_the_buffer_keeps_the_first_success_of_the_latest_step_that_had_one():
     memory = Memory(RECIPES["drift"], seed=1)
-    memory.observe([group("a", W, R, R, texts="x"), group("b", W, E)], 0)
+    memory.observe([group("a", W, R, R, texts="x"), group("b", W, E)])
     assert memory.buffer == {"a": "x1"}
-    figures = memory.observe([group("a", W, W), group("b", R, texts="y")], 1)
+    figures = memory.observe([group("a", W, W), group("b", R, texts="y")])
     assert memory.buffer == {"a": "x1", "b": "y0"} and figures["teacher/buffered_questions"] == 2.0
-    memory.observe([group("a", R, texts="z")], 2)
+    memory.observe([group("a", R, texts="z")])
     assert restored(memory, RECIPES["drift"]).buffer == {"a": "z0", "b": "y0"}
 
 
 def test_the_whitener_moves_once_a_step():
     memory = Memory(RECIPES["egrsd"], seed=1)
-    for step in range(11):
+    for _ in range(11):
         memory.whitener([1.0, 0.0])
-        assert memory.observe([], step) == {"reward/running_mean": pytest.approx(0.5)}
+        assert memory.observe([]) == {"reward/running_mean": pytest.approx(0.5)}
     assert memory.whitener.steps == 11 and memory.whitener([1.0]) != [0.5]
     assert restored(memory, RECIPES["egrsd"]).whitener.count == 22
 
@@ -128,12 +128,12 @@ def test_the_exposure_goes_on_after_a_resume():
     for step in range(60):
         if step == 31:
             resumed = restored(straight, RECIPES["atesd"])
-        figures = straight.observe([], step)
+        figures = straight.observe([])
         assert figures["teacher/prefix_fraction"] == straight.prefix_fraction and 0 <= straight.prefix_fraction <= 1
         metrics = STEP | {"loss": 1 / (step + 1)}
-        straight.after_step(metrics, step)
+        straight.after_step(metrics)
         if resumed is not None:
-            resumed.after_step(metrics, step)
+            resumed.after_step(metrics)
             assert resumed.prefix_fraction == straight.prefix_fraction
         seen.append(straight.prefix_fraction)
     assert len(set(seen)) > 20 and resumed.state_dict() == straight.state_dict()

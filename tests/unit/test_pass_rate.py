@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megasd.algo.pass_rate import RULES, question_weight
 from megasd.config import QuestionWeightConfig
+from megasd.loss.reduce import global_normalisers
 
 EIGHTHS = [k / 8 for k in range(9)]
 
@@ -43,6 +45,20 @@ def test_paced_without_exponents_is_unweighted():
     weight_of = question_weight(QuestionWeightConfig(kind="power", a=0.0, b=0.0))
     assert [weight_of(p) for p in (None, *EIGHTHS)] == [1.0] * 10
     assert weights("power", a=1.0, b=1.0) == weights("pq")
+
+
+@pytest.mark.parametrize(
+    "options", [{"kind": "sqrt_pq"}, {"kind": "pq"}, {"kind": "power", "a": 9.0, "b": 1.0}, {"kind": "pq", "scale": 1e-3}]
+)
+def test_a_rate_that_comes_ever_closer_to_0_ends_at_0(options):
+    """Averaged over visits, rate 0.5: 1/8, then wrong answers alone. loss/reduce.py takes 0 and what is at least 2^-30."""
+    weight_of, rates = question_weight(QuestionWeightConfig(**options)), [0.125 * 0.5**visit for visit in range(1100)]
+    weights = [weight_of(p) for p in rates]
+    assert all(w == 0 or w >= 2.0**-30 for w in weights) and weights == sorted(weights, reverse=True)
+    assert weights[0] > 0 and weights[-1] == 0
+    lens = torch.ones(1, dtype=torch.int64)
+    for weight in weights[:70]:
+        global_normalisers({"distill": torch.tensor([weight], dtype=torch.float64)}, lens, {"distill": lens.bool()}, lens)
 
 
 def test_bad_rates_and_kinds_are_named():

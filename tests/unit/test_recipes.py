@@ -9,14 +9,17 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megasd.algo.context import check_template
 from megasd.algo.recipes import ABOUT, RECIPES
-from megasd.algo.schedule import check_stages, variants
+from megasd.algo.schedule import check_stages
+from megasd.config import DEFAULT_TEMPLATE
 from megasd.load_config import load_config
-from megasd.validate import check_terms, validate
+from megasd.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = """sft ssd grpo dr_grpo dapo gspo cispo sdpo sc_sdpo paced sdpo_paced opsd rlsd rlcsd antisd egrsd cl_egrsd srpo ssopd sdft opcd
@@ -51,10 +54,26 @@ def test_the_file_of_a_recipe_passes_validation(name: str, model: Path, tmp_path
         given.append(f"algorithm.teacher.model_path={model}")
     config = load_config([str(ROOT / "configs" / "algo" / f"{name}.yaml")], given, RECIPES)
     assert config.algorithm.recipe == name
-    check_stages(config.algorithm, config.run.steps)
-    for stage in variants(config.algorithm):
-        check_terms(stage)
+    check_stages(config, 1)
     validate(config, 1)
+
+
+def test_the_engines_ratio_is_where_a_paper_has_it() -> None:
+    """pi_old / mu, cut at 2: SC-SDPO's arms (2605.27765, Tables 3-4) and methods whose own texts have such a ratio."""
+    assert {name for name, row in RECIPES.items() if row.tis_clip is not None} == {
+        "grpo", "sdpo", "sc_sdpo", "sdpo_paced", "srpo", "drift", "sdft", "tml_opd", "uni_opd",
+    }  # fmt: skip
+    plain = replace(RECIPES["grpo"], recipe="dapo", aggregation="token_mean", tis_clip=None)
+    assert replace(RECIPES["dapo"], policy_gradient=replace(RECIPES["dapo"].policy_gradient, dual_clip=None)) == plain
+
+
+@pytest.mark.parametrize("name", ["opsd", "egrsd", "cl_egrsd", "atesd", "sdft", "rlsd"])
+def test_a_teacher_that_reads_a_row_is_told_what_to_do_with_it(name: str) -> None:
+    """Not SDPO's words: what they show is no other sample of the student's."""
+    given = ["model.path=m", "data.train=d"]
+    template = load_config([str(ROOT / "configs" / "algo" / f"{name}.yaml")], given, RECIPES).algorithm.teacher.template
+    check_template(template)
+    assert template != DEFAULT_TEMPLATE and template.index("{prompt}") < template.index("{solution}")
 
 
 def test_the_command_lists_them() -> None:

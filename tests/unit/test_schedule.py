@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.algo.schedule import at, check_stages, variants
-from megasd.config import AlgorithmConfig, ConfigError, CreditConfig, DistillTerm, PolicyGradientTerm
+from megasd.algo.schedule import at, check_stages, reads_solutions, variants
+from megasd.config import AlgorithmConfig, Config, ConfigError, CreditConfig, DistillTerm, PolicyGradientTerm, RolloutConfig, RunConfig
 from megasd.load_config import override
 
 SDPO = RECIPES["sdpo"]
@@ -20,6 +20,10 @@ SDPO = RECIPES["sdpo"]
 
 def staged(*stages: str, start: AlgorithmConfig = SDPO) -> AlgorithmConfig:
     return replace(start, stages=list(stages))
+
+
+def check(algorithm: AlgorithmConfig, steps: int = 100, world_size: int | None = None, **rollout: object) -> None:
+    check_stages(Config(algorithm=algorithm, rollout=RolloutConfig(**rollout), run=RunConfig(steps=steps)), world_size)
 
 
 def test_without_stages_or_schedules_the_algorithm_is_itself():
@@ -35,7 +39,7 @@ def test_a_stage_begins_at_its_step(stage, steps, first):
     algorithm = staged(f"{stage}: distill.beta=1")
     betas = [at(algorithm, step, steps).distill.beta for step in range(steps)]
     assert betas == [0.5] * first + [1.0] * (steps - first)
-    check_stages(algorithm, steps)
+    check(algorithm, steps)
 
 
 def test_paced_goes_from_references_to_samples():
@@ -80,7 +84,10 @@ def test_the_coefficient_rises_and_falls():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("steps", [1, 3, 100])
 def test_every_recipe_passes(recipe, steps):
-    check_stages(RECIPES[recipe], steps)
+    row = RECIPES[recipe]
+    if row.teacher is not None and row.teacher.weights == "separate":
+        row = replace(row, teacher=replace(row.teacher, model_path="teacher"))
+    check(row, steps)
     for step in range(min(steps, 3)):
         assert at(RECIPES[recipe], step, steps).recipe == recipe
 
@@ -104,6 +111,18 @@ BAD = [
     (["50%: teacher.weights=live"], "algorithm.teacher.weights is built before the first step"),
     (["50%: teacher.ema_rate=0.1"], "algorithm.teacher.ema_rate is built"),
     (["50%: question_weight.kind=pq question_weight.pass_rate=frozen"], "algorithm.question_weight.pass_rate is built"),
+    (["50%: teacher.context=prefix teacher.adaptive_prefix=true"], "algorithm.teacher.adaptive_prefix is built before the first step"),
+    (["50%: minibatches=33"], "algorithm.stages[0]: algorithm.minibatches=33: exceeds the rollout.num_prompts=32"),
+    (["50%: overlong_buffer=2000"], "algorithm.stages[0]: algorithm.overlong_buffer=2000: must be smaller than"),
+    (["50%: source=dataset tis_clip=null"], "algorithm.stages[0]: algorithm.teacher.context=first_success: reads other samples"),
+    (
+        ["50%: policy_gradient.credit.kind=rlsd", "60%: distill.samples=positive policy_gradient=null"],
+        "algorithm.stages[1]: algorithm.distill",
+    ),
+    (
+        ["10%: question_weight.kind=pq question_weight.pass_rate=ema", "50%: question_weight.ema_rate=0.1"],
+        "algorithm.question_weight.ema_rate: pass rates are averaged once for all stages; take 0.1 or 0.5",
+    ),
     (
         ["50%: policy_gradient.credit.kind=antisd"],
         "algorithm.policy_gradient.credit's gate is built",
@@ -114,17 +133,62 @@ BAD = [
 @pytest.mark.parametrize("stages, expected", BAD, ids=[" | ".join(s) for s, _ in BAD])
 def test_bad_stages_are_one_line(stages, expected):
     with pytest.raises(ConfigError) as caught:
-        check_stages(staged(*stages), 100)
+        check(staged(*stages))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_what_was_built_from_the_start_stays():
     grpo = RECIPES["grpo"]
     with pytest.raises(ConfigError, match="give algorithm.teacher from the start"):
-        check_stages(staged("50%: distill.beta=1 teacher.weights=ema", start=grpo), 100)
+        check(staged("50%: distill.beta=1 teacher.weights=ema", start=grpo))
     with pytest.raises(ConfigError, match="algorithm.question_weight is built"):
-        check_stages(staged("50%: question_weight.a=2", start=RECIPES["sdpo_paced"]), 100)
-    check_stages(staged("50%: policy_gradient.advantage=group_std distill=null teacher=null"), 100)  # a teacher may go
+        check(staged("50%: question_weight.a=2", start=RECIPES["sdpo_paced"]))
+    check(staged("50%: policy_gradient.advantage=group_std distill=null teacher=null"))  # a teacher may go
+
+
+def test_a_stage_is_held_against_the_whole_run():
+    later = staged("50%: tis_clip=2.0", start=replace(RECIPES["opsd"], stages=[]))
+    check(later)
+    with pytest.raises(ConfigError, match=r"algorithm.stages\[0\]: algorithm.tis_clip: the engine's log-probs are those before top-p"):
+        check(later, top_p=0.9)
+    mixed = staged("50%: source=mixed tis_clip=null")
+    check(mixed)
+    with pytest.raises(ConfigError, match=r"algorithm.stages\[0\]: algorithm.source=mixed: cannot be replayed"):
+        check(mixed, replay_dir="old")
+
+
+def test_every_rank_gets_a_sample_of_every_minibatch_in_every_stage():
+    """8 questions of 4 samples for 4 ranks: four minibatches of samples go, but not of one row a question."""
+    paced = replace(RECIPES["paced"], stages=["50%: source=rollout minibatches=4"])
+    check(paced, world_size=4, num_prompts=8, num_samples=4)
+    for algorithm, where in ((replace(paced, minibatches=4), ""), (staged("50%: minibatches=8", start=RECIPES["grpo"]), r"stages\[0\]: ")):
+        samples = 2 if where == "" else 4
+        with pytest.raises(
+            ConfigError, match=f"{where}algorithm.minibatches=[48]: leaves {samples} samples in the smallest, fewer than the"
+        ):
+            check(algorithm, world_size=4 if where == "" else 8, num_prompts=8, num_samples=4)
+
+
+def test_a_teacher_may_wait_for_its_stage_but_some_stage_reads_it():
+    waits = replace(RECIPES["grpo"], teacher=SDPO.teacher)
+    check(staged("50%: distill.beta=0.5 policy_gradient=null", start=waits))
+    check(staged("50%: distill=null policy_gradient.advantage=group_std"))  # and one that was read may stay
+    with pytest.raises(ConfigError, match="algorithm.teacher: no term reads the teacher"):
+        check(staged("50%: aggregation=token_mean", start=waits))
+    with pytest.raises(ConfigError, match="algorithm.teacher: no term reads the teacher"):
+        check(waits)
+
+
+def test_dynamic_sampling_is_of_some_stage():
+    check(RECIPES["paced"], dynamic_sampling=True)
+    with pytest.raises(ConfigError, match="rollout.dynamic_sampling: asks for samples of every question, and algorithm.source=dataset"):
+        check(replace(RECIPES["paced"], stages=[]), dynamic_sampling=True)
+
+
+def test_who_needs_solutions():
+    """AntiSD's fallback (2605.11609) goes without: DAPO-Math-17k has no solutions."""
+    needs = {name for name, row in RECIPES.items() if reads_solutions(row)}
+    assert needs == {"sft", "paced", "opsd", "egrsd", "cl_egrsd", "sdft", "gkd", "akl", "atesd"}
 
 
 def test_override_reads_as_the_loader_does():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasd.actor.share import active_samples, mean_question_weight
+from megasd.actor.share import active_samples, mean_question_weight, softmax_temperature
 from megasd.algo.recipes import RECIPES
 from megasd.batch import Batch
 from megasd.loss.reduce import global_normalisers
@@ -52,3 +52,9 @@ def test_who_needs_a_forward() -> None:
     assert active_samples(batch, RECIPES["rlcsd"]).tolist() == active_samples(batch, RECIPES["grpo"]).tolist()
     assert active_samples(batch, RECIPES["antisd"]).tolist() == weighed  # the teacher adds to an advantage of 0
     assert active_samples(batch, RECIPES["ssopd"]).tolist() == [(w and i != 4) or i != 5 for i, w in enumerate(weighed)]  # grpo unweighed
+
+
+def test_a_likelihood_is_one_at_temperature_1() -> None:
+    """SSD samples at 1.5: at that temperature the start model would be the optimum already, and nothing would be learned."""
+    assert softmax_temperature(RECIPES["ssd"], 1.5) == softmax_temperature(RECIPES["sft"], 1.5) == 1.0
+    assert softmax_temperature(RECIPES["opsd"], 1.1) == softmax_temperature(RECIPES["grpo"], 1.1) == 1.1

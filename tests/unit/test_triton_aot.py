@@ -88,6 +88,7 @@ def rows(folder: Path) -> list[tuple[str, str, str, dict[str, int]]]:
     return table
 
 
+@pytest.mark.nightly  # half a minute; the interpreter test runs the same kernels in make test
 def test_kernels_compile_for_hopper_without_spills(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
