@@ -55,7 +55,9 @@ def at(algorithm: AlgorithmConfig, step: int, steps: int) -> AlgorithmConfig:
     if term is not None and (term.warmup_steps or term.decay_from is not None):
         algorithm = replace(algorithm, distill=replace(term, coefficient=_coefficient(term, step)))
     if pg is not None and pg.credit is not None and pg.credit.lam_end is not None:
-        algorithm = replace(algorithm, policy_gradient=replace(pg, credit=replace(pg.credit, lam=_lam(pg.credit, step))))
+        lam = _lam(pg.credit, step)
+        gone = lam == 0.0 and pg.credit.kind in ("rlsd", "cepo")  # the advantage alone is left, and the teacher need not run
+        algorithm = replace(algorithm, policy_gradient=replace(pg, credit=None if gone else replace(pg.credit, lam=lam)))
     return algorithm
 
 
