@@ -29,7 +29,7 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest
 
-# Every recipe, every analysis and every push end to end on real SGLang, and the slowest kernel tests: about six minutes on two cores.
+# Every recipe, every analysis and every push end to end on real SGLang, and the slowest kernel tests: about eight minutes on two cores.
 nightly: install
 	$(BIN)/python -m pytest -m nightly
 

@@ -342,9 +342,8 @@ def main() -> None:
     layout = {1: {"micro_batch_size": 1}, 2: {CP: 2}, 4: {TP: 2, CP: 2, **SP}}[world]
     for name, algorithm in ALGORITHMS.items() if world != 2 else ():  # four ranks have all that two have
         check(name, run(make_config(model_dir, layout, **algorithm), device, batch, steps=steps), golden[name][:steps])
-    for name, (algorithm, split) in METHODS.items() if world != 4 else ():
-        actor = split if world == 2 else {"micro_batch_size": 1}
-        check(name, run_method(make_config(model_dir, actor, **algorithm), device), golden[name])
+    for name, (algorithm, split) in METHODS.items() if world == 2 else ():
+        check(name, run_method(make_config(model_dir, split, **algorithm), device), golden[name])
     for name, actor in {1: {"tp1": {}}, 2: {"tp2": {TP: 2}, "pp2": {PP: 2}, "cp2": {CP: 2}}, 4: {"tp2 pp2": {TP: 2, PP: 2}}}[world].items():
         hf_parity(model_dir, make_config(model_dir, actor), device, name)
     finish(rank)

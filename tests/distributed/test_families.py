@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.family_cases import ALL, CASES, TE_FAMILIES, TE_NAMES
 from tests.families_reference import write_reference
 from tests.launch import torchrun
 from tests.tiny_weights import MODELS, tiny_checkpoint
 
 
+@pytest.mark.nightly  # a minute; tests/unit/test_families.py has the names and shapes of every family in make test
 def test_families_on_four_ranks(tmp_path: Path) -> None:
     for family in MODELS:
         write_reference(tiny_checkpoint(tmp_path / family, family))

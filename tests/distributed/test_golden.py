@@ -27,6 +27,6 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return arguments
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.nightly)])  # eight are slow on two cores
 def test_every_layout_gives_the_same_run(golden: tuple[str, ...], ranks: int) -> None:
     assert "all ok" in torchrun("tests/distributed/golden_cases.py", ranks, *golden)
