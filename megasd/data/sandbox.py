@@ -256,7 +256,8 @@ def _bubblewrap(binds: list[tuple[str, str]], links: list[tuple[str, str]], limi
     else:
         command += ["--unshare-user"]
     command += ["--as-pid-1", "--clearenv"]
-    parents = {str(parent) for _, target in binds for parent in Path(target).parents} - {"/"}
+    command += ["--perms", "1777", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]  # first: Python itself may live below it
+    parents = {str(parent) for _, target in binds for parent in Path(target).parents} - {"/", "/tmp"}
     for folder in sorted(parents):
         command += ["--perms", "0755", "--dir", folder]  # left to itself, bwrap makes them for root alone
     for source, target in binds:
@@ -265,8 +266,7 @@ def _bubblewrap(binds: list[tuple[str, str]], links: list[tuple[str, str]], limi
         command += ["--symlink", target, link]
     for name in ("null", "zero", "full", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    command += ["--proc", "/proc", "--perms", "1777", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp", "--remount-ro", "/"]
-    return [*command, "--chdir", "/", "--"]
+    return [*command, "--proc", "/proc", "--remount-ro", "/", "--chdir", "/", "--"]
 
 
 def _with_limit(outcome: Outcome) -> Outcome:

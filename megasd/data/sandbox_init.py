@@ -92,7 +92,9 @@ def build_root(spec):
     if libc.syscall(PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/.old") < 0:
         raise OSError(ctypes.get_errno(), "pivot_root")
     os.chdir("/")
-    for source, target in spec["binds"]:
+    os.mkdir("/tmp")
+    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['tmp_bytes']},mode=1777,nr_inodes=4096")
+    for source, target in spec["binds"]:  # after /tmp: Python itself may live below it
         bind(f"/.old{source}", target)
     for link, target in spec["links"]:
         os.symlink(target, link)
@@ -103,8 +105,6 @@ def build_root(spec):
         mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     except OSError:
         pass  # a container that hides parts of its /proc allows no new one; programs do without
-    os.mkdir("/tmp")
-    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['tmp_bytes']},mode=1777,nr_inodes=4096")
     call("umount2", b"/.old", MNT_DETACH)
     os.rmdir("/.old")
     read_only_mount("/", recursive=False)
@@ -244,13 +244,20 @@ def end_all(child, status):
 
 
 def clear_tmp():
-    """No test finds what an earlier one left."""
-    for folder, folders, files in os.walk("/tmp", topdown=False):
-        for name in files:
-            os.unlink(os.path.join(folder, name))
-        for name in folders:
-            path = os.path.join(folder, name)
-            os.unlink(path) if os.path.islink(path) else os.rmdir(path)
+    """No test finds what an earlier one left. What is mounted below /tmp (Python, where it lives there) stays."""
+    device, folders, found, mounted = os.stat("/tmp").st_dev, ["/tmp"], [], []
+    while folders:
+        for entry in list(os.scandir(folders.pop())):
+            if entry.stat(follow_symlinks=False).st_dev != device:
+                mounted.append(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+                found.append(entry.path)
+            else:
+                os.unlink(entry.path)
+    for path in reversed(found):
+        if not any(kept.startswith(path + "/") for kept in mounted):
+            os.rmdir(path)
 
 
 def become_program(spec, path, seconds, out_fd, error_fd):
