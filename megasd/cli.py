@@ -6,9 +6,13 @@ megasd recipes [--json]
 megasd data check FILE [--against FILE] [--model DIR] [--json] ...
 megasd analyze rollouts|guidance|coverage ...
 megasd eval SOURCE --data FILE --verifier NAME --out DIR ...
+megasd plan CONFIG.yaml... [key=value ...] [--gpus N] [--gpu KIND] [--json]
+megasd launch slurm|nemo-run CONFIG.yaml... [key=value ...] [--dry-run]
+megasd serve CONFIG.yaml... [key=value ...]
+megasd doctor [CONFIG.yaml...] [--json]
 
-Exit codes: 0 done, 1 errors in the data (data check), 2 refused (one line on stderr), 130 interrupted; anything else is a crash with its
-traceback.
+Exit codes: 0 done, 1 errors in the data (data check) or a failed check (doctor), 2 refused (one line on stderr), 85 told to leave, and
+saved: run it again with run.resume=auto, 130 interrupted; anything else is a crash with its traceback.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from megasd.algo.schedule import check_stages
 from megasd.config import ConfigError
 from megasd.load_config import load_config, to_yaml
 from megasd.options import REFUSED, Parser, build_parser
-from megasd.plan import plan
+from megasd.outline import outline
 from megasd.presets import PRESETS
 from megasd.types import UserError
 from megasd.validate import default_world_size, validate
@@ -57,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             return _analyze(args, rest)
         if args.command == "recipes":
             return _recipes(parser, args.json, rest)
+        if args.command in ("plan", "launch", "serve", "doctor"):
+            return _machines(args, rest)
         return _train(args.items + rest, args.dry_run, argv)  # `rest`: positionals that follow an option
     except UserError as error:
         # Every rank of a machine refuses the same config, and one of them says so; any other error may be one rank's own.
@@ -117,6 +123,21 @@ def _analyze(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _machines(args: argparse.Namespace, rest: list[str]) -> int:
+    """The commands about machines; each module has run(args, items) -> exit code. items: YAML files and overrides."""
+    items = args.items + rest  # `rest`: positionals that follow an option
+    _quiet_libraries()
+    if args.command == "plan":
+        from megasd.planner import command as module
+    elif args.command == "launch":
+        from megasd.launch import command as module
+    elif args.command == "serve":
+        from megasd import serve as module
+    else:
+        from megasd import doctor as module
+    return module.run(args, items)
+
+
 def _recipes(parser: Parser, as_json: bool, rest: list[str]) -> int:
     if rest:
         parser.error(f"unrecognized argument {rest[0]}")
@@ -137,7 +158,7 @@ def _train(items: list[str], dry_run: bool, argv: list[str]) -> int:
     check_stages(config, world_size)
     validate(config, world_size, rank=int(os.environ.get("RANK", "0")))
     if dry_run:
-        print(to_yaml(config) + "\n".join(f"# {line}" for line in plan(config, world_size)))
+        print(to_yaml(config) + "\n".join(f"# {line}" for line in outline(config, world_size)))
         return 0
     if joined is None and world_size > 1:
         return _start_ranks(argv, world_size)

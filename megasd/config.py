@@ -216,7 +216,11 @@ class EngineConfig:
     release_memory: bool = False
     host: str = "127.0.0.1"  # bind address of a started engine
     port: int = 0  # port of a started engine; 0 = a free one
-    tensor_parallel_size: int = 1  # of a started engine
+    num_engines: int = 1  # engines that the run starts on its own machine, each on the next tensor_parallel_size GPUs
+    served: int = 0  # engines on other machines, started there by `megasd serve`, that the run waits for instead of starting any
+    router: Optional[str] = None  # URL of an sglang-router before the engines: samples are asked of it, everything else of the engines
+    tensor_parallel_size: int = 1  # of a started engine, whatever the actor's
+    mem_fraction_static: Optional[float] = None  # share of a GPU's memory for an engine's weights and KV cache; null = SGLang's choice
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = actor.dtype
     max_total_tokens: int = 65536  # KV pool (tokens); without it SGLang takes most of the memory
     start_timeout: float = 240.0  # seconds until a started engine must answer
@@ -241,6 +245,7 @@ class RolloutConfig:
     dynamic_sampling: bool = False  # sample more questions until num_prompts of them are neither all right nor all wrong (DAPO)
     max_batches: int = 10  # batches of questions that dynamic_sampling may sample for a step
     allow_stale: bool = False  # train on samples of an older weight version (they are counted either way)
+    overlap: int = 0  # steps that sampling runs ahead of training: 0 = on-policy | 1 = the next batch is sampled while this one is learned
     replay_dir: Optional[str] = None  # run.dir of another run, whose rollouts/ are read instead of sampling
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -265,11 +270,33 @@ class ActorConfig:
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # fp32 main parameters are kept by the optimizer
-    micro_batch_size: int = 8  # samples of a microbatch, per data-parallel rank
+    micro_batch_size: int = 8  # samples of a microbatch, per data-parallel rank, where max_tokens_per_microbatch is null
+    # token budget of a microbatch (tokens of a rank, all its context-parallel ranks together, padding included); as many samples as fit,
+    # shared over data-parallel ranks by FLOPs; null = micro_batch_size samples, dealt by length
+    max_tokens_per_microbatch: Optional[int] = None
     packing: bool = False  # packed (THD) instead of right-padded microbatches
     loss_memory_mib: int = 768  # budget of the loss's logits, a chunk of tokens at a time (MiB per rank)
     overlap_grad_reduce: bool = False  # reduce gradients over DP x CP while the backward runs
+    overlap_param_gather: bool = False  # gather updated parameters while the next forward runs (distributed optimizer)
+    tp_comm_overlap: bool = False  # TransformerEngine overlaps tensor-parallel collectives with matrix products (sequence_parallel)
+    # activations computed anew in the backward: whole layers, or the parts named in recompute_modules; null = none
     recompute_granularity: Optional[Literal["full", "selective"]] = None
+    # of full: every layer in groups of recompute_num_layers | the first recompute_num_layers of a stage only
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_num_layers: int = 1
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # of selective; Megatron's names
+    # what follows needs TransformerEngine, that is a GPU
+    # FP8 of the linear layers: hybrid = E4M3 forward, E5M2 backward | e4m3 throughout; null = bf16 (loss and output layer always are)
+    fp8: Optional[Literal["hybrid", "e4m3"]] = None
+    # Megatron's fp8_recipe: scales from past steps | of each tensor now ("current") | of 128 x 128 and 1 x 128 blocks (Hopper)
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    fp8_param_gather: bool = False  # keep parameters in FP8 and gather those (distributed optimizer)
+    first_last_layers_bf16: bool = True  # the first num_layers_at_start_in_bf16 and last num_layers_at_end_in_bf16 layers stay in bf16
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"  # TransformerEngine's
+    apply_rope_fusion: bool = False  # rotary embedding in one kernel
+    cuda_graph: bool = False  # replay the layers as CUDA graphs: padded microbatches of one length only
     make_vocab_size_divisible_by: int = 128  # Megatron pads the vocabulary to a multiple of this times TP
 
 
@@ -324,6 +351,27 @@ class CheckpointConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """The machines: what `megasd plan` reckons with and `megasd launch` asks for. `megasd train` does not read it."""
+
+    gpu: str = "h100-80g"  # a row of planner/hardware.py
+    gpus_per_node: int = 8
+    actor_nodes: int = 1  # nodes that train
+    engine_nodes: int = 0  # nodes of their own for engines (`megasd serve`); 0 = engines share the actor's GPUs
+    job_name: str = "megasd"
+    partition: Optional[str] = None
+    account: Optional[str] = None
+    time: str = "04:00:00"  # hh:mm:ss, or days-hh:mm:ss
+    signal_seconds: int = 300  # before the end of `time` at which the run is told to save and leave
+    max_requeues: int = 20  # how often a job that saved and left is queued again
+    container_image: Optional[str] = None  # of pyxis (srun --container-image); null = no container
+    container_mounts: list[str] = field(default_factory=list)  # HOST:CONTAINER
+    env: list[str] = field(default_factory=list)  # names of variables that the job takes from the submitting shell; values never appear
+    setup: list[str] = field(default_factory=list)  # shell lines before the program on every node, such as "source .venv/bin/activate"
+    sbatch: list[str] = field(default_factory=list)  # further options of sbatch, such as "--constraint=h100"
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -336,6 +384,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def samples_per_step(config: Config) -> int:

@@ -37,6 +37,10 @@ def build_parser() -> Parser:
     add_data(commands)
     add_analyze(commands)
     add_eval(commands)
+    add_plan(commands)
+    add_launch(commands)
+    add_serve(commands)
+    add_doctor(commands)
     recipes = commands.add_parser("recipes", help="list the methods", description="The values of algorithm.recipe, and their papers.")
     recipes.add_argument("--json", action="store_true", help="one JSON object: name -> paper, about, and every key of the row")
     return parser
@@ -184,6 +188,65 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--harness", choices=("lm-eval",), help="run lm-evaluation-harness on the model instead")
     evaluate.add_argument("--tasks", metavar="NAMES", help="of --harness, such as gsm8k")
     evaluate.add_argument("--harness-args", metavar="TEXT", help="more arguments of the harness, in one string")
+
+
+ITEMS = dict(metavar="CONFIG.yaml|key=value", help="as of train")
+
+
+def add_plan(commands: argparse._SubParsersAction) -> None:
+    """The options of `megasd plan`."""
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a run, before a GPU is taken",
+        description="Memory of a rank by cause, time of a step by phase, and the parallel layouts that fit, ranked. Reads config.json of "
+        "model.path and no weights; a model that is not on this machine is looked up by name in configs/model.",
+        epilog="Exit codes: 0 fits, 2 refused, also when no layout fits: the first key to change is named. Formulas: megasd/planner.",
+    )
+    plan.add_argument("items", nargs="*", **ITEMS)
+    plan.add_argument("--gpus", type=positive, metavar="N", help="GPUs in all (default: cluster.actor_nodes x cluster.gpus_per_node)")
+    plan.add_argument("--gpu", metavar="KIND", help="as cluster.gpu, such as h100-80g")
+    plan.add_argument("--model-config", metavar="FILE", help="config.json to read instead of model.path's")
+    plan.add_argument("--top", type=positive, default=8, metavar="N", help="layouts shown (default 8)")
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
+def add_launch(commands: argparse._SubParsersAction) -> None:
+    """The options of `megasd launch`."""
+    launch = commands.add_parser("launch", help="submit a run to a cluster", description="Submit a run; cluster.* says to which machines.")
+    kinds = launch.add_subparsers(dest="launcher", required=True, metavar="LAUNCHER", parser_class=Parser)
+    slurm = kinds.add_parser("slurm", help="one sbatch script", description="Write the sbatch script of a run and submit it.")
+    slurm.add_argument("items", nargs="*", **ITEMS)
+    slurm.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted, and stop")
+    nemo = kinds.add_parser("nemo-run", help="a nemo-run experiment", description="Run through nemo_run: here, or on Slurm.")
+    nemo.add_argument("items", nargs="*", **ITEMS)
+    nemo.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="local: torchrun on this machine (default: slurm)")
+    nemo.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
+    nemo.add_argument("--detach", action="store_true", help="do not wait for the end")
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """The options of `megasd serve`."""
+    serve = commands.add_parser(
+        "serve",
+        help="rollout engines on this machine, for a run on others",
+        description="Start as many engines as this machine's GPUs hold, announce them in run.dir/engines for the run that waits for them "
+        "(rollout.engine.served), and close them when that run ends.",
+    )
+    serve.add_argument("items", nargs="*", **ITEMS)
+    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to bind; other than loopback needs MEGASD_ENGINE_KEY")
+    serve.add_argument("--engines", type=positive, metavar="N", help="engines (default: GPUs here / rollout.engine.tensor_parallel_size)")
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    """The options of `megasd doctor`."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine",
+        description="Versions and conflicts, GPUs, links, FP8, NCCL, shared memory, ports, disk, SGLang, clock: a line each, with the fix.",
+        epilog="Exit codes: 0 no check failed, 1 some did.",
+    )
+    doctor.add_argument("items", nargs="*", **ITEMS)
+    doctor.add_argument("--json", action="store_true", help='{"checks": [{"name", "status", "detail", "fix"}]}')
 
 
 def positive(text: str) -> int:

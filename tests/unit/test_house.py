@@ -14,16 +14,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
-    0: ("config", "rules", "load_config", "types", "metrics", "validate", "validate_algorithm", "presets"),
+    0: ("config", "rules", "load_config", "types", "metrics", "validate", "validate_algorithm", "validate_actor", "presets", "flops"),
     1: ("algo", "data", "ops", "weights"),
-    2: ("loss", "batch", "microbatch"),
+    2: ("loss", "batch", "microbatch", "partition"),
     3: ("actor", "rollout"),
-    4: ("sync", "evaluate", "launch", "report", "analysis", "options", "plan"),
-    5: ("run", "left_half", "train", "conversion", "analyze", "data_check", "eval_run", "harness", "cli"),
+    4: ("sync", "evaluate", "launch", "report", "analysis", "options", "outline", "planner", "throughput"),
+    5: ("run", "left_half", "train", "conversion", "analyze", "data_check", "eval_run", "harness", "serve", "doctor", "cli"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 # The command line reads the rows of the recipes: plain values, no torch.
-LIGHT = ("config", "rules", "load_config", "types", "metrics", "validate", "validate_algorithm", "algo.recipes", "options", "plan", "cli")
+LIGHT = (
+    *("config", "rules", "load_config", "types", "metrics", "validate", "validate_algorithm", "flops"),
+    *("algo.recipes", "options", "outline", "cli"),
+)
 FOREIGN = re.compile(r"(?<![\w./])/work/|\.\./shared|CONTRACTS\.md")
 
 

@@ -6,7 +6,7 @@ from megasd.config import Config, samples_per_step
 from megasd.validate import data_parallel_size, needs_engine, sequence_multiple
 
 
-def plan(config: Config, world_size: int) -> list[str]:
+def outline(config: Config, world_size: int) -> list[str]:
     """What the run will do, in lines for a reader."""
     actor, rollout, run, engine = config.actor, config.rollout, config.run, config.rollout.engine
     data_parallel = data_parallel_size(config, world_size)
