@@ -25,6 +25,7 @@ import signal
 import sys
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -35,6 +36,7 @@ from megasd.load_config import load_config, to_yaml
 from megasd.options import REFUSED, Parser, build_parser
 from megasd.outline import outline
 from megasd.presets import PRESETS
+from megasd.stop import LEFT, MARKER, SIGNALS, Stop
 from megasd.types import UserError
 from megasd.validate import default_world_size, validate
 
@@ -161,14 +163,14 @@ def _train(items: list[str], dry_run: bool, argv: list[str]) -> int:
         print(to_yaml(config) + "\n".join(f"# {line}" for line in outline(config, world_size)))
         return 0
     if joined is None and world_size > 1:
-        return _start_ranks(argv, world_size)
+        return _start_ranks(argv, world_size, Path(config.run.dir) / MARKER)
 
-    signal.signal(signal.SIGTERM, _stop)
+    stop = Stop()
+    stop.install()
     _quiet_libraries()
     from megasd import train
 
-    train.main(config)
-    return 0
+    return train.main(config, stop)
 
 
 def _torchrun_world_size() -> int | None:
@@ -195,17 +197,22 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def _start_ranks(argv: list[str], world_size: int) -> int:
-    """Run this same command on `world_size` ranks of this machine under torchrun's agent; returns the exit code of the first to fail."""
+def _start_ranks(argv: list[str], world_size: int, marker: Path) -> int:
+    """Run this same command on `world_size` ranks of this machine under torchrun's agent; returns the exit code of the first to fail.
+
+    The agent passes signals on to the ranks, and gives them ten minutes to save; `marker` says that they did.
+    """
     import logging
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.CRITICAL)  # of the agent in this process: a rank tells of its own failure, and the agent's report buries it
-    options = ["--standalone", f"--nproc-per-node={world_size}", "-m", "megasd.cli", *argv]
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    options = ["--standalone", f"--nproc-per-node={world_size}", signals, "-m", "megasd.cli", *argv]
     try:
         run.run(run.parse_args(options))
     except ChildFailedError as error:
@@ -214,7 +221,9 @@ def _start_ranks(argv: list[str], world_size: int) -> int:
         rank, failure = error.get_first_failure()
         print(f"megasd: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr, flush=True)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException:
+    except SignalException as error:
+        if error.sigval in SIGNALS and marker.is_file():
+            return LEFT
         print("megasd: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,10 +33,12 @@ from megasd.load_config import to_yaml
 from megasd.metrics import MetricSink
 from megasd.report import Report
 from megasd.rollout.generate import Rollout
+from megasd.stop import MARKER, Leave, Stop
 from megasd.sync import SyncError, WeightSync
 from megasd.validate import needs_engine
 
 PROBE_TOKENS = 32  # length of the probe prompts that a push is verified with
+LEAVES = "leaves"  # what it sends beside a result: whether it was told to leave
 REPUSH = "repush"  # what rank 0 sends instead of a result when an engine needs the weights again
 LEAVE_SECONDS = 30  # that a rank waits for rank 0 to end first
 
@@ -43,8 +46,9 @@ LEAVE_SECONDS = 30  # that a rank waits for rank 0 to end first
 class Run(contextlib.ExitStack):
     """Context manager; attributes `actor`, `sync`, `step` on every rank, the left half on rank 0 (None elsewhere)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: Stop) -> None:
         super().__init__()
+        self.stop = stop
         try:
             self._build(config)
         except BaseException:
@@ -74,6 +78,8 @@ class Run(contextlib.ExitStack):
         self.from_first(lambda: self._open_run_dir(is_fresh=resume is None))
         found = self.from_first(lambda: self.left.estimate_pass_rates())
         self.actor.dataset_mean = float(found["dataset_mean"]) if "dataset_mean" in found else None
+        self._drawn: dict | None = None  # rank 0's half before it drew the questions of a batch that is not learned yet
+        self.stop.armed = True
 
     def _build_left_half(self, resume: Path | None) -> None:
         self.left = self.enter_context(LeftHalf(self.config, resume, self.timings))
@@ -89,6 +95,7 @@ class Run(contextlib.ExitStack):
                 path = self.dir / name
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / MARKER).unlink(missing_ok=True)
         self.sink = self.enter_context(MetricSink(self.dir, self.config.run.tensorboard, first_step=self.step))
         (self.dir / "config.yaml").write_text(to_yaml(self.config))
 
@@ -115,16 +122,21 @@ class Run(contextlib.ExitStack):
     def from_first(self, work: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor]:
         """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other ranks leave in silence after it.
 
-        An engine that dies and is restarted meanwhile may need the weights, which is every rank's work: see `_repush`.
+        Raises Leave on every rank when rank 0 is told to leave, before the work or in it. An engine that dies and is restarted meanwhile
+        may need the weights, which is every rank's work: see `_repush`.
         """
-        tensors, failure = {}, None
+        tensors, failure, leaves = {}, None, False
         if self.is_first:
             with self._serving():
                 try:
-                    tensors = work() or {}
+                    with self.stop.breakable():
+                        tensors = work() or {}
                 except Exception as error:
                     failure = error
-        found = broadcast_tensors(tensors | {"failed": torch.tensor(failure is not None)} if self.is_first else None)
+                except Leave:
+                    leaves = True
+        flags = {"failed": torch.tensor(failure is not None), LEAVES: torch.tensor(leaves)}
+        found = broadcast_tensors(tensors | flags if self.is_first else None)
         while REPUSH in found:
             with contextlib.suppress(SyncError):  # rank 0 deals with it
                 self.sync.push(version=self.step, lacking=True)
@@ -132,7 +144,10 @@ class Run(contextlib.ExitStack):
         if failure is not None:
             raise failure
         if found.pop("failed"):
+            self.stop.armed = False
             _leave_after_first()
+        if found.pop(LEAVES):
+            raise Leave
         return found
 
     @contextlib.contextmanager
@@ -148,8 +163,9 @@ class Run(contextlib.ExitStack):
 
     def _repush(self) -> None:
         """Rank 0, in the middle of `from_first`: an engine came back with the start weights, and only the actor has the others."""
-        broadcast_tensors({REPUSH: torch.tensor(True)})
-        self.sync.push(version=self.step, lacking=True)
+        with self.stop.held():
+            broadcast_tensors({REPUSH: torch.tensor(True)})
+            self.sync.push(version=self.step, lacking=True)
 
     @property
     def algorithm(self) -> AlgorithmConfig:
@@ -174,6 +190,7 @@ class Run(contextlib.ExitStack):
             return self.sync.push(version=self.step)
         except SyncError:
             if not self.is_first:
+                self.stop.armed = False
                 _leave_after_first()
             raise
 
@@ -188,6 +205,7 @@ class Run(contextlib.ExitStack):
     def next_batch(self, step: int) -> tuple[Batch, dict[str, float]]:
         """Rank 0 samples, scores and builds the batch of a step; every rank receives it. Metrics on rank 0."""
         metrics: dict[str, float] = {}
+        self._drawn = self._left_state()
 
         def build() -> dict[str, Tensor]:
             left, algorithm = self.left, self.algorithm
@@ -213,6 +231,7 @@ class Run(contextlib.ExitStack):
         """What the step says to the next ones (rank 0)."""
         if self.left is not None:
             self.left.memory.after_step(metrics)
+        self._drawn = None
 
     def evaluate(self, step: int) -> dict[str, float] | None:
         """Held-out figures on rank 0, None elsewhere or without data.eval; samples are kept in rollouts/eval-step-*.jsonl."""
@@ -222,13 +241,23 @@ class Run(contextlib.ExitStack):
             self.from_first(lambda: result.update(self.left.evaluate(step)))
         return result or None
 
-    def save(self) -> None:
-        """Checkpoint at the current step; every rank calls it."""
-        state = {}
-        if self.is_first:
-            state = {"before": self.before, "prompts": self.left.prompts.state_dict(), "memory": self.left.memory.state_dict()}
-            state["gate"] = self.actor.gate.state_dict()
+    def _left_state(self) -> dict:
+        """What rank 0's half remembers, for a checkpoint; {} on other ranks."""
+        return {"prompts": self.left.prompts.state_dict(), "memory": self.left.memory.state_dict()} if self.is_first else {}
+
+    def save(self, left_state: dict | None = None) -> None:
+        """Checkpoint at the current step; every rank calls it. left_state: rank 0's, if not that of now."""
+        state = (left_state or self._left_state()) | (
+            {"before": self.before, "gate": self.actor.gate.state_dict()} if self.is_first else {}
+        )
         self.actor.save(self.dir / "checkpoints", self.step, state)
+
+    def leave(self) -> None:
+        """Save as told, whether a checkpoint is due or not: a batch that was being sampled is sampled again from the same questions."""
+        self.save(self._drawn)
+        if self.is_first:
+            (self.dir / MARKER).write_text(json.dumps({"step": self.step, "signal": self.stop.asked}) + "\n")
+            print(f"megasd: told to leave (signal {self.stop.asked}): saved step {self.step}; run.resume=auto goes on", file=sys.stderr)
 
     def summary(self, after: dict[str, float] | None, steps: int) -> dict:
         """runs/<name>/summary.json: written when the run ends."""

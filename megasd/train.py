@@ -9,35 +9,57 @@ from __future__ import annotations
 
 import time
 
+import torch
+
+from megasd.actor.parallel import broadcast_tensors
 from megasd.config import Config
 from megasd.report import result_table
 from megasd.run import Run
+from megasd.stop import LEFT, Leave, Stop
 
 
-def main(config: Config) -> None:
-    """Train to config.run.steps, from the start or a checkpoint, and leave a run directory."""
-    with Run(config) as run:
-        first = run.step
-        if first == 0:
-            run.before = run.evaluate(step=0)
-        run.report = run.open_report()
-        for step in range(first, config.run.steps):
-            started = time.perf_counter()
-            batch, metrics = run.next_batch(step)
-            shares = run.actor.take_all(batch, run.algorithm)
-            with run.timed("teach"):
-                signals = [run.actor.teach(share) for share in shares]
-            with run.timed("train"):
-                learned = run.actor.train(shares, signals)
-            run.learned(learned)
-            run.step = step + 1
-            with run.timed("sync"):
-                pushed = run.push() if run.samples else {}
-            if _due(config.checkpoint.every, run.step) and run.step < config.run.steps:
-                run.save()
-            held_out = run.evaluate(run.step) if _due(config.evaluation.every, run.step) and run.step < config.run.steps else None
+def main(config: Config, stop: Stop) -> int:
+    """Train to config.run.steps, from the start or a checkpoint, and leave a run directory.
+
+    Returns the exit code: 0, or LEFT when `stop` was told to leave and the run is saved.
+    """
+    with Run(config, stop) as run:
+        try:
+            go(run, config)
+            return 0
+        except Leave:
+            run.leave()
+    broadcast_tensors({"closed": torch.tensor(True)} if run.is_first else None)  # torchrun ends every rank when the first has gone
+    return LEFT
+
+
+def go(run: Run, config: Config) -> None:
+    """The steps that are left, and the end. Raises Leave between two of them, or where one is sampled."""
+    first = run.step
+    if first == 0:
+        run.before = run.evaluate(step=0)
+    run.report = run.open_report()
+    for step in range(first, config.run.steps):
+        started = time.perf_counter()
+        batch, metrics = run.next_batch(step)
+        shares = run.actor.take_all(batch, run.algorithm)
+        with run.timed("teach"):
+            signals = [run.actor.teach(share) for share in shares]
+        with run.timed("train"):
+            learned = run.actor.train(shares, signals)
+        run.learned(learned)
+        run.step = step + 1
+        with run.timed("sync"):
+            pushed = run.push() if run.samples else {}
+        if _due(config.checkpoint.every, run.step) and run.step < config.run.steps:
+            run.save()
+        held_out = None
+        try:
+            if _due(config.evaluation.every, run.step) and run.step < config.run.steps:
+                held_out = run.evaluate(run.step)
+        finally:  # what was learned is logged, whatever becomes of the evaluation
             log(run, step, metrics | learned_metrics(learned) | pushed, held_out, time.perf_counter() - started)
-        finish(run, first)
+    finish(run, first)
 
 
 def learned_metrics(learned: dict[str, float]) -> dict[str, float]:

@@ -1,16 +1,19 @@
 """Whole runs through the command line: Megatron under TP 2 on gloo, a real SGLang server, and what lies in the run directory afterwards.
 
 Proves: a run's files, lines and table; every push reaches the engine, checksum for checksum; the engine's death in the middle of a rollout
-loses and doubles no sample, and the new one gets the weights from the actor's ranks; 7 + 6 + 7 steps with two resumes are the same
+loses and doubles no sample, and the new one gets the weights from the actor's ranks; a run that is told to leave saves within 10 s and goes
+on at the next step with the same questions; 7 + 6 + 7 steps with two resumes are the same
 numbers, bit for bit, as 20 in one go; a checkpoint of TP 2 goes on under TP 1, DP 2 and PP 2.
 Does not prove: that anything is learned (make quickstart), CUDA, several machines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -222,6 +225,54 @@ def test_a_dead_engine_costs_no_sample(job: Job) -> None:
         assert len({(sample.prompt_id, sample.index) for sample in samples}) == P * G
         assert {sample.version for sample in samples} == {step}
         assert rows[step]["rollout/samples"] == P * G
+
+
+# ---- told to leave ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number, ranks",
+    [(signal.SIGUSR1, 2), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.nightly)],
+)
+def test_told_to_leave_it_saves_and_goes_on(number: signal.Signals, ranks: int, start: Path, tmp_path: Path) -> None:
+    """The signal reaches `megasd train` (under 2 ranks: torchrun's agent) while step 1 is sampled; then the same command again."""
+    run, log = tmp_path / "run", tmp_path / "run.log"
+    arguments = [
+        f"model.path={start}/warm", f"data.train={start}/rows.jsonl", TEMPLATE, "run.resume=auto", "run.export=false",
+        f"rollout.num_prompts={P}", f"rollout.num_samples={G}", "rollout.max_prompt_tokens=32", f"rollout.max_response_tokens={LONG}",
+        "rollout.max_concurrency=32", "reward.verifier=exact_match", "actor.dtype=float32", "actor.micro_batch_size=16",
+        f"actor.tensor_model_parallel_size={ranks}", "run.steps=3", f"run.dir={run}",
+    ]  # fmt: skip
+    process = megasd(*arguments, log=log)
+    tree: list[psutil.Process] = []
+    try:
+        while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        time.sleep(0.4)
+        tree = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        began = time.monotonic()
+        while not (run / "preempted").is_file() and process.poll() is None:
+            time.sleep(0.02)
+        seconds = time.monotonic() - began
+        assert process.wait(60) == 85, log.read_text()
+    finally:
+        for child in [*tree, process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    print(f"{number.name}, {ranks} ranks: saved after {seconds:.1f} s, gone after {time.monotonic() - began:.1f} s")
+    assert seconds < 10 and "saved step 1" in log.read_text() and "Traceback" not in log.read_text()
+    assert json.loads((run / "preempted").read_text()) == {"step": 1, "signal": int(number)}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+    assert not psutil.wait_procs(tree, timeout=10)[1]
+
+    train(*arguments, log=log)
+    assert not (run / "preempted").exists()
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [0, 1, 2]
+    batches = PromptIterator(load_prompts(start / "rows.jsonl", max_row_bytes=10_000), P, seed=1)
+    for step in range(3):
+        assert [group.prompt.id for group in load_groups(rollout_path(run / "rollouts", step))] == [p.id for p in batches.next()]
 
 
 # ---- the same numbers ------------------------------------------------------------------------------------------------------------------

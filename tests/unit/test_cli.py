@@ -22,7 +22,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 STAND_IN = """
 import sys, types
-def main(config):
+def main(config, stop):
     import os
     rank = os.environ.get("RANK", "none")
     {body}

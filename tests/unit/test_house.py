@@ -14,7 +14,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
-    0: ("config", "rules", "load_config", "types", "metrics", "validate", "validate_algorithm", "validate_actor", "presets", "flops"),
+    0: (
+        "config",
+        "rules",
+        "load_config",
+        "types",
+        "metrics",
+        "validate",
+        "validate_algorithm",
+        "validate_actor",
+        "presets",
+        "flops",
+        "stop",
+    ),
     1: ("algo", "data", "ops", "weights"),
     2: ("loss", "batch", "microbatch", "partition"),
     3: ("actor", "rollout"),
@@ -24,7 +36,7 @@ FLOORS = {
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 # The command line reads the rows of the recipes: plain values, no torch.
 LIGHT = (
-    *("config", "rules", "load_config", "types", "metrics", "validate", "validate_algorithm", "flops"),
+    *("config", "rules", "load_config", "types", "metrics", "validate", "validate_algorithm", "flops", "stop"),
     *("algo.recipes", "options", "outline", "cli"),
 )
 FOREIGN = re.compile(r"(?<![\w./])/work/|\.\./shared|CONTRACTS\.md")

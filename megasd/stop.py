@@ -1,0 +1,64 @@
+"""Told to leave: SIGUSR1 (Slurm's --signal) or SIGTERM asks a run to save and to end with exit code 85, so that it is queued again.
+
+Rank 0 decides, the others follow it: it leaves what it samples or verifies at once, and goes on from the batch's questions when it is
+started again; an optimizer step that has begun is finished first. Plain Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+LEFT = 85  # exit code: told to leave, and saved
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+MARKER = "preempted"  # file of run.dir that says so, since torchrun's own exit code is 1 whatever a rank's was
+
+
+class Leave(BaseException):
+    """The run was told to leave. Raised by `Stop` where what is under way can be done again."""
+
+
+class Stop:
+    """What this process was told. Before `armed` a signal ends it as ever (SystemExit); then the first counts, and more change nothing."""
+
+    def __init__(self) -> None:
+        self.armed = False  # whether there is a run to save
+        self.asked: int | None = None  # the signal
+        self._breakable = False
+
+    def install(self) -> None:
+        """Take the signals over; main thread only."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.armed:
+            raise SystemExit(128 + number)  # unwinds the stack, so that a started engine is closed
+        self.asked = self.asked or number
+        if self._breakable:
+            self._breakable = False
+            raise Leave
+
+    @contextlib.contextmanager
+    def breakable(self) -> Iterator[None]:
+        """Leave is raised in the block as soon as the process is told to, or at once if it was before."""
+        self._breakable = self.armed
+        try:
+            if self._breakable and self.asked is not None:
+                raise Leave
+            yield
+        finally:
+            self._breakable = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within `breakable`: a part that must be finished, since other ranks take part in it."""
+        before, self._breakable = self._breakable, False
+        try:
+            yield
+        finally:
+            self._breakable = before
+        if before and self.asked is not None:
+            raise Leave
