@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from megasd.config import LOOPBACK, Config, ConfigError, samples_per_step
 from megasd.rules import check_values
+from megasd.validate_actor import check_actor, check_machine, check_sizes, sequence_multiple
 from megasd.validate_algorithm import check_algorithm, check_read
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "olmo2", "olmo3")  # those of weights/families.py
@@ -27,20 +28,26 @@ def validate(config: Config, world_size: int | None = None, *, rank: int = 0) ->
 
     Ranks other than 0 leave out the look into run.dir, which rank 0 may already be filling.
     """
-    check_values(config)
-    world_size = world_size or default_world_size(config)
-    check_algorithm(config, config.algorithm, data_parallel_size(config, world_size))
-    if not config.algorithm.stages:  # else algo/schedule.py knows whether a later stage reads it
-        check_read(config, [config.algorithm])
-    _check_run(config)
-    _check_lengths(config)
-    _check_parallel(config, world_size)
+    validate_values(config, world_size or default_world_size(config))
+    check_machine(config.actor)
     _check_model(config)
     _check_teacher_model(config)
     _check_sync(config)
     _check_data(config)
     if rank == 0:
         _check_run_dir(config)
+
+
+def validate_values(config: Config, world_size: int) -> None:
+    """The part of `validate` that looks at no file: also for a machine that has neither model nor data. Raises ConfigError."""
+    check_values(config)
+    check_algorithm(config, config.algorithm, data_parallel_size(config, world_size))
+    if not config.algorithm.stages:  # else algo/schedule.py knows whether a later stage reads it
+        check_read(config, [config.algorithm])
+    _check_run(config)
+    _check_lengths(config)
+    _check_parallel(config, world_size)
+    check_actor(config)
 
 
 def default_world_size(config: Config) -> int:
@@ -60,13 +67,6 @@ def data_parallel_size(config: Config, world_size: int) -> int:
             f"{actor.pipeline_model_parallel_size} x CP {actor.context_parallel_size}; start a multiple of {dense}"
         )
     return world_size // dense
-
-
-def sequence_multiple(config: Config) -> int:
-    """What a sequence is padded to: 2 chunks a context-parallel rank, and a whole share for each sequence-parallel rank (tokens)."""
-    actor = config.actor
-    chunks = 2 * actor.context_parallel_size if actor.context_parallel_size > 1 else 1
-    return chunks * (actor.tensor_model_parallel_size if actor.sequence_parallel else 1)
 
 
 def needs_engine(config: Config) -> bool:
@@ -240,6 +240,7 @@ def _check_split(config: Config, model: dict[str, Any], directory: Path, key: st
         if not is_moe:
             raise ConfigError(f"{lead}actor.expert_model_parallel_size: {directory} is no mixture of experts ({model_type}); set it to 1")
         divides("expert_model_parallel_size", actor.expert_model_parallel_size, "num_experts")
+    check_sizes(config, model, f"{directory}/config.json")
     return number("max_position_embeddings")
 
 

@@ -1,0 +1,51 @@
+"""`megasd launch slurm` and `megasd launch nemo-run`: check, render, then submit, or with --dry-run print what would be submitted."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from megasd.algo.recipes import RECIPES
+from megasd.algo.schedule import check_stages
+from megasd.launch import nemo, slurm
+from megasd.launch.job import Job, make_job
+from megasd.load_config import load_config, to_yaml
+from megasd.types import UserError
+
+
+def run(args: argparse.Namespace, items: list[str]) -> int:
+    """args.launcher slurm or nemo-run on the config of `items`, YAML files and overrides; the exit code. Raises UserError."""
+    overrides = [item for item in items if re.match(r"[\w.]+=", item)]
+    config = load_config([item for item in items if item not in overrides], overrides, RECIPES)
+    job = make_job(config)
+    check_stages(config, job.ranks)
+    if args.launcher == "nemo-run":
+        return nemo.launch(job, executor=args.executor, dry_run=args.dry_run, detach=args.detach)
+    return submit(job, dry_run=args.dry_run)
+
+
+def submit(job: Job, *, dry_run: bool) -> int:
+    """Hand the job's script to sbatch, config and script beside it in job.folder; sbatch's exit code. dry_run: print the script."""
+    script = slurm.render(job)
+    if dry_run:
+        sys.stdout.write(script)
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch: not found on this machine; run this where Slurm is, or see the script with --dry-run")
+    write_job(job)
+    Path(job.script).write_text(script, encoding="utf-8")
+    done = subprocess.run(["sbatch"], input=script.encode(), check=False)
+    return done.returncode
+
+
+def write_job(job: Job) -> None:
+    """The resolved config, where the job looks for it."""
+    try:
+        Path(job.folder).mkdir(parents=True, exist_ok=True)
+        Path(job.yaml).write_text(to_yaml(job.config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir={job.run_dir}: cannot be written to ({error.strerror}); choose another") from error
