@@ -288,8 +288,9 @@ class ActorConfig:
     # what follows needs TransformerEngine, that is a GPU
     # FP8 of the linear layers: hybrid = E4M3 forward, E5M2 backward | e4m3 throughout; null = bf16 (loss and output layer always are)
     fp8: Optional[Literal["hybrid", "e4m3"]] = None
-    # Megatron's fp8_recipe: scales from past steps | of each tensor now ("current") | of 128 x 128 and 1 x 128 blocks (Hopper)
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    # Megatron's fp8_recipe: scales from past steps (leaves no layer in bf16) | of each tensor now ("current") | of 128 x 128 and 1 x 128
+    # blocks (Hopper)
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
     fp8_param_gather: bool = False  # keep parameters in FP8 and gather those (distributed optimizer)
     first_last_layers_bf16: bool = True  # the first num_layers_at_start_in_bf16 and last num_layers_at_end_in_bf16 layers stay in bf16
     num_layers_at_start_in_bf16: int = 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -11,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -34,10 +37,15 @@ class Backbone(GPTModel):
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.post_process:
+            # The loss reads the output layer's weight without its forward, whose hook waits for the weight (overlap_param_gather).
+            for hook in self.output_layer._forward_pre_hooks.values():
+                hook(self.output_layer)
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """The vocabulary shard `[V / TP, h]` of the output layer, on the last stage."""
+        """The vocabulary shard `[V / TP, h]` of the output layer, on the last stage: in params_dtype under FP8 too, since Megatron makes
+        FP8 parameters inside its TransformerBlock only."""
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
 
@@ -49,6 +57,8 @@ def transformer_config(family: Family, actor: ActorConfig, device: torch.device)
     """Megatron's TransformerConfig. What is off on the CPU needs TransformerEngine, Apex or CUDA, or is silently wrong on gloo."""
     dtype, gpu = DTYPES[actor.dtype], device.type == "cuda"
     pipelined = actor.pipeline_model_parallel_size > 1
+    # Apex's kernel, which Megatron demands for its own output layer: weight gradients go straight into their fp32 buffers.
+    fuses_gradients = gpu and find_spec("fused_weight_gradient_mlp_cuda") is not None
     return TransformerConfig(
         **family.transformer,
         tensor_model_parallel_size=actor.tensor_model_parallel_size,
@@ -63,32 +73,68 @@ def transformer_config(family: Family, actor: ActorConfig, device: torch.device)
         variable_seq_lengths=pipelined,  # microbatches differ in length
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models included
         calculate_per_token_loss=True,  # loss/reduce.py owns the normaliser, Megatron divides by nothing
-        recompute_granularity=actor.recompute_granularity,
-        recompute_method="uniform" if actor.recompute_granularity == "full" else None,
-        recompute_num_layers=1 if actor.recompute_granularity == "full" else None,
+        tp_comm_overlap=actor.tp_comm_overlap,
+        attention_backend=AttnBackend[actor.attention_backend],
         use_cpu_initialization=not gpu,
         persist_layer_norm=gpu,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradients,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=actor.apply_rope_fusion,
         batch_p2p_comm=gpu,  # gloo: wrong numbers with interleaved pipelines, exit status 0
         deallocate_pipeline_outputs=gpu,  # gloo: the send buffer would be freed in flight
         # TransformerEngine's ring of key-value blocks has no sliding window; its exchange of heads has.
         cp_comm_type="a2a" if gpu and "window_size" in family.transformer else None,
+        **_recompute(actor),
+        **_fp8(actor),
+        **({"cuda_graph_impl": "local", "cuda_graph_scope": []} if actor.cuda_graph else {}),  # an empty scope: whole layers
     )
 
 
-def build_model(family: Family, config: TransformerConfig, actor: ActorConfig, mesh: Mesh, vp_stage: int | None = None) -> Backbone:
+def _recompute(actor: ActorConfig) -> dict[str, Any]:
+    """TransformerConfig's arguments; it takes those of the other granularity only as None."""
+    if actor.recompute_granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": actor.recompute_method,
+            "recompute_num_layers": actor.recompute_num_layers,
+        }
+    if actor.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(actor.recompute_modules)}
+    return {}
+
+
+def _fp8(actor: ActorConfig) -> dict[str, Any]:
+    """TransformerConfig's arguments. Delayed scaling by the largest value of 1,024 passes, as TransformerEngine's own default recipe;
+    Megatron's default is that of the last pass."""
+    if actor.fp8 is None:
+        return {}
+    return {
+        "fp8": actor.fp8,
+        "fp8_recipe": actor.fp8_recipe,
+        "fp8_param": actor.fp8_param_gather,
+        "fp8_margin": 0,
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": actor.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": actor.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": actor.num_layers_at_end_in_bf16,
+    }
+
+
+def build_model(
+    family: Family, config: TransformerConfig, actor: ActorConfig, mesh: Mesh, vp_stage: int | None = None, *, local_spec: bool = False
+) -> Backbone:
     """This rank's part of the model (its pipeline stage and tensor shard), on its device, weights uninitialised by the checkpoint.
 
-    `vp_stage`: which of config.virtual_pipeline_model_parallel_size parts of the stage, if it has several.
+    `vp_stage`: which of config.virtual_pipeline_model_parallel_size parts of the stage, if it has several. `local_spec`: the layers of the
+    CPU on a GPU too, for comparisons and benchmarks (torch's attention, no FP8).
     """
     last = None if vp_stage is None else config.virtual_pipeline_model_parallel_size - 1
     model = Backbone(
         config,
-        block_spec(family, config, mesh.device.type == "cuda", vp_stage),
+        block_spec(family, config, mesh.device.type == "cuda" and not local_spec, vp_stage),
         vocab_size=mapping.padded_vocab_size(family.vocab_size, actor.make_vocab_size_divisible_by, mesh.tp_size),
         pre_process=mesh.is_first_stage and vp_stage in (None, 0),
         post_process=mesh.is_last_stage and vp_stage == last,
@@ -107,6 +153,8 @@ def wrap_data_parallel(model: Backbone, config: TransformerConfig, actor: ActorC
         use_distributed_optimizer=actor.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=actor.overlap_grad_reduce,
+        overlap_param_gather=actor.overlap_param_gather,
+        fp8_param_gather=actor.fp8_param_gather,
         check_for_nan_in_grad=False,  # the actor refuses a non-finite gradient norm itself
     )
     wrapped = DistributedDataParallel(config, ddp, module)
@@ -133,6 +181,8 @@ def build_optimizer(
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=actor.use_distributed_optimizer,
+            overlap_param_gather=actor.overlap_param_gather,
+            fp8_recipe=actor.fp8_recipe if actor.fp8 else None,  # how main parameters become FP8 ones
         ),
         [model],
     )

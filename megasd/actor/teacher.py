@@ -31,6 +31,7 @@ from megasd.types import UserError
 from megasd.weights import families
 from megasd.weights.files import read_hf_config
 from megasd.weights.load import load_hf
+from megasd.weights.quantised import lend, plain, storage
 from megasd.weights.table import global_params
 
 SHADOWED = ("ema", "frozen", "snapshot", "gated", "trust_region")
@@ -64,7 +65,7 @@ class TeacherWeights:
         self.refresh = Refresh()
         self.shadow: dict[str, Tensor] = {}
         if config.weights in SHADOWED:
-            self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+            self.shadow = {name: plain(p).float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, *, pass_rate: float | None = None, length_tail: float = 0.0) -> None:
@@ -72,7 +73,7 @@ class TeacherWeights:
         config, state = self.config, self.refresh
         if config.weights == "ema":
             for name, p in self.model.named_parameters():
-                self.shadow[name].lerp_(p.detach().float(), config.ema_rate)
+                self.shadow[name].lerp_(plain(p).float(), config.ema_rate)
         if config.weights not in ("snapshot", "gated"):
             return
         state.steps += 1
@@ -84,7 +85,7 @@ class TeacherWeights:
             due = due and rise >= config.gate_gain and length_tail <= config.gate_length
         if due:
             for name, p in self.model.named_parameters():
-                self.shadow[name].copy_(p.detach())
+                self.shadow[name].copy_(plain(p))
             self.refresh = Refresh(steps=0, pass_rate=pass_rate, copies=state.copies + 1)
 
     def state_dict(self) -> dict:
@@ -95,18 +96,21 @@ class TeacherWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the model with the teacher's weights. The student's storage is only set aside, so optimizer buffers stay valid."""
+        """Run the model with the teacher's weights. The student's storage is only set aside, so optimizer buffers stay valid.
+
+        FP8 parameters (actor.fp8_param_gather) get them quantised anew; delayed scaling thereby also sees the teacher's largest weights.
+        """
         if not self.shadow:
             yield
             return
-        student = {name: p.data for name, p in self.model.named_parameters()}
+        student = {name: storage(p) for name, p in self.model.named_parameters()}
         try:
             for name, p in self.model.named_parameters():
-                p.data = self.shadow[name].to(p.dtype)  # no copy when the model is fp32
+                lend(p, self.shadow[name].to(p.dtype))  # no copy when the model is fp32
             yield
         finally:
             for name, p in self.model.named_parameters():
-                p.data = student[name]
+                lend(p, student[name])
 
     def tensor_of(self, parameter: Tensor) -> Tensor:
         """The teacher's value of one model parameter, detached, in the parameter's dtype."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasd.weights.plan import Plan
+from megasd.weights.quantised import plain
 
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, from the golden ratio, as a signed 64-bit number
 _CHUNK = 1 << 20  # 64-bit words hashed at a time
@@ -16,7 +17,7 @@ _CHUNK = 1 << 20  # 64-bit words hashed at a time
 
 def fingerprint(tensor: Tensor) -> int:
     """64 bits of a tensor's bytes: sum of words times odd numbers that depend on the place, modulo 2**64. Equal bytes, equal number."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = plain(tensor).contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
     total = 0
     for first in range(0, words.numel(), _CHUNK):

@@ -21,6 +21,7 @@ from torch import Tensor
 from megasd.weights import mapping
 from megasd.weights.mapping import Shape
 from megasd.weights.plan import ALIGNMENT, Bucket, Holding, Param, Piece, Plan
+from megasd.weights.quantised import plain
 
 
 def exchange(mine: Holding, world_size: int) -> list[Holding]:
@@ -133,11 +134,6 @@ class Gather:
             for (param, piece), shard in zip(pieces, shards, strict=True):
                 mapping.merge([shard], [piece.layout], [tensors[part] for part in param.parts])
         return flat
-
-
-def plain(param: Tensor) -> Tensor:
-    """The values of a parameter: TransformerEngine's fp8 parameters are dequantised, all others are themselves."""
-    return param.dequantize() if hasattr(param, "_quantizer") or type(param).__name__ == "Float8Tensor" else param.detach()
 
 
 def _by_owner(bucket: Bucket) -> dict[int, list[tuple[Param, Piece]]]:

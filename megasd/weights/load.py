@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from megasd.types import UserError
 from megasd.weights import families, mapping
 from megasd.weights.files import Source, read_hf_config
+from megasd.weights.quantised import fill, is_quantised
 from megasd.weights.table import Table
 
 
@@ -95,11 +95,11 @@ def load_hf(
             plan.append((param, rule, layout, [source.slice(part, shape) for part, shape in rule.parts.items()]))
         for param, rule, layout, sources in plan:
             # A slice of a TransformerEngine fp8 parameter is a dequantised copy; only whole does it take values.
-            shard = param if type(param) in (Tensor, Parameter) else torch.empty(layout.shape, dtype=param.dtype, device=param.device)
+            shard = torch.empty(layout.shape, dtype=param.dtype, device=param.device) if is_quantised(param) else param
             if rule.layout is mapping.vocab:
                 shard.zero_()  # its last rows may be padding
             for s in layout.segments:
                 values = sources[s.part][s.start : s.start + s.length] if s.dim == 0 else sources[s.part][:, s.start : s.start + s.length]
                 shard.narrow(s.dim, s.offset, s.length).copy_(values)
             if shard is not param:
-                param.copy_(shard)
+                fill(param, shard)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +27,8 @@ from megasd.validate import MODEL_TYPES
 from megasd.weights import families, mapping
 from megasd.weights.families import config_from_hf
 from megasd.weights.files import read_hf_config
-from megasd.weights.gather import plain
 from megasd.weights.load import load_hf
+from megasd.weights.quantised import plain
 from megasd.weights.rope import rope
 from megasd.weights.table import global_name, global_params
 from tests.tiny_weights import COMMON, LLAMA3, MODELS, PLAIN, YARN, local_params, tiny_checkpoint
@@ -292,7 +294,8 @@ class Float8Tensor(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-def test_fp8_parameters_are_loaded_whole_and_exported_dequantised(tmp_path: Path) -> None:
+def test_fp8_parameters_are_loaded_whole_and_exported_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.tensor", SimpleNamespace(QuantizedTensor=Float8Tensor))
     path = tiny_checkpoint(tmp_path / "qwen3", "qwen3")
     params = local_params(read_hf_config(path), tp_size=2)
     name = "decoder.layers.0.mlp.linear_fc1.weight"
