@@ -12,8 +12,8 @@ from pathlib import Path
 from megasd.algo.recipes import RECIPES
 from megasd.algo.schedule import check_stages
 from megasd.launch import nemo, slurm
-from megasd.launch.job import Job, make_job
-from megasd.load_config import load_config, to_yaml
+from megasd.launch.job import Job, make_job, write_config
+from megasd.load_config import load_config
 from megasd.types import UserError
 
 
@@ -36,16 +36,7 @@ def submit(job: Job, *, dry_run: bool) -> int:
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found on this machine; run this where Slurm is, or see the script with --dry-run")
-    write_job(job)
+    write_config(job)
     Path(job.script).write_text(script, encoding="utf-8")
     done = subprocess.run(["sbatch"], input=script.encode(), check=False)
     return done.returncode
-
-
-def write_job(job: Job) -> None:
-    """The resolved config, where the job looks for it."""
-    try:
-        Path(job.folder).mkdir(parents=True, exist_ok=True)
-        Path(job.yaml).write_text(to_yaml(job.config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run.dir={job.run_dir}: cannot be written to ({error.strerror}); choose another") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from megasd.config import Config, ConfigError
+from megasd.load_config import to_yaml
+from megasd.types import UserError
 from megasd.validate import needs_engine, validate_values
 
 # Variables that every job takes from the submitting shell, by name: without PATH a node finds neither Slurm nor the environment.
@@ -67,6 +69,15 @@ def make_job(config: Config) -> Job:
     validate_values(config, job.ranks)
     _check_engines(config)
     return job
+
+
+def write_config(job: Job) -> None:
+    """Write the resolved config where the job looks for it. UserError when it cannot be."""
+    try:
+        Path(job.folder).mkdir(parents=True, exist_ok=True)
+        Path(job.yaml).write_text(to_yaml(job.config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir={job.run_dir}: cannot be written to ({error.strerror}); choose another") from error
 
 
 def _check_resume(config: Config) -> None:
