@@ -25,7 +25,7 @@ TERMS = ("distill", "policy_gradient", "nll")
 
 @dataclass
 class Batch:
-    """N samples on the CPU, the samples of a question side by side. Every rank holds the whole batch of a step, then takes its `shard`."""
+    """N samples on the CPU, the samples of a question side by side. Every rank holds the whole batch of a step and takes its part of it."""
 
     prompt_ids: Tensor  # int64, prompts one after the other
     prompt_lens: Tensor  # int64 [N]
@@ -114,30 +114,6 @@ class Batch:
             raise ValueError(f"{len(questions)} questions cannot be cut into {count} minibatches")
         bounds = [len(questions) * k // count for k in range(count + 1)]
         return [self.select([i for q in questions[low:high] for i in q]) for low, high in zip(bounds, bounds[1:], strict=False)]
-
-    def shard(self, active: Tensor, dp_rank: int, dp_size: int) -> tuple[Batch, Tensor]:
-        """This data-parallel rank's samples and their `active` flags (bool [N]): long ones first, dealt there and back.
-
-        Inactive samples (zero weight: they need no forward) are dealt too, so that every sample is counted on one rank.
-        The batch must hold at least dp_size samples.
-        """
-        lengths = (torch.maximum(self.prompt_lens, self.context_lens.amax(1)) + self.response_lens).tolist()
-        order = sorted(range(len(self)), key=lambda i: (not active[i], -lengths[i], i))
-        mine = [i for k, i in enumerate(order) if _dealt_to(k, dp_size) == dp_rank]
-        return self.select(mine), active[torch.tensor(mine, dtype=torch.int64)]
-
-    def num_microbatches(self, active: Tensor, dp_size: int, micro_batch_size: int) -> int:
-        """Microbatches a rank, the same on all (expert parallelism needs that), at least one."""
-        counts = [0] * dp_size
-        for k in range(int(active.sum())):
-            counts[_dealt_to(k, dp_size)] += 1
-        return max(1, -(-max(counts) // micro_batch_size))
-
-
-def _dealt_to(k: int, dp_size: int) -> int:
-    """Boustrophedon: 0 1 2 2 1 0 0 1 2 ..., which balances lengths sorted in falling order."""
-    lap, place = divmod(k, dp_size)
-    return place if lap % 2 == 0 else dp_size - 1 - place
 
 
 def build_batch(

@@ -8,8 +8,11 @@ count as PaLM's model FLOPs (2204.02311, appendix B) but for the causal half, wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+from megasd.config import ActorConfig
 
 
 def head_dim(hf: Mapping[str, Any]) -> int:
@@ -35,15 +38,40 @@ def attention_pairs(length: int, window: int | None = None) -> int:
 
 def layers_flops(hf: Mapping[str, Any], length: int) -> float:
     """Forward of all layers over one sequence of `length` tokens."""
-    score = 4 * hf["num_attention_heads"] * head_dim(hf)  # a pair: one product with the key, one with the value
-    windows = _windows(hf)
-    pairs = sum(attention_pairs(length, window) for window in windows)
-    return 2.0 * linear_weights(hf) * len(windows) * length + float(score) * pairs
+    return 2.0 * linear_weights(hf) * hf["num_hidden_layers"] * length + scores_flops(hf, length)
+
+
+def scores_flops(hf: Mapping[str, Any], length: int) -> float:
+    """Forward of the core attention of all layers over one sequence: a pair costs one product with the key and one with the value."""
+    pairs = sum(count * attention_pairs(length, window) for window, count in Counter(_windows(hf)).items())
+    return 4.0 * hf["num_attention_heads"] * head_dim(hf) * pairs
 
 
 def output_flops(hf: Mapping[str, Any], tokens: int) -> float:
     """Forward of the output layer for `tokens` predicted tokens."""
     return 2.0 * hf["hidden_size"] * hf["vocab_size"] * tokens
+
+
+def forward_flops(hf: Mapping[str, Any], length: int, predicted: int) -> float:
+    """Forward over one sequence, with the output layer for its `predicted` response tokens alone."""
+    return layers_flops(hf, length) + output_flops(hf, predicted)
+
+
+def recompute_flops(hf: Mapping[str, Any], length: int, actor: ActorConfig) -> float:
+    """What the backward of one sequence computes anew by actor.recompute_*: layers, attention scores, or the MLP; norms are not counted."""
+    if actor.recompute_granularity is None:
+        return 0.0
+    layers = hf["num_hidden_layers"]
+    if actor.recompute_granularity == "full":
+        share = 1.0
+        if actor.recompute_method == "block":  # the first layers of each pipeline stage
+            share = min(1.0, actor.recompute_num_layers * actor.pipeline_model_parallel_size / layers)
+        return share * layers_flops(hf, length)
+    flops = scores_flops(hf, length) if "core_attn" in actor.recompute_modules else 0.0
+    if {"mlp", "moe"} & set(actor.recompute_modules):
+        h, heads, groups = hf["hidden_size"], hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
+        flops += 2.0 * (linear_weights(hf) - h * head_dim(hf) * (2 * heads + 2 * groups)) * layers * length
+    return flops
 
 
 def _windows(hf: Mapping[str, Any]) -> list[int | None]:

@@ -1,4 +1,4 @@
-"""Samples of a rank cut into the microbatches that Megatron's schedules run.
+"""The microbatches of a rank as the tensors that Megatron's schedules run; which samples share one is partition.py's matter.
 
 b rows, s padded length, t packed tokens, T response tokens of one microbatch that this context-parallel rank holds. A sequence is a prompt
 and the response: the student's prompt, or one of the sample's teacher contexts. The response is the same tail of all of them, and
@@ -25,27 +25,29 @@ class Microbatch:
     max_seqlen: int
     rows: Tensor  # int64 [T]: rows of hidden [s * b, h] whose logits predict a response token
     response_index: Tensor  # int64 [T]: the predicted token, an index into the local batch's response_ids and streams
-    valid: Tensor  # bool [T]: False for filler (a rank must not run with T = 0)
+    valid: Tensor  # bool [T]: all True, or one False where there is nothing to predict (a rank must not run with T = 0)
+    is_filler: bool  # the latter, known without asking the device
 
     def to(self, device: torch.device) -> Microbatch:
+        """A copy on the device. To a GPU from pinned memory, so that nobody waits for it; on the CPU itself."""
+        if device.type == "cpu":
+            return self
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Microbatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()})
+        return Microbatch(**{k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
 
 def make_microbatches(
     batch: Batch,
-    samples: list[int],
+    groups: list[list[int]],
     context: int | None,
     *,
-    count: int,
-    micro_batch_size: int,
     packing: bool,
     cp_rank: int = 0,
     cp_size: int = 1,
     multiple: int = 1,
     pad_id: int = 0,
 ) -> list[Microbatch]:
-    """`count` microbatches of the given samples of the local batch, in order; missing ones are filler of weight zero.
+    """One microbatch of each group of samples of the local batch; an empty group gives filler of weight zero.
 
     context: None for the student's prompts, 0 for the teacher's, k for the k-th that it is contrasted with.
     Sequences are right-padded to a multiple of `multiple` (2 * cp_size under context parallelism, times TP under sequence
@@ -54,12 +56,10 @@ def make_microbatches(
     prompt_parts = batch.prompt_ids.split(batch.prompt_lens.tolist()) if context is None else batch.context_parts(context)
     response_parts = batch.response_ids.split(batch.response_lens.tolist())
     response_starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
-    if any(len(prompt_parts[i]) == 0 for i in samples):
+    if any(len(prompt_parts[i]) == 0 for chosen in groups for i in chosen):
         raise ValueError(f"a sample without teacher context {context} was asked for")
     microbatches = []
-    for first in range(0, count * micro_batch_size, micro_batch_size):
-        chosen = samples[first : first + micro_batch_size]
-        filler = not chosen  # two tokens stand in for nothing
+    for chosen in groups:  # two tokens stand in for nothing
         pairs = [(prompt_parts[i], response_parts[i], response_starts[i]) for i in chosen] or [(response_parts[0][:1],) * 2 + (0,)]
         sequences = [torch.cat([prompt, response]) for prompt, response, _ in pairs]
         lengths = [-(-len(s) // multiple) * multiple for s in sequences]
@@ -81,7 +81,8 @@ def make_microbatches(
             local_start += len(held)
         all_rows, all_index = torch.cat(rows), torch.cat(index)
         valid = torch.ones(len(all_rows), dtype=torch.bool)
-        if filler or len(all_rows) == 0:
+        is_filler = not chosen or len(all_rows) == 0
+        if is_filler:
             all_rows = all_index = torch.zeros(1, dtype=torch.int64)
             valid = torch.zeros(1, dtype=torch.bool)
         join = (lambda parts: torch.cat(parts)[None]) if packing else torch.stack
@@ -94,6 +95,7 @@ def make_microbatches(
                 rows=all_rows,
                 response_index=all_index,
                 valid=valid,
+                is_filler=is_filler,
             )
         )
     return microbatches

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megasd.actor import checkpoint, cpu, optimizer_fixes
 from megasd.actor import model as build
+from megasd.actor.deal import deal, in_order, make_costs
 from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh, broadcast_tensors
 from megasd.actor.share import Share, active_samples, batch_figures, mean_question_weight, softmax_temperature
@@ -72,6 +73,7 @@ class Actor:
         if self.algorithm.teacher is not None:
             check_vocabulary(self.vocab_size, self.algorithm.teacher)
             self.teacher = Teacher(self.ddp, self.model, self.model_config, self.algorithm.teacher, config.actor, mesh)
+        self.costs = make_costs(config, self.hf_config, len(self.teacher.passes) if self.teacher is not None else 0)
         self.gate, self.gate_is_open = entropy_gate(self.algorithm), False
         self.loss_memory_bytes = config.actor.loss_memory_mib * 2**20
         # World rank that reports: first rank of the last pipeline stage (Megatron's order is tp-cp-ep-dp-pp, pp outermost).
@@ -93,12 +95,13 @@ class Actor:
         """Cut out this rank's share. algorithm: as it stands in this step (algo/schedule.py); None: as configured. No collective."""
         algorithm = algorithm or self.algorithm
         active = active_samples(batch, algorithm)
-        local, local_active = batch.shard(active, self.mesh.dp_rank, self.mesh.dp_size)
+        mine = deal(batch, active, algorithm, self.costs, self.mesh.dp_size)[self.mesh.dp_rank]
+        local = batch.select(mine.samples)
         streams = dict(local.streams) | {"taught": local.taught.repeat_interleave(local.response_lens)}
         return Share(
             batch=local,
-            active=local_active.nonzero().squeeze(1).tolist(),
-            num_microbatches=batch.num_microbatches(active, self.mesh.dp_size, self.config.actor.micro_batch_size),
+            microbatches=mine.microbatches,
+            teacher_microbatches=mine.teacher_microbatches,
             algorithm=algorithm,
             spec=readout_spec(
                 algorithm,
@@ -106,6 +109,8 @@ class Actor:
                 vocab_size=self.vocab_size,
             ),
             streams={name: stream.to(self.mesh.device) for name, stream in streams.items()},
+            targets=local.response_ids.to(self.mesh.device),
+            figures=mine.figures,
             **batch_figures(batch),
         )
 
@@ -131,17 +136,19 @@ class Actor:
         spec = share.spec if with_divergence else replace(share.spec, support="none")
 
         def read(microbatch: Microbatch, hidden_Th: Tensor) -> None:
-            index, valid, weight_Vh = microbatch.response_index, microbatch.valid, self.model.output_weight()
+            if microbatch.is_filler:  # on all tensor-parallel ranks alike, which alone talk to each other below
+                return
+            index, weight_Vh = microbatch.response_index, self.model.output_weight()
             readout = fused_linear_readout(
-                hidden_Th.to(weight_Vh.dtype), weight_Vh, batch.response_ids.to(mesh.device)[index], spec,
+                hidden_Th.to(weight_Vh.dtype), weight_Vh, share.targets[index], spec,
                 teacher=teacher.of(index) if with_divergence else None, tp_group=mesh.tp_group, memory_bytes=self.loss_memory_bytes,
             )  # fmt: skip
-            results["logp"][index[valid]] = readout.logp_T[valid].float()
+            results["logp"][index] = readout.logp_T.float()
             if with_divergence:
-                results["divergence"][index[valid]] = divergence_of(readout, share.algorithm)[valid].float()
+                results["divergence"][index] = divergence_of(readout, share.algorithm).float()
 
         self.model.eval()
-        microbatches = self._microbatches(batch, share.active, None, share.num_microbatches)
+        microbatches = self._microbatches(batch, share.microbatches, None)
         run_microbatches(self.ddp, microbatches, mesh, self.model_config, read, forward_only=True)
         self.model.train()
         for values in results.values():
@@ -176,7 +183,7 @@ class Actor:
                 mean_weight=share.mean_weight or self.dataset_mean,
                 room=self.config.rollout.max_response_tokens,
                 dp_group=self.mesh.dp_group,
-            )
+            ).to(self.mesh.device)
         if pg is not None and pg.surrogate == "gspo" and share.repeats and not first:  # before the first update every ratio is 1
             found = self.look(share, None)
             if found:
@@ -202,8 +209,10 @@ class Actor:
         if len(found) == 1:
             return found[0]
         mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-        counts = ("tokens", "taught_tokens", "sampled_tokens", "informative_questions", "teacher_mib")
-        sums = {name: mean[name] * len(shares) for name in counts if name in mean} | {"seconds": mean["seconds"] * len(found)}
+        # What happens once a minibatch, and once a step.
+        counts = ("tokens", "taught_tokens", "sampled_tokens", "informative_questions", "teacher_mib", "teacher_tflops")
+        sums = {name: mean[name] * len(shares) for name in counts if name in mean}
+        sums |= {name: mean[name] * len(found) for name in ("seconds", "student_tflops", "recompute_tflops") if name in mean}
         return found[-1] | mean | sums | {"updates": float(len(found))}
 
     def train_step(self, share: Share, teacher: TeacherSignal | None, *, first: bool = True, last: bool = True) -> dict[str, float]:
@@ -225,7 +234,7 @@ class Actor:
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        microbatches = self._microbatches(share.batch, share.active, None, share.num_microbatches)
+        microbatches = self._microbatches(share.batch, share.microbatches, None)
         run_microbatches(self.ddp, microbatches, self.mesh, self.model_config, loss_of, forward_only=False)
         if first:
             self.scheduler.step(increment=1)  # before the step, so that warm-up starts at lr / warm-up steps and not at zero
@@ -234,7 +243,7 @@ class Actor:
         grad_norm = float(grad_norm)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm}: the step is not trustworthy; resume from the last checkpoint")
-        figures = share.weighed.figures
+        figures = share.figures | share.weighed.figures
         if last and self.teacher is not None:
             self.teacher.weights.update(pass_rate=share.pass_rate, length_tail=share.length_tail)
             if self.algorithm.teacher.weights in ("snapshot", "gated"):
@@ -247,10 +256,9 @@ class Actor:
     def _loss(
         self, share: Share, teacher: TeacherSignal | None, microbatch: Microbatch, hidden_Th: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        device, index, valid = self.mesh.device, microbatch.response_index.cpu(), microbatch.valid
-        streams = {name: stream for name, stream in share.weighed.streams.items() if stream.dim() == 1}
-        streams_T = {name: stream[index.to(stream.device)].to(device) for name, stream in streams.items()}
-        weights_T = {term: weight[index].to(device) * valid for term, weight in share.weighed.weights.items()}
+        index, valid = microbatch.response_index, microbatch.valid
+        streams_T = {name: stream[index] for name, stream in share.weighed.streams.items() if stream.dim() == 1}
+        weights_T = {term: weight[index] * valid for term, weight in share.weighed.weights.items()}
 
         def loss_fn(readout: Readout, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
             streams, weights = ({name: t[tokens] for name, t in part.items()} for part in (streams_T, weights_T))
@@ -260,29 +268,18 @@ class Actor:
         return fused_linear_loss(
             hidden_Th.to(weight_Vh.dtype),
             weight_Vh,
-            share.batch.response_ids[index].to(device),
+            share.targets[index],
             share.spec,
             loss_fn,
-            teacher=None if teacher is None else teacher.of(microbatch.response_index),
+            teacher=None if teacher is None else teacher.of(index),
             tp_group=self.mesh.tp_group,
             memory_bytes=self.loss_memory_bytes,
             reduce_hidden_grad=not self.config.actor.sequence_parallel,
         )
 
-    def _microbatches(self, batch: Batch, samples: list[int], context: int | None, count: int) -> list[Microbatch]:
-        mesh, actor = self.mesh, self.config.actor
-        sequence = 2 * mesh.cp_size if mesh.cp_size > 1 else 1
-        return make_microbatches(
-            batch,
-            samples,
-            context,
-            count=count,
-            micro_batch_size=actor.micro_batch_size,
-            packing=actor.packing,
-            cp_rank=mesh.cp_rank,
-            cp_size=mesh.cp_size,
-            multiple=sequence * (mesh.tp_size if actor.sequence_parallel else 1),
-        )
+    def _microbatches(self, batch: Batch, groups: list[list[int]], context: int | None) -> list[Microbatch]:
+        place = {"cp_rank": self.mesh.cp_rank, "cp_size": self.mesh.cp_size, "multiple": self.costs.multiple}
+        return make_microbatches(batch, groups, context, packing=self.config.actor.packing, **place)
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
         """Words summed over data- and context-parallel ranks of the last stage, then values to everyone; sums become means per token."""
@@ -314,21 +311,22 @@ class Actor:
             results = {name: t.to(mesh.device, torch.float64 if name == "ids" else torch.float32) for name, t in results.items()}
         spec = ReadoutSpec(vocab_size=self.vocab_size, top_k=k, tail="raw", temperature=temperature)
 
+        targets = batch.response_ids.to(mesh.device)
+
         def read(microbatch: Microbatch, hidden_Th: Tensor) -> None:
-            index, valid = microbatch.response_index, microbatch.valid
-            weight_Vh, targets_T = self.model.output_weight(), batch.response_ids.to(mesh.device)[index]
+            if microbatch.is_filler:
+                return
+            index, weight_Vh = microbatch.response_index, self.model.output_weight()
             readout = fused_linear_readout(
-                hidden_Th.to(weight_Vh.dtype), weight_Vh, targets_T, spec, tp_group=mesh.tp_group, memory_bytes=self.loss_memory_bytes
+                hidden_Th.to(weight_Vh.dtype), weight_Vh, targets[index], spec, tp_group=mesh.tp_group, memory_bytes=self.loss_memory_bytes
             )
             found = {"logp": readout.logp_T, "entropy": readout.entropy_T, "ids": readout.ids_TA, "logps": readout.student_logq_TB}
             for name, values in found.items():
-                results[name][index[valid]] = values[valid].to(results[name].dtype)
+                results[name][index] = values.to(results[name].dtype)
 
         self.model.eval()
-        count = -(-len(batch) // self.config.actor.micro_batch_size)
-        run_microbatches(
-            self.ddp, self._microbatches(batch, list(range(len(batch))), None, count), mesh, self.model_config, read, forward_only=True
-        )
+        microbatches = self._microbatches(batch, in_order(batch, self.costs), None)
+        run_microbatches(self.ddp, microbatches, mesh, self.model_config, read, forward_only=True)
         self.model.train()
         for name in results:
             if mesh.cp_size > 1:

@@ -39,18 +39,28 @@ def run_microbatches(
     On the last stage `on_hidden` gets each microbatch and its response hidden states `[T, h]`; its results are returned in
     order (an empty list on other stages). With `forward_only` no graph is kept. Otherwise on_hidden returns Megatron's
     (loss, num_tokens, log) and gradients are summed over DP x CP. Collectives: TP, PP, CP of the model, then the gradient reduction.
+    Any number of microbatches from 1 on suits both schedules, equal over data-parallel ranks (experts' all-to-all, gradient buckets).
+    No wait for the device, but for Megatron's own: shapes between pipeline stages, experts' token counts, rotary tables of packed
+    sequences without actor.apply_rope_fusion.
     """
+    if config.virtual_pipeline_model_parallel_size is not None:
+        raise ValueError("interleaved stages need microbatches in multiples of the stages, which nobody sees to here")
+    if not microbatches:
+        raise ValueError("a schedule needs a microbatch; fill in an empty one")
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         microbatch = next(iterator)
         packed = None
         if microbatch.cu_seqlens is not None:
+            # The lengths are the padded ones already. TransformerEngine asks for them twice under context parallelism only; elsewhere
+            # a second copy makes it compare the two on the host in every layer (dot_product_attention.py, pad_between_seqs).
+            padded = microbatch.cu_seqlens if mesh.cp_size > 1 else None
             packed = PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=microbatch.cu_seqlens,
                 cu_seqlens_kv=microbatch.cu_seqlens,
-                cu_seqlens_q_padded=microbatch.cu_seqlens,  # the lengths are the padded ones already
-                cu_seqlens_kv_padded=microbatch.cu_seqlens,
+                cu_seqlens_q_padded=padded,
+                cu_seqlens_kv_padded=padded,
                 max_seqlen_q=microbatch.max_seqlen,
                 max_seqlen_kv=microbatch.max_seqlen,
             )

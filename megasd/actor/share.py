@@ -21,11 +21,13 @@ class Share:
     """This data-parallel rank's part of a step: its samples, and which of them need a forward."""
 
     batch: Batch
-    active: list[int]  # samples with a weight, an index into batch
-    num_microbatches: int  # the same on every rank
+    microbatches: list[list[int]]  # samples with a weight, indices into batch; as many on every rank, an empty one is filler
+    teacher_microbatches: list[list[list[int]]]  # likewise of each teacher context that is read
     algorithm: AlgorithmConfig  # as it stands in this step
     spec: ReadoutSpec
     streams: dict[str, Tensor]  # [R] each, on the device: the batch's, "taught", and those of passes before the student's
+    targets: Tensor  # [R], on the device: the batch's response_ids
+    figures: dict[str, float]  # of the deal (actor/deal.py), the same on all ranks
     pass_rate: float  # of the whole batch's samples, for a gated teacher
     length_tail: float  # the batch's longest response over its mean length
     is_first: bool = True  # of its batch's minibatches

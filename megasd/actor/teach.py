@@ -27,7 +27,7 @@ class TeacherPass:
     vocab_size: int
     dtype: torch.dtype  # of kept hidden states: the model's
     memory_bytes: int  # of a chunk's logits
-    cut: Callable[[Batch, list[int], int, int], list[Microbatch]]  # (batch, samples, context, count) -> microbatches
+    cut: Callable[[Batch, list[list[int]], int], list[Microbatch]]  # (batch, samples of each microbatch, context) -> microbatches
 
     @torch.no_grad()
     def __call__(self, share: Share) -> TeacherSignal | None:
@@ -38,32 +38,23 @@ class TeacherPass:
         all-reduces over the context-parallel group.
         """
         term, pg = share.algorithm.distill, share.algorithm.policy_gradient
-        credit = pg.credit if pg is not None else None
-        reads = credit is not None or (term is not None and term.token_weight == "confidence")
-        if term is None and credit is None:  # a stage without them, or a credit that has faded out
-            return None
-        asked_N = torch.zeros(len(share.batch), dtype=torch.bool)
-        if term is not None:
-            asked_N |= share.batch.mask("distill") & (share.batch.question_weight > 0)
-        if credit is not None:
-            asked_N |= share.batch.mask("policy_gradient")
+        reads = (pg is not None and pg.credit is not None) or (term is not None and term.token_weight == "confidence")
         signal = None
-        for context in range(share.batch.context_lens.shape[1] if reads else 1):
+        for context in range(len(share.teacher_microbatches)):
             keeps = context == 0 and term is not None
-            samples = [i for i in share.active if asked_N[i] and share.batch.context_lens[i, context] > 0]
-            one = self._pass(share, context, samples, keeps=keeps, reads=reads)
+            one = self._pass(share, context, keeps=keeps, reads=reads)
             signal = one if keeps else signal
         return signal
 
-    def _pass(self, share: Share, context: int, samples: list[int], *, keeps: bool, reads: bool) -> TeacherSignal:
+    def _pass(self, share: Share, context: int, *, keeps: bool, reads: bool) -> TeacherSignal:
         """One context of the samples. A teacher of several passes keeps hidden states until the last of them."""
         batch, mesh, spec = share.batch, self.mesh, share.spec
-        several = len(self.teacher.passes) > 1
+        groups, several = share.teacher_microbatches[context], len(self.teacher.passes) > 1
         record_k = min(spec.top_k, self.vocab_size) if spec.support == "record" and keeps and mesh.is_last_stage else None
         holds = (keeps or several) and mesh.is_last_stage
         signal = TeacherSignal.empty(
             batch,
-            samples,
+            sorted(i for group in groups for i in group),
             hidden_size=self.teacher.hidden_size if holds else 0,
             top_k=record_k,
             dtype=self.dtype,
@@ -71,18 +62,19 @@ class TeacherPass:
         )
         weight_Vh = self.teacher.output_weight() if mesh.is_last_stage else None
         logp_R, entropy_R = (torch.zeros(len(batch.response_ids), device=mesh.device) for _ in range(2))
-        targets_R = batch.response_ids.to(mesh.device)
 
         def read(index: Tensor, hidden_Th: Tensor) -> None:
             plain = ReadoutSpec(vocab_size=self.vocab_size, support="none", temperature=spec.teacher_temperature)
             found = fused_linear_readout(
-                hidden_Th, weight_Vh, targets_R[index], plain, tp_group=mesh.tp_group, memory_bytes=self.memory_bytes
+                hidden_Th, weight_Vh, share.targets[index], plain, tp_group=mesh.tp_group, memory_bytes=self.memory_bytes
             )
             logp_R[index], entropy_R[index] = found.logp_T.float(), found.entropy_T.float()
 
         def keep(microbatch: Microbatch, hidden_Th: Tensor, columns: slice) -> None:
-            index = microbatch.response_index[microbatch.valid]
-            slots, hidden_Th = signal.slot_R[index], hidden_Th[microbatch.valid].to(self.dtype)
+            if microbatch.is_filler:  # on all tensor-parallel ranks alike, which alone talk to each other below
+                return
+            index = microbatch.response_index
+            slots, hidden_Th = signal.slot_R[index], hidden_Th.to(self.dtype)
             if record_k is not None:
                 record = fused_linear_record(
                     hidden_Th,
@@ -100,7 +92,7 @@ class TeacherPass:
             if reads and not several:
                 read(index, hidden_Th)
 
-        self.teacher.run(self.cut(batch, samples, context, share.num_microbatches), keep)
+        self.teacher.run(self.cut(batch, groups, context), keep)
         if not mesh.is_last_stage:
             return signal
         cp_group = mesh.cp_group if mesh.cp_size > 1 else None

@@ -28,6 +28,11 @@ class Weighed:
     streams: dict[str, Tensor]  # [R] each
     figures: dict[str, float] = field(default_factory=dict)  # for metrics, the same on all ranks
 
+    def to(self, device: torch.device) -> Weighed:
+        """All of it on the device, so that a microbatch takes its tokens there."""
+        weights, streams = ({name: t.to(device) for name, t in part.items()} for part in (self.weights, self.streams))
+        return Weighed(weights, streams, self.figures)
+
 
 def weigh(
     batch: Batch,

@@ -59,7 +59,7 @@ def divergence_terms(
     else:
         phi, w = _one_sided(x, hi, d, e, low, beta, plain=clip is not None or not normalised)
         zero, mass = (student_logq, teacher_logq) if beta == 0.0 else (teacher_logq, student_logq)
-        if (zero == -torch.inf).any():
+        if zero.is_cuda or (zero == -torch.inf).any():  # a GPU is not asked, which would wait for it
             phi = torch.where((zero == -torch.inf) & (mass > -torch.inf), torch.inf, phi)
     if clip is not None:
         clipped = phi > clip

@@ -149,8 +149,7 @@ def _merge(values_TRK: Tensor, ids_TRK: Tensor, columns: int, vocab_size: int) -
     values_TC, ids_TC = values_TRK.flatten(1), ids_TRK.flatten(1)
     held = [min(k, max(0, min(columns, vocab_size - rank * columns))) for rank in range(size)]
     if min(held) < k:
-        filled = [rank * k + place for rank, count in enumerate(held) for place in range(count)]
-        values_TC, ids_TC = values_TC[:, filled], ids_TC[:, filled]
+        values_TC, ids_TC = (torch.cat([t[:, rank, :n] for rank, n in enumerate(held)], dim=1) for t in (values_TRK, ids_TRK))
     values_TC, order_TC = values_TC.sort(dim=-1, descending=True, stable=True)
     return values_TC, ids_TC.gather(1, order_TC)
 

@@ -92,7 +92,7 @@ class FamilyModel:
         mesh, actor, batch = self.mesh, self.actor, make_batch()
         multiple = (2 * mesh.cp_size if mesh.cp_size > 1 else 1) * (mesh.tp_size if actor.sequence_parallel else 1)
         place = {"cp_rank": mesh.cp_rank, "cp_size": mesh.cp_size, "multiple": multiple}
-        return make_microbatches(batch, [0, 1, 2], None, count=2, micro_batch_size=2, packing=actor.packing, **place)
+        return make_microbatches(batch, [[0, 1], [2]], None, packing=actor.packing, **place)
 
     def logits(self, hidden: Tensor, chunk: build.Backbone) -> Tensor:
         """This rank's vocabulary columns; those of padding cannot be chosen."""

@@ -19,6 +19,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from megasd.actor.actor import Actor  # noqa: E402
+from megasd.actor.deal import in_order  # noqa: E402
 from megasd.actor.forward import run_microbatches  # noqa: E402
 from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
 from megasd.batch import Batch  # noqa: E402
@@ -71,7 +72,7 @@ CASES: dict[int, dict[str, dict]] = {
 }
 MOE_CASES: dict[int, dict[str, dict]] = {
     1: {"moe tp1": {}},
-    2: {"moe ep2": {EP: 2}, "moe tp2 sp": {TP: 2, **SP}},
+    2: {"moe ep2": {EP: 2}, "moe tp2 sp": {TP: 2, **SP}, "moe ep2 budget": {EP: 2, "packing": True, "max_tokens_per_microbatch": 60}},
     4: {"moe tp2 ep2 sp": {TP: 2, EP: 2, **SP}},
 }
 
@@ -80,6 +81,14 @@ TIED_CASES: dict[int, dict[str, dict]] = {
     1: {"tied micro 1": {"micro_batch_size": 1}},
     2: {"tied tp2": {TP: 2}, "tied pp2": {PP: 2}, "tied dp2 overlap": {"overlap_grad_reduce": True}},
     4: {"tied tp2 pp2": {TP: 2, PP: 2}},
+}
+# A token budget in place of a number of samples; the longest student sequence has 19 tokens, the longest of a teacher 27.
+PACKED, PADDED = {"packing": True, "max_tokens_per_microbatch": 60}, {"max_tokens_per_microbatch": 40}
+BUDGET_CASES: dict[int, dict[str, dict]] = {
+    1: {"budget packed": PACKED, "budget padded": PADDED, "budget of one": {"max_tokens_per_microbatch": 1}},
+    2: {"dp2 budget packed": PACKED, "dp2 budget padded": PADDED, "pp2 budget packed": {PP: 2, **PACKED}, "cp2 budget": {CP: 2, **PADDED}},
+    4: {"tp2 dp2 sp budget packed": {TP: 2, **SP, **PACKED}, "dp4 budget packed": PACKED},
+    8: {"tp2 cp2 dp2 sp budget packed": {TP: 2, CP: 2, **SP, **PACKED}, "tp2 pp2 dp2 budget padded": {TP: 2, PP: 2, **PADDED}},
 }
 BF16 = {"dtype": "bfloat16"}  # parameters; main parameters, gradients and the EMA teacher are fp32
 BF16_CASES: dict[int, dict[str, dict]] = {1: {}, 2: {"bf16 tp2 sp": {TP: 2, **SP}, "bf16 pp2": {PP: 2}, "bf16 dp2": {}}, 4: {}}
@@ -271,7 +280,7 @@ def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
         torch.distributed.all_gather(shards, shard, group=mesh.tp_group)
         rows[microbatch.response_index[microbatch.valid]] = torch.cat(shards, 1)[microbatch.valid, :VOCAB]
 
-    microbatches = actor._microbatches(batch, list(range(len(batch))), None, len(batch) // actor.config.actor.micro_batch_size)
+    microbatches = actor._microbatches(batch, in_order(batch, actor.costs), None)
     run_microbatches(actor.ddp, microbatches, mesh, actor.model_config, read, forward_only=True)
     if mesh.cp_size > 1 and mesh.is_last_stage:
         torch.distributed.all_reduce(rows, group=mesh.cp_group)
@@ -324,6 +333,8 @@ def main() -> None:
         Path(trace_file).write_text(json.dumps(golden))
     for name, actor in CASES[world].items():
         check(name, run(make_config(model_dir, actor), device, batch), golden["dense"])
+    for name, actor in BUDGET_CASES[world].items():
+        check(name, run(make_config(model_dir, actor), device, batch, steps=2), golden["dense"][:2])
     if world == 8:  # all dimensions at once; the rest is covered by fewer ranks
         finish(rank)
         return
@@ -334,7 +345,7 @@ def main() -> None:
         check(name, run(make_config(tied_dir, actor), device, batch, steps=steps), golden["tied"][:steps])
     for name, actor in BF16_CASES[world].items():
         check(name, run(make_config(model_dir, actor | BF16), device, batch, steps=2), golden["bf16"][:2], tolerance=5e-2)
-    layout = {1: {}, 2: {}, 4: {TP: 2}}[world]
+    layout = {1: {}, 2: PACKED, 4: {TP: 2}}[world]
     check("lone question", run(make_config(model_dir, layout), device, lone_question(batch), steps=steps), golden["lone"][:steps])
     token_mean = make_config(model_dir, layout, aggregation="token_mean")
     check("token mean", run(token_mean, device, batch, steps=steps), golden["token_mean"][:steps])

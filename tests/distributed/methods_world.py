@@ -22,6 +22,7 @@ from megasd.loss.reduce import reduce_metrics
 from megasd.loss.streams import EntropyGate
 from megasd.ops.fused_linear import TeacherHead, fused_linear_loss
 from megasd.ops.readout import Readout, ReadoutSpec, vocab_parallel_readout
+from megasd.partition import by_count
 from megasd.types import Group, Prompt, Sample, Verdict
 
 VOCAB, PADDED, ROOM, TEMPERATURE, TOP_K = 13, 16, 8, 0.9, 4
@@ -170,7 +171,8 @@ def step(w: World, algorithm: AlgorithmConfig, layout: Layout, *, microbatches: 
     batch.streams["place"] = torch.arange(len(batch.response_ids), dtype=torch.float32)
     whole, num_tokens = batch, len(batch.response_ids)
     if layout.dp > 1:
-        batch, _ = batch.shard(batch.question_weight > 0, layout.dp_rank, layout.dp)
+        lengths = (torch.maximum(batch.prompt_lens, batch.context_lens.amax(1)) + batch.response_lens).tolist()
+        batch = batch.select(by_count(lengths, (batch.question_weight > 0).tolist(), layout.dp, 1)[layout.dp_rank].samples)
     places = batch.streams.pop("place").long()
     whole.streams.pop("place", None)
     mine = replace(w, student=w.student[places], teacher=w.teacher[places], contrasts=w.contrasts[:, places])

@@ -10,6 +10,7 @@ import torch
 
 from megasd.batch import Batch
 from megasd.microbatch import make_microbatches
+from megasd.partition import by_count, chunks
 
 
 def make_batch(num: int = 7) -> Batch:
@@ -42,7 +43,7 @@ def test_each_response_token_is_predicted_once(context: int | None, packing: boo
     seen: list[int] = []
     for cp_rank in range(cp_size):
         cut = make_microbatches(
-            batch, samples, context, count=count, micro_batch_size=micro_batch_size, packing=packing,
+            batch, chunks(samples, micro_batch_size, count), context, packing=packing,
             cp_rank=cp_rank, cp_size=cp_size, multiple=2 * cp_size,
         )  # fmt: skip
         assert len(cut) == count
@@ -50,6 +51,7 @@ def test_each_response_token_is_predicted_once(context: int | None, packing: boo
             flat = m.tokens[0] if packing else m.tokens.T.reshape(-1)  # rows of Megatron's hidden [s, b, h]
             positions = m.position_ids[0] if packing else m.position_ids.T.reshape(-1)
             assert m.tokens.shape == m.position_ids.shape and len(m.rows) == len(m.valid) > 0
+            assert m.valid.all() != m.is_filler and (len(m.valid) == 1 or not m.is_filler)
             for row, index in zip(m.rows[m.valid].tolist(), m.response_index[m.valid].tolist(), strict=True):
                 seen.append(index)
                 # The row holds the token before the predicted one: a response token, or the prompt's last.
@@ -63,12 +65,12 @@ def test_each_response_token_is_predicted_once(context: int | None, packing: boo
 def test_shards_hold_every_sample_once_and_share_the_work() -> None:
     batch = make_batch(16)
     active = torch.arange(16) % 3 != 0
-    shards = [batch.shard(active, rank, 4) for rank in range(4)]
-    ids = torch.cat([local.response_ids for local, _ in shards])
+    parts = by_count((batch.prompt_lens + batch.response_lens).tolist(), active.tolist(), 4, 2)
+    ids = torch.cat([batch.select(part.samples).response_ids for part in parts])
     assert sorted(ids.tolist()) == batch.response_ids.tolist()
-    counts = [int(flags.sum()) for _, flags in shards]
+    counts = [sum(map(len, part.microbatches)) for part in parts]
     assert sum(counts) == int(active.sum()) and max(counts) - min(counts) <= 1
-    assert batch.num_microbatches(active, 4, 2) == -(-max(counts) // 2)
+    assert [len(part.microbatches) for part in parts] == [-(-max(counts) // 2)] * 4
 
 
 def test_tensors_and_back() -> None:
@@ -84,7 +86,7 @@ def test_inconsistent_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="prompt_ids"):
         Batch.from_tensors(tensors | {"prompt_ids": torch.zeros(1, dtype=torch.int64)})
     with pytest.raises(ValueError, match="without teacher context 1"):
-        make_microbatches(make_batch(), [2], 1, count=1, micro_batch_size=1, packing=False)
+        make_microbatches(make_batch(), [[2]], 1, packing=False)
 
 
 def test_minibatches_are_whole_questions() -> None:

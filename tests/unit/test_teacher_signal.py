@@ -40,12 +40,12 @@ def test_states_filled_in_teacher_order_are_read_in_student_order():
     """Teacher: one packed microbatch per context rank of two; student: padded, another microbatch size, no context parallelism."""
     kept = signal(None)
     for cp_rank in (0, 1):
-        cut = dict(count=2, micro_batch_size=1, packing=True, cp_rank=cp_rank, cp_size=2, multiple=4)
-        for microbatch in make_microbatches(batch(), [0, 2], 0, **cut):
+        cut = dict(packing=True, cp_rank=cp_rank, cp_size=2, multiple=4)
+        for microbatch in make_microbatches(batch(), [[0], [2]], 0, **cut):
             slots = kept.slot_R[microbatch.response_index[microbatch.valid]]
             kept.hidden_Sh[slots] = microbatch.response_index[microbatch.valid].to(torch.bfloat16)[:, None].expand(-1, 6) + 1
     kept.complete(None)
-    (student,) = make_microbatches(batch(), [0, 1, 2], None, count=1, micro_batch_size=3, packing=False)
+    (student,) = make_microbatches(batch(), [[0, 1, 2]], None, packing=False)
     head = kept.of(student.response_index)
     assert isinstance(head, TeacherHead)
     untaught = (student.response_index >= 3) & (student.response_index < 5)
