@@ -25,8 +25,7 @@ def outline(config: Config, world_size: int) -> list[str]:
         f"ranks        {world_size} = TP {actor.tensor_model_parallel_size} x PP {actor.pipeline_model_parallel_size} x "
         f"CP {actor.context_parallel_size} x DP {data_parallel} (experts: EP {actor.expert_model_parallel_size})",
         f"step         {samples} samples, at most {samples * tokens} tokens of prompt and response",
-        f"rank         {local} samples a step = {local // actor.micro_batch_size} microbatches of {actor.micro_batch_size}; "
-        f"sequences padded to {sequence_multiple(config)}",
+        f"rank         {local} samples a step{_microbatches(config, local)}; sequences padded to {sequence_multiple(config)}",
         f"run          {run.steps} steps, {run.steps * samples} samples; resume: {run.resume}",
         f"algorithm    {config.algorithm.recipe}: {_terms(config)}",
         f"engine       {where}",
@@ -45,6 +44,13 @@ def outline(config: Config, world_size: int) -> list[str]:
     files += ["checkpoints/"] if config.checkpoint.every or config.checkpoint.save_at_end else []
     files += ["hf/"] if run.export else []
     return [*lines, f"writes       {run.dir}: {', '.join(files)}"]
+
+
+def _microbatches(config: Config, local: int) -> str:
+    actor = config.actor
+    if actor.max_tokens_per_microbatch is None:
+        return f" = {local // actor.micro_batch_size} microbatches of {actor.micro_batch_size}"
+    return f" or so, microbatches of at most {actor.max_tokens_per_microbatch} tokens{', packed' if actor.packing else ''}"
 
 
 def _terms(config: Config) -> str:

@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from megasd import throughput
 from megasd.actor.parallel import broadcast_tensors
 from megasd.config import Config
 from megasd.report import result_table
@@ -74,7 +75,7 @@ def log(run: Run, step: int, metrics: dict[str, float], held_out: dict[str, floa
     run.timings.clear()
     if not run.is_first:
         return
-    speed = {"speed/tokens_per_second": metrics["train/batch_tokens"] / seconds} if "train/batch_tokens" in metrics else {}
+    speed = throughput.speed(metrics | timings, seconds, run.actor.mesh.world_size, throughput.peak_of(run.config.actor))
     evaluation = {f"eval/{name}": value for name, value in (held_out or {}).items()}
     run.sink.log(step, metrics | timings | speed | evaluation)
     run.report.step(step, metrics | timings | speed)

@@ -16,6 +16,7 @@ from megasd.config import LOOPBACK, Config, ConfigError, samples_per_step
 from megasd.rules import check_values
 from megasd.validate_actor import check_actor, check_machine, check_sizes, sequence_multiple
 from megasd.validate_algorithm import check_algorithm, check_read
+from megasd.validate_rollout import check_overlap, check_placement
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "olmo2", "olmo3")  # those of weights/families.py
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -44,6 +45,8 @@ def validate_values(config: Config, world_size: int) -> None:
     check_algorithm(config, config.algorithm, data_parallel_size(config, world_size))
     if not config.algorithm.stages:  # else algo/schedule.py knows whether a later stage reads it
         check_read(config, [config.algorithm])
+    check_placement(config)
+    check_overlap(config)
     _check_run(config)
     _check_lengths(config)
     _check_parallel(config, world_size)
@@ -81,8 +84,6 @@ def _check_run(config: Config) -> None:
     rollout, engine = config.rollout, config.rollout.engine
     if rollout.frozen_policy and config.evaluation.every:
         raise ConfigError("rollout.frozen_policy: the engine keeps the start model until the end; set evaluation.every=0")
-    if rollout.frozen_policy and engine.release_memory:
-        raise ConfigError("rollout.frozen_policy: nothing gives the engine its weights back; set rollout.engine.release_memory=false")
     if rollout.frozen_policy and engine.urls and config.run.resume != "none":
         raise ConfigError(
             "rollout.frozen_policy: who says that the engines at rollout.engine.urls hold the start model? Let the run start one"
@@ -136,8 +137,13 @@ def _check_parallel(config: Config, world_size: int) -> None:
             f"rollout.num_prompts: {size} = {samples} samples a step cannot be shared by {data_parallel} data-parallel ranks; "
             f"make it a multiple of {data_parallel}"
         )
-    local = samples // data_parallel
-    if local % actor.micro_batch_size:
+    local, budget = samples // data_parallel, actor.max_tokens_per_microbatch
+    if budget is not None and budget < _longest(config):
+        raise ConfigError(
+            f"actor.max_tokens_per_microbatch={budget}: holds not even one sample of rollout.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {_longest(config)} (padded to {sequence_multiple(config)}); raise it"
+        )
+    if budget is None and local % actor.micro_batch_size:
         divisors = [n for n in range(1, min(local, actor.micro_batch_size) + 1) if local % n == 0]
         raise ConfigError(
             f"actor.micro_batch_size={actor.micro_batch_size}: does not divide the {local} samples of a data-parallel rank; "

@@ -296,6 +296,11 @@ BAD_TOGETHER = [
         "actor.micro_batch_size=7: does not divide the 256 samples of a data-parallel rank; the nearest that does is 4",
     ),
     (["rollout.num_prompts=1", "actor.micro_batch_size=16"], "the nearest that does is 8"),
+    (
+        [f"{CP}=2", "rollout.max_response_tokens=1001", "actor.max_tokens_per_microbatch=2027"],
+        "actor.max_tokens_per_microbatch=2027: holds not even one sample of rollout.max_prompt_tokens + rollout.max_response_tokens = 2028 "
+        "(padded to 4); raise it",
+    ),
     (["rollout.max_response_tokens=3073"], "a sequence takes 4097 tokens (padded to 1), above max_position_embeddings=4096"),
     ([f"{CP}=2", "rollout.max_response_tokens=3073"], "a sequence takes 4100 tokens (padded to 4)"),
     (["evaluation.max_response_tokens=4000"], "evaluation.max_response_tokens=4000: with rollout.max_prompt_tokens=1024 it exceeds"),
@@ -422,6 +427,7 @@ GOOD = [
     (["algorithm.recipe=grpo", "rollout.num_samples=1", "algorithm.question_weight={kind: pq, pass_rate: ema}"], {}, 1),
     (["algorithm.distill.support=full", "algorithm.tis_clip=null"], {}, 1),
     (["rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=3072"], {}, 1),
+    (["actor.micro_batch_size=7", "actor.max_tokens_per_microbatch=8192", "actor.packing=true"], {}, 1),
 ]
 
 

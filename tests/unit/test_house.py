@@ -23,6 +23,7 @@ FLOORS = {
         "validate",
         "validate_algorithm",
         "validate_actor",
+        "validate_rollout",
         "presets",
         "flops",
         "stop",
@@ -30,8 +31,8 @@ FLOORS = {
     1: ("algo", "data", "ops", "weights"),
     2: ("loss", "batch", "microbatch", "partition"),
     3: ("actor", "rollout"),
-    4: ("sync", "evaluate", "launch", "report", "analysis", "options", "outline", "planner", "throughput"),
-    5: ("run", "left_half", "train", "conversion", "analyze", "data_check", "eval_run", "harness", "serve", "doctor", "cli"),
+    4: ("sync", "evaluate", "launch", "report", "analysis", "options", "outline", "planner"),
+    5: ("run", "left_half", "train", "throughput", "conversion", "analyze", "data_check", "eval_run", "harness", "serve", "doctor", "cli"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 # The command line reads the rows of the recipes: plain values, no torch.
