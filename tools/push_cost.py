@@ -4,19 +4,8 @@
     python tools/push_cost.py --models Qwen2.5-72B --actors 8x2@32 --engine-tp 8
 
 An actor TPxPP@GPUs fills its GPUs with data-parallel copies, Megatron's order (tensor parallel innermost, pipeline outermost), 8 GPUs a
-node. The bytes are exact: the plan says which rank owns which piece. The seconds are nominal bandwidths times one efficiency, both below;
-NOTHING HERE WAS MEASURED ON A GPU.
-
-    gather    = (model / COPY + same_node / NVLINK + other_nodes / IB) / EFFICIENCY    into rank 0, which copies all of it into buckets
-    colocated = max(others / NVLINK, model / engine_tp / COPY) / EFFICIENCY            others: what other GPUs read of rank 0's buffers
-    group     = (model / link + model / engine_tp / COPY) / EFFICIENCY                 one broadcast, pipelined: every engine rank gets all
-    disk      = model / pcie + model / write                                           pcie = PCIE * EFFICIENCY
-    after     = model / read + model / engine_tp / pcie                                disk only: the engine loads the whole file
-    seconds   = FIXED + buckets * REQUEST + max(gather, send) + min(gather, send) / buckets + after
-
-COPY = HBM / 2, a read and a write. Colocated: engines that fill rank 0's node, each of which reads the whole model; another node's cannot
-map its memory. Group over NVLINK: engines have other GPUs of rank 0's node (NCCL refuses to share one); over IB: other nodes.
-Disk: an engine of rank 0's node.
+node. The bytes are exact: the plan says which rank owns which piece. The seconds are nominal bandwidths (megasd/planner/hardware.py) times
+one efficiency; formulas and assumptions: megasd/planner/push.py. NOTHING HERE WAS MEASURED ON A GPU.
 """
 
 from __future__ import annotations
@@ -31,22 +20,29 @@ from typing import Any
 
 import torch
 
+from megasd.planner.push import (
+    EFFICIENCY,
+    FIXED,
+    H100,
+    NVME_READ,
+    NVME_WRITE,
+    REQUEST,
+    SHM_READ,
+    SHM_WRITE,
+    Received,
+    disk_seconds,
+    gather_seconds,
+    group_seconds,
+    ipc_seconds,
+    push_seconds,
+)
 from megasd.weights import families, mapping
 from megasd.weights.plan import Holding, Plan, make_plan
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
+__all__ = ["EFFICIENCY", "FIXED", "HBM", "IB", "NVLINK", "PCIE", "REQUEST", "Layout", "Received"]
 GPUS = 8  # of a node
-# Bytes per second, nominal, one direction.
-HBM = 3.35e12  # H100 SXM5 80 GB, HBM3 (NVIDIA H100 datasheet: 3.35 TB/s)
-NVLINK = 450e9  # NVLink 4 through NVSwitch, per GPU and direction (datasheet: 900 GB/s both directions)
-IB = 50e9  # InfiniBand NDR, 400 Gb/s, one adapter per GPU (DGX H100 user guide: 8 ConnectX-7)
-PCIE = 64e9  # PCIe 5.0 x16 per direction (DGX H100 user guide); before 128b/130b encoding's 1.5 %
-NVME_WRITE, NVME_READ = 4e9, 6.5e9  # one PCIe 4 x4 drive, sequential (data sheets of data-centre drives: 4 to 7 GB/s)
-EFFICIENCY = 0.75  # of every nominal bandwidth above: an assumption
-# Seen on a CPU (tools/bench_sync.py), not on such a node.
-SHM_WRITE, SHM_READ = 2.2e9, 3.5e9  # one thread, fresh pages of /dev/shm; SGLang's loader out of them
-REQUEST = 0.008  # seconds of one update request to SGLang, whatever it carries
-FIXED = 0.02  # seconds to pause, open the session, close it, stamp and continue
+HBM, NVLINK, IB, PCIE = H100.hbm, H100.nvlink, H100.network, H100.pcie
 
 
 @dataclass(frozen=True)
@@ -73,19 +69,6 @@ class Layout:
 
     def __str__(self) -> str:
         return f"TP{self.tp} PP{self.pp} DP{self.gpus // self.tp // self.pp}, {-(-self.gpus // GPUS)} node{'s' * (self.gpus > GPUS)}"
-
-
-@dataclass(frozen=True)
-class Received:
-    """Bytes that rank 0 puts together, by where they come from."""
-
-    own: int
-    same_node: int
-    other_nodes: int
-
-    @property
-    def total(self) -> int:
-        return self.own + self.same_node + self.other_nodes
 
 
 def holdings(hf: Mapping[str, Any], layout: Layout) -> Iterator[Holding]:
@@ -122,33 +105,6 @@ def received(plan: Plan) -> Received:
                 where = 0 if piece.owner == 0 else 1 if piece.owner < GPUS else 2
                 found[where] += torch.Size(piece.layout.shape).numel() * param.dtype.itemsize
     return Received(*found)
-
-
-def gather_seconds(bytes_: Received) -> float:
-    """Rank 0 copies its own and what it received into the bucket, and takes in the rest over NVLink and its InfiniBand adapter."""
-    return (bytes_.total / (HBM / 2) + bytes_.same_node / NVLINK + bytes_.other_nodes / IB) / EFFICIENCY
-
-
-def ipc_seconds(nbytes: int, engine_tp: int, engines: int) -> float:
-    """The engines of rank 0's node each read their shards of rank 0's buffer: all but the one that shares its GPU over NVLink."""
-    remote = nbytes * engines - nbytes // engine_tp
-    return max(remote / NVLINK, nbytes / engine_tp / (HBM / 2)) / EFFICIENCY
-
-
-def group_seconds(nbytes: int, link: float, engine_tp: int) -> float:
-    """A pipelined broadcast, then each engine rank's copy of its shard out of the bucket."""
-    return (nbytes / link + nbytes / engine_tp / (HBM / 2)) / EFFICIENCY
-
-
-def disk_seconds(nbytes: int, engine_tp: int, write: float, read: float) -> tuple[float, float]:
-    """(rank 0 to the file, the file to the engine's GPUs); `write`, `read`: bytes per second that are really had."""
-    pcie = PCIE * EFFICIENCY
-    return nbytes / pcie + nbytes / write, nbytes / read + nbytes / engine_tp / pcie
-
-
-def push_seconds(gather: float, send: float, buckets: int, after: float = 0.0) -> float:
-    """Buckets are sent while the next is put together."""
-    return FIXED + buckets * REQUEST + max(gather, send) + min(gather, send) / buckets + after
 
 
 def row(model: str, layout: Layout, engine_tp: int, bucket_mib: int) -> dict[str, Any]:

@@ -1,0 +1,215 @@
+"""Measures a real actor's tensors by category and holds them against megasd/planner/memory.py. A script: alone, or under torchrun.
+
+    python tests/distributed/planner_cases.py '[{"model": {}, "items": ["actor.recompute_granularity=full"]}]'
+
+Prints a line of JSON per case: {"planned": {category: bytes}, "measured": {category: bytes}} of the rank where the two differ most.
+
+weights, gradients, optimizer, teacher, signal, batch, sync: bytes of the distinct storages of those tensors. activations: peak of the
+distinct storages that autograd keeps between the first forward and the end of the backward (saved-tensor hooks; parameters and what the
+loss keeps are left out). loss: peak of what is allocated while the loss is computed, from the profiler's memory events.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from megasd.actor.actor import Actor
+from megasd.actor.parallel import init_distributed, init_model_parallel
+from megasd.algo.recipes import RECIPES
+from megasd.batch import Batch
+from megasd.config import Config
+from megasd.load_config import load_config
+from megasd.planner import memory
+from megasd.planner.hardware import KINDS
+from megasd.planner.job import Job
+from megasd.planner.shapes import Model
+from megasd.weights import families
+
+QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 1e6, "attention_bias": False,
+}  # fmt: skip
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Distinct storages: address -> bytes."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(storages(tensors).values())
+
+
+class Saved:
+    """Distinct storages that autograd keeps, now and at most."""
+
+    def __init__(self, left_out: Iterable[Tensor]) -> None:
+        self.left_out, self.users, self.live, self.peak, self.counts = set(storages(left_out)), {}, 0, 0, True
+
+    class Held:
+        def __init__(self, owner: Saved, tensor: Tensor) -> None:
+            self.owner, self.tensor, self.key = owner, tensor, tensor.untyped_storage().data_ptr()
+            self.size = tensor.untyped_storage().nbytes()
+            owner.users[self.key] = owner.users.get(self.key, 0) + 1
+            if owner.users[self.key] == 1:
+                owner.live += self.size
+                owner.peak = max(owner.peak, owner.live)
+
+        def __del__(self) -> None:
+            self.owner.users[self.key] -= 1
+            if self.owner.users[self.key] == 0:
+                self.owner.live -= self.size
+
+    def pack(self, tensor: Tensor) -> Any:
+        if not self.counts or not tensor.numel() or tensor.untyped_storage().data_ptr() in self.left_out:
+            return tensor
+        return self.Held(self, tensor)
+
+    @staticmethod
+    def unpack(kept: Any) -> Tensor:
+        return kept.tensor if isinstance(kept, Saved.Held) else kept
+
+    @contextmanager
+    def paused(self):
+        self.counts = False
+        yield
+        self.counts = True
+
+
+def peak_allocated(profiled: profile) -> int:
+    live = peak = 0
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def longest_batch(config: Config, vocab: int, context: int) -> Batch:
+    """Every prompt and response as long as the config allows."""
+    rollout, generator = config.rollout, torch.Generator().manual_seed(0)
+    n, p, r = rollout.num_prompts * rollout.num_samples, rollout.max_prompt_tokens, rollout.max_response_tokens
+
+    def ids(count: int) -> Tensor:
+        return torch.randint(0, vocab, (count,), generator=generator)
+
+    return Batch(
+        prompt_ids=ids(n * p), prompt_lens=torch.full((n,), p), context_ids=ids(n * context), context_lens=torch.full((n, 1), context),
+        response_ids=ids(n * r), response_lens=torch.full((n,), r), question_weight=torch.ones(n, dtype=torch.float64),
+        question_size=torch.full((n,), rollout.num_samples), scored=torch.ones(n, dtype=torch.bool),
+        right=torch.arange(n) % 2 == 0, streams={"rollout_logp": torch.zeros(n * r), "advantage": torch.ones(n * r)},
+    )  # fmt: skip
+
+
+def measure(actor: Actor, config: Config, job: Job) -> dict[str, int]:
+    params = list(actor.model.parameters())
+    batch = longest_batch(config, actor.vocab_size, job.longest_teacher - config.rollout.max_response_tokens)
+    share = actor.take(batch)
+    signal = actor.teach(share)
+    found = {
+        "weights": nbytes(params),
+        "gradients": nbytes(b.grad_data for b in (*actor.ddp.buffers, *actor.ddp.expert_parallel_buffers)),
+        "teacher": nbytes(actor.teacher.weights.shadow.values()) if actor.teacher else 0,
+    }
+    if signal is not None:
+        copied = [] if signal.output_weight_Vh is None else [signal.output_weight_Vh]
+        kept = storages([signal.slot_R, *signal.tensors, *copied])
+        shadows = storages(actor.teacher.weights.shadow.values())
+        found["signal"] = sum(size for key, size in kept.items() if key not in shadows and key not in storages(params))
+    cut, parts = actor._microbatches, []
+
+    def kept_cut(*args: Any, **kwargs: Any) -> list:
+        parts.append(cut(*args, **kwargs))
+        return parts[-1]
+
+    saved, workspaces, own_loss = Saved(params), [0], actor._loss
+
+    def loss(*args: Any) -> Any:
+        with saved.paused(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            result = own_loss(*args)
+        workspaces.append(peak_allocated(profiled))
+        return result
+
+    actor._microbatches, actor._loss = kept_cut, loss
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        actor.train_step(share, signal)
+    actor._microbatches, actor._loss = cut, own_loss
+    streams = [*share.streams.values(), *share.weighed.streams.values()]
+    found["batch"] = nbytes([t for one in parts[-1] for t in vars(one).values() if isinstance(t, Tensor)]) + nbytes(streams)
+    found |= {"activations": saved.peak, "loss": max(workspaces), "optimizer": optimizer_bytes(actor, params)}
+    gather = actor.gather(dtype=None, bucket_bytes=(config.sync.bucket_mib or 24) << 20)
+    for _ in gather.replay():
+        pass
+    found["sync"] = nbytes(t for slot in gather._slots for t in (slot.flat, *slot.incoming.values()) if t is not None)
+    return found
+
+
+def optimizer_bytes(actor: Actor, params: list[Tensor]) -> int:
+    """Main copies and moments, without main copies that are the parameters themselves."""
+    tensors = []
+    for part in getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]):
+        for group in part.optimizer.param_groups:
+            tensors += group["params"]
+        tensors += [t for state in part.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
+    own = {key: size for key, size in storages(tensors).items() if key not in storages(params)}
+    return sum(own.values())
+
+
+def run(case: dict[str, Any], directory: Path) -> dict[str, Any]:
+    hf = QWEN3 | case.get("model", {})
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(json.dumps(hf))
+        generator = torch.Generator().manual_seed(0)
+        shapes = families.table(hf).expected_tensors()
+        save_file({n: torch.randn(s, generator=generator) * 0.02 for n, s in shapes.items()}, directory / "model.safetensors")
+    dist.barrier()
+    config = load_config([], [f"model.path={directory}", "data.train=none", *case["items"]], RECIPES)
+    device = torch.device("cpu")
+    mesh = init_model_parallel(config.actor, device, seed=1)
+    job = Job(config, Model.of(hf), KINDS["cpu"], gpus=dist.get_world_size())
+    measured = measure(Actor(config, mesh), config, job)
+    stage = mesh.pp_rank
+    causes = {"sync": 0.0} | memory.static(job, stage) | memory.training(job, stage)
+    causes |= {"signal": memory.signal_bytes(job, stage)}
+    if mesh.is_last_stage:  # what enters the loss was made before it, and is not measured
+        causes["loss"] -= memory.loss(job)["entering"]
+    if dist.get_rank() != 0:
+        causes["sync"] = 0.0
+        measured["sync"] = 0
+    planned = {name: int(causes[name]) for name in measured}
+    return {"rank": dist.get_rank(), "planned": planned, "measured": measured}
+
+
+def worst(result: dict[str, Any]) -> float:
+    pairs = [(result["planned"][name], value) for name, value in result["measured"].items()]
+    return max(abs(a - b) / max(a, b, 1) for a, b in pairs)
+
+
+def main() -> None:
+    init_distributed(timeout_minutes=5)
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    for number, case in enumerate(json.loads(sys.argv[1])):
+        mine = run(case, Path(folder[0]) / str(number))
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        if dist.get_rank() == 0:
+            print("CASE " + json.dumps(max(everyone, key=worst)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
