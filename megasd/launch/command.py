@@ -9,20 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megasd.algo.recipes import RECIPES
-from megasd.algo.schedule import check_stages
 from megasd.launch import nemo, slurm
-from megasd.launch.job import Job, make_job, write_config
-from megasd.load_config import load_config
+from megasd.launch.job import Job, read_job, write_config
 from megasd.types import UserError
 
 
 def run(args: argparse.Namespace, items: list[str]) -> int:
     """args.launcher slurm or nemo-run on the config of `items`, YAML files and overrides; the exit code. Raises UserError."""
     overrides = [item for item in items if re.match(r"[\w.]+=", item)]
-    config = load_config([item for item in items if item not in overrides], overrides, RECIPES)
-    job = make_job(config)
-    check_stages(config, job.ranks)
+    job = read_job([item for item in items if item not in overrides], overrides)
     if args.launcher == "nemo-run":
         return nemo.launch(job, executor=args.executor, dry_run=args.dry_run, detach=args.detach)
     return submit(job, dry_run=args.dry_run)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from megasd.algo.recipes import RECIPES
+from megasd.algo.schedule import check_stages
 from megasd.config import Config, ConfigError
-from megasd.load_config import to_yaml
+from megasd.load_config import load_config, to_yaml
 from megasd.types import UserError
 from megasd.validate import needs_engine, validate_values
 
 # Variables that every job takes from the submitting shell, by name: without PATH a node finds neither Slurm nor the environment.
 ALWAYS_EXPORTED = ("HOME", "LANG", "PATH", "USER")
+# The first task's agent holds the rendezvous. Left to itself torchrun compares names, and a node's name in Slurm need not be its host name.
+IS_HOST = "--rdzv-conf=is_host=$((SLURM_PROCID == 0))"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ class Job:
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             f"--shutdown-timeout={cluster.signal_seconds}",
         ]
+
+
+def read_job(files: list[str], overrides: list[str]) -> Job:
+    """The job of YAML `files` and dotted `overrides`, read and checked as `megasd train` does, but for model and data files. Raises
+    ConfigError."""
+    job = make_job(load_config(files, overrides, RECIPES))
+    check_stages(job.config, job.ranks)
+    return job
 
 
 def make_job(config: Config) -> Job:
@@ -120,7 +132,5 @@ def _check_engines(config: Config) -> None:
             f"rollout.engine.served={engine.served}: {cluster.engine_nodes} engine nodes of {gpus} GPUs serve {engines} engines of "
             f"tensor_parallel_size={size}; set rollout.engine.served={engines}"
         )
-    if config.sync.transport == "colocated":
-        raise ConfigError("sync.transport=colocated: engines on nodes of their own do not see the actor's memory; take group or disk")
     if engine.release_memory:
         raise ConfigError("rollout.engine.release_memory: engines on nodes of their own share no GPU with the actor; set it to false")

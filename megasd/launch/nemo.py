@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from megasd.config import ConfigError
-from megasd.launch.job import Job, write_config
+from megasd.launch.job import IS_HOST, Job, write_config
 from megasd.stop import LEFT, MARKER
 from megasd.types import UserError
 
@@ -37,7 +37,7 @@ BATCH = """\
 # The steps take over what is exported here, although sbatch --export named variables.
 export SLURM_EXPORT_ENV=ALL
 export MEGASD_RENDEZVOUS="$head_node:{port}"
-rm -f -- {stale}
+rm -f -- {marker}
 # Queued again only when the run was told to leave and has saved; a crash is not repeated.
 scontrol() {{ if [ "$1" != requeue ] || [ -e {marker} ]; then command scontrol "$@"; fi; }}
 """
@@ -96,7 +96,7 @@ def local_executor(job: Job) -> nemo_run.LocalExecutor:
     options = dict(
         option.removeprefix("--").split("=") for option in job.torchrun(nodes=False) if option.startswith("--s") and "=" in option
     )
-    env = {f"PET_{name.upper().replace('-', '_')}": value for name, value in options.items()}
+    env = {"LOGLEVEL": "WARNING", **{f"PET_{name.upper().replace('-', '_')}": value for name, value in options.items()}}
     return run.LocalExecutor(launcher=run.Torchrun(rdzv_id=_number(job)), ntasks_per_node=cluster.gpus_per_node, env_vars=env)
 
 
@@ -123,7 +123,7 @@ def train_script(job: Job) -> nemo_run.Script:
     several = job.config.cluster.actor_nodes > 1
     options = job.torchrun(nodes=several)
     if several:
-        options[1:1] = ["--rdzv-backend=c10d", '--rdzv-endpoint="$MEGASD_RENDEZVOUS"', '--rdzv-id="$SLURM_JOB_ID"']
+        options[1:1] = ["--rdzv-backend=c10d", '--rdzv-endpoint="$MEGASD_RENDEZVOUS"', IS_HOST, '--rdzv-id="$SLURM_JOB_ID"']
     return _script(job, f"exec torchrun {' '.join(options)} -m megasd.cli train {quote(job.yaml)} run.resume=auto")
 
 
@@ -210,10 +210,8 @@ def _slurm_executor(job: Job, nodes: int, home: str | None) -> nemo_run.SlurmExe
 
 
 def _batch_lines(job: Job) -> str:
-    run_dir, engines = quote(job.run_dir), job.config.cluster.engine_nodes > 0
-    stale = f"{run_dir}/{MARKER}" + (f" {run_dir}/engines/*.json" if engines else "")
-    lines = BATCH.format(port=29500 + _number(job), stale=stale, marker=f"{run_dir}/{MARKER}")
-    return lines + (ENGINE_KEY if engines else "")
+    lines = BATCH.format(port=29500 + _number(job), marker=quote(f"{job.run_dir}/{MARKER}"))
+    return lines + (ENGINE_KEY if job.config.cluster.engine_nodes else "")
 
 
 def _script(job: Job, program: str) -> nemo_run.Script:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from shlex import quote
 
 from megasd.config import ClusterConfig
-from megasd.launch.job import Job
+from megasd.launch.job import IS_HOST, Job
 
 HEADER = """\
 #!/bin/bash
@@ -18,7 +18,7 @@ HEADER = """\
 # Made by `megasd launch slurm`; values of variables are taken from the submitting shell, by name.
 {options}
 # For shellcheck: lines of cluster.setup may source what it cannot see, and the functions below run on the nodes.
-# shellcheck disable=SC1090,SC1091,SC2329
+# shellcheck disable=SC1090,SC1091,SC2317,SC2329
 set -u
 run_dir={run_dir}
 config={config}
@@ -27,7 +27,7 @@ if [ ! -f "$config" ]; then
     exit 2
 fi
 # What an earlier start of this job left must not be taken for the end of this one.
-rm -f -- "$run_dir/preempted"{stale}
+rm -f -- "$run_dir/preempted"
 """
 
 TRAINER = """
@@ -77,6 +77,10 @@ while kill -0 "$trainer" 2>/dev/null; do
 done
 wait "$trainer"
 code=$?
+# Engines close when the run is over; those that do not are ended.
+for _ in {{1..30}}; do
+    [ -n "$engines" ] && kill -0 "$engines" 2>/dev/null && sleep 1
+done
 [ -z "$engines" ] || kill "$engines" 2>/dev/null
 if [ "$engines_code" -ne 0 ]; then
     exit "$engines_code"
@@ -101,9 +105,8 @@ def render(job: Job) -> str:
     """The sbatch script of a job."""
     cluster = job.config.cluster
     several = job.nodes > 1
-    stale = ' "$run_dir"/engines/*.json' if cluster.engine_nodes else ""
     parts = [
-        HEADER.format(about=_about(cluster), options=_options(job), run_dir=quote(job.run_dir), config=quote(job.yaml), stale=stale),
+        HEADER.format(about=_about(cluster), options=_options(job), run_dir=quote(job.run_dir), config=quote(job.yaml)),
         _nodes(cluster),
         TRAINER.format(setup=_setup(cluster), torchrun=_wrap(_torchrun(job), 8)),
     ]
@@ -140,7 +143,7 @@ def _options(job: Job) -> str:
         "output": f"{job.folder}/%j.log",
         "export": ",".join(job.exported),
     }
-    options = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    options = [f"--{name}={quote(str(value))}" for name, value in values.items() if value is not None]
     return "\n".join(f"#SBATCH {option}" for option in [*options, "--exclusive", "--requeue", *cluster.sbatch])
 
 
@@ -162,7 +165,7 @@ def _torchrun(job: Job) -> list[str]:
     several = job.config.cluster.actor_nodes > 1
     options = job.torchrun(nodes=several)
     if several:
-        options[1:1] = ["--rdzv-backend=c10d", '--rdzv-endpoint="$MEGASD_RENDEZVOUS"', '--rdzv-id="$SLURM_JOB_ID"']
+        options[1:1] = ["--rdzv-backend=c10d", '--rdzv-endpoint="$MEGASD_RENDEZVOUS"', IS_HOST, '--rdzv-id="$SLURM_JOB_ID"']
     return ["torchrun", *options, "-m megasd.cli train", '"$1"', "run.resume=auto"]
 
 

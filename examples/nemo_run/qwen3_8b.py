@@ -1,0 +1,25 @@
+"""Qwen3-8B on one node through nemo-run: the executor and the script are megasd's, the experiment is yours.
+
+python examples/nemo_run/qwen3_8b.py                          # submit, and leave
+python examples/nemo_run/qwen3_8b.py run.steps=20 run.dir=runs/try cluster.partition=h100
+"""
+
+import sys
+
+import nemo_run as run
+
+from megasd.launch import nemo
+from megasd.launch.job import read_job, write_config
+
+
+def main() -> None:
+    job = read_job(["configs/cluster/qwen3_8b_1node.yaml"], sys.argv[1:])
+    executor = nemo.actor_executor(job)  # a nemo_run.SlurmExecutor: change what your cluster wants changed
+    write_config(job)
+    with run.Experiment(job.config.cluster.job_name) as experiment:
+        experiment.add(nemo.train_script(job), executor=executor, name="train")
+        experiment.run(detach=True)
+
+
+if __name__ == "__main__":
+    main()
