@@ -284,7 +284,7 @@ class ActorConfig:
     # of full: every layer in groups of recompute_num_layers | the first recompute_num_layers of a stage only
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: int = 1
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # of selective; Megatron's names
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # of selective: core_attn, mlp, moe
     # what follows needs TransformerEngine, that is a GPU
     # FP8 of the linear layers: hybrid = E4M3 forward, E5M2 backward | e4m3 throughout; null = bf16 (loss and output layer always are)
     fp8: Optional[Literal["hybrid", "e4m3"]] = None

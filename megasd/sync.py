@@ -344,7 +344,8 @@ class WeightSync:
         difference = max_difference(actor, engine)
         in_float32 = next(iter(plan.tensors().values())).dtype is torch.float32
         # bfloat16 in one engine against float32 was seen to differ by 0.09 nats at most; that of fp8 is a guess until a GPU has run it
-        tolerance = self.config.tolerance or (0.5 if self._fp8 is not None else 1e-3 if in_float32 else 0.1)
+        in_fp8 = self._fp8 is not None or getattr(getattr(self.actor, "model_config", None), "fp8", None) is not None
+        tolerance = self.config.tolerance or (0.5 if in_fp8 else 1e-3 if in_float32 else 0.1)
         if not difference <= tolerance:
             failure = ProbeError(
                 f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe, more than "

@@ -20,6 +20,7 @@ from torch import Tensor
 from megasd.actor import checkpoint, cpu, optimizer_fixes
 from megasd.actor import model as build
 from megasd.actor.deal import deal, in_order, make_costs
+from megasd.actor.fixed_shape import fix_shapes, init_user_buffers
 from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh, broadcast_tensors
 from megasd.actor.share import Share, active_samples, batch_figures, mean_question_weight, softmax_temperature
@@ -56,17 +57,11 @@ class Actor:
         family = build.family_of(config.model.path)
         self.vocab_size = family.vocab_size
         self.model_config = build.transformer_config(family, config.actor, mesh.device)
+        init_user_buffers(config, self.model_config, mesh)
         self.model = build.build_model(family, self.model_config, config.actor, mesh)
         self.layer_offset = build.layer_offset(self.model_config)
         self.expert_offset = families.table(self.hf_config).num_experts // mesh.ep_size * mesh.ep_rank
-        load_hf(
-            self.params(),
-            config.model.path,
-            tp_rank=mesh.tp_rank,
-            tp_size=mesh.tp_size,
-            ep_rank=mesh.ep_rank,
-            ep_size=mesh.ep_size,
-        )
+        load_hf(self.params(), config.model.path, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, ep_rank=mesh.ep_rank, ep_size=mesh.ep_size)
         self.ddp = build.wrap_data_parallel(self.model, self.model_config, config.actor)
         self.optimizer, self.scheduler = build.build_optimizer(self.ddp, config.optimizer, config.actor, config.run.steps)
         self.teacher: Teacher | None = None
@@ -244,6 +239,8 @@ class Actor:
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm}: the step is not trustworthy; resume from the last checkpoint")
         figures = share.figures | share.weighed.figures
+        if last:
+            build.whole_parameters(self.ddp)
         if last and self.teacher is not None:
             self.teacher.weights.update(pass_rate=share.pass_rate, length_tail=share.length_tail)
             if self.algorithm.teacher.weights in ("snapshot", "gated"):
@@ -279,7 +276,8 @@ class Actor:
 
     def _microbatches(self, batch: Batch, groups: list[list[int]], context: int | None) -> list[Microbatch]:
         place = {"cp_rank": self.mesh.cp_rank, "cp_size": self.mesh.cp_size, "multiple": self.costs.multiple}
-        return make_microbatches(batch, groups, context, packing=self.config.actor.packing, **place)
+        made = make_microbatches(batch, groups, context, packing=self.config.actor.packing, **place)
+        return fix_shapes(made, self.config.actor, self.costs.multiple, is_student=context is None)
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
         """Words summed over data- and context-parallel ranks of the last stage, then values to everyone; sums become means per token."""

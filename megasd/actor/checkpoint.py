@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 
 from megasd.actor.model import Backbone
 from megasd.actor.parallel import Mesh
@@ -186,9 +187,13 @@ def _with_data(entry: object, tensor: torch.Tensor) -> object:
 
 
 def _rng_state() -> dict:
-    return {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    """Plain tensors also where CUDA graphs have the tracker hold generators."""
+    states = get_cuda_rng_tracker().get_states()
+    return {"torch": torch.get_rng_state(), "tracker": {name: convert_cuda_rng_state(s) for name, s in states.items()}}
 
 
 def _set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = get_cuda_rng_tracker()
+    graphable = getattr(tracker, "use_cudagraphable_rng", False)
+    tracker.set_states({name: convert_cuda_rng_state(s, to_graphable=graphable) for name, s in state["tracker"].items()})

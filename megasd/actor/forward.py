@@ -6,6 +6,7 @@ s sequence, b rows, T response tokens of the microbatch on this context-parallel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megasd.actor.fixed_shape import outside_graphs
 from megasd.actor.parallel import Mesh
 from megasd.loss.reduce import without_division
 from megasd.microbatch import Microbatch
@@ -72,7 +74,7 @@ def run_microbatches(
 
     config.finalize_model_grads_func = without_division(finalize_model_grads)
     moved = [m.to(mesh.device) for m in microbatches]
-    with torch.set_grad_enabled(not forward_only):
+    with torch.set_grad_enabled(not forward_only), outside_graphs(model) if forward_only else nullcontext():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(moved),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -161,6 +162,15 @@ def wrap_data_parallel(model: Backbone, config: TransformerConfig, actor: ActorC
     if actor.overlap_grad_reduce:
         config.no_sync_func = wrapped.no_sync  # only the last microbatch of a step starts the reduction
     return wrapped
+
+
+def whole_parameters(model: DistributedDataParallel) -> None:
+    """With overlap_param_gather, wait until every parameter is whole: all readers but a forward pass of the model need it (the teacher's
+    average, a push of weights, a checkpoint). Collectives: all-gathers over DP x CP of what was not yet gathered."""
+    if not model.ddp_config.overlap_param_gather:
+        return
+    model.start_param_sync(force_sync=True)
+    post_all_gather_processing([p for p in model.parameters() if is_float8tensor(p)])  # left out upstream where the gather is forced
 
 
 def build_optimizer(

@@ -60,6 +60,7 @@ CASES: dict[int, dict[str, dict]] = {
         "dp2": {},
         "dp2 plain optimizer": {"use_distributed_optimizer": False},
         "dp2 overlap": {"overlap_grad_reduce": True, "micro_batch_size": 1},
+        "dp2 overlap both": {"overlap_grad_reduce": True, "overlap_param_gather": True, "micro_batch_size": 1},
     },
     4: {
         "tp2 pp2": {TP: 2, PP: 2},
@@ -79,7 +80,7 @@ MOE_CASES: dict[int, dict[str, dict]] = {
 
 TIED_CASES: dict[int, dict[str, dict]] = {
     1: {"tied micro 1": {"micro_batch_size": 1}},
-    2: {"tied tp2": {TP: 2}, "tied pp2": {PP: 2}, "tied dp2 overlap": {"overlap_grad_reduce": True}},
+    2: {"tied tp2": {TP: 2}, "tied pp2": {PP: 2}, "tied dp2 overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
     4: {"tied tp2 pp2": {TP: 2, PP: 2}},
 }
 # A token budget in place of a number of samples; the longest student sequence has 19 tokens, the longest of a teacher 27.

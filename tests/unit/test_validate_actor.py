@@ -64,11 +64,6 @@ BAD = [
     (f"{FP8} actor.dtype=float32", "actor.dtype=float32: FP8 layers compute beside bfloat16"),
     (f"{FP8} actor.fp8_recipe=delayed", "set actor.first_last_layers_bf16=false, or actor.fp8_recipe=tensorwise"),
     (f"{FP8} actor.fp8_param_gather=true actor.use_distributed_optimizer=false", "needs actor.use_distributed_optimizer"),
-    (
-        f"{FP8} actor.fp8_recipe=delayed actor.first_last_layers_bf16=false actor.recompute_granularity=selective "
-        "actor.recompute_modules=[layernorm]",
-        "no layernorm under actor.fp8_recipe=delayed",
-    ),
     ("actor.overlap_param_gather=true actor.use_distributed_optimizer=false", "needs actor.use_distributed_optimizer"),
     ("actor.overlap_param_gather=true", "needs actor.overlap_grad_reduce"),
     ("actor.tp_comm_overlap=true", f"actor.tp_comm_overlap: needs {TP} > 1"),
@@ -78,6 +73,7 @@ BAD = [
     ("actor.recompute_method=block actor.recompute_granularity=selective", "actor.recompute_method=block: read with"),
     ("actor.recompute_granularity=selective actor.recompute_modules=[]", "names nothing to compute anew"),
     ("actor.recompute_granularity=selective actor.recompute_modules=[attn]", "no 'attn' in these models; choose from core_attn"),
+    ("actor.recompute_granularity=selective actor.recompute_modules=[layernorm]", "no 'layernorm' in these models"),
     ("actor.cuda_graph=true actor.packing=true", "actor.cuda_graph: needs microbatches of one shape"),
     ("actor.cuda_graph=true actor.max_tokens_per_microbatch=8192", "set actor.max_tokens_per_microbatch=null"),
     (f"actor.cuda_graph=true {PP}=2", f"set {PP}=1, or actor.cuda_graph=false"),
