@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 if python -c 'import megatron.core' 2>/dev/null; then
-    python -c 'import torch, megatron.core, transformers, megasd; print("trainer:", torch.__version__, "megatron-core", megatron.core.__version__)'
+    python -W ignore -c 'import torch, megatron.core, transformers, megasd; print("trainer:", torch.__version__, "megatron-core", megatron.core.__version__)'
     if nvidia-smi >/dev/null 2>&1; then
         python -c 'import transformer_engine.pytorch, flash_attn; print("TransformerEngine and flash-attention import")'
     fi

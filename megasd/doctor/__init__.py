@@ -93,7 +93,7 @@ def read_config(items: list[str]) -> tuple[Config | None, list[str], list[Findin
 
 def lines(findings: list[Finding]) -> list[str]:
     """The report for a reader: a line each, a fix below it."""
-    width = min(28, max(len(finding.name) for finding in findings))
+    width = min(32, max(len(finding.name) for finding in findings))
     colour = {"ok": "32", "warn": "33", "fail": "31"} if sys.stdout.isatty() else {}
     shown = []
     for finding in findings:

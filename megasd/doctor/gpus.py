@@ -131,7 +131,7 @@ def check_torch(machine: Machine) -> Finding:
 def judge_torch(says: dict[str, Any], gpus: tuple[Gpu, ...], visible: str | None = None) -> Finding:
     if "error" in says:
         if says.get("late"):
-            return warn("torch", says["error"], "the file system of the environment is slow: put it on a local disk")
+            return warn("torch", says["error"], "run it again on an idle machine; if it stays so, put the environment on a local disk")
         return fail("torch", f"does not import: {says['error']}", "make the environment anew (make install)")
     detail = f"{says['version']}, CUDA {says['cuda'] or 'none (a CPU build)'}"
     if not gpus or says["count"] == len(gpus):

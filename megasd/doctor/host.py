@@ -32,7 +32,11 @@ def check_cpu(machine: Machine) -> Finding:
     wanted = machine.config.run.num_processes if machine.config else 0
     if usable < max(2, wanted):
         return warn("cpu", f"{detail}; ranks, engine and verifiers share them", "ask for more (sbatch --cpus-per-task, docker run --cpus)")
-    return ok("cpu", detail)
+    load = os.getloadavg()[0]
+    if load > 3 * os.cpu_count():
+        fix = "end other processes (top shows them); else raise rollout.engine.start_timeout and progress_timeout"
+        return warn("cpu", f"{detail}, load {load:.0f}: engines and gloo may run into their timeouts", fix)
+    return ok("cpu", f"{detail}, load {load:.1f}")
 
 
 def check_memory(machine: Machine) -> Finding:

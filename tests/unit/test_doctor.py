@@ -348,7 +348,7 @@ def test_file_systems():
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Speaks enough HTTP for a check to judge; real servers are asked in tests/integration."""
+    """Speaks enough HTTP for a check to judge: it gives the answers that a broken server would."""
 
     pages: dict[str, tuple[int, str]] = {}
     date: str | None = None
@@ -414,6 +414,14 @@ def test_sglang():
     assert engines.judge_sglang(gone, "python", True, config_of("rollout.engine.served=2")).status == "ok"
     wrong = engines.check_sglang(Machine(environment={engines.ENGINE_PYTHON: "/no/python"}))
     assert wrong.status == "fail" and re.search("MEGASD_ENGINE_PYTHON", wrong.fix)
+
+
+def test_the_names_are_those_of_rollout():
+    """doctor imports nothing of rollout, which needs packages that may be missing; a started engine takes the python that is named."""
+    from megasd.rollout import engine_key, server
+
+    assert (engines.ENGINE_PYTHON, engines.KEY) == (server.ENGINE_PYTHON, engine_key.VARIABLE)
+    assert f'"sglang=={engines.SGLANG}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_proxies_are_named_and_not_shown():
