@@ -57,7 +57,7 @@ class TableAttention(SelfAttention):
         self.table = table
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[:, :, self.table : self.table + 1], **kwargs)
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[:, :, self.table : self.table + 1].contiguous(), **kwargs)
 
 
 class _SumOverRanks(torch.autograd.Function):
