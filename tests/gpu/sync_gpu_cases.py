@@ -1,0 +1,60 @@
+"""Steps under CUDA's sync debug mode; run by test_sync_gpu.py under torchrun. sync_gpu_cases.py MODEL_DIR"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from megasd.actor import actor as actor_module
+from megasd.actor import teacher as teacher_module
+from megasd.actor.actor import Actor
+from megasd.actor.parallel import init_distributed, init_model_parallel
+from megasd.config import DistillTerm, PolicyGradientTerm, TeacherConfig
+from tests.distributed.golden_cases import TOP_K, credit, make_batch, make_config, methods_batch
+
+PACKED = {"packing": True, "max_tokens_per_microbatch": 256, "apply_rope_fusion": True}
+CASES: dict[str, tuple[dict, dict]] = {
+    "bucket": ({}, {}),
+    "packed, budget": (PACKED, {}),
+    "full": ({}, {"distill": DistillTerm(support="full", beta=0.0)}),
+    "record": (PACKED, {"distill": DistillTerm(support="teacher", top_k=TOP_K, beta=0.0), "teacher": TeacherConfig(transport="record")}),
+    "policy gradient": ({}, {"policy_gradient": PolicyGradientTerm(coefficient=0.3)}),
+    "credit": ({}, credit("cepo")),
+}
+
+
+def watch() -> None:
+    """From here on a wait inside the schedules is an error."""
+    real = actor_module.run_microbatches
+
+    def watched(*args: object, **kwargs: object) -> object:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    for module in (actor_module, teacher_module):
+        module.run_microbatches = watched
+
+
+def main() -> None:
+    device, real = init_distributed(), actor_module.run_microbatches
+    for name, (layout, algorithm) in CASES.items():
+        config = make_config(sys.argv[1], {"dtype": "bfloat16"} | layout, **algorithm)
+        actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
+        batch = methods_batch() if name == "credit" else make_batch()
+        for step in range(2):  # the first compiles kernels and makes workspaces
+            if step == 1:
+                watch()
+            share = actor.take(batch)
+            actor.train([share], [actor.teach(share)])
+        for module in (actor_module, teacher_module):
+            module.run_microbatches = real
+        print(f"ok {name}", flush=True)
+    print("all ok", flush=True)
+
+
+if __name__ == "__main__":
+    main()
