@@ -98,7 +98,7 @@ RULES: dict[str, Rule] = {
     "rollout.max_retries": NOT_NEGATIVE,
     "rollout.engine.urls": ("each must be http://HOST:PORT", lambda v: all(re.fullmatch(r"https?://[^/\s]+/?", url) for url in v)),
     "rollout.engine.model_path": NOT_EMPTY,
-    "rollout.engine.host": ("must be a loopback address (127.0.0.1): SGLang has no authentication", lambda v: v in LOOPBACK),
+    "rollout.engine.host": ("must be a loopback address (127.0.0.1); `megasd serve --host` binds others", lambda v: v in LOOPBACK),
     "rollout.engine.port": ("must be 0 (a free port) or lie in [1024, 65535]", lambda v: v == 0 or 1024 <= v <= 65535),
     "rollout.engine.num_engines": POSITIVE,
     "rollout.engine.served": NOT_NEGATIVE,

@@ -24,6 +24,7 @@ from torch import Tensor
 from megasd.actor import checkpoint
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel
+from megasd.ahead import Ahead, staleness
 from megasd.algo.schedule import at
 from megasd.batch import Batch, build_batch
 from megasd.config import AlgorithmConfig, Config
@@ -60,6 +61,7 @@ class Run(contextlib.ExitStack):
         self.step, self.before, self.pushed = 0, None, None
         self.timings: Counter[str] = Counter()
         self.left: LeftHalf | None = None
+        self.ahead = Ahead()  # rank 0's
         self.sink = self.report = None
         device = init_distributed()
         self.is_first = torch.distributed.get_rank() == 0
@@ -83,6 +85,7 @@ class Run(contextlib.ExitStack):
 
     def _build_left_half(self, resume: Path | None) -> None:
         self.left = self.enter_context(LeftHalf(self.config, resume, self.timings))
+        self.callback(self.ahead.cancel)
 
     @property
     def rollout(self) -> Rollout | None:
@@ -108,7 +111,7 @@ class Run(contextlib.ExitStack):
             WeightSync(
                 self.actor, self.rollout, self.config.sync, self.dir,
                 model_path=self.config.model.path, probes=[probe], dtype=getattr(torch, engine_dtype(self.config)), device=device,
-                local_engine=not self.config.rollout.engine.urls,
+                local_engine=not self.config.rollout.engine.urls and not self.config.rollout.engine.served,
             )
         )  # fmt: skip
 
@@ -152,9 +155,9 @@ class Run(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def _serving(self) -> Iterator[None]:
-        """While the other ranks wait in `from_first`, and only then, they can take part in a push."""
+        """While the other ranks wait in `from_first`, and only then, they can take part in a push. A batch ahead asks in its own way."""
         if self.rollout is not None:
-            self.rollout.repush = self._repush
+            self.rollout.repush = self.rollout.repush or self._repush
         try:
             yield
         finally:
@@ -209,7 +212,8 @@ class Run(contextlib.ExitStack):
 
         def build() -> dict[str, Tensor]:
             left, algorithm = self.left, self.algorithm
-            groups, figures = left.groups(step, algorithm)
+            groups, figures = self.ahead.take() or left.groups(step, algorithm)
+            figures |= staleness(groups, step, self.config.rollout)
             batch, more = build_batch(
                 groups, algorithm, left.chat, left.memory,
                 step=step, max_length=model_length(self.config), room=self.config.rollout.max_response_tokens,
@@ -225,7 +229,19 @@ class Run(contextlib.ExitStack):
             if not self.is_first:
                 self.sync.release()
             self.pushed = None  # whatever the version, the next push is needed
+        self._look_ahead(step + 1)
         return batch, metrics
+
+    def _look_ahead(self, step: int) -> None:
+        """Rank 0: begin to sample the batch of the step after this one, with the weights that this one starts from."""
+        if self.config.rollout.overlap and self.is_first and step < self.config.run.steps:
+            left, algorithm = self.left, at(self.config.algorithm, step, self.config.run.steps)
+            self.ahead.start(left.rollout, left.prompts.state_dict(), lambda: left.groups(step, algorithm))
+
+    def settle(self) -> None:
+        """The batch ahead, if any, has come in; an engine that died meanwhile was given the weights of now. Collective with overlap."""
+        if self.config.rollout.overlap:
+            self.from_first(lambda: self.ahead.wait(self._repush))
 
     def learned(self, metrics: dict[str, float]) -> None:
         """What the step says to the next ones (rank 0)."""
@@ -242,8 +258,10 @@ class Run(contextlib.ExitStack):
         return result or None
 
     def _left_state(self) -> dict:
-        """What rank 0's half remembers, for a checkpoint; {} on other ranks."""
-        return {"prompts": self.left.prompts.state_dict(), "memory": self.left.memory.state_dict()} if self.is_first else {}
+        """What rank 0's half remembers, for a checkpoint; {} on other ranks. A batch ahead counts as not drawn."""
+        if not self.is_first:
+            return {}
+        return {"prompts": self.ahead.before or self.left.prompts.state_dict(), "memory": self.left.memory.state_dict()}
 
     def save(self, left_state: dict | None = None) -> None:
         """Checkpoint at the current step; every rank calls it. left_state: rank 0's, if not that of now."""
@@ -254,6 +272,7 @@ class Run(contextlib.ExitStack):
 
     def leave(self) -> None:
         """Save as told, whether a checkpoint is due or not: a batch that was being sampled is sampled again from the same questions."""
+        self.ahead.cancel()
         self.save(self._drawn)
         if self.is_first:
             (self.dir / MARKER).write_text(json.dumps({"step": self.step, "signal": self.stop.asked}) + "\n")

@@ -50,6 +50,8 @@ def go(run: Run, config: Config) -> None:
             learned = run.actor.train(shares, signals)
         run.learned(learned)
         run.step = step + 1
+        with run.timed("wait"):
+            run.settle()
         with run.timed("sync"):
             pushed = run.push() if run.samples else {}
         if _due(config.checkpoint.every, run.step) and run.step < config.run.steps:

@@ -1,6 +1,6 @@
 """One SGLang server over HTTP: know whether it is alive, ask it, give it weights. HTTP only; sglang is never imported here.
 
-    engine = Engine(config, model_path="runs/q/model", device="cpu", dtype="float32", run_dir=Path("runs/q"), seed=1)
+    engine = Engine(config, model_path="runs/q/model", device="cpu", dtype="float32", log_path=Path("runs/q/engine.log"), seed=1)
     engine.launch()                                   # a process on loopback; output in runs/q/engine.log
     await engine.wait_ready()                         # until it has generated a token
     await engine.load_weights("runs/q/weights/3", 3)  # and /model_info says 3
@@ -23,6 +23,7 @@ from typing import Any
 import aiohttp
 
 from megasd.config import EngineConfig
+from megasd.rollout.engine_key import VARIABLE, engine_key
 from megasd.rollout.server import Server
 from megasd.types import UserError
 
@@ -49,7 +50,7 @@ class Unreachable(Exception):
 
 
 class Engine(Server):
-    """A server and what is known of it.
+    """A server and what is known of it. `restartable`: it can come back as a new process, by `launch` and `wait_ready`.
 
     Every coroutine and `launch` belong to one event loop, in a thread that lives as long as the engine: the server dies with that thread.
     """
@@ -64,9 +65,13 @@ class Engine(Server):
         self.released: set[str] = set()  # tags of memory that it has given back
         self.paused = self.updating = False  # in a live update: generation stopped; SGLang's update session open
         self.reason = "not started"  # why it is not alive, once it was found dead
+        self.restartable, self.restarts = self.owned, 0
+        self.lost = False  # dead, and its restarts are used up: the others go on without it
         self.tp_size = config.tensor_parallel_size
+        self.answers_as: str | None = None  # the name that it was started under
         self.max_tokens: int | None = None  # prompt + response tokens that a request may have
         self.in_flight = 0  # generate requests
+        self.busy = 0  # tokens that they ask for, prompt and response
         self.hung = False
         self._load: list | None = None  # the scheduler's load when it was last asked
         self._last_progress = 0.0
@@ -94,7 +99,9 @@ class Engine(Server):
         if self.session is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-            self.session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+            key = engine_key()
+            headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+            self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
         return self.session
 
     async def request(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None) -> Any:
@@ -106,6 +113,8 @@ class Engine(Server):
                 text = await response.text()
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             raise Unreachable(f"{self.url}{path}: {type(error).__name__} {error}".strip()) from error
+        if response.status == 401:
+            raise Refused(f"{self.url}{path} answered 401: set {VARIABLE} to the key that the engine was started with")
         if 400 <= response.status < 500:
             raise Refused(f"{self.url}{path} answered {response.status}: {_message(text)}")
         if response.status >= 300:
@@ -119,7 +128,10 @@ class Engine(Server):
         """POST /generate for a batch of `input_ids`; one output each, in order. Unreachable when the engine makes no progress."""
         if self.in_flight == 0:
             self._last_progress = time.monotonic()
-        self.in_flight += 1
+        params = body["sampling_params"]
+        room = (params[0] if isinstance(params, list) else params)["max_new_tokens"]
+        size = sum(len(ids) + room for ids in body["input_ids"])
+        self.in_flight, self.busy = self.in_flight + 1, self.busy + size
         task = asyncio.ensure_future(self.request("POST", "/generate", body))
         try:
             while True:
@@ -136,7 +148,7 @@ class Engine(Server):
                     self.hung = True
                     raise Unreachable(f"{self.url}: no token in {self.config.progress_timeout:g} s")
         finally:
-            self.in_flight -= 1
+            self.in_flight, self.busy = self.in_flight - 1, self.busy - size
             task.cancel()
 
     async def _generating(self) -> bool:
@@ -207,6 +219,7 @@ class Engine(Server):
         # SGLang silently shortens max_new_tokens so that prompt + response <= min(context, KV pool) - 2; max_req_input_len is that - 4.
         limit = info.get("max_req_input_len")
         self.max_tokens = None if limit is None else int(limit) + 4
+        self.answers_as = info.get("served_model_name")
         self.tp_size = int(info.get("tp_size") or self.tp_size)
         for key in ("dp_size", "pp_size"):
             if int(info.get(key) or 1) > 1:

@@ -1,4 +1,4 @@
-"""P prompts x G samples from SGLang engines, each sample exactly once, all of one weight version.
+"""P prompts x G samples from SGLang engines, each sample exactly once, of the weights held when it was asked, or newer ones.
 
     with Rollout(config.rollout, model_path=..., device="cpu", dtype="float32", ...) as rollout:
         groups = rollout.generate(prompts, prompt_ids, chat.decode, step=0, num_samples=8, temperature=1.0, ...)
@@ -67,6 +67,7 @@ class Rollout(Fleet):
         self.stop_token_ids, self.vocab_size = list(stop_token_ids), vocab_size
         self.stats: dict[str, float] = {}  # counters of the last generate
         self._serial = itertools.count()
+        self._oldest: int | None = None  # version that a running `generate` began with
         self._run = os.urandom(4).hex()  # tells this run's request ids from another's on a shared server
 
     # ---- requests ------------------------------------------------------------------------------------------------------------------
@@ -83,7 +84,8 @@ class Rollout(Fleet):
                 self._counts["retries"] += len(body["input_ids"])
                 if attempt == self.config.max_retries:
                     raise EngineError(f"{name}: given up after {attempt + 1} attempts (rollout.max_retries): {error}") from error
-                await self._revive(engine, incarnation)
+                for one in [engine] if self.router is None else self.engines:
+                    await self._recover(one, incarnation if one is engine else one.incarnation)
                 await self._back_off(attempt)
                 continue
             found = [output["meta_info"]["id"] for output in outputs]
@@ -125,7 +127,8 @@ class Rollout(Fleet):
         max_response_tokens: int,
         top_k: int | None = None,
     ) -> list[Group]:
-        """P groups of G = num_samples samples in the prompts' order, each sample exactly once, all of weight version `self.version`.
+        """P groups of G = num_samples samples in the prompts' order, each sample exactly once, all of weight version `self.version`: as it
+        is now or, should a push go through meanwhile (`repush`, where training has gone on beside this), as it is then.
         top_k: -1 = off; None = config.top_k.
 
         Samples that an engine lost, aborted, or sampled with other weights are asked again (config.max_retries times; with
@@ -154,10 +157,11 @@ class Rollout(Fleet):
         }
         if self.config.stop:
             sampling_params["stop"] = self.config.stop
-        began = time.monotonic()
+        began, self._oldest = time.monotonic(), self.version
         try:
             outputs = self._call_and_serve(self._generate(asks, sampling_params, max_response_tokens))
         finally:
+            self._oldest = None
             self.stats = dict(self._counts) | {"seconds": time.monotonic() - began}
         samples = [self._to_sample(ask, output, decode) for ask, output in zip(asks, outputs, strict=True)]
         self.stats |= {"samples": len(samples), "response_tokens": sum(len(sample.response_ids) for sample in samples)}
@@ -167,7 +171,7 @@ class Rollout(Fleet):
         """The raw output of every ask, in order."""
         await self._attend()
         # A batch never holds more than an engine's share, so that several engines work.
-        share = math.ceil(len(asks) / len(self.engines))
+        share = math.ceil(len(asks) / len(self.engines)) if self.router is None else 1
         size = max(1, min(MAX_BATCH, BATCH_TOKENS // max_response_tokens, share, self.config.max_concurrency))
         slots = asyncio.Semaphore(max(1, self.config.max_concurrency // size))
         results: dict[int, dict[str, Any]] = {}
@@ -208,8 +212,8 @@ class Rollout(Fleet):
         """The counter under which an output is asked again, None if it is accepted."""
         if output["meta_info"]["finish_reason"]["type"] == "abort":
             return "aborted"
-        versions = _versions(output)
-        if any(version != self.version for version in versions):
+        versions, oldest = _versions(output), self.version if self._oldest is None else self._oldest
+        if any(not oldest <= version <= self.version for version in versions):
             if not self.config.allow_stale or -1 in versions:  # a foreign stamp is not an older version
                 return "stale"
             self._counts["stale"] += 1

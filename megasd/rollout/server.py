@@ -14,13 +14,16 @@ from pathlib import Path
 
 import psutil
 
-from megasd.config import EngineConfig
+from megasd.config import LOOPBACK, EngineConfig
+from megasd.rollout.engine_key import VARIABLE, engine_key
 from megasd.types import UserError
 
-# Runs before the server, in its process, and survives exec: SIGKILL the server when the trainer's thread that started it ends.
+# Runs before the server, in its process, and survives exec: SIGKILL the server when the trainer's thread that started it ends; SIGUSR1,
+# which tells a run to save and leave and may reach every process of a job, is not for engines.
 # SGLang's children ask the same of the server, so killing the trainer in any way takes the whole tree with it.
 DIE_WITH_PARENT = """
-import ctypes, os, sys
+import ctypes, os, signal, sys
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() == int(sys.argv[1]):
@@ -30,11 +33,15 @@ if os.getppid() == int(sys.argv[1]):
 TORCHRUN_VARIABLES = re.compile(r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_|MASTER_)|(RANK|WORLD_SIZE|OMP_NUM_THREADS)$")
 
 
+ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"  # environment: the python of SGLang's own environment, where that is not the trainer's
+SEED_STRIDE = 1_000_003
+# Flags that the run sets, or refuses for safety.
+OURS = ("--host", "--port", "--model-path", "--weight-version", "--trust-remote-code", "--base-gpu-id", "--served-model-name")
 OWN_PORTS = 20000, 32768  # Linux gives 32768 and above to whoever asks for any port
 
 
 class Server:
-    """A server of this run (`url=None`), or one that somebody else runs at `url`, which is never started or killed from here."""
+    """A server of this run (`url=None`), or one that somebody else runs at `url` ("": not known yet), never started or killed from here."""
 
     def __init__(
         self,
@@ -43,16 +50,20 @@ class Server:
         model_path: str,
         device: str,
         dtype: str,
-        run_dir: Path,
+        log_path: Path,
         seed: int,
         need_text: bool = False,
         url: str | None = None,
+        index: int = 0,
     ):
-        self.config, self.model_path, self.device, self.seed, self.need_text = config, model_path, device, seed, need_text
+        """index: which of config.num_engines it is; it takes the index-th tensor_parallel_size GPUs and, of a given port, the index-th."""
+        self.config, self.model_path, self.device, self.need_text = config, model_path, device, need_text
+        self.index, self.seed = index, (seed + SEED_STRIDE * index) % 2**31  # one seed would give equal samples of a prompt
         self.dtype = dtype if config.dtype == "auto" else config.dtype
-        self.log_path = Path(run_dir) / "engine.log"
+        self.log_path = log_path
         self.owned = url is None
-        if url is not None and not re.fullmatch(r"https?://[^\s/?#]+/*", url):
+        self.name: str | None = None  # by which the started process may be known again (/server_info)
+        if url and not re.fullmatch(r"https?://[^\s/?#]+/*", url):
             raise UserError(f"rollout.engine.urls: {url!r} is not of the form http://host:port")
         self.url = (url or "").rstrip("/")
         self.process: subprocess.Popen[bytes] | None = None
@@ -60,15 +71,27 @@ class Server:
         self._log_start = 0
 
     def command(self) -> list[str]:
-        """The server's argument vector; it carries no secrets."""
-        module = "sglang.launch_server" if self.device == "cuda" else "megasd.rollout.sglang_cpu"
+        """The server's argument vector; it carries no secrets (engine_key.py)."""
+        module = "megasd.rollout.sglang_cpu"
+        if self.device == "cuda":
+            module = "sglang.launch_server" if engine_key() is None else "megasd.rollout.sglang_keyed"
         host, port = self.url.removeprefix("http://").rsplit(":", 1)
-        command = [sys.executable, "-m", module, "--model-path", os.path.abspath(self.model_path), "--host", host, "--port", port]
+        python = os.environ.get(ENGINE_PYTHON) or sys.executable
+        if not os.access(python, os.X_OK) or os.path.isdir(python):
+            raise UserError(f"environment: {ENGINE_PYTHON}={python}: no program is there; give the path of a python, or unset it")
+        command = [python, "-m", module, "--model-path", os.path.abspath(self.model_path), "--host", host, "--port", port]
         command += ["--device", self.device, "--dtype", self.dtype, "--tensor-parallel-size", str(self.config.tensor_parallel_size)]
         command += ["--max-total-tokens", str(self.config.max_total_tokens), "--random-seed", str(self.seed), "--weight-version", "0"]
         command += ["--sleep-on-idle", "--log-level-http", "warning"]  # an idle engine leaves its core to the trainer
-        if self.config.release_memory and self.device == "cuda":
+        if self.device == "cuda":
+            # Every engine sees all GPUs and counts from its own first: one that saw no other could not map the trainer's buffer.
+            command += ["--base-gpu-id", str(self.index * self.config.tensor_parallel_size)]
+        if self.config.mem_fraction_static is not None:
+            command += ["--mem-fraction-static", str(self.config.mem_fraction_static)]
+        if self.config.release_memory and self.device == "cuda":  # torch_memory_saver has no CPU build
             command.append("--enable-memory-saver")
+        if self.name is not None:
+            command += ["--served-model-name", self.name]
         if not self.need_text:
             command += ["--skip-tokenizer-init"]  # responses are read as token ids; only stop strings need text
         return command + list(self.config.extra_args)
@@ -83,8 +106,8 @@ class Server:
             # Huge pages: an update's receive buffers are fresh memory, and page faults were half of its cost.
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
             if self.config.tensor_parallel_size > 1:  # one core a rank; SGLang asks for it where NUMA nodes are fewer than ranks
-                cores = sorted(os.sched_getaffinity(0))
-                ranks = range(self.config.tensor_parallel_size)
+                cores, size = sorted(os.sched_getaffinity(0)), self.config.tensor_parallel_size
+                ranks = range(self.index * size, (self.index + 1) * size)
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in ranks)
         return environment
 
@@ -96,7 +119,11 @@ class Server:
         for flag in ("--api-key", "--admin-api-key"):
             if flag in given:
                 raise UserError(f"rollout.engine.extra_args: {flag} would show in process lists and logs; a started engine needs none")
-        for flag in ("--host", "--port", "--model-path", "--weight-version", "--trust-remote-code"):
+        if self.config.host not in LOOPBACK and engine_key() is None:
+            raise UserError(
+                f"engine on {self.config.host}: SGLang lets in whoever reaches it; set {VARIABLE} here and where the run starts"
+            )
+        for flag in OURS:
             if flag in given:
                 raise UserError(f"rollout.engine.extra_args: {flag} is not to be given here; the run sets it, or refuses it for safety")
         self.url = f"http://{self.config.host}:{self._choose_port()}"
@@ -114,19 +141,20 @@ class Server:
         self.incarnation += 1
 
     def _choose_port(self) -> int:
-        """config.port, or a free one below the range that the kernel deals out: an engine binds it only seconds later."""
+        """The config's, or a free one below the range that the kernel deals out: an engine binds it only seconds later."""
         if self.config.port == 0:
             for _ in range(100):
                 port = random.SystemRandom().randrange(*OWN_PORTS)
                 with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, contextlib.suppress(OSError):
                     probe.bind((self.config.host, port))
                     return port
+        port = self.config.port + (self.index if self.config.port else 0)
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((self.config.host, self.config.port))
+                probe.bind((self.config.host, port))
             except OSError as error:
-                where = f"rollout.engine.port: {self.config.host}:{self.config.port}"
+                where = f"rollout.engine.port: {self.config.host}:{port}"
                 raise UserError(f"{where} cannot be bound ({error.strerror}); give another port, or 0 for a free one") from error
             return probe.getsockname()[1]
 

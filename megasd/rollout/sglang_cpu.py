@@ -19,6 +19,8 @@ import sys
 import types
 from pathlib import Path
 
+from megasd.rollout.engine_key import protect
+
 # Without it SGLang takes the vLLM path for rotary embeddings ("No module named 'vllm'").
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 # Tiny decode steps lose 3-70 x to thread hand-over when the machine is shared with a trainer.
@@ -101,8 +103,10 @@ def main(argv: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    server_args = prepare_server_args(argv)
+    protect(server_args)
     try:
-        run_server(prepare_server_args(argv))
+        run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

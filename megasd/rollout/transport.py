@@ -23,7 +23,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from megasd.config import LOOPBACK
 from megasd.rollout.engine import Engine, EngineError, Unreachable
 from megasd.rollout.fleet import Fleet, InFlight
 from megasd.weights.files import write_config
@@ -164,7 +165,7 @@ class GroupTransport:
     def _connect(self, engines: list[Engine]) -> None:
         world, serial = 1 + sum(engine.tp_size for engine in engines), int(self._group_name.rpartition("-")[2] or 0) + 1
         self._group_name = f"megasd-{os.getpid()}-{serial}"
-        address = _address_seen_by(engines[0].url)
+        address = _address_seen_by([engine.url for engine in engines])
         listener = socket.create_server((address, 0))  # bound to that address alone: a TCPStore by itself listens on all of them
         store = dist.TCPStore(
             address, listener.getsockname()[1], world, is_master=True, timeout=CONNECT_TIMEOUT, wait_for_workers=False,
@@ -347,13 +348,14 @@ def _in_thread(work: Callable[[], Any]) -> concurrent.futures.Future[Any]:
 
 def _require_loopback(engine: Engine) -> None:
     host = urlsplit(engine.url).hostname if engine.url else engine.config.host
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in LOOPBACK:
         raise EngineError(f"sync.transport=colocated: {engine.url} is not on this machine; take group or disk")
 
 
-def _address_seen_by(url: str) -> str:
-    """This machine's address on the way to an engine: loopback for loopback."""
-    parts = urlsplit(url)
+def _address_seen_by(urls: Sequence[str]) -> str:
+    """This machine's address on the way to the engines: loopback where all of them are here."""
+    hosts = [urlsplit(url) for url in urls]
+    parts = next((host for host in hosts if host.hostname not in LOOPBACK), hosts[0])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname, parts.port or 80))  # sends nothing
         return probe.getsockname()[0]

@@ -322,7 +322,7 @@ def death(root: Path, owned: Rollout | None, actor: Actor) -> None:
             sync.push(version)
             worst = compare(actor, owned)
             if owned is not None:
-                assert owned.engines[0].held == version and owned._restarts == version - 299
+                assert owned.engines[0].held == version and owned.engines[0].restarts == version - 299
                 taken = time.perf_counter() - start
                 say(f"killed in the middle of a push by {transport}: healed after {taken:.0f} s, log-probs {worst:.1e}")
 

@@ -32,7 +32,21 @@ FLOORS = {
     2: ("loss", "batch", "microbatch", "partition"),
     3: ("actor", "rollout"),
     4: ("sync", "evaluate", "launch", "report", "analysis", "options", "outline", "planner"),
-    5: ("run", "left_half", "train", "throughput", "conversion", "analyze", "data_check", "eval_run", "harness", "serve", "doctor", "cli"),
+    5: (
+        "run",
+        "left_half",
+        "ahead",
+        "train",
+        "throughput",
+        "conversion",
+        "analyze",
+        "data_check",
+        "eval_run",
+        "harness",
+        "serve",
+        "doctor",
+        "cli",
+    ),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 # The command line reads the rows of the recipes: plain values, no torch.

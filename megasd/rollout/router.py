@@ -1,0 +1,76 @@
+"""An sglang-router before the engines: samples are asked of it, everything else (weights, versions, health) of the engines themselves.
+
+Of sglang-router 0.3.2: /generate takes one request at a time with a rid of its own (a list of rids is answered 422), and passes rid,
+log-probs, weight versions and the Authorization header through; begin_weight_update and the other control endpoints are 404. Start it
+without --api-key, which would show in process lists, and without workers: the run enlists its engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from megasd.config import EngineConfig
+from megasd.rollout.engine import Engine, Refused, Unreachable
+from megasd.types import UserError
+
+
+class Router(Engine):
+    """Asked for samples in the engines' place; it moves as long as one of them does."""
+
+    def __init__(self, config: EngineConfig, engines: list[Engine], **kwargs: Any) -> None:
+        super().__init__(config, url=config.router, log_path=Path("engine.log"), **kwargs)
+        self.engines = engines
+
+    async def wait_ready(self) -> None:
+        """It answers, and its workers are the run's engines. UserError otherwise."""
+        for engine in self.engines:
+            await self.enlist(engine)
+        deadline = asyncio.get_running_loop().time() + self.config.start_timeout
+        while True:
+            workers = await self._workers()
+            ours = {engine.url for engine in self.engines}
+            foreign = sorted(set(workers) - ours)
+            if foreign:
+                raise UserError(
+                    f"rollout.engine.router: {self.url} has the worker {foreign[0]}, which is no engine of this run; take it out"
+                )
+            if all(workers.get(url) for url in ours):
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                raise UserError(f"rollout.engine.router: {self.url} finds {sorted(ours - set(workers)) or 'its workers'} not healthy")
+            await asyncio.sleep(0.2)
+
+    async def enlist(self, engine: Engine) -> None:
+        """Make a worker of an engine, which may have come back under another URL."""
+        if engine.url not in await self._workers():
+            await self._ask("POST", "/workers", {"url": engine.url})
+
+    async def _workers(self) -> dict[str, bool]:
+        """URL -> whether the router holds it healthy."""
+        answer = await self._ask("GET", "/workers")
+        return {worker["url"].rstrip("/"): bool(worker["is_healthy"]) for worker in answer["workers"]}
+
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            return await self.request(method, path, body, timeout=30)
+        except (Unreachable, Refused) as error:
+            raise UserError(
+                f"rollout.engine.router: no sglang-router answers there ({error}); start it first, or set it to null"
+            ) from error
+
+    async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """As Engine's, for a batch of one."""
+        return await super().generate(body)
+
+    async def request(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None) -> Any:
+        """As Engine's; a batch of one goes as the single request that the router takes."""
+        if path != "/generate":
+            return await super().request(method, path, body, timeout=timeout)
+        single = body | {"rid": body["rid"][0], "input_ids": body["input_ids"][0]}
+        return [await super().request(method, path, single, timeout=timeout)]
+
+    async def _generating(self) -> bool:
+        moved = await asyncio.gather(*(engine._generating() for engine in self.engines if engine.alive))
+        return any(moved) or any(engine.paused for engine in self.engines)
