@@ -150,7 +150,7 @@ def time_table(own: Plan) -> list[str]:
         f"seconds of a step, prompts of {job.mean_prompt:.0f} and responses of {job.mean_response:.0f} tokens (assumed: {MEAN_PROMPT:g} "
         f"and {MEAN_RESPONSE:g} of the longest)",
         *_aligned(rows, left=(0, 2, 3)),
-        f"bottleneck: {worst.name}, by {worst.cause}; {time.tokens_per_gpu:.0f} tokens/s/GPU, MFU {100 * time.mfu:.0f} % of the step",
+        f"bottleneck: {worst.name}, by {worst.cause}; {time.tokens_per_gpu:.0f} tokens/s/GPU, MFU {100 * time.mfu:.0f} % while it trains",
     ]
 
 

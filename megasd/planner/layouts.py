@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from megasd.config import ConfigError, samples_per_step
@@ -70,12 +71,14 @@ def illegal(job: Job) -> str | None:
 
 
 def search(job: Job) -> list[Plan]:
-    """Every layout of the job's GPUs that fits, fastest first; of those within 2 percent the one with the fewest stages and context ranks."""
-    found = [candidate for candidate in map(plan, candidates(job)) if candidate.fits]
+    """Every layout of the job's GPUs that fits, fastest first; of those within 2 percent the one with fewest stages and context ranks."""
+    found = [Plan(one, held, step_time(one)) for one in candidates(job) if (held := memory(one)).fits]
+    found = [one for one in found if one.fits]
     return sorted(found, key=lambda one: (int(math.log(one.time.seconds, 1.02)), one.job.pp * one.job.cp, one.time.seconds))
 
 
-def candidates(job: Job) -> Iterator[Job]:
+def candidates(job: Job, *, lean: bool = False) -> Iterator[Job]:
+    """Jobs to look at. lean: those alone that take least memory, the smallest microbatch and full recomputing."""
     actor, model = job.config.actor, job.model
     for tp in divisors(math.gcd(job.config.cluster.gpus_per_node, model.heads)):
         for pp in divisors(model.layers):
@@ -92,9 +95,9 @@ def candidates(job: Job) -> Iterator[Job]:
                         actor__use_distributed_optimizer=True,
                     )
                     if illegal(split) is None:
-                        for sized in _sizes(split):
+                        for sized in islice(_sizes(split), 1 if lean else None):
                             # Selective recomputing of core attention frees next to nothing beside flash attention: only if asked for.
-                            for again in dict.fromkeys((None, actor.recompute_granularity, "full")):
+                            for again in ("full",) if lean else dict.fromkeys((None, actor.recompute_granularity, "full")):
                                 yield from _engines(sized.change(actor__recompute_granularity=again))
 
 
@@ -152,7 +155,8 @@ def _text(value: Any) -> str:
 def first_fix(own: Plan) -> Fix | None:
     """The first single change, in the order of what it costs, that makes the job fit. Of one kind the smallest step that does."""
     for fix in fixes(own.job):
-        if plan(fix.apply(own.job)).fits:
+        changed = fix.apply(own.job)
+        if illegal(changed) is None and Plan(changed, memory(changed)).fits:
             return fix
     return None
 
@@ -220,7 +224,7 @@ def refusal(own: Plan) -> str:
     fix = first_fix(own)
     if fix is not None:
         return f"{lead}; change {fix}"
-    best = next(iter(search(job)), None)
+    best = next(iter(search(job)), None) if any(Plan(one, memory(one)).fits for one in candidates(job, lean=True)) else None
     if best is not None:
         return f"{lead}; no single key does it, together these do: {', '.join(map(str, differences(job, best.job)))}"
     nodes = enough_nodes(job)
@@ -269,6 +273,6 @@ def enough_nodes(job: Job) -> int | None:
     for nodes in BIGGER:
         if nodes * job.config.cluster.gpus_per_node > job.gpus:
             more = replace(job.change(cluster__actor_nodes=nodes), gpus=nodes * job.config.cluster.gpus_per_node)
-            if any(plan(candidate).fits for candidate in candidates(more)):
+            if any(Plan(one, memory(one)).fits for one in candidates(more, lean=True)):
                 return nodes
     return None

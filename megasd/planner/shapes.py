@@ -87,21 +87,24 @@ class Model:
 
     def rank(self, actor: ActorConfig, stage: int) -> Count:
         """Weights of one rank of a pipeline stage; tensor-parallel ranks hold equally many."""
-        tp, ep, pp = actor.tensor_model_parallel_size, actor.expert_model_parallel_size, actor.pipeline_model_parallel_size
-        key = (tp, ep)
-        if key not in self._cache:
-            self._cache[key] = self._count(range(self.experts // ep), tp, ep)
-        found = self._cache[key].times(self.layers // pp)
-        embedding, norm, head = (self._size(self.table.rule(name), tp, actor) for name in self._end_names())
+        pp = actor.pipeline_model_parallel_size
         first, last = stage == 0, stage == pp - 1
-        found += Count(embedding * first + norm * last)
-        # A tied model's output layer is the embedding, of which a last stage that is not the first holds a copy.
-        return found + Count(head * (last and not (self.table.tied and first)))
+        key = ("rank", actor.tensor_model_parallel_size, actor.expert_model_parallel_size, pp, first, last)
+        if key not in self._cache:
+            embedding, norm, head = (
+                self._size(self.table.rule(name), actor.tensor_model_parallel_size, actor) for name in self._end_names()
+            )
+            # A tied model's output layer is the embedding, of which a last stage that is not the first holds a copy.
+            ends = embedding * first + norm * last + head * (last and not (self.table.tied and first))
+            self._cache[key] = self.layer(actor).times(self.layers // pp) + Count(ends)
+        return self._cache[key]
 
     def layer(self, actor: ActorConfig) -> Count:
         """Weights of one layer on a rank."""
-        self.rank(actor, 0)
-        return self._cache[(actor.tensor_model_parallel_size, actor.expert_model_parallel_size)]
+        tp, ep = actor.tensor_model_parallel_size, actor.expert_model_parallel_size
+        if (tp, ep) not in self._cache:
+            self._cache[(tp, ep)] = self._count(range(self.experts // ep), tp, ep)
+        return self._cache[(tp, ep)]
 
     def vocabulary(self, actor: ActorConfig) -> int:
         """Rows of the embedding and of the output layer on a rank, padding included."""

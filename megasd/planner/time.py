@@ -60,8 +60,9 @@ class Time:
 
     phases: list[Phase]
     seconds: float
-    tokens_per_gpu: float  # prompt and response tokens trained on, a second and GPU (engines' GPUs too)
-    mfu: float  # model operations of sampled and trained tokens' training / (seconds x training GPUs x dense peak)
+    # as throughput.py logs them: over the whole step, a GPU being a rank of the actor; over the seconds of teacher and student
+    tokens_per_gpu: float
+    mfu: float
 
     @property
     def bottleneck(self) -> Phase:
@@ -79,16 +80,27 @@ def step_time(job: Job) -> Time:
     if job.engine_gpus and job.config.rollout.overlap:
         sampled = phases[0].seconds
         seconds = max(sampled, seconds - sampled)
-    samples, mean = samples_per_step(job.config), _mean(job)
-    operations = samples * job.config.algorithm.epochs * (
-        3 * layers_flops(job.model.hf, mean) + 3 * output_flops(job.model.hf, int(job.mean_response))
-    )  # fmt: skip
+    training = sum(phase.seconds for phase in phases if phase.name in ("teacher", "student", "gradients", "optimizer"))
+    samples, peak = samples_per_step(job.config), job.gpu.fp8 if job.config.actor.fp8 and job.gpu.fp8 else job.gpu.bf16
     return Time(
         phases,
         seconds,
-        samples * mean / seconds / (job.gpus + job.engine_gpus),
-        operations / (seconds * job.gpus * job.gpu.bf16),
+        samples * _mean(job) / seconds / job.gpus,
+        samples * _model_flops(job) / (training * job.gpus * peak),
     )
+
+
+def _model_flops(job: Job) -> float:
+    """Of a sample, as throughput.py counts them: three forwards an update, one a pass of the teacher."""
+    response, hf = int(job.mean_response), job.model.hf
+    student = 3 * job.config.algorithm.epochs * (layers_flops(hf, _mean(job)) + output_flops(hf, response))
+    teacher = job.teacher_model.hf
+    return student + job.teacher_passes * (layers_flops(teacher, _mean_teacher(job)) + output_flops(teacher, response))
+
+
+def _mean_teacher(job: Job) -> int:
+    length = int(job.mean_prompt + job.context * job.mean_response + job.mean_response)
+    return min(length, int(job.teacher_model.hf.get("max_position_embeddings") or length))
 
 
 def _mean(job: Job) -> int:
@@ -139,8 +151,7 @@ def _touched(job: Job, running: float) -> float:
 
 def teaching(job: Job) -> Phase:
     passes, model = job.teacher_passes, job.teacher_model
-    length = int(job.mean_prompt + job.context * job.mean_response + job.mean_response)
-    length = min(length, int(model.hf.get("max_position_embeddings") or length))
+    length = _mean_teacher(job)
     samples = job.samples * job.config.algorithm.minibatches
     forward = samples * layers_flops(model.hf, length) * _padding(job) / (job.tp * job.cp * job.pp)
     reads = job.config.algorithm.teacher.transport == "record"
