@@ -14,8 +14,9 @@ from megasd.validate import needs_engine, validate_values
 
 # Variables that every job takes from the submitting shell, by name: without PATH a node finds neither Slurm nor the environment.
 ALWAYS_EXPORTED = ("HOME", "LANG", "PATH", "USER")
-# The first task's agent holds the rendezvous. Left to itself torchrun compares names, and a node's name in Slurm need not be its host name.
-IS_HOST = "--rdzv-conf=is_host=$((SLURM_PROCID == 0))"
+# Static, torchrun's default: the first task has rank 0 and holds the store. With c10d the agents settle by chance who has rank 0, guess
+# from names who holds the store (Slurm's name of a node need not be its host name), and bury the news of a failure under their own.
+RENDEZVOUS = ['--node-rank="$SLURM_PROCID"', '--rdzv-endpoint="$MEGASD_RENDEZVOUS"']
 
 
 @dataclass(frozen=True)

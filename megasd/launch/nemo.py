@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from megasd.config import ConfigError
-from megasd.launch.job import IS_HOST, Job, write_config
+from megasd.launch.job import RENDEZVOUS, Job, write_config
 from megasd.stop import LEFT, MARKER
 from megasd.types import UserError
 
@@ -123,7 +123,7 @@ def train_script(job: Job) -> nemo_run.Script:
     several = job.config.cluster.actor_nodes > 1
     options = job.torchrun(nodes=several)
     if several:
-        options[1:1] = ["--rdzv-backend=c10d", '--rdzv-endpoint="$MEGASD_RENDEZVOUS"', IS_HOST, '--rdzv-id="$SLURM_JOB_ID"']
+        options[1:1] = RENDEZVOUS
     return _script(job, f"exec torchrun {' '.join(options)} -m megasd.cli train {quote(job.yaml)} run.resume=auto")
 
 

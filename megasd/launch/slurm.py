@@ -10,7 +10,7 @@ from __future__ import annotations
 from shlex import quote
 
 from megasd.config import ClusterConfig
-from megasd.launch.job import IS_HOST, Job
+from megasd.launch.job import RENDEZVOUS, Job
 
 HEADER = """\
 #!/bin/bash
@@ -165,7 +165,7 @@ def _torchrun(job: Job) -> list[str]:
     several = job.config.cluster.actor_nodes > 1
     options = job.torchrun(nodes=several)
     if several:
-        options[1:1] = ["--rdzv-backend=c10d", '--rdzv-endpoint="$MEGASD_RENDEZVOUS"', IS_HOST, '--rdzv-id="$SLURM_JOB_ID"']
+        options[1:1] = RENDEZVOUS
     return ["torchrun", *options, "-m megasd.cli train", '"$1"', "run.resume=auto"]
 
 
