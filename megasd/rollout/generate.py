@@ -170,9 +170,9 @@ class Rollout(Fleet):
     async def _generate(self, asks: list[Ask], sampling_params: dict[str, Any], max_response_tokens: int) -> list[dict[str, Any]]:
         """The raw output of every ask, in order."""
         await self._attend()
-        # A batch never holds more than an engine's share, so that several engines work.
-        share = math.ceil(len(asks) / len(self.engines)) if self.router is None else 1
-        size = max(1, min(MAX_BATCH, BATCH_TOKENS // max_response_tokens, share, self.config.max_concurrency))
+        # A batch never holds more than an engine's share, so that several engines work. A router takes one sample at a time.
+        share = math.ceil(min(len(asks), self.config.max_concurrency) / len(self.engines)) if self.router is None else 1
+        size = max(1, min(MAX_BATCH, BATCH_TOKENS // max_response_tokens, share))
         slots = asyncio.Semaphore(max(1, self.config.max_concurrency // size))
         results: dict[int, dict[str, Any]] = {}
 

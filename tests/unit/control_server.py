@@ -18,13 +18,14 @@ class ControlServer:
 
     def __init__(self, architectures: list[str], port: int = 0) -> None:
         self.architectures, self.fail = architectures, {}
+        self.name, self.key, self.asked = "", None, 0  # served_model_name; API key asked for; samples given
         self.restart()
         self._loop, ready = asyncio.new_event_loop(), threading.Event()
 
         async def run() -> None:
             app = web.Application(client_max_size=1 << 30)
             app.router.add_route("*", "/{path:.*}", self._handle)
-            self._runner = web.AppRunner(app)
+            self._runner = web.AppRunner(app, shutdown_timeout=0.2)
             await self._runner.setup()
             site = web.TCPSite(self._runner, "127.0.0.1", port)
             await site.start()
@@ -49,6 +50,8 @@ class ControlServer:
 
     async def _handle(self, request: web.Request) -> web.Response:
         body = await request.json() if request.can_read_body else {}
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
         if request.path in self.fail:
             answer = self.fail[request.path](body)
             answer = await answer if asyncio.iscoroutine(answer) else answer
@@ -77,6 +80,7 @@ class ControlServer:
             "weight_version": self.version,
             "architectures": self.architectures,
             "tp_size": 1,
+            "served_model_name": self.name,
             "ranks": [{"checksums": {}, "parallelism_info": [{"tp_rank": 0}]}],
         }
 
@@ -84,6 +88,7 @@ class ControlServer:
         while self.paused:
             await asyncio.sleep(0.02)
         length, outputs = body["sampling_params"]["max_new_tokens"], []
+        self.asked += len(body["rid"])
         for rid, ids in zip(body["rid"], body["input_ids"], strict=True):
             meta = {
                 "id": rid, "weight_version": self.version, "finish_reason": {"type": "stop"},

@@ -316,6 +316,16 @@ BAD_TOGETHER = [
         "sync.transport=colocated: http://10.0.0.7:30000 is not on this machine",
     ),
     (["rollout.engine.model_path=/nowhere"], "rollout.engine.model_path: /nowhere holds no config.json"),
+    (["rollout.engine.served=2", "rollout.engine.urls=[http://a:1]"], "rollout.engine.urls names engines already; keep one of the two"),
+    (["rollout.engine.served=2", "rollout.engine.num_engines=2"], "with rollout.engine.served the run starts none; set it to 1"),
+    (["rollout.engine.num_engines=2", "rollout.engine.port=65535"], "rollout.engine.port=65535: leaves no ports for 2 engines"),
+    (["rollout.engine.release_memory=true", "rollout.engine.urls=[http://a:1]"], "are not the run's to empty; set it to false"),
+    (["rollout.engine.served=2", "sync.transport=colocated"], "the engines of rollout.engine.served are on other machines"),
+    (["rollout.frozen_policy=true", "rollout.engine.release_memory=true"], "nothing gives the engine its weights back"),
+    (["rollout.overlap=1", "rollout.engine.release_memory=true"], "the engine samples while the actor trains under rollout.engine.release"),
+    (["rollout.overlap=1", "algorithm.tis_clip=null"], "set algorithm.tis_clip (2.0), or rollout.overlap=0"),
+    (["rollout.overlap=1", "algorithm.recipe=sft"], "rollout.overlap=1: algorithm.source=dataset learns rows; set it to 0"),
+    (["rollout.overlap=1", "rollout.frozen_policy=true"], "samples of the start model are of no step under rollout.frozen_policy"),
     (["run.dir=/dev/null/run"], "run.dir=/dev/null/run: /dev/null is not a directory that can be written to"),
 ]
 
