@@ -13,7 +13,7 @@ sequence parallelism is on, else 1:
     rotary embedding, per position              4 w d                     cosine and sine, twice; not with apply_rope_fusion
 
 On the CPU (hardware.py: cpu; actor/cpu_layers.py) a norm keeps its input and its normalised input in fp32 beside its output, whatever the
-model's dtype: 8 h + w h + 4 instead; of queries and keys likewise; and packed sequences' attention outputs are joined by a copy (w q more).
+model's dtype: 8 h + w h + 4 instead; of queries and keys likewise; packed sequences' attention outputs are joined by a copy (w q more).
 That variant is held against measurement (tests/unit/test_planner_measured.py); TransformerEngine's is from its source and unmeasured until
 a GPU runs tests/gpu/test_planner_gpu.py.
 
@@ -59,6 +59,8 @@ def layer(job: Job, tokens: int, positions: int) -> Layer:
     fixed = job.sp  # norms and residuals are cut over it
     attention = tokens / fixed * (statistics + narrow * h)
     attention += tokens * word * ((q + 2 * k) + (q + k) + q) + (tokens * q if narrow < word else 0)
+    if local and job.cp > 1:  # keys and values of all ranks, and a mask that names the positions
+        attention += tokens * word * k * (2 * job.cp - 1) + 4 * positions * positions * job.cp
     if model.qk_norm and local:
         shared = word == 4  # then a view serves where a copy in fp32 is made else
         attention += tokens * ((4 if shared and heads == groups else 8) * q + (4 if shared else 8) * k)

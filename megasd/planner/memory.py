@@ -12,7 +12,7 @@
     backward     gradients of activations
     loss         the chunk's logits within actor.loss_memory_mib, and beside them what is as long as the microbatch (ops/fused_linear.py)
     batch        the step's microbatches, which all go to the GPU at once, and the per-token streams
-    sync         rank 0: two buckets, and as much again of what others send; an engine's receive buffer (group)
+    sync         rank 0: two buckets, and what other ranks send for two; an engine's receive buffer (group)
     engine       SGLang's weights, KV cache (2 x layers x key heads x d words a token) and OVERHEAD
     NCCL, context, fragmentation    constants below
 
@@ -133,15 +133,19 @@ def teacher_bytes(job: Job, stage: int) -> float:
 
 
 def sync_bytes(job: Job, stage: int) -> float:
-    """On rank 0, the first of the first stage; other ranks hold two of what they send, which is less."""
+    """On rank 0, the first of the first stage: two buckets, and what other ranks send in two places by sender, each as long as the
+    sender's longest message there (weights/gather.py). Other ranks hold two of their own messages, which is less."""
     if not job.samples_itself or stage != 0:
         return 0.0
     mib = job.config.sync.bucket_mib or (24 if job.gpu.local_spec else 512)
-    bucket, _ = job.model.largest_bucket(mib << 20, job.word)
-    others = 1 - 1 / (job.tp * job.pp * job.ep)
-    # colocated engines map the actor's buffer; a group's receive into their own, which is the engine's memory
-    received = bucket if job.colocated and job.config.sync.transport == "group" else 0
-    return 2 * bucket * (1 + others) + received
+    buckets = job.model.buckets(mib << 20, job.word, job.pp)
+    largest, ranks = max(map(sum, buckets)), job.tp * job.ep
+    received = 0.0
+    for slot in (buckets[0::2], buckets[1::2]):
+        messages = [max((bucket[k] for bucket in slot), default=0) / ranks for k in range(job.pp)]
+        received += sum(messages) * ranks - messages[0]
+    # Engines on the same GPUs map the actor's buffer; a group's engines receive into memory of their own.
+    return 2 * largest + received + (largest if job.colocated and job.config.sync.transport == "group" else 0)
 
 
 def communicators(job: Job, stage: int) -> int:
@@ -161,8 +165,9 @@ def batch_bytes(job: Job, longest: int) -> float:
     pg, repeats = algorithm.policy_gradient, algorithm.minibatches * algorithm.epochs > 1
     credit = pg is not None and pg.credit is not None
     # engine's log-prob and advantage, taught; of the teacher log-prob and entropy; the student's own before the step
-    streams = 9 + (8 if credit else 0) + (4 if repeats or credit else 0)
-    return job.samples * longest / job.cp * 16 + responses / job.cp * 17 + responses * streams
+    streams = 9 + (8 if credit else 0) + (4 if repeats or (credit and pg.credit.kind in ("return", "margin")) else 0)
+    tokens = job.samples * longest / job.cp
+    return tokens * 16 + min(responses, tokens) * 17 + responses * streams
 
 
 def signal_bytes(job: Job, stage: int) -> float:
@@ -211,8 +216,9 @@ def teaching(job: Job, stage: int) -> dict[str, float]:
 
 
 def response_tokens(job: Job, longest: int) -> int:
-    """Response tokens of the largest microbatch on a context-parallel rank."""
-    return min(job.rows(longest) * job.config.rollout.max_response_tokens // job.cp, job.tokens(longest))
+    """Response tokens of the largest microbatch on a context-parallel rank: the last one, which holds the middle of every sequence, may
+    hold nothing else."""
+    return min(job.rows(longest) * job.config.rollout.max_response_tokens, job.tokens(longest))
 
 
 def loss(job: Job) -> dict[str, float]:

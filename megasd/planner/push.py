@@ -80,7 +80,7 @@ def seconds(job: Job) -> tuple[float, str]:
     """Of one push by the config's transport, and what bounds it."""
     sync, gpu, engine_tp = job.config.sync, job.gpu, job.config.rollout.engine.tensor_parallel_size
     nbytes = job.word * job.model.weights
-    _, buckets = job.model.largest_bucket((sync.bucket_mib or 512) << 20, job.word)
+    buckets = len(job.model.buckets((sync.bucket_mib or 512) << 20, job.word, job.pp))
     gather, after = gather_seconds(received(job), gpu), 0.0
     if sync.transport == "colocated":
         send, link = ipc_seconds(nbytes, engine_tp, job.engines, gpu), "NVLink"

@@ -111,20 +111,24 @@ class Model:
         tp = actor.tensor_model_parallel_size
         return mapping.padded_vocab_size(int(self.hf["vocab_size"]), actor.make_vocab_size_divisible_by, tp) // tp
 
-    def largest_bucket(self, limit: int, word: int) -> tuple[int, int]:
-        """(bytes of the largest bucket of a push, number of buckets), as weights/plan.py groups them: a larger parameter is alone."""
-        key = ("bucket", limit, word)
+    def buckets(self, limit: int, word: int, stages: int) -> list[list[int]]:
+        """Bytes of each bucket of a push by the pipeline stage that they lie on, as weights/plan.py groups tensors: a parameter of more
+        than `limit` bytes is alone."""
+        key = ("buckets", limit, word, stages)
         if key not in self._cache:
-            sizes = [s * word for name in self._sent_names() for s in [sum(map(math.prod, self.table.rule(name).parts.values()))]]
-            largest = total = 0
-            count = 1
-            for size in sizes:
-                if total and total + size > limit:
-                    count, total = count + 1, 0
-                total += size
-                largest = max(largest, total)
-            self._cache[key] = largest, count
+            found: list[list[int]] = [[0] * stages]
+            for name in self._sent_names():
+                size = word * sum(map(math.prod, self.table.rule(name).parts.values()))
+                if sum(found[-1]) and sum(found[-1]) + size > limit:
+                    found.append([0] * stages)
+                found[-1][self._stage(name, stages)] += size
+            self._cache[key] = found
         return self._cache[key]
+
+    def _stage(self, name: str, stages: int) -> int:
+        if name.startswith("decoder.layers."):
+            return int(name.split(".")[2]) * stages // self.layers
+        return 0 if name.startswith("embedding.") else stages - 1
 
     def _sent_names(self) -> list[str]:
         return [name for name in self.table.names() if not (self.table.tied and name == "output_layer.weight")]

@@ -2,7 +2,8 @@
 
     python tests/distributed/planner_cases.py '[{"model": {}, "items": ["actor.recompute_granularity=full"]}]'
 
-Prints a line of JSON per case: {"planned": {category: bytes}, "measured": {category: bytes}} of the rank where the two differ most.
+Prints a line of JSON per case and pipeline stage: {"stage": ..., "planned": {category: bytes}, "measured": {category: bytes}}, measured on
+the rank of the stage that has most of a category; sync is rank 0's.
 
 weights, gradients, optimizer, teacher, signal, batch, sync: bytes of the distinct storages of those tensors. activations: peak of the
 distinct storages that autograd keeps between the first forward and the end of the backward (saved-tensor hooks; parameters and what the
@@ -188,15 +189,17 @@ def run(case: dict[str, Any], directory: Path) -> dict[str, Any]:
     if mesh.is_last_stage:  # what enters the loss was made before it, and is not measured
         causes["loss"] -= memory.loss(job)["entering"]
     if dist.get_rank() != 0:
-        causes["sync"] = 0.0
         measured["sync"] = 0
-    planned = {name: int(causes[name]) for name in measured}
-    return {"rank": dist.get_rank(), "planned": planned, "measured": measured}
+    return {"stage": stage, "planned": {name: int(causes[name]) for name in measured}, "measured": measured}
 
 
-def worst(result: dict[str, Any]) -> float:
-    pairs = [(result["planned"][name], value) for name, value in result["measured"].items()]
-    return max(abs(a - b) / max(a, b, 1) for a, b in pairs)
+def by_stage(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One of each stage: the largest measure of every category."""
+    found: dict[int, dict[str, Any]] = {}
+    for result in results:
+        one = found.setdefault(result["stage"], result)
+        one["measured"] = {name: max(value, result["measured"][name]) for name, value in one["measured"].items()}
+    return [found[stage] for stage in sorted(found)]
 
 
 def main() -> None:
@@ -208,7 +211,8 @@ def main() -> None:
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         if dist.get_rank() == 0:
-            print("CASE " + json.dumps(max(everyone, key=worst)), flush=True)
+            for result in by_stage(everyone):
+                print("CASE " + json.dumps({"case": number} | result), flush=True)
 
 
 if __name__ == "__main__":

@@ -64,14 +64,15 @@ TWO_RANKS = {
 
 def check(output: str, names: list[str], tolerance: float = 0.05) -> None:
     results = [json.loads(line.removeprefix("CASE ")) for line in output.splitlines() if line.startswith("CASE ")]
-    assert len(results) == len(names), output[-4000:]
+    assert {result["case"] for result in results} == set(range(len(names))), output[-4000:]
     wrong = []
-    for name, result in zip(names, results, strict=True):
+    for result in results:
+        name = f"{names[result['case']]}, stage {result['stage']}"
         for category, measured in result["measured"].items():
             planned = result["planned"][category]
-            print(f"{name:24} {category:12} {planned:>12,} {measured:>12,}")
+            print(f"{name:32} {category:12} {planned:>12,} {measured:>12,}")
             if abs(planned - measured) > tolerance * max(measured, 1):
-                wrong.append(f"{name}, rank {result['rank']}: {category}: planned {planned:,}, measured {measured:,}")
+                wrong.append(f"{name}: {category}: planned {planned:,}, measured {measured:,}")
     assert not wrong, "\n".join(wrong)
 
 
