@@ -12,7 +12,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megasd needs Python 3.11: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[sglang-cpu,test]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[sglang-cpu,launch,test]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["sglang"][0])')"
 	@touch $@
 
