@@ -176,7 +176,8 @@ def _setup(cluster: ClusterConfig) -> str:
 def _srun(cluster: ClusterConfig, step: str, nodes: int, function: str, *, label: bool = False) -> str:
     """One task on each of `nodes` nodes, in the background; its process id in the variable `step`."""
     where = {"trainer": "actors", "engines": "served"}[step]
-    options = [f"--nodes={nodes}", "--ntasks-per-node=1", "--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none"]
+    # Without --ntasks srun takes SLURM_NTASKS, which is that of the whole job.
+    options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none"]
     if cluster.actor_nodes + cluster.engine_nodes > 1:
         options += ["--overlap", f'--nodelist="${where}"']
     if label:
