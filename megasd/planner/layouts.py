@@ -164,7 +164,7 @@ def first_fix(own: Plan) -> Fix | None:
 def fixes(job: Job) -> Iterator[Fix]:
     """Changes in the order in which they are tried: those that cost nothing, a smaller engine, smaller microbatches, recomputing, then
     more ranks a model (tensor parallel, experts, pipeline, context), then more nodes."""
-    actor, engine = job.config.actor, job.config.rollout.engine
+    config, actor, engine = job.config, job.config.actor, job.config.rollout.engine
     if job.colocated and not engine.release_memory:
         yield Fix("rollout.engine.release_memory", False, True)
     if not actor.use_distributed_optimizer and job.dp > 1:
@@ -173,6 +173,9 @@ def fixes(job: Job) -> Iterator[Fix]:
         yield Fix("actor.sequence_parallel", False, True)
     if job.samples_itself:
         yield from _engine_fixes(job)
+    teacher, term = config.algorithm.teacher, config.algorithm.distill
+    if job.has_teacher and term is not None and term.support == "teacher" and teacher.transport == "hidden":
+        yield Fix("algorithm.teacher.transport", "hidden", "record")  # the same loss, hundreds of bytes a token in place of thousands
     if actor.max_tokens_per_microbatch is None:
         for size in sorted((n for n in divisors(actor.micro_batch_size) if n < actor.micro_batch_size), reverse=True):
             yield Fix("actor.micro_batch_size", actor.micro_batch_size, size)
