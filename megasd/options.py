@@ -203,7 +203,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         epilog="Exit codes: 0 fits, 2 refused, also when no layout fits: the first key to change is named. Formulas: megasd/planner.",
     )
     plan.add_argument("items", nargs="*", **ITEMS)
-    plan.add_argument("--gpus", type=positive, metavar="N", help="GPUs in all (default: cluster.actor_nodes x cluster.gpus_per_node)")
+    plan.add_argument("--gpus", type=positive, metavar="N", help="GPUs that train (default: cluster.actor_nodes x cluster.gpus_per_node)")
     plan.add_argument("--gpu", metavar="KIND", help="as cluster.gpu, such as h100-80g")
     plan.add_argument("--model-config", metavar="FILE", help="config.json to read instead of model.path's")
     plan.add_argument("--top", type=positive, default=8, metavar="N", help="layouts shown (default 8)")
