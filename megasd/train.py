@@ -50,17 +50,17 @@ def go(run: Run, config: Config) -> None:
             learned = run.actor.train(shares, signals)
         run.learned(learned)
         run.step = step + 1
-        with run.timed("wait"):
-            run.settle()
-        with run.timed("sync"):
-            pushed = run.push() if run.samples else {}
-        if _due(config.checkpoint.every, run.step) and run.step < config.run.steps:
-            run.save()
-        held_out = None
+        pushed, held_out = {}, None
         try:
+            with run.timed("wait"):
+                run.settle()
+            with run.timed("sync"):
+                pushed = run.push() if run.samples else {}
+            if _due(config.checkpoint.every, run.step) and run.step < config.run.steps:
+                run.save()
             if _due(config.evaluation.every, run.step) and run.step < config.run.steps:
                 held_out = run.evaluate(run.step)
-        finally:  # what was learned is logged, whatever becomes of the evaluation
+        finally:  # what was learned is logged, whatever becomes of what follows it
             log(run, step, metrics | learned_metrics(learned) | pushed, held_out, time.perf_counter() - started)
     finish(run, first)
 
