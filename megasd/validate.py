@@ -47,6 +47,7 @@ def validate_values(config: Config, world_size: int) -> None:
         check_read(config, [config.algorithm])
     check_placement(config)
     check_overlap(config)
+    _check_transport(config)
     _check_run(config)
     _check_lengths(config)
     _check_parallel(config, world_size)
@@ -153,7 +154,12 @@ def _check_parallel(config: Config, world_size: int) -> None:
 
 def _check_model(config: Config) -> None:
     directory = Path(config.model.path)
-    model = _read_model(directory, "model.path")
+    check_model_values(config, _read_model(directory, "model.path"), directory)
+
+
+def check_model_values(config: Config, model: dict[str, Any], directory: Path) -> None:
+    """What `validate` asks of the model's config.json: equal parts for all ranks, and its lengths. Looks at no file; `directory` is for the
+    messages. Raises ConfigError."""
     limit = _check_split(config, model, directory, "model.path")
     rollout, evaluated = config.rollout, config.evaluation.max_response_tokens
     total = _longest(config)
@@ -176,8 +182,14 @@ def _check_teacher_model(config: Config) -> None:
     teacher = config.algorithm.teacher
     if teacher is None or teacher.model_path is None:
         return
-    directory, key = Path(teacher.model_path), "algorithm.teacher.model_path"
-    limit = _check_split(config, _read_model(directory, key), directory, key)
+    directory = Path(teacher.model_path)
+    check_teacher_values(config, _read_model(directory, "algorithm.teacher.model_path"), directory)
+
+
+def check_teacher_values(config: Config, model: dict[str, Any], directory: Path) -> None:
+    """The same of a separate teacher's."""
+    key = "algorithm.teacher.model_path"
+    limit = _check_split(config, model, directory, key)
     if (total := _longest(config)) > limit:
         raise ConfigError(
             f"{key}: {directory} takes sequences of max_position_embeddings={limit}, and rollout.max_prompt_tokens + "
@@ -296,13 +308,17 @@ def _read_json(path: Path, key: str) -> dict[str, Any]:
 
 
 def _check_sync(config: Config) -> None:
-    sync, urls, own_model = config.sync, config.rollout.engine.urls, config.rollout.engine.model_path
+    own_model = config.rollout.engine.model_path
     if own_model is not None and not (Path(own_model) / "config.json").is_file():
         raise ConfigError(f"rollout.engine.model_path: {own_model} holds no config.json; give a Hugging Face directory, or null")
+
+
+def _check_transport(config: Config) -> None:
+    sync = config.sync
     if sync.delta and sync.transport == "disk":
         raise ConfigError("sync.delta: a file holds the whole model; take sync.transport=group or colocated")
     if sync.transport == "colocated":
-        for url in urls:
+        for url in config.rollout.engine.urls:
             if urlsplit(url).hostname not in LOOPBACK:
                 raise ConfigError(f"sync.transport=colocated: {url} is not on this machine; take group or disk")
 
