@@ -189,6 +189,8 @@ class Run(contextlib.ExitStack):
         if rollout.frozen_policy and self.step < self.config.run.steps and not (rollout.engine.urls and self.step == 0):
             return {}  # the engine has the start model, and starts from it again; only the evaluation after the last step asks for more
         self.pushed = self.step
+        if rollout.engine.release_memory:
+            self.actor.free_cache()
         try:
             return self.sync.push(version=self.step)
         except SyncError:

@@ -41,8 +41,10 @@ def sequence_multiple(config: Config) -> int:
 
 
 def check_machine(actor: ActorConfig) -> None:
-    """Refuse what needs TransformerEngine on a machine that trains without it. ConfigError."""
+    """Refuse what needs TransformerEngine on a machine that trains without it, and what it cannot do where it trains. ConfigError."""
     if find_spec("transformer_engine") is not None:
+        if actor.packing and actor.dtype == "float32":
+            raise ConfigError("actor.packing: TransformerEngine's attention takes packed sequences in bfloat16 alone; set actor.dtype")
         return
     wants = {
         "actor.fp8": (actor.fp8, None, "null"),

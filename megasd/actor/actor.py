@@ -6,6 +6,7 @@ R local response tokens, T those of one microbatch, V local vocabulary, h hidden
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -242,7 +243,7 @@ class Actor:
         if last:
             build.whole_parameters(self.ddp)
         if last and self.teacher is not None:
-            self.teacher.weights.update(pass_rate=share.pass_rate, length_tail=share.length_tail)
+            self.teacher.after_batch(pass_rate=share.pass_rate, length_tail=share.length_tail)
             if self.algorithm.teacher.weights in ("snapshot", "gated"):
                 figures = figures | {"teacher_copies": float(self.teacher.weights.refresh.copies)}
         if teacher is not None:
@@ -350,6 +351,12 @@ class Actor:
         return broadcast_tensors(sent, self.reporter)["logp"].tolist()
 
     # ---- weights and checkpoints ----
+
+    def free_cache(self) -> None:
+        """Give the memory that torch's allocator keeps from the last step back to the GPU, for an engine on it. No collective."""
+        if self.mesh.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def params(self) -> dict[str, Tensor]:
         """This rank's live parameters under global names."""

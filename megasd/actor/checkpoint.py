@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import queue
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -53,6 +55,8 @@ def save(
         writing.mkdir(parents=True)
     dist.barrier()
     sharded = _sharded_state(model, optimizer, teacher, mesh, is_loading=False)
+    # Results of a save that nobody awaits in another process: Megatron would start an interpreter for its queue, seconds on each rank.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(sharded | {"scheduler": scheduler.state_dict()}, str(writing))
     dist.barrier()
     if mesh.rank == 0:

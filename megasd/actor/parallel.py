@@ -86,7 +86,7 @@ def init_model_parallel(config: ActorConfig, device: torch.device, seed: int) ->
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=1 if config.expert_model_parallel_size > 1 else None,
     )
-    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=config.cuda_graph)
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=config.cuda_graph, force_reset_rng=True)  # of another layout, too
     return Mesh(
         device=device,
         rank=dist.get_rank(),

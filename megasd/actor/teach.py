@@ -60,7 +60,8 @@ class TeacherPass:
             dtype=self.dtype,
             device=mesh.device,
         )
-        weight_Vh = self.teacher.output_weight() if mesh.is_last_stage else None
+        repeats = share.algorithm.minibatches * share.algorithm.epochs > 1
+        weight_Vh = self.teacher.output_weight(repeats=repeats) if mesh.is_last_stage else None
         logp_R, entropy_R = (torch.zeros(len(batch.response_ids), device=mesh.device) for _ in range(2))
 
         def read(index: Tensor, hidden_Th: Tensor) -> None:

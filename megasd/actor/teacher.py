@@ -134,6 +134,7 @@ class Teacher:
     ) -> None:
         """module: the wrapped model that the schedules run; model: the Backbone in it. UserError for an unfit teacher.model_path."""
         self.config, self.mesh = config, mesh
+        self._head: Tensor | None = None  # of the batch that is being learned
         self.weights = TeacherWeights(model, config)
         if config.weights == "separate":
             other, other_config = _separate_model(config.model_path, actor, mesh)
@@ -151,10 +152,22 @@ class Teacher:
         """Of what `hidden` gives: the sum over passes."""
         return sum(p.config.hidden_size for p in self.passes)
 
-    def output_weight(self) -> Tensor:
-        """[V, hidden_size] of this tensor-parallel rank, on the last stage."""
-        weights = [p.weight_Vh() for p in self.passes]
-        return weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+    def output_weight(self, *, repeats: bool = False) -> Tensor:
+        """[V, hidden_size] of this tensor-parallel rank, on the last stage; one tensor for all passes of a batch.
+
+        repeats: the student is updated before the last of them is read, so a live teacher's is copied.
+        """
+        if self._head is None:
+            weights = [p.weight_Vh() for p in self.passes]
+            self._head = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+            if repeats and self.config.weights == "live":
+                self._head = self._head.clone()
+        return self._head
+
+    def after_batch(self, *, pass_rate: float | None = None, length_tail: float = 0.0) -> None:
+        """As TeacherWeights.update."""
+        self._head = None
+        self.weights.update(pass_rate=pass_rate, length_tail=length_tail)
 
     @torch.no_grad()
     def run(self, microbatches: list[Microbatch], keep: Callable[[Microbatch, Tensor, slice], None]) -> None:

@@ -21,7 +21,7 @@ def main() -> None:
     want = [twin(model_dir, batch, make_config(model_dir, {}))]
     for name, actor in CASES[int(os.environ["WORLD_SIZE"])].items():
         for dtype, tolerance in TOLERANCES.items():
-            for packing in (False, True):
+            for packing in (False, True) if dtype == "bfloat16" else (False,):  # packed attention has no float32 kernel
                 layout = actor | {"dtype": dtype, "packing": packing}
                 check(f"{name} {dtype} packing={packing}", run(make_config(model_dir, layout), device, batch, steps=1), want, tolerance)
     torch.distributed.barrier()
