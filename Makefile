@@ -5,7 +5,7 @@ BIN := .venv/bin
 WARMUP_ARGS ?=
 ARGS ?=
 
-.PHONY: install quickstart test nightly lint clean
+.PHONY: install quickstart test test-slurm nightly lint clean
 
 install: .venv/.installed
 
@@ -28,6 +28,11 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Jobs on a real Slurm of two nodes, which is started on this machine (as root; installs it if missing) and stopped again: eight minutes.
+test-slurm: install
+	$(BIN)/python -c 'import nemo_run' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable ".[launch]"
+	$(BIN)/python tools/slurm_here.py run $(BIN)/python -m pytest -s --durations=0 -m slurm tests/slurm
 
 # Every recipe, every analysis and every push end to end on real SGLang, and the slowest kernel tests: about eight minutes on two cores.
 nightly: install
