@@ -235,9 +235,10 @@ def judge_fabric(ports: list[tuple[str, str, str]], nodes: int) -> Finding:
 
 
 def check_fp8(machine: Machine) -> Finding:
-    """Compute capability of 8.9 or more, and a TransformerEngine that imports."""
+    """Compute capability and CUDA of the recipe, and a TransformerEngine that imports."""
     gpus, _ = smi_says()
     asked = bool(machine.config and machine.config.actor.fp8)
+    recipe = machine.config.actor.fp8_recipe if asked else "tensorwise"
     try:
         version: str | None = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
@@ -246,25 +247,39 @@ def check_fp8(machine: Machine) -> Finding:
     if version and gpus:
         status, text = command([sys.executable, "-c", ASK_TE])
         error = one_line(text.splitlines()[-1] if text else f"exit status {status}") if status else ""
-    return judge_fp8(gpus, version, error, asked)
+    return judge_fp8(gpus, version, error, asked, recipe, torch_says().get("cuda") if gpus and recipe == "blockwise" else None)
 
 
-def judge_fp8(gpus: tuple[Gpu, ...], version: str | None, error: str, asked: bool) -> Finding:
-    bad = fail if asked else warn
+def judge_fp8(
+    gpus: tuple[Gpu, ...], version: str | None, error: str, asked: bool, recipe: str = "tensorwise", cuda: str | None = None
+) -> Finding:
+    """recipe: actor.fp8_recipe; cuda: of torch, read for the recipe "blockwise" alone. What that needs: TransformerEngine's
+    check_fp8_block_scaling_support."""
+    bad, blockwise = fail if asked else warn, recipe == "blockwise"
+    least = (9, 0) if blockwise else (8, 9)
     if not gpus and not asked:
         return ok("fp8", "no GPU, and no config asks for FP8")
     if not gpus:
         return fail("fp8", "actor.fp8 is set and there is no GPU", "set actor.fp8=null, or take an H100 or newer")
-    old = [gpu for gpu in gpus if gpu.capability is None or gpu.capability < (8, 9)]
+    old = [gpu for gpu in gpus if gpu.capability is None or gpu.capability < least]
     if old:
         capability = ".".join(map(str, old[0].capability or ("?",)))
-        return bad("fp8", f"{old[0].name} has compute capability {capability}, FP8 needs 8.9", "set actor.fp8=null, or take a newer GPU")
+        needs = f"{'actor.fp8_recipe=blockwise' if blockwise else 'FP8'} needs {least[0]}.{least[1]}"
+        fix = "set actor.fp8_recipe=tensorwise, or take a newer GPU" if _has_fp8(gpus) else "set actor.fp8=null, or take a newer GPU"
+        return bad("fp8", f"{old[0].name} has compute capability {capability}, {needs}", fix)
+    if blockwise and (cuda is None or tuple(map(int, cuda.split(".")[:2])) < (12, 9)):
+        detail = f"actor.fp8_recipe=blockwise needs a torch of CUDA 12.9 or newer, this one has {cuda or 'none'}"
+        return bad("fp8", detail, "set actor.fp8_recipe=tensorwise, or install torch for a newer CUDA")
     if version is None:
         return bad("fp8", "TransformerEngine is not installed", "pip install --no-build-isolation '.[te]' (it compiles; see Dockerfile)")
     if error:
         fix = f"build transformer_engine_torch {version} anew against the installed torch: pip install --no-build-isolation --no-cache-dir"
         return bad("fp8", f"TransformerEngine {version} does not import: {error}", fix)
     return ok("fp8", f"TransformerEngine {version}, compute capability {'.'.join(map(str, gpus[0].capability or ()))}")
+
+
+def _has_fp8(gpus: tuple[Gpu, ...]) -> bool:
+    return all(gpu.capability is not None and gpu.capability >= (8, 9) for gpu in gpus)
 
 
 def check_nccl(machine: Machine) -> Finding:

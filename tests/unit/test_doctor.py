@@ -430,3 +430,15 @@ def test_proxies_are_named_and_not_shown():
     assert finding.status == "warn" and "node7" in finding.detail and "password" not in str(finding)
     spared = {"http_proxy": "x", "NO_PROXY": "127.0.0.1, node7"}
     assert engines.check_proxy(replace(machine, environment=spared)).status == "ok"
+
+
+def test_fp8_by_blocks_needs_hopper_and_cuda_12_9() -> None:
+    """TransformerEngine's own condition for its recipe Float8BlockScaling."""
+    hopper, ada = (gpus.Gpu(0, "GPU", 80 << 30, 0, "570.1", capability) for capability in ((9, 0), (8, 9)))
+    for card, recipe, cuda, status in (
+        (hopper, "blockwise", "12.9", "ok"), (hopper, "blockwise", "13.0", "ok"), (hopper, "blockwise", "12.8", "fail"),
+        (hopper, "blockwise", None, "fail"), (ada, "blockwise", "12.9", "fail"), (ada, "tensorwise", None, "ok"),
+    ):  # fmt: skip
+        found = gpus.judge_fp8((card,), "2.11.0", "", True, recipe, cuda)
+        assert found.status == status, (card, recipe, cuda, found)
+    assert "set actor.fp8_recipe=tensorwise" in gpus.judge_fp8((ada,), "2.11.0", "", True, "blockwise", "12.9").fix
