@@ -17,10 +17,15 @@ def outline(config: Config, world_size: int) -> list[str]:
         where = f"none (replays {rollout.replay_dir})" if rollout.replay_dir else "none"
     elif engine.urls:
         where = f"SGLang at {', '.join(engine.urls)}"
+    elif engine.served:
+        where = f"{engine.served} of SGLang that `megasd serve` starts elsewhere and announces in {run.dir}/engines"
     else:
         dtype = actor.dtype if engine.dtype == "auto" else engine.dtype
         port = engine.port or "a free port"
-        where = f"SGLang started on {engine.host}, {port}; TP {engine.tensor_parallel_size}, {dtype}, {engine.max_total_tokens} KV tokens"
+        several = f"{engine.num_engines} x " if engine.num_engines > 1 else ""
+        where = several + (
+            f"SGLang started on {engine.host}, {port}; TP {engine.tensor_parallel_size}, {dtype}, {engine.max_total_tokens} KV tokens"
+        )
     lines = [
         f"ranks        {world_size} = TP {actor.tensor_model_parallel_size} x PP {actor.pipeline_model_parallel_size} x "
         f"CP {actor.context_parallel_size} x DP {data_parallel} (experts: EP {actor.expert_model_parallel_size})",
@@ -30,6 +35,12 @@ def outline(config: Config, world_size: int) -> list[str]:
         f"algorithm    {config.algorithm.recipe}: {_terms(config)}",
         f"engine       {where}",
     ]
+    if engine.router is not None:
+        lines.append(f"router       samples are asked of {engine.router}")
+    if rollout.overlap:
+        lines.append(
+            "overlap      the next batch is sampled while one is learned: samples are of weights one step old, but for the first batch"
+        )
     lines += [f"stage        {stage}" for stage in config.algorithm.stages]
     teacher = config.algorithm.teacher
     if teacher:

@@ -9,6 +9,8 @@ Does not prove that SGLang starts so (tests/integration/test_placement.py).
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -122,6 +124,24 @@ def test_the_engine_that_is_asked_least_is_asked(node: Node) -> None:
         assert [engine.busy for engine in rollout.engines] == [0, 0]
 
 
+def test_every_engine_gives_its_memory_back_and_takes_it_again_around_the_weights(node: Node) -> None:
+    node.announce(0, "megasd-a")
+    node.announce(1, "megasd-b")
+    told: list[list[tuple[str, tuple[str, ...]]]] = [[], []]
+    for server, heard in zip(node.servers, told, strict=True):
+        for path in ("/release_memory_occupation", "/resume_memory_occupation", "/update_weights_from_disk"):
+            server.fail[path] = lambda body, path=path, heard=heard: heard.append((path.split("_")[0], tuple(body.get("tags", ()))))
+    with node.rollout(2, release_memory=True) as rollout:
+        for heard in told:
+            heard.clear()
+        rollout.release()
+        rollout.release()  # twice is once: a second one would kill SGLang
+        assert all(not engine.up for engine in rollout.engines)
+        rollout.push(str(node.model), 1)
+        assert told == [[("/release", ("kv_cache", "weights")), ("/resume", ("weights",)), ("/update", ()), ("/resume", ("kv_cache",))]] * 2
+        assert ask(rollout) == 8
+
+
 def test_one_that_hangs_is_condemned(node: Node) -> None:
     node.announce(0, "megasd-a")
     node.announce(1, "megasd-b")
@@ -209,3 +229,10 @@ def test_when_serving_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert serve.Watch(tmp_path).ended() is None
     write(tmp_path / CLOSED, {"token": "7.2", "beat": "x"})  # this start's run failed before the engines were up
     assert serve.Watch(tmp_path).ended() == "the run has ended"
+
+
+def test_it_starts_where_megatron_is_not() -> None:
+    """The engines' environment of docker has SGLang, omegaconf and this package."""
+    absent = ("megatron", "transformer_engine", "pyarrow", "math_verify")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import megasd.serve"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
