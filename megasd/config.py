@@ -391,3 +391,8 @@ class Config:
 def samples_per_step(config: Config) -> int:
     """Samples of one optimizer step over all ranks: P x G rollouts, or P rows of a dataset."""
     return config.rollout.num_prompts * (1 if config.algorithm.source == "dataset" else config.rollout.num_samples)
+
+
+def engine_dtype(config: Config) -> str:
+    """Of the engine's weights, and so of what is sent to it."""
+    return config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype

@@ -17,7 +17,7 @@ from megasd.algo.context import with_solution
 from megasd.algo.memory import Memory
 from megasd.algo.schedule import at, reads_solutions, variants
 from megasd.batch import dataset_groups
-from megasd.config import AlgorithmConfig, Config
+from megasd.config import AlgorithmConfig, Config, engine_dtype
 from megasd.data.chat import Chat
 from megasd.data.prompts import DataError, PromptIterator, load_prompts
 from megasd.data.rewards import RewardPool, extract_answer
@@ -255,11 +255,6 @@ class LeftHalf(contextlib.ExitStack):
         start = time.perf_counter()
         yield
         self.timings[phase] += time.perf_counter() - start
-
-
-def engine_dtype(config: Config) -> str:
-    """Of the engine's weights, and so of what is sent to it."""
-    return config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype
 
 
 def model_length(config: Config) -> int:

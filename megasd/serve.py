@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,7 @@ from pathlib import Path
 import torch
 
 from megasd.algo.recipes import RECIPES
-from megasd.config import LOOPBACK, Config, EngineConfig
-from megasd.left_half import engine_dtype
+from megasd.config import LOOPBACK, Config, EngineConfig, engine_dtype
 from megasd.load_config import load_config
 from megasd.rollout.engine import Engine, EngineError
 from megasd.rollout.engine_key import VARIABLE, engine_key
@@ -58,7 +58,7 @@ def make_engines(config: Config, *, host: str, count: int | None) -> list[Engine
             f"--engines {count}: with rollout.engine.tensor_parallel_size={size} they take {count * size} of {gpus} GPUs; lower one"
         )
     node, logs = socket.gethostname(), Path(config.run.dir) / "engines"
-    seed = config.run.seed + sum(node.encode())  # machines must not sample alike
+    seed = config.run.seed + zlib.crc32(node.encode())  # machines must not sample alike
     return [
         Engine(
             settings, index=index, model_path=model_path, device="cuda" if gpus else "cpu", dtype=engine_dtype(config),
