@@ -168,9 +168,15 @@ def _train(items: list[str], dry_run: bool, argv: list[str]) -> int:
     stop = Stop()
     stop.install()
     _quiet_libraries()
-    from megasd import train
+    try:
+        from megasd import train
 
-    return train.main(config, stop)
+        return train.main(config, stop)
+    except SystemExit as error:
+        if error.code == LEFT and os.environ.get("RANK", "0") == "0":  # while it started
+            Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+            (Path(config.run.dir) / MARKER).write_text('{"step": null}\n')
+        raise
 
 
 def _torchrun_world_size() -> int | None:

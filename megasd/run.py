@@ -27,15 +27,16 @@ from megasd.actor.parallel import broadcast_tensors, init_distributed, init_mode
 from megasd.ahead import Ahead, staleness
 from megasd.algo.schedule import at
 from megasd.batch import Batch, build_batch
-from megasd.config import AlgorithmConfig, Config
+from megasd.config import AlgorithmConfig, Config, engine_dtype
 from megasd.data.rewards import extract_answer
-from megasd.left_half import LeftHalf, engine_dtype, model_length
+from megasd.left_half import LeftHalf, model_length
 from megasd.load_config import to_yaml
 from megasd.metrics import MetricSink
 from megasd.report import Report
 from megasd.rollout.generate import Rollout
 from megasd.stop import MARKER, Leave, Stop
 from megasd.sync import SyncError, WeightSync
+from megasd.types import UserError
 from megasd.validate import needs_engine
 
 PROBE_TOKENS = 32  # length of the probe prompts that a push is verified with
@@ -59,13 +60,15 @@ class Run(contextlib.ExitStack):
     def _build(self, config: Config) -> None:
         self.config, self.started, self.dir = config, time.perf_counter(), Path(config.run.dir)
         self.step, self.before, self.pushed = 0, None, None
+        self.saved: int | None = None  # step of the newest checkpoint of this process
         self.timings: Counter[str] = Counter()
         self.left: LeftHalf | None = None
         self.ahead = Ahead()  # rank 0's
         self.sink = self.report = None
         device = init_distributed()
         self.is_first = torch.distributed.get_rank() == 0
-        resume = self._resume_path()
+        found = self.from_first(lambda: {"resume": _as_bytes(self._resume_path())})  # files may not show on every node alike
+        resume = _as_path(found["resume"])
         self.from_first(lambda: self._build_left_half(resume))
         mesh = init_model_parallel(config.actor, device, config.run.seed)
         self.actor = Actor(config, mesh)
@@ -84,6 +87,8 @@ class Run(contextlib.ExitStack):
         self.stop.armed = True
 
     def _build_left_half(self, resume: Path | None) -> None:
+        if self.config.rollout.engine.release_memory and not torch.cuda.is_available():
+            raise UserError("rollout.engine.release_memory: an engine on a CPU has no memory to give back, and ends; set it to false")
         self.left = self.enter_context(LeftHalf(self.config, resume, self.timings))
         self.callback(self.ahead.cancel)
 
@@ -226,7 +231,7 @@ class Run(contextlib.ExitStack):
             return batch.to_tensors()
 
         batch = Batch.from_tensors(self.from_first(build))
-        if self.rollout is not None and self.config.rollout.engine.release_memory and self.pushed is not None:
+        if self.sync is not None and self.config.rollout.engine.release_memory and self.pushed is not None:
             self.from_first(self.sync.release if self.is_first else dict)
             if not self.is_first:
                 self.sync.release()
@@ -241,9 +246,11 @@ class Run(contextlib.ExitStack):
             self.ahead.start(left.rollout, left.prompts.state_dict(), lambda: left.groups(step, algorithm))
 
     def settle(self) -> None:
-        """The batch ahead, if any, has come in; an engine that died meanwhile was given the weights of now. Collective with overlap."""
-        if self.config.rollout.overlap:
-            self.from_first(lambda: self.ahead.wait(self._repush))
+        """The batch ahead, if any, has come in; an engine that died meanwhile was given the weights of now.
+
+        Told to leave while it learned, the run does so here: nothing is pushed first to engines that may have been told the same.
+        """
+        self.from_first(lambda: self.ahead.wait(self._repush))
 
     def learned(self, metrics: dict[str, float]) -> None:
         """What the step says to the next ones (rank 0)."""
@@ -271,11 +278,13 @@ class Run(contextlib.ExitStack):
             {"before": self.before, "gate": self.actor.gate.state_dict()} if self.is_first else {}
         )
         self.actor.save(self.dir / "checkpoints", self.step, state)
+        self.saved = self.step
 
     def leave(self) -> None:
         """Save as told, whether a checkpoint is due or not: a batch that was being sampled is sampled again from the same questions."""
         self.ahead.cancel()
-        self.save(self._drawn)
+        if self.saved != self.step:
+            self.save(self._drawn)
         if self.is_first:
             (self.dir / MARKER).write_text(json.dumps({"step": self.step, "signal": self.stop.asked}) + "\n")
             print(f"megasd: told to leave (signal {self.stop.asked}): saved step {self.step}; run.resume=auto goes on", file=sys.stderr)
@@ -309,6 +318,14 @@ def _leave_after_first() -> NoReturn:
     ended before it has said why and closed its engine."""
     time.sleep(LEAVE_SECONDS)
     raise SystemExit(1)
+
+
+def _as_bytes(path: Path | None) -> Tensor:
+    return torch.tensor(list(str(path or "").encode()), dtype=torch.uint8)
+
+
+def _as_path(text: Tensor) -> Path | None:
+    return Path(bytes(text.tolist()).decode()) if len(text) else None
 
 
 def _commit() -> str | None:

@@ -21,7 +21,8 @@ class Leave(BaseException):
 
 
 class Stop:
-    """What this process was told. Before `armed` a signal ends it as ever (SystemExit); then the first counts, and more change nothing."""
+    """What this process was told. Before `armed` a signal ends it (SystemExit; by SIGUSR1 with LEFT, since there is nothing to save yet);
+    then the first one counts, and more change nothing."""
 
     def __init__(self) -> None:
         self.armed = False  # whether there is a run to save
@@ -35,7 +36,8 @@ class Stop:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.armed:
-            raise SystemExit(128 + number)  # unwinds the stack, so that a started engine is closed
+            # Unwinds the stack, so that a started engine is closed. SIGTERM may also come from torchrun, after another rank's failure.
+            raise SystemExit(LEFT if number == signal.SIGUSR1 else 128 + number)
         self.asked = self.asked or number
         if self._breakable:
             self._breakable = False

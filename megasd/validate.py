@@ -110,6 +110,12 @@ def _check_run(config: Config) -> None:
 
 def _check_lengths(config: Config) -> None:
     rollout, engine = config.rollout, config.rollout.engine
+    evaluated = config.evaluation.max_response_tokens or 0
+    if needs_engine(config) and not engine.urls and rollout.max_prompt_tokens + evaluated > engine.max_total_tokens:
+        raise ConfigError(
+            f"rollout.engine.max_total_tokens={engine.max_total_tokens}: holds not even one sample of rollout.max_prompt_tokens + "
+            f"evaluation.max_response_tokens = {rollout.max_prompt_tokens + evaluated}; raise it"
+        )
     total = rollout.max_prompt_tokens + rollout.max_response_tokens
     if needs_engine(config) and not engine.urls and total > engine.max_total_tokens:
         raise ConfigError(

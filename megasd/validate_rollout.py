@@ -13,6 +13,8 @@ def check_placement(config: Config) -> None:
     if engine.num_engines > 1 and (engine.served or engine.urls):
         other = "served" if engine.served else "urls"
         raise ConfigError(f"rollout.engine.num_engines={engine.num_engines}: with rollout.engine.{other} the run starts none; set it to 1")
+    if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
+        raise ConfigError("rollout.engine.urls: names one engine twice; leave one of the two")
     if engine.port and engine.port + engine.num_engines - 1 > 65535:
         raise ConfigError(f"rollout.engine.port={engine.port}: leaves no ports for {engine.num_engines} engines; lower it, or set it to 0")
     if engine.release_memory and engine.urls:

@@ -64,9 +64,11 @@ def save(
         if teacher is not None:
             about |= {"teacher_weights": teacher.config.weights, "teacher_refresh": teacher.state_dict()}
         (writing / STATE_FILE).write_text(json.dumps(state | about))
+        replaced = directory / f".replaced-step-{step}"
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         writing.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         for other in list_checkpoints(directory):
             if _step_of(other) > step:  # of a branch that a resume from an older checkpoint left behind
                 shutil.rmtree(other)

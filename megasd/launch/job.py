@@ -9,8 +9,9 @@ from megasd.algo.recipes import RECIPES
 from megasd.algo.schedule import check_stages
 from megasd.config import Config, ConfigError
 from megasd.load_config import load_config, to_yaml
+from megasd.stop import MARKER
 from megasd.types import UserError
-from megasd.validate import needs_engine, validate_values
+from megasd.validate import RUN_FILES, needs_engine, validate_values
 
 # Variables that every job takes from the submitting shell, by name: without PATH a node finds neither Slurm nor the environment.
 ALWAYS_EXPORTED = ("HOME", "LANG", "PATH", "USER")
@@ -85,16 +86,31 @@ def make_job(config: Config) -> Job:
 
 
 def write_config(job: Job) -> None:
-    """Write the resolved config where the job looks for it. UserError when it cannot be."""
+    """Write the resolved config where the job looks for it. UserError when it cannot be, or when another job's run is there."""
+    text, written = to_yaml(job.config), Path(job.yaml)
+    directory = Path(job.run_dir)
+    if job.config.run.resume == "none" and not (directory / MARKER).exists():  # a launch after "told to leave" goes on
+        held = [name for name in RUN_FILES if (directory / name).exists()]
+        if held:
+            raise UserError(f"run.dir={job.run_dir}: already holds a run ({held[0]}); set run.resume=auto to go on, or another run.dir")
+        if written.is_file() and written.read_text(encoding="utf-8") != text:
+            raise UserError(f"{job.yaml}: belongs to another job of this name; set run.resume=auto, or another run.dir or cluster.job_name")
     try:
         Path(job.folder).mkdir(parents=True, exist_ok=True)
-        Path(job.yaml).write_text(to_yaml(job.config), encoding="utf-8")
+        written.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"run.dir={job.run_dir}: cannot be written to ({error.strerror}); choose another") from error
 
 
 def _check_resume(config: Config) -> None:
-    run = config.run
+    run, cluster = config.run, config.cluster
+    days, _, clock = cluster.time.rpartition("-")
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    if cluster.signal_seconds >= (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds:
+        raise ConfigError(
+            f"cluster.signal_seconds={cluster.signal_seconds}: the run would be told to leave as soon as it starts (cluster.time="
+            f"{cluster.time}); lower it"
+        )
     if run.resume not in ("none", "auto"):
         raise ConfigError(
             f"run.resume={run.resume}: a job that is queued again goes on from its own run.dir (auto); start it there, or use megasd train"

@@ -154,6 +154,7 @@ def _launch_here(run: ModuleType, job: Job, *, dry_run: bool, detach: bool) -> i
         print(_local_command(job))
         return 0
     write_config(job)
+    (Path(job.run_dir) / MARKER).unlink(missing_ok=True)  # of an earlier launch
     with run.Experiment(job.config.cluster.job_name) as experiment:
         experiment.add(local_script(job), executor=local_executor(job), name=TASK, tail_logs=True)
         experiment.run()

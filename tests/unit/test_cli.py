@@ -117,9 +117,12 @@ def test_ranks_are_started_and_their_refusal_is_one_line(tmp_path):
 
     # Rank 0 refuses; rank 1, left alone, is ended by SIGTERM and still unwinds.
     body = """from megasd.types import UserError; import time
-    if rank == "0":
-        raise UserError("rows.jsonl:3: no answer; add one")
+    while rank == "0":
+        if os.path.exists("ready"):
+            raise UserError("rows.jsonl:3: no answer; add one")
+        time.sleep(0.05)
     try:
+        open("ready", "w").close()
         time.sleep(60)
     finally:
         open("closed", "w").close()"""

@@ -319,6 +319,8 @@ BAD_TOGETHER = [
     (["rollout.engine.served=2", "rollout.engine.urls=[http://a:1]"], "rollout.engine.urls names engines already; keep one of the two"),
     (["rollout.engine.served=2", "rollout.engine.num_engines=2"], "with rollout.engine.served the run starts none; set it to 1"),
     (["rollout.engine.num_engines=2", "rollout.engine.port=65535"], "rollout.engine.port=65535: leaves no ports for 2 engines"),
+    (["rollout.engine.urls=[http://a:1,http://a:1/]"], "names one engine twice"),
+    (["evaluation.max_response_tokens=99999"], "evaluation.max_response_tokens = "),
     (["rollout.engine.release_memory=true", "rollout.engine.urls=[http://a:1]"], "are not the run's to empty; set it to false"),
     (["rollout.engine.served=2", "sync.transport=colocated"], "the engines of rollout.engine.served are on other machines"),
     (["rollout.frozen_policy=true", "rollout.engine.release_memory=true"], "nothing gives the engine its weights back"),

@@ -18,8 +18,9 @@ import pytest
 from megasd import cli
 from megasd.algo.recipes import RECIPES
 from megasd.launch import nemo
-from megasd.launch.job import make_job
+from megasd.launch.job import make_job, read_job, write_config
 from megasd.load_config import load_config
+from megasd.types import UserError
 from megasd.validate import validate_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +117,20 @@ def test_submits_what_the_dry_run_printed(tmp_path: Path, monkeypatch: pytest.Mo
     assert VALUE not in (tmp_path / "out" / "launch" / "qwen3-8b.yaml").read_text()
 
 
+def test_a_run_that_is_there_is_not_gone_on_with_by_chance(tmp_path: Path) -> None:
+    job = read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}"])
+    write_config(job)
+    write_config(job)  # the same again
+    with pytest.raises(UserError, match="belongs to another job of this name"):
+        write_config(read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}", "optimizer.lr=0.5"]))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"already holds a run \(checkpoints\); set run.resume=auto"):
+        write_config(job)
+    write_config(read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}", "run.resume=auto"]))
+    (tmp_path / "preempted").touch()  # told to leave: the same launch goes on
+    write_config(job)
+
+
 APART = ["rollout.engine.num_engines=1", "rollout.engine.release_memory=false", "sync.transport=group"]
 BAD = {
     "layout": (["actor.tensor_model_parallel_size=3"], "8 ranks cannot be split into TP 3"),
@@ -131,6 +146,7 @@ BAD = {
     "overwrite": (["run.overwrite=true"], "would begin anew"),
     "time": (["cluster.time=soon"], "must be hh:mm:ss"),
     "a value in env": (["cluster.env=[HF_TOKEN=abc]"], "each must be the name of a variable"),
+    "told at once": (["cluster.time=00:04:00", "cluster.signal_seconds=600"], "told to leave as soon as it starts"),
     "unknown key": (["cluster.nodes=4"], "unknown key"),
 }
 
