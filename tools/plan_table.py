@@ -36,7 +36,7 @@ def best(model: str, gpus: int, gpu: str) -> tuple[Plan | None, str]:
     found = search(job)
     if found:
         return found[0], ""
-    nodes = enough_nodes(replace(job, engine_gpus=job.engine_gpus or 8))
+    nodes = enough_nodes(replace(job.change(sync__transport="group"), engine_gpus=job.engine_gpus or 8))
     return None, f"no layout fits; {nodes} nodes that train would do, engines elsewhere" if nodes else "no layout fits"
 
 

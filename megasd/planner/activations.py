@@ -23,7 +23,8 @@ FP8 (TransformerEngine): inputs of the linear layers are kept as FP8, one byte; 
     full, block, n layers               n inputs; the other layers as without
     selective                           without what the modules keep; one layer's worth of it while it is computed anew
 
-A pipeline stage holds min(pp - stage, microbatches) microbatches at once (1F1B; Narayanan et al. 2104.04473, section 2.2.1).
+A pipeline stage holds min(pp - stage, microbatches) microbatches at once (1F1B; Narayanan et al. 2104.04473, section 2.2.1), and never
+more tokens than its rank's share of a step.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def held(job: Job, stage: int, tokens: int, positions: int) -> float:
     """At the worst moment of a training step, on a rank of that pipeline stage: from the end of the last forward in flight to the middle
     of its backward."""
     actor, one = job.config.actor, layer(job, tokens, positions)
-    layers, flight = job.model.layers // job.pp, min(job.pp - stage, job.microbatches)
+    layers, flight = job.model.layers // job.pp, job.in_flight(stage)
     final = tokens / job.sp * ((8 if job.gpu.local_spec else job.word) * job.model.hidden + 4) if stage == job.pp - 1 else 0.0
     if actor.recompute_granularity is None:
         return flight * layers * one.total + final

@@ -16,7 +16,7 @@ from megasd.config import Config
 from megasd.load_config import load_config
 from megasd.planner.hardware import gpu_kind
 from megasd.planner.job import MEAN_PROMPT, MEAN_RESPONSE, Job, headline
-from megasd.planner.layouts import Plan, plan, refusal, search
+from megasd.planner.layouts import Plan, differences, plan, refusal, search
 from megasd.planner.memory import GIB
 from megasd.planner.shapes import Model
 from megasd.types import UserError
@@ -94,7 +94,8 @@ def as_json(own: Plan, found: Sequence[Plan], source: str) -> dict[str, Any]:
         "assumptions": {"mean_prompt": job.mean_prompt, "mean_response": job.mean_response},
         "own": _plan_json(own),
         "refusal": None if own.fits else refusal(own),
-        "layouts": [_plan_json(one) for one in found],
+        # changes: the keys of the config that a layout needs otherwise
+        "layouts": [_plan_json(one) | {"changes": {fix.key: fix.new for fix in differences(job, one.job)}} for one in found],
     }
 
 

@@ -148,12 +148,20 @@ class Job:
 
     @property
     def microbatches(self) -> int:
-        """Of a mean step."""
+        """Of a mean step; within a token budget as many as there are pipeline stages, if samples last (partition.by_tokens)."""
         actor = self.config.actor
         if actor.max_tokens_per_microbatch is None:
             return -(-self.samples // actor.micro_batch_size)
         mean = self.length(int(self.mean_prompt), int(self.mean_response))
-        return max(1, -(-int(self.samples * mean) // max(actor.max_tokens_per_microbatch, mean)))
+        return max(1, -(-int(self.samples * mean) // max(actor.max_tokens_per_microbatch, mean)), min(self.pp, self.samples))
+
+    def in_flight(self, stage: int) -> float:
+        """Largest microbatches of the longest sequences that a pipeline stage holds at once, no more than the rank's share has tokens."""
+        count = -(-self.samples // self.rows(self.longest))
+        if self.config.actor.max_tokens_per_microbatch is not None:
+            count = max(count, min(self.pp, self.samples))
+        share = self.samples * self.longest / self.cp / self.tokens(self.longest)
+        return min(self.pp - stage, count, max(1.0, share))
 
     # ---- what the algorithm asks for ----
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from megasd.config import ConfigError, samples_per_step
 from megasd.planner.job import Job
-from megasd.planner.memory import GIB, Memory, engine, engine_fits, memory
+from megasd.planner.memory import GIB, Memory, cache_holds_a_sample, engine, engine_fits, kv_tokens, memory
 from megasd.planner.time import Time, step_time
+from megasd.validate import check_model_values, check_teacher_values, validate_values
 
 ENGINE_TP = (1, 2, 4, 8)
 BIGGER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # actor nodes that are tried for a model that does not fit
@@ -29,7 +31,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.refused is None and self.memory.fits and (not self.job.engine_gpus or engine_fits(self.job))
+        return self.refused is None and self.memory.fits and engine_fits(self.job)
 
 
 def plan(job: Job) -> Plan:
@@ -38,47 +40,70 @@ def plan(job: Job) -> Plan:
 
 
 def illegal(job: Job) -> str | None:
-    """Why the model cannot be split so over these GPUs, as a key with what is wrong; None: it can."""
-    actor, model = job.config.actor, job.model
+    """Why the job cannot run on these GPUs, whatever the memory, as a key with what is wrong; None: it can. What `megasd train` refuses
+    without a look at files, then what the machines refuse."""
+    config = job.change(run__num_processes=0).config  # the GPUs are the plan's matter
+    teacher = config.algorithm.teacher
     try:
-        dp = job.dp
+        validate_values(config, job.gpus)
+        check_model_values(config, dict(job.model.hf), Path(config.model.path))
+        if job.teacher is not None:
+            check_teacher_values(config, dict(job.teacher.hf), Path(teacher.model_path))
     except ConfigError as error:
         return str(error).replace("run.num_processes", "cluster.actor_nodes")
-    node = job.config.cluster.gpus_per_node
-    checks = [
-        (job.tp <= node, f"actor.tensor_model_parallel_size={job.tp}: more than the {node} GPUs of a node"),
-        (model.heads % job.tp == 0, f"actor.tensor_model_parallel_size={job.tp}: does not divide {model.heads} heads"),
-        (
-            model.groups % job.tp == 0 or job.tp % model.groups == 0,
-            f"actor.tensor_model_parallel_size={job.tp}: neither divides nor is a multiple of {model.groups} key heads",
-        ),
-        (job.ep > 1 or model.width % job.tp == 0, f"actor.tensor_model_parallel_size={job.tp}: does not divide the MLP's {model.width}"),
-        (model.layers % job.pp == 0, f"actor.pipeline_model_parallel_size={job.pp}: does not divide {model.layers} layers"),
-        (job.ep == 1 or model.experts > 0, f"actor.expert_model_parallel_size={job.ep}: no mixture of experts; set it to 1"),
-        (not model.experts or model.experts % job.ep == 0, f"actor.expert_model_parallel_size={job.ep}: does not divide {model.experts}"),
-        (job.gpus % (job.ep * job.pp) == 0, f"actor.expert_model_parallel_size={job.ep}: EP x PP does not divide {job.gpus} GPUs"),
-        (
-            not model.experts or job.tp == 1 or actor.sequence_parallel,
-            "actor.sequence_parallel: Megatron trains a mixture of experts under TP only with it; set it to true",
-        ),
-        (job.tp > 1 or not actor.sequence_parallel, "actor.sequence_parallel: needs tensor parallelism; set it to false"),
-        (
-            samples_per_step(job.config) % dp == 0,
-            f"rollout.num_prompts: {samples_per_step(job.config)} samples a step cannot be shared by {dp} data-parallel ranks",
-        ),
-    ]
-    return next((why for good, why in checks if not good), None)
+    actor, node = config.actor, config.cluster.gpus_per_node
+    if job.tp > node:
+        return f"actor.tensor_model_parallel_size={job.tp}: more than the {node} GPUs of a node; lower it"
+    if actor.fp8 is not None and job.gpu.fp8 is None:
+        return f"actor.fp8={actor.fp8}: {job.gpu.name} has none; set it to null"
+    if actor.packing and actor.dtype == "float32" and not job.gpu.local_spec:
+        return "actor.packing: TransformerEngine's attention takes packed sequences in bfloat16 alone; set actor.dtype"
+    return _illegal_engines(job) if job.samples_itself else None
+
+
+def _illegal_engines(job: Job) -> str | None:
+    engine, node = job.config.rollout.engine, job.config.cluster.gpus_per_node
+    tp, key = engine.tensor_parallel_size, f"rollout.engine.tensor_parallel_size={engine.tensor_parallel_size}"
+    if not engine_splits(job, tp):
+        model = job.model
+        return f"{key}: SGLang cannot cut {model.heads} heads, {model.groups} key heads and an MLP of {model.width} so; choose a divisor"
+    if node % tp:
+        return f"{key}: does not divide the {node} GPUs of a node; choose a divisor"
+    if not job.engine_gpus:
+        fills = engine.num_engines * tp <= node
+        return (
+            None if fills else f"rollout.engine.num_engines={engine.num_engines}: x TP {tp}, more than the {node} GPUs of a node; lower it"
+        )
+    if engine.served != job.engines:
+        return (
+            f"rollout.engine.served={engine.served}: {job.engine_gpus} GPUs serve {job.engines} engines of TP {tp}; set it to {job.engines}"
+        )
+    if engine.release_memory:
+        return "rollout.engine.release_memory: engines on nodes of their own share no GPU with the actor; set it to false"
+    return None
+
+
+def engine_splits(job: Job, tp: int) -> bool:
+    """Whether SGLang can give each of `tp` ranks as many heads, key heads (or one of them to several), and columns of the MLP."""
+    model = job.model
+    return not (model.heads % tp or model.width % tp or (model.groups % tp and tp % model.groups))
 
 
 def search(job: Job) -> list[Plan]:
     """Every layout of the job's GPUs that fits, fastest first; of those within 2 percent the one with fewest stages and context ranks."""
-    found = [Plan(one, held, step_time(one)) for one in candidates(job) if (held := memory(one)).fits]
-    found = [one for one in found if one.fits]
+    found = [replace(one, time=step_time(one.job)) for one in fitting(candidates(job))]
     return sorted(found, key=lambda one: (int(math.log(one.time.seconds, 1.02)), one.job.pp * one.job.cp, one.time.seconds))
 
 
+def fitting(jobs: Iterable[Job]) -> Iterator[Plan]:
+    """Those that fit and that nothing refuses; their time is left out."""
+    plans = (Plan(job, memory(job)) for job in jobs)
+    return (one for one in plans if one.fits and illegal(one.job) is None)
+
+
 def candidates(job: Job, *, lean: bool = False) -> Iterator[Job]:
-    """Jobs to look at. lean: those alone that take least memory, the smallest microbatch and full recomputing."""
+    """Jobs to look at, some of which `illegal` refuses. lean: those alone that take least memory, the smallest microbatch and full
+    recomputing."""
     actor, model = job.config.actor, job.model
     for tp in divisors(math.gcd(job.config.cluster.gpus_per_node, model.heads)):
         for pp in divisors(model.layers):
@@ -92,13 +117,23 @@ def candidates(job: Job, *, lean: bool = False) -> Iterator[Job]:
                         actor__context_parallel_size=cp,
                         actor__expert_model_parallel_size=ep,
                         actor__sequence_parallel=tp > 1,
+                        actor__tp_comm_overlap=actor.tp_comm_overlap and tp > 1,
                         actor__use_distributed_optimizer=True,
                     )
-                    if illegal(split) is None:
+                    if samples_per_step(job.config) % split.dp == 0:
                         for sized in islice(_sizes(split), 1 if lean else None):
-                            # Selective recomputing of core attention frees next to nothing beside flash attention: only if asked for.
-                            for again in ("full",) if lean else dict.fromkeys((None, actor.recompute_granularity, "full")):
-                                yield from _engines(sized.change(actor__recompute_granularity=again))
+                            for one in _recomputing(sized, lean=lean):
+                                yield from _engines(one)
+
+
+def _recomputing(job: Job, *, lean: bool) -> Iterator[Job]:
+    """None, every layer, and what the config has: selective recomputing of core attention frees next to nothing beside flash attention,
+    so it is looked at only if asked for."""
+    actor = job.config.actor
+    own = (actor.recompute_granularity, actor.recompute_method, actor.recompute_num_layers)
+    full = ("full", "uniform", 1)
+    for granularity, method, count in (full,) if lean and not actor.cuda_graph else dict.fromkeys(((None, "uniform", 1), own, full)):
+        yield job.change(actor__recompute_granularity=granularity, actor__recompute_method=method, actor__recompute_num_layers=count)
 
 
 def _sizes(job: Job) -> Iterator[Job]:
@@ -117,11 +152,18 @@ def _engines(job: Job) -> Iterator[Job]:
     if not job.samples_itself:
         yield job
         return
+    rollout, node = job.config.rollout, job.config.cluster.gpus_per_node
+    # An engine that samples beside the training, or keeps the start model, cannot give its memory away.
+    stays = rollout.overlap or rollout.frozen_policy
+    release = rollout.engine.release_memory if stays else job.colocated
     for tp in ENGINE_TP:
-        if tp > job.config.cluster.gpus_per_node or job.model.heads % tp:
-            continue
-        number = {} if job.engine_gpus else {"rollout__engine__num_engines": job.config.cluster.gpus_per_node // tp}
-        yield job.change(rollout__engine__tensor_parallel_size=tp, rollout__engine__release_memory=job.colocated, **number)
+        if node % tp == 0 and engine_splits(job, tp):
+            yield job.change(
+                rollout__engine__tensor_parallel_size=tp,
+                rollout__engine__release_memory=release and job.colocated,
+                rollout__engine__num_engines=1 if job.engine_gpus else node // tp,
+                rollout__engine__served=job.engine_gpus // tp,
+            )
 
 
 def divisors(n: int) -> list[int]:
@@ -193,14 +235,19 @@ def fixes(job: Job) -> Iterator[Fix]:
 
 def _engine_fixes(job: Job) -> Iterator[Fix]:
     engine, longest = job.config.rollout.engine, job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens
+    if engine.mem_fraction_static is not None and not cache_holds_a_sample(job):
+        for tenths in range(1, 10):
+            if tenths / 10 > engine.mem_fraction_static:
+                yield Fix("rollout.engine.mem_fraction_static", engine.mem_fraction_static, tenths / 10)
     tokens = engine.max_total_tokens
     while tokens // 2 >= 8 * longest:  # a cache of fewer sequences would starve the engine
         tokens //= 2
         yield Fix("rollout.engine.max_total_tokens", engine.max_total_tokens, tokens)
     for tp in ENGINE_TP:
-        fills = job.engine_gpus or tp * engine.num_engines <= job.config.cluster.gpus_per_node
-        if tp > engine.tensor_parallel_size and tp <= job.config.cluster.gpus_per_node:
-            number = () if fills else (("rollout.engine.num_engines", job.config.cluster.gpus_per_node // tp),)
+        node = job.config.cluster.gpus_per_node
+        fills = job.engine_gpus or tp * engine.num_engines <= node
+        if tp > engine.tensor_parallel_size and node % tp == 0 and engine_splits(job, tp):
+            number = () if fills else (("rollout.engine.num_engines", node // tp),)
             served = (("rollout.engine.served", job.engine_gpus // tp),) if job.engine_gpus else ()
             yield Fix("rollout.engine.tensor_parallel_size", engine.tensor_parallel_size, tp, number + served)
 
@@ -223,11 +270,13 @@ def _splits(job: Job) -> Iterator[Fix]:
 
 def refusal(own: Plan) -> str:
     """One line: what does not fit, and the first key to change."""
+    if own.refused:  # which says what to do
+        return own.refused
     job, lead = own.job, _lead(own)
     fix = first_fix(own)
     if fix is not None:
         return f"{lead}; change {fix}"
-    best = next(iter(search(job)), None) if any(Plan(one, memory(one)).fits for one in candidates(job, lean=True)) else None
+    best = next(iter(search(job)), None) if _any_fits(job) else None
     if best is not None:
         return f"{lead}; no single key does it, together these do: {', '.join(map(str, differences(job, best.job)))}"
     nodes = enough_nodes(job)
@@ -237,9 +286,10 @@ def refusal(own: Plan) -> str:
 
 
 def _lead(own: Plan) -> str:
-    if own.refused:
-        return own.refused
     job, found = own.job, own.memory
+    if found.fits and not cache_holds_a_sample(job):
+        longest = job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens
+        return f"does not fit: an engine's cache holds {kv_tokens(job)} tokens, and a sample takes up to {longest}"
     if found.fits:
         size = job.config.rollout.engine.tensor_parallel_size
         return f"does not fit: an engine on {size} GPUs of its own needs {_gib(sum(engine(job).values()))} of {_gib(found.limit)}"
@@ -256,9 +306,9 @@ def differences(job: Job, other: Job) -> list[Fix]:
     """Keys in which a found layout differs, the layout's first."""
     keys = (
         "actor.tensor_model_parallel_size", "actor.sequence_parallel", "actor.pipeline_model_parallel_size", "actor.context_parallel_size",
-        "actor.expert_model_parallel_size", "actor.recompute_granularity", "actor.micro_batch_size", "actor.max_tokens_per_microbatch",
-        "actor.use_distributed_optimizer", "rollout.engine.tensor_parallel_size", "rollout.engine.num_engines",
-        "rollout.engine.release_memory",
+        "actor.expert_model_parallel_size", "actor.recompute_granularity", "actor.recompute_method", "actor.recompute_num_layers",
+        "actor.micro_batch_size", "actor.max_tokens_per_microbatch", "actor.use_distributed_optimizer", "actor.tp_comm_overlap",
+        "rollout.engine.tensor_parallel_size", "rollout.engine.num_engines", "rollout.engine.served", "rollout.engine.release_memory",
     )  # fmt: skip
     pairs = [(key, _value(job, key), _value(other, key)) for key in keys]
     return [Fix(key, old, new) for key, old, new in pairs if old != new]
@@ -276,6 +326,10 @@ def enough_nodes(job: Job) -> int | None:
     for nodes in BIGGER:
         if nodes * job.config.cluster.gpus_per_node > job.gpus:
             more = replace(job.change(cluster__actor_nodes=nodes), gpus=nodes * job.config.cluster.gpus_per_node)
-            if any(Plan(one, memory(one)).fits for one in candidates(more, lean=True)):
+            if _any_fits(more):
                 return nodes
     return None
+
+
+def _any_fits(job: Job) -> bool:
+    return next(fitting(candidates(job, lean=True)), None) is not None

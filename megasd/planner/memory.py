@@ -7,11 +7,12 @@
     teacher      fp32 copy of the rank's weights, not cut over DP (actor/teacher.py); the separate model in the actor's dtype
     teacher cast during the teacher's pass: its weights once more in the model's dtype, unless that is fp32; its output layer stays
     signal       what is kept of the teacher's pass until the student's (actor/teacher_signal.py): of every response token of the rank's
-                 share, on the last stage, a hidden state, or 8 K + 4 bytes
+                 share of all minibatches, on the last stage, a hidden state, or 8 K + 4 bytes; once, the teacher's output weight, where
+                 that is no tensor of its own already
     activations  activations.py
     backward     gradients of activations
     loss         the chunk's logits within actor.loss_memory_mib, and beside them what is as long as the microbatch (ops/fused_linear.py)
-    batch        the step's microbatches, which all go to the GPU at once, and the per-token streams
+    batch        an update's microbatches, which all go to the GPU at once, and the per-token streams of all minibatches
     sync         rank 0: two buckets, and what other ranks send for two; an engine's receive buffer (group)
     engine       SGLang's weights, KV cache (2 x layers x key heads x d words a token) and OVERHEAD
     NCCL, context, fragmentation    constants below
@@ -78,19 +79,25 @@ def _phases(job: Job, stage: int) -> dict[str, dict[str, int]]:
     phases = {"training": fixed | signal | training(job, stage)}
     if job.has_teacher:
         phases["teacher"] = fixed | signal | teaching(job, stage)
-    if job.colocated and stage == 0:  # engines lie on the first GPUs, the first stage's
+    if shares_gpu(job, stage):
         phases["sampling"] = dict(fixed)
     released = job.config.rollout.engine.release_memory
     for phase, causes in phases.items():
         causes["fragmentation"] = FRAGMENTATION * sum(causes.values())
         causes["NCCL"], causes["context"] = communicators(job, stage) * NCCL_BYTES, CONTEXT
-        if job.colocated and stage == 0:
+        if shares_gpu(job, stage):
             causes |= engine(job) if phase == "sampling" or not released else {"engine overhead": ENGINE_RESIDUE}
     if job.gpu.local_spec:  # the CPU has none of these
         for causes in phases.values():
             for name in ("fragmentation", "NCCL", "context", "engine overhead"):
                 causes.pop(name, None)
     return {phase: {name: int(value) for name, value in causes.items() if value} for phase, causes in phases.items()}
+
+
+def shares_gpu(job: Job, stage: int) -> bool:
+    """Whether an engine lies on a GPU of that stage: engines take the first node's GPUs in order, and so do stages, equally many each."""
+    taken = min(job.config.cluster.gpus_per_node, job.engines * job.config.rollout.engine.tensor_parallel_size)
+    return job.colocated and stage * (job.gpus // job.pp) < taken
 
 
 # ---- what is always there ----
@@ -160,33 +167,37 @@ def communicators(job: Job, stage: int) -> int:
 
 
 def batch_bytes(job: Job, longest: int) -> float:
-    """Ids and positions, rows, places and flags of every microbatch of the rank's share, and the streams of its response tokens."""
+    """Ids and positions, rows, places and flags of every microbatch of an update's share, and the streams of all response tokens."""
     algorithm, responses = job.config.algorithm, job.samples * job.config.rollout.max_response_tokens
     pg, repeats = algorithm.policy_gradient, algorithm.minibatches * algorithm.epochs > 1
     credit = pg is not None and pg.credit is not None
     # engine's log-prob and advantage, taught; of the teacher log-prob and entropy; the student's own before the step
     streams = 9 + (8 if credit else 0) + (4 if repeats or (credit and pg.credit.kind in ("return", "margin")) else 0)
     tokens = job.samples * longest / job.cp
-    return tokens * 16 + min(responses, tokens) * 17 + responses * streams
+    return tokens * 16 + min(responses, tokens) * 17 + responses * streams * algorithm.minibatches
 
 
 def signal_bytes(job: Job, stage: int) -> float:
-    """Rows of every response token of the share, whole on each context-parallel rank; slot_R on every stage."""
+    """Rows of every response token of all minibatches' shares, which are taught before the first update, whole on each context-parallel
+    rank; slot_R on every stage; the output weight that all of them share, where it is a copy."""
     algorithm, rollout = job.config.algorithm, job.config.rollout
     if not job.has_teacher:
         return 0.0
-    tokens = job.samples * rollout.max_response_tokens
-    slots = 8.0 * tokens
+    tokens, parts = job.samples * rollout.max_response_tokens, algorithm.minibatches
+    slots = 8.0 * tokens * parts
+    if stage != job.pp - 1:
+        return slots
     teacher = algorithm.teacher
     several = teacher.weights == "trust_region"
-    if stage != job.pp - 1 or (algorithm.distill is None and not several):
-        return slots
     hidden = job.teacher_model.hidden * (2 if several else 1)
+    # Side by side; cast from fp32; of a live teacher that is updated before it is read for the last time.
+    copied = several or (teacher.weights in SHADOWED and job.word < 4) or (teacher.weights == "live" and parts * algorithm.epochs > 1)
+    slots += job.model.vocabulary(job.config.actor) * hidden * job.word * copied
+    if algorithm.distill is None and not several:
+        return slots
     if algorithm.distill is not None and teacher.transport == "record":
-        return slots + (tokens + 1) * (8 * min(algorithm.distill.top_k, int(job.model.hf["vocab_size"])) + 4)
-    weight = job.model.vocabulary(job.config.actor) * hidden * job.word
-    copied = several or (teacher.weights in SHADOWED and job.word < 4)
-    return slots + (tokens + 1) * hidden * job.word + (weight if copied else 0)
+        return slots + parts * (tokens + 1) * (8 * min(algorithm.distill.top_k, int(job.model.hf["vocab_size"])) + 4)
+    return slots + parts * (tokens + 1) * hidden * job.word
 
 
 def training(job: Job, stage: int) -> dict[str, float]:
@@ -280,10 +291,13 @@ def engine(job: Job) -> dict[str, float]:
 
 
 def engine_weights(job: Job) -> float:
-    """Cut over the engine's ranks, norms aside; an engine of its own model (fp8) holds a byte a weight."""
-    engine = job.config.rollout.engine
-    word = 1 if engine.model_path else {"auto": job.word, "float32": 4, "bfloat16": 2}[engine.dtype]
-    return word * job.model.weights / engine.tensor_parallel_size
+    """Cut over the engine's ranks, norms aside. An engine of its own model (fp8) holds a byte a weight, but two in embedding and head."""
+    engine, model = job.config.rollout.engine, job.model
+    if engine.model_path:
+        nbytes = model.weights + model.vocabulary_weights
+    else:
+        nbytes = {"auto": job.word, "float32": 4, "bfloat16": 2}[engine.dtype] * model.weights
+    return nbytes / engine.tensor_parallel_size
 
 
 def kv_token_bytes(job: Job) -> float:
@@ -306,8 +320,12 @@ def kv_bytes(job: Job) -> float:
     return kv_tokens(job) * kv_token_bytes(job)
 
 
+def cache_holds_a_sample(job: Job) -> bool:
+    return kv_tokens(job) >= job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens
+
+
 def engine_fits(job: Job) -> bool:
-    """An engine on a GPU of its own; one whose cache holds not even one sample does not."""
-    rollout = job.config.rollout
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    return kv_tokens(job) >= longest and sum(engine(job).values()) <= job.gpu.memory * (1 - RESERVE)
+    """Whether the run's engines hold a sample, and those on GPUs of their own have room there."""
+    if not job.samples_itself:
+        return True
+    return cache_holds_a_sample(job) and (job.colocated or sum(engine(job).values()) <= job.gpu.memory * (1 - RESERVE))

@@ -69,11 +69,17 @@ def push_seconds(gather: float, send: float, buckets: int, after: float = 0.0) -
 
 
 def received(job: Job) -> Received:
-    """Of a job's layout, in equal shares: stage k of the first data-parallel copy begins at rank k x GPUs / pp (Megatron's order)."""
-    nbytes, shards = job.word * job.model.weights, job.tp * job.pp
-    node = job.config.cluster.gpus_per_node
-    here = sum(stage * (job.gpus // job.pp) < node for stage in range(job.pp)) * min(job.tp, node)
-    return Received(nbytes // shards, nbytes * (here - 1) // shards, nbytes * (shards - here) // shards)
+    """Of a job's layout, in equal shares: stage k of the first data-parallel copy begins at rank k x GPUs / pp (Megatron's order), with the
+    tensor-parallel ranks, and with the expert-parallel ranks that hold the experts where there are any."""
+    node, experts = job.config.cluster.gpus_per_node, job.model.expert_weights if job.ep > 1 else 0
+    stages = sum(stage * (job.gpus // job.pp) < node for stage in range(job.pp))
+    own = same_node = other_nodes = 0
+    for weights, ranks in ((job.model.weights - experts, job.tp), (experts, job.ep)):
+        nbytes, shards, here = job.word * weights, ranks * job.pp, stages * min(ranks, node)
+        own += nbytes // shards
+        same_node += nbytes * (here - 1) // shards
+        other_nodes += nbytes * (shards - here) // shards
+    return Received(own, same_node, other_nodes)
 
 
 def seconds(job: Job) -> tuple[float, str]:
@@ -81,7 +87,8 @@ def seconds(job: Job) -> tuple[float, str]:
     sync, gpu, engine_tp = job.config.sync, job.gpu, job.config.rollout.engine.tensor_parallel_size
     nbytes = job.word * job.model.weights
     buckets = len(job.model.buckets((sync.bucket_mib or 512) << 20, job.word, job.pp))
-    gather, after = gather_seconds(received(job), gpu), 0.0
+    parts = received(job)
+    gather, after = gather_seconds(parts, gpu), 0.0
     if sync.transport == "colocated":
         send, link = ipc_seconds(nbytes, engine_tp, job.engines, gpu), "NVLink"
     elif sync.transport == "group":
@@ -92,4 +99,6 @@ def seconds(job: Job) -> tuple[float, str]:
         write, read = (SHM_WRITE, SHM_READ) if job.colocated else (NVME_WRITE * EFFICIENCY, NVME_READ * EFFICIENCY)
         send, after = disk_seconds(nbytes, engine_tp, write, read, gpu)
         link = "disk"
-    return push_seconds(gather, send, buckets, after), link if send > gather or after else "IB"
+    if gather >= send and not after:
+        link = "IB" if parts.other_nodes else "NVLink" if parts.same_node else "HBM"
+    return push_seconds(gather, send, buckets, after), link

@@ -85,6 +85,16 @@ class Model:
             self._cache["weights"] = layer.times(self.layers).total + ends
         return self._cache["weights"]
 
+    @property
+    def vocabulary_weights(self) -> int:
+        """Of the embedding and the output layer, without padding; tied weights once."""
+        return int(self.hf["vocab_size"]) * self.hidden * (1 if self.table.tied else 2)
+
+    @property
+    def expert_weights(self) -> int:
+        """Of all experts of all layers."""
+        return self._count(range(self.experts), 1, 1).expert * self.layers
+
     def rank(self, actor: ActorConfig, stage: int) -> Count:
         """Weights of one rank of a pipeline stage; tensor-parallel ranks hold equally many."""
         pp = actor.pipeline_model_parallel_size

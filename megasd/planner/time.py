@@ -10,7 +10,9 @@ pipeline stage). Within a phase parts that cannot overlap are added; the largest
     student    forward and backward (3 forwards), what is computed anew, the loss's products (student, teacher, two gradients), other
                forwards that the algorithm asks for; then TP (2 all-reduces a layer forward, as many backward; one of n bytes over t ranks
                moves 2 n (t - 1) / t), CP (the others' keys and values a layer, twice backward, under attention), EP (two all-to-alls a
-               layer each way), bubble (pp - 1) / microbatches of all that (2104.04473, section 2.2)
+               layer each way), PP (the residual stream to the next stage, its gradient back), bubble (pp - 1) / microbatches of all that
+               (2104.04473, section 2.2). FP8's rate is that of the linear layers that are in it: not of attention scores, the output
+               layer and the layers left in bf16, of which the busiest stage has most
     gradients  reduce-scatter in fp32 over DP x CP, gather of the parameters; where the overlap flags are on, EXPOSED of each
     optimizer  Adam's bytes (30 a weight in bf16) over HBM, the teacher's average
     push       push.py
@@ -21,10 +23,12 @@ verification, batch building, evaluation, checkpoints. NOTHING HERE WAS MEASURED
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megasd.config import samples_per_step
-from megasd.flops import layers_flops, linear_weights, output_flops
+from megasd.flops import layers_flops, linear_weights, output_flops, recompute_flops, scores_flops
 from megasd.planner import push
 from megasd.planner.job import Job
 from megasd.planner.memory import engine_weights, kv_token_bytes, kv_tokens
@@ -108,10 +112,33 @@ def _mean(job: Job) -> int:
 
 
 def _rate(job: Job) -> float:
-    """FLOP/s of a training GPU."""
-    if job.config.actor.fp8 is not None and job.gpu.fp8 is not None:
-        return job.gpu.fp8 * COMPUTE_FP8
+    """FLOP/s of a training GPU in bf16."""
     return job.gpu.bf16 * COMPUTE
+
+
+def _linear_rate(job: Job, layers: int) -> float:
+    """FLOP/s of the linear layers on the stage of a model of `layers` layers that has most of them in bf16."""
+    actor = job.config.actor
+    if actor.fp8 is None or job.gpu.fp8 is None:
+        return _rate(job)
+    ends = (actor.num_layers_at_start_in_bf16, actor.num_layers_at_end_in_bf16) if actor.first_last_layers_bf16 else (0, 0)
+    wide = min(1.0, (max(ends) if job.pp > 1 else sum(ends)) * job.pp / layers)
+    return 1 / (wide / _rate(job) + (1 - wide) / (job.gpu.fp8 * COMPUTE_FP8))
+
+
+def _forward(job: Job, hf: Mapping[str, Any], length: int) -> float:
+    """Seconds that one GPU would take for all layers of one sequence."""
+    scores = scores_flops(hf, length)
+    return (layers_flops(hf, length) - scores) / _linear_rate(job, int(hf["num_hidden_layers"])) + scores / _rate(job)
+
+
+def _anew(job: Job, length: int) -> float:
+    """The same of what the backward computes anew."""
+    actor, hf = job.config.actor, job.model.hf
+    scores = scores_flops(hf, length) if actor.recompute_granularity == "selective" and "core_attn" in actor.recompute_modules else 0.0
+    if actor.recompute_granularity == "full":
+        return recompute_flops(hf, length, actor) / layers_flops(hf, length) * _forward(job, hf, length)
+    return (recompute_flops(hf, length, actor) - scores) / _linear_rate(job, job.model.layers) + scores / _rate(job)
 
 
 # ---- sampling ----
@@ -153,9 +180,9 @@ def teaching(job: Job) -> Phase:
     passes, model = job.teacher_passes, job.teacher_model
     length = _mean_teacher(job)
     samples = job.samples * job.config.algorithm.minibatches
-    forward = samples * layers_flops(model.hf, length) * _padding(job) / (job.tp * job.cp * job.pp)
+    forward = samples * _forward(job, model.hf, length) * _padding(job) / (job.tp * job.cp * job.pp)
     reads = job.config.algorithm.teacher.transport == "record"
-    head = samples * output_flops(model.hf, int(job.mean_response)) / (job.tp * job.cp) * reads
+    head = samples * output_flops(model.hf, int(job.mean_response)) / (job.tp * job.cp) * reads / _rate(job)
     parts = _with_links(job, forward + head, samples * length, forwards=1.0, backwards=0.0)
     return Phase("teacher", {name: seconds * passes for name, seconds in parts.items()})
 
@@ -165,30 +192,31 @@ def student(job: Job) -> Phase:
     samples, mean = job.samples * algorithm.minibatches, _mean(job)
     extra = float(algorithm.minibatches * algorithm.epochs > 1)  # pi_old
     extra += algorithm.distill is not None and algorithm.distill.token_weight == "scan"
-    anew = 0.0
+    anew = 0.0  # of a forward's collectives
     if actor.recompute_granularity == "full":
-        share = 1.0 if actor.recompute_method == "uniform" else min(1.0, actor.recompute_num_layers * job.pp / job.model.layers)
-        anew = share
-    elif actor.recompute_granularity == "selective" and ("mlp" in actor.recompute_modules or "moe" in actor.recompute_modules):
-        anew = 0.6  # the MLP's share of a dense layer's products
-    passes = algorithm.epochs
-    forward = samples * layers_flops(hf, mean) * _padding(job) / (job.tp * job.cp * job.pp)
-    head = samples * output_flops(hf, int(job.mean_response)) / (job.tp * job.cp)
+        anew = recompute_flops(hf, mean, actor) / layers_flops(hf, mean)
+    elif actor.recompute_granularity == "selective" and {"mlp", "moe"} & set(actor.recompute_modules):
+        anew = 0.5
+    passes, share = algorithm.epochs, samples * _padding(job) / (job.tp * job.cp * job.pp)
+    forward, again = share * _forward(job, hf, mean), share * _anew(job, mean)
+    head = samples * output_flops(hf, int(job.mean_response)) / (job.tp * job.cp) / _rate(job)
     products = 3 + (job.has_teacher and algorithm.distill is not None and algorithm.teacher.transport == "hidden")
-    flops = passes * (forward * (3 + anew) + head * products) + extra * (forward + head)
-    return Phase("student", _with_links(job, flops, samples * mean, forwards=passes * (1 + anew) + extra, backwards=float(passes)))
+    compute = passes * (forward * 3 + again + head * products) + extra * (forward + head)
+    return Phase("student", _with_links(job, compute, samples * mean, forwards=passes + extra, backwards=float(passes), anew=passes * anew))
 
 
 def _padding(job: Job) -> float:
     return 1.0 if job.config.actor.packing else PADDING
 
 
-def _with_links(job: Job, flops: float, tokens: float, *, forwards: float, backwards: float) -> dict[str, float]:
-    """`flops` of the busiest stage's rank, and the collectives of passes over `tokens` true tokens of a data-parallel rank."""
+def _with_links(job: Job, compute: float, tokens: float, *, forwards: float, backwards: float, anew: float = 0.0) -> dict[str, float]:
+    """Seconds of the busiest stage's rank: its `compute`, and what passes over `tokens` true tokens of a data-parallel rank send; anew: of
+    the forwards, those that recomputing adds, which send nothing to other stages."""
     gpu, model = job.gpu, job.model
-    parts = {"compute": flops / _rate(job), "NVLink": 0.0, "IB": 0.0}
+    parts = {"compute": compute, "NVLink": 0.0, "IB": 0.0}
     layers, local = model.layers / job.pp, tokens * _padding(job) / job.cp
     hidden = local * model.hidden * job.word
+    between, forwards = forwards + backwards, forwards + anew
     if job.tp > 1:
         again = 0.5 * backwards if job.config.actor.sequence_parallel else 0.0  # inputs of linear layers are gathered once more
         volume = 2 * (job.tp - 1) / job.tp * hidden * layers * 2 * (forwards + backwards + again)
@@ -205,6 +233,8 @@ def _with_links(job: Job, flops: float, tokens: float, *, forwards: float, backw
         rate = gpu.nvlink if link == "NVLink" else gpu.network
         parts[link] += 2 * visits * layers * (forwards + backwards) / (rate * BANDWIDTH)
     if job.pp > 1:
+        link, rate = ("NVLink", gpu.nvlink) if job.gpus <= node else ("IB", gpu.network)
+        parts[link] += hidden / job.sp * between / (rate * BANDWIDTH)
         parts["bubble"] = sum(parts.values()) * (job.pp - 1) / job.microbatches
     return {name: seconds for name, seconds in parts.items() if seconds}
 
