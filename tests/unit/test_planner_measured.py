@@ -25,7 +25,7 @@ BASE = (
 LONGER = ("rollout.num_samples=2", "actor.micro_batch_size=2", "rollout.max_response_tokens=896")
 TWO = {"num_hidden_layers": 2}
 DAILY = {
-    "512 tokens, full": {"items": (*BASE, "actor.recompute_granularity=full")},
+    "512 tokens, full": {"items": (*BASE, "actor.recompute_granularity=full"), "model": TWO},
     "1024 tokens": {"items": (*BASE, *LONGER), "model": TWO | {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}},
 }
 NIGHTLY = {

@@ -189,7 +189,7 @@ def test_a_push_on_one_node_waits_for_nvlink() -> None:
 
 
 def test_json_says_what_a_layout_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_config(tmp_path, FITTING, "rollout: {engine: {num_engines: 8, release_memory: true}}")
+    config = write_config(tmp_path, FITTING, "rollout: {engine: {num_engines: 4, release_memory: true, max_total_tokens: 32768}}")
     assert main(["plan", config, "--json", "--top", "1"]) == 0
     found = json.loads(capsys.readouterr().out)["layouts"][0]
     assert found["changes"]["actor.recompute_granularity"] is None
