@@ -144,7 +144,7 @@ class Life:
         for task in self._cares.values():  # first: it might start an engine anew
             task.cancel()
         await asyncio.gather(*self._cares.values(), return_exceptions=True)
-        for engine in [*self.engines, *([self.router] if self.router is not None else [])]:
+        for engine in [*([self.router] if self.router is not None else []), *self.engines]:
             await engine.close()
         if self.registry is not None:
             await self.registry.close()
