@@ -223,7 +223,13 @@ class Life:
             task.result()
 
     async def _settle(self) -> None:
-        """Before a push: engines that are being brought back take part in it."""
+        """Before a push: engines that are being brought back take part in it.
+
+        All but one of another machine that nobody has announced again: while others live, the next call goes on looking for it.
+        """
+        for engine, task in self._cares.items():
+            if not task.done() and isinstance(engine, Served) and not engine.alive and engine.lock.locked() and self._living():
+                task.cancel()
         pending = [task for task in self._cares.values() if not task.done()]
         if pending:
             await asyncio.wait(pending)
@@ -233,7 +239,8 @@ class Life:
         async with engine.lock:
             if engine.incarnation != incarnation:
                 return  # another request has seen to it
-            reason = await engine.why_dead()
+            gone = isinstance(engine, Served) and not engine.alive  # whoever answers at its URL now is to be announced first
+            reason = engine.reason if gone else await engine.why_dead()
             if reason is None:
                 if engine.held is not None and await self._version_of(engine) != str(self.version):
                     await self._give_weights(engine)
@@ -262,6 +269,9 @@ class Life:
                 except (EngineError, Unreachable) as error:
                     reason = str(error)
                     engine.kill()
+                except asyncio.CancelledError:  # by _settle: it was not found, and will be looked for again
+                    engine.restarts -= 1
+                    raise
 
     async def _give_weights(self, engine: Engine) -> None:
         """Bring an engine to `version`: from the directory, or by a push from the actor; without a thread to do that it stays without."""

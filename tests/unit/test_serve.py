@@ -104,9 +104,34 @@ def test_requests_of_a_dead_engine_go_to_the_others_and_it_is_taken_back(node: N
             time.sleep(0.05)
         node.servers[0] = ControlServer(dead.architectures, port)
         node.announce(0, "megasd-c")  # `megasd serve` has started it anew
-        rollout._call(rollout._settle())
+        deadline = time.monotonic() + 10
+        while not engine.up and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert engine.answers_as == "megasd-c" and engine.held == 0 and node.servers[0].version == "0" and engine.restarts == 1
         assert ask(rollout) == 8 and node.servers[0].asked > 0
+
+
+def test_a_push_does_not_wait_for_an_engine_that_nobody_announces_again(node: Node) -> None:
+    node.announce(0, "megasd-a")
+    node.announce(1, "megasd-b")
+    with node.rollout(2, start_timeout=60, max_restarts=2) as rollout:
+        dead, port = node.servers[0], node.servers[0].port
+        dead.fail["/generate"] = lambda body: dead._loop.create_task(dead._runner.cleanup()) and (500, {})
+        assert ask(rollout) == 8
+        engine = next(engine for engine in rollout.engines if engine.url == dead.url)
+        while engine.alive:
+            time.sleep(0.05)
+        for version in range(1, 5):  # more often than it may be restarted
+            began = time.monotonic()
+            rollout.push(str(node.model), version)
+            assert time.monotonic() - began < 3 and not engine.alive
+            assert ask(rollout) == 8
+        node.servers[0] = ControlServer(dead.architectures, port)
+        node.announce(0, "megasd-c")  # at the same URL
+        deadline = time.monotonic() + 10
+        while not engine.up and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert engine.held == 4 and engine.answers_as == "megasd-c" and engine.restarts == 1
 
 
 def test_the_engine_that_is_asked_least_is_asked(node: Node) -> None:
