@@ -34,13 +34,12 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 def run(args: argparse.Namespace, items: list[str]) -> int:
-    """The command; 0 when the run has ended or this was told to. UserError for what cannot be served."""
+    """The command; 0 when the run has ended or this was told to, 1 when the run went silent. UserError for what cannot be served."""
     overrides = [item for item in items if re.match(r"[\w.]+=", item)]
     config = load_config([item for item in items if item not in overrides], overrides, RECIPES)
     validate_values(config, default_world_size(config))
     engines = make_engines(config, host=args.host, count=args.engines)
-    asyncio.run(serve(engines, Path(config.run.dir) / "engines"))
-    return 0
+    return asyncio.run(serve(engines, Path(config.run.dir) / "engines"))
 
 
 def make_engines(config: Config, *, host: str, count: int | None) -> list[Engine]:
@@ -68,23 +67,30 @@ def make_engines(config: Config, *, host: str, count: int | None) -> list[Engine
     ]  # fmt: skip
 
 
-async def serve(engines: list[Engine], directory: Path) -> None:
-    """Until the run ends, a signal comes, or no engine can be kept up (StartError, EngineError)."""
+async def serve(engines: list[Engine], directory: Path) -> int:
+    """Until the run ends or goes silent or a signal comes; the exit code.
+
+    StartError, EngineError when no engine can be kept up, when one has never answered, or one is lost before the run is there.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     watch = Watch(directory)
-    tasks = [asyncio.ensure_future(keep(engine, directory, print)) for engine in engines]
+    tasks = {asyncio.ensure_future(keep(engine, directory, print)): engine for engine in engines}
+    lost: set[asyncio.Task[None]] = set()
     try:
         while not stop.is_set() and (reason := watch.ended()) is None:
-            done = [task for task in tasks if task.done()]
-            if len(done) == len(tasks):
-                await done[0]
+            for task in [task for task in tasks if task.done() and task not in lost]:
+                lost.add(task)
+                if tasks[task].answers_as is None or watch.heard is None or len(lost) == len(tasks):
+                    await task  # raises
+                print(f"megasd: {task.exception()}; the others go on", flush=True)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), POLL)
         print(f"megasd: {'told to stop' if stop.is_set() else reason}; closing the engines", flush=True)
+        return int(not stop.is_set() and watch.silent)
     finally:
         for task in tasks:
             task.cancel()
@@ -131,6 +137,7 @@ class Watch:
     def __init__(self, directory: Path) -> None:
         self.directory, self.token = directory, job_token()
         self.closed_before, self.beat = read(directory / CLOSED), None
+        self.silent = False
         self.heard: float | None = None  # when its sign of life last changed; None before the run has begun
 
     def ended(self) -> str | None:
@@ -143,5 +150,6 @@ class Watch:
                 self.heard = time.monotonic()
             self.beat = trainer.get("beat")
         if self.heard is not None and time.monotonic() - self.heard > PATIENCE:
+            self.silent = True
             return f"the run has given no sign of life for {PATIENCE:g} s"
         return None

@@ -23,7 +23,7 @@ from megasd import serve
 from megasd.algo.recipes import RECIPES
 from megasd.config import EngineConfig, RolloutConfig
 from megasd.load_config import load_config
-from megasd.rollout.engine import Engine
+from megasd.rollout.engine import Engine, StartError
 from megasd.rollout.engine_key import VARIABLE, Secret, engine_key, protect
 from megasd.rollout.generate import Rollout
 from megasd.rollout.served import CLOSED, TRAINER, job_token, read, write
@@ -241,6 +241,34 @@ def test_when_serving_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     watch = serve.Watch(tmp_path)
     monkeypatch.setattr(serve, "PATIENCE", 0.0)
     assert watch.ended() is None and watch.ended() is None  # an earlier run's
+class Failing(Engine):
+    """One that cannot start."""
+
+    def launch(self) -> None:
+        raise StartError("no memory is left")
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_engine_that_cannot_start_ends_it(node: Node, others: int) -> None:
+    common = dict(model_path=str(node.model), device="cpu", dtype="float32", log_path=node.run / "log", seed=1)
+    engines = [Failing(EngineConfig(), **common), *[Engine(EngineConfig(), url=node.servers[0].url, **common) for _ in range(others)]]
+    with pytest.raises(StartError, match="no memory is left"):
+        asyncio.run(serve.serve(engines, node.engines))
+    assert not list(node.engines.glob("*.json"))
+
+
+def test_a_lost_engine_is_told_of_and_a_silent_run_is_no_success(
+    node: Node, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = dict(model_path=str(node.model), device="cpu", dtype="float32", log_path=node.run / "log", seed=1)
+    lost, lives = Failing(EngineConfig(), **common), Engine(EngineConfig(), url=node.servers[0].url, **common)
+    lost.answers_as = "megasd-x"  # it did once
+    write(node.engines / TRAINER, {"token": "job.0", "beat": "1"})
+    monkeypatch.setattr(serve, "PATIENCE", 0.8)
+    assert asyncio.run(serve.serve([lost, lives], node.engines)) == 1
+    assert "no memory is left; the others go on" in capsys.readouterr().out
+
+
     write(tmp_path / TRAINER, {"token": "", "beat": "new-1"})
     assert watch.ended() is not None or (time.sleep(0.01), watch.ended())[1].startswith("the run has given no sign of life")
     write(tmp_path / CLOSED, {"token": "", "beat": "new"})
