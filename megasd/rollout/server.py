@@ -35,8 +35,14 @@ TORCHRUN_VARIABLES = re.compile(r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_
 
 ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"  # environment: the python of SGLang's own environment, where that is not the trainer's
 SEED_STRIDE = 1_000_003
-# Flags that the run sets, or refuses for safety.
+# Flags that the run sets, or refuses for safety; and those whose engines could not be given weights, with what to set instead.
 OURS = ("--host", "--port", "--model-path", "--weight-version", "--trust-remote-code", "--base-gpu-id", "--served-model-name")
+ENGINE_TP, ENGINES = "rollout.engine.tensor_parallel_size", "rollout.engine.num_engines (several engines)"
+NOT_HERE = {
+    "--tp": ENGINE_TP, "--tp-size": ENGINE_TP, "--tensor-parallel-size": ENGINE_TP,
+    "--dp": ENGINES, "--dp-size": ENGINES, "--data-parallel-size": ENGINES,
+    "--pp-size": ENGINE_TP, "--pipeline-parallel-size": ENGINE_TP, "--nnodes": ENGINES,
+}  # fmt: skip
 OWN_PORTS = 20000, 32768  # Linux gives 32768 and above to whoever asks for any port
 
 
@@ -126,6 +132,9 @@ class Server:
         for flag in OURS:
             if flag in given:
                 raise UserError(f"rollout.engine.extra_args: {flag} is not to be given here; the run sets it, or refuses it for safety")
+        for flag, key in NOT_HERE.items():
+            if flag in given:
+                raise UserError(f"rollout.engine.extra_args: {flag} is not to be given here; set {key} instead")
         self.url = f"http://{self.config.host}:{self._choose_port()}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:

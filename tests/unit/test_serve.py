@@ -221,6 +221,14 @@ def test_where_started_engines_run() -> None:
     assert engines[1]._choose_port() == 31001
 
 
+@pytest.mark.parametrize("flag", ["--tp-size=2", "--dp-size", "--pp-size", "--nnodes"])
+def test_flags_that_no_weights_could_follow_are_refused_at_the_start(flag: str, tmp_path: Path) -> None:
+    settings = EngineConfig(extra_args=[flag, "2"])
+    engine = Engine(settings, model_path="m", device="cpu", dtype="float32", log_path=tmp_path / "log", seed=1)
+    with pytest.raises(UserError, match=rf"extra_args: {flag.split('=')[0]} is not to be given here; set rollout.engine\."):
+        engine.launch()
+
+
 def test_who_may_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_checkpoint(tmp_path / "hf", "qwen3")
     config = load_config([], [f"model.path={model}", "data.train=d", f"run.dir={tmp_path}/run"], RECIPES)
