@@ -66,8 +66,15 @@ while kill -0 "$trainer" 2>/dev/null; do
         wait "$engines"
         engines_code=$?
         engines=
+        # With 0 they end because the run is over: the trainer then has a minute to be gone.
+        for _ in {{1..60}}; do
+            [ "$engines_code" -eq 0 ] && kill -0 "$trainer" 2>/dev/null && {{ sleep 1 & wait $!; }}
+        done
+        if [ "$engines_code" -eq 0 ] && kill -0 "$trainer" 2>/dev/null; then
+            engines_code=1
+        fi
         if [ "$engines_code" -ne 0 ]; then
-            echo "the engines ended with exit code $engines_code: the trainer is told to save" >&2
+            echo "the engines ended before the run (exit code $engines_code): the trainer is told to save" >&2
             kill -USR1 "$trainer"
             (sleep {seconds}; kill "$trainer") 2>/dev/null &
         fi
