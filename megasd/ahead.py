@@ -63,8 +63,10 @@ class Ahead:
             try:
                 push()
                 wish.set_result(None)
-            except Exception as error:
+            except Exception as error:  # engines without weights might be waited for in vain
                 wish.set_exception(error)
+                self._rollout.cancel()
+                raise
             except BaseException:
                 wish.cancel()
                 raise

@@ -17,6 +17,7 @@ import pytest
 from megasd.ahead import Ahead, staleness
 from megasd.config import RolloutConfig
 from megasd.rollout.engine import EngineError
+from megasd.sync import SyncError
 from megasd.types import Group, Prompt, Sample
 from tests.unit.control_server import once
 from tests.unit.test_fleet import Pushes, pushes  # noqa: F401
@@ -74,6 +75,21 @@ def test_what_fails_in_it_fails_where_it_is_waited_for(pushes: Callable[..., Pus
     ahead.start(one.rollout, {}, lambda: ask(one, 1))
     with pytest.raises(EngineError, match="the true reason"):
         ahead.wait(never)
+
+
+def test_a_push_that_fails_ends_it(pushes: Callable[..., Pushes]) -> None:  # noqa: F811
+    one, ahead = pushes(1), Ahead()
+    one.servers[0].restart()
+    one.servers[0].fail["/generate"] = once((500, {"message": "gone"}))
+    ahead.start(one.rollout, {}, lambda: ask(one))
+
+    def push() -> None:
+        raise SyncError("out of memory")
+
+    with pytest.raises(SyncError, match="out of memory"):
+        ahead.wait(push)
+    with pytest.raises((concurrent.futures.CancelledError, SyncError)):
+        ahead._running.result(timeout=10)
 
 
 @pytest.mark.parametrize("lost", [False, True])
