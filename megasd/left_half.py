@@ -33,9 +33,10 @@ from megasd.weights.load import check_hf
 class LeftHalf(contextlib.ExitStack):
     """Closed with the run. `rollout` and `rewards` are None where nothing samples; `prompt_ids`: prompt id -> token ids."""
 
-    def __init__(self, config: Config, resume: Path | None, timings: Counter[str]) -> None:
+    def __init__(self, config: Config, resume: Path | None) -> None:
         super().__init__()
-        self.config, self.dir, self.timings = config, Path(config.run.dir), timings
+        self.config, self.dir = config, Path(config.run.dir)
+        self.seconds: Counter[str] = Counter()  # by phase, over a step's batches; told with them, since they may be drawn ahead
         self.rewards = self.rollout = None
         self.counted: Counter[str] = Counter()  # the rollout's counters, over a step's batches
         try:
@@ -78,12 +79,14 @@ class LeftHalf(contextlib.ExitStack):
         if config.rollout.replay_dir is not None:
             self._check_replay()
         if needs_engine(config):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            check_transport(config, device)
             self.rewards = self.enter_context(RewardPool(config.reward))
             self.rewards.check_rows(rows + self.eval_rows)
             self.rollout = Rollout(
                 config.rollout,
                 model_path=config.rollout.engine.model_path or config.model.path,
-                device="cuda" if torch.cuda.is_available() else "cpu",
+                device=device,
                 dtype=engine_dtype(config),
                 run_dir=self.dir,
                 seed=config.run.seed,
@@ -182,6 +185,7 @@ class LeftHalf(contextlib.ExitStack):
     def groups(self, step: int, algorithm: AlgorithmConfig) -> tuple[list[Group], dict[str, float]]:
         config = self.config
         self.counted.clear()
+        self.seconds.clear()
         choice = random.Random(f"{config.run.seed}/{step}")  # the same rows, whenever the step is run again
         if algorithm.source == "dataset":
             prompts, nll = self.prompts.next(), algorithm.nll
@@ -201,6 +205,7 @@ class LeftHalf(contextlib.ExitStack):
         else:
             groups, figures = self._dynamic(step) if config.rollout.dynamic_sampling else self._plain(step)
         save_groups(rollout_path(self.dir / "rollouts", step), groups)
+        figures |= {f"seconds/{phase}": value for phase, value in self.seconds.items()}
         return groups, figures | {f"rollout/{name}": float(value) for name, value in self.counted.items()}
 
     def _plain(self, step: int) -> tuple[list[Group], dict[str, float]]:
@@ -215,8 +220,10 @@ class LeftHalf(contextlib.ExitStack):
             for group in self._sample_and_score(self.prompts.next(), step):
                 (kept if group.pass_rate is not None and 0 < group.pass_rate < 1 else spare).append(group)
         groups, surplus = (kept + spare)[: self.config.rollout.num_prompts], (kept + spare)[self.config.rollout.num_prompts :]
+        path = self.dir / "rollouts" / f"surplus-step-{step:06d}.jsonl"
+        path.unlink(missing_ok=True)  # of the same step, drawn before a resume
         if surplus:
-            save_groups(self.dir / "rollouts" / f"surplus-step-{step:06d}.jsonl", surplus)
+            save_groups(path, surplus)
         figures = {"rollout/batches": float(batches), "rollout/surplus_questions": float(len(surplus))}
         return groups, group_metrics(kept + spare) | figures  # the pass rate is that of all questions asked
 
@@ -254,7 +261,18 @@ class LeftHalf(contextlib.ExitStack):
     def timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.timings[phase] += time.perf_counter() - start
+        self.seconds[phase] += time.perf_counter() - start
+
+
+def check_transport(config: Config, device: str) -> None:
+    """UserError for a process group over engines that the run starts on its own GPUs: NCCL refuses two ranks on one, and the first of them
+    has that of rank 0."""
+    engine = config.rollout.engine
+    if device == "cuda" and config.sync.transport == "group" and not engine.urls and not engine.served:
+        raise UserError(
+            "sync.transport=group: the run's engines start on the trainer's GPUs, and NCCL refuses two ranks on one; set "
+            "sync.transport=colocated, or have the engines elsewhere (rollout.engine.served, rollout.engine.urls)"
+        )
 
 
 def model_length(config: Config) -> int:

@@ -89,7 +89,7 @@ class Run(contextlib.ExitStack):
     def _build_left_half(self, resume: Path | None) -> None:
         if self.config.rollout.engine.release_memory and not torch.cuda.is_available():
             raise UserError("rollout.engine.release_memory: an engine on a CPU has no memory to give back, and ends; set it to false")
-        self.left = self.enter_context(LeftHalf(self.config, resume, self.timings))
+        self.left = self.enter_context(LeftHalf(self.config, resume))
         self.callback(self.ahead.cancel)
 
     @property

@@ -1,12 +1,14 @@
 """A random 8B model pushed into a real SGLang engine on CUDA; run by test_push_gpu.py under torchrun. push_gpu_cases.py ROOT TRANSPORT
 
-With TRANSPORT=group the engine takes the second GPU (NCCL refuses two ranks on one).
+With TRANSPORT=group the engine is one that the run is given the URL of, on the second GPU (NCCL refuses two ranks on one).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from megasd.actor import model as build
 from megasd.actor.parallel import init_distributed, init_model_parallel
 from megasd.config import ActorConfig, EngineConfig, RolloutConfig, SyncConfig
+from megasd.rollout.engine import Engine
 from megasd.rollout.generate import Rollout
 from megasd.sync import WeightSync
 from megasd.weights import families
@@ -58,9 +61,31 @@ class Weights:
         return Gather(plan, self.params, device=self.device, make_buffer=make_buffer)
 
 
+def start_elsewhere(settings: EngineConfig, model: Path, root: Path) -> Engine:
+    """An engine on the second GPU, which answers."""
+    engine = Engine(settings, index=1, model_path=str(model), device="cuda", dtype="bfloat16", log_path=root / "other.log", seed=1)
+
+    async def start() -> None:
+        engine.launch()
+        try:
+            await engine.wait_ready()
+        finally:
+            await engine.session.close()
+
+    try:
+        asyncio.run(start())
+    except BaseException:
+        engine.kill()
+        raise
+    return engine
+
+
 def main(root: Path, transport: str) -> None:
     device, model = init_distributed(), write_random(root / "model")
-    engine = EngineConfig(extra_args=["--mem-fraction-static", "0.4"] + (["--base-gpu-id", "1"] if transport == "group" else []))
+    engine = EngineConfig(mem_fraction_static=0.4)
+    other = start_elsewhere(engine, model, root) if transport == "group" else None
+    if other is not None:
+        engine = replace(engine, urls=[other.url])
     rollout = Rollout(
         RolloutConfig(engine=engine), model_path=str(model), device="cuda", dtype="bfloat16", run_dir=root, seed=1,
         stop_token_ids=[151645], vocab_size=151936,
@@ -83,6 +108,8 @@ def main(root: Path, transport: str) -> None:
                 print(f"{transport} push {version}, unverified: {sync.push(version)['sync/seconds']:.3f} s", flush=True)
     finally:
         rollout.close()
+        if other is not None:
+            other.kill()
     torch.distributed.destroy_process_group()
 
 

@@ -8,7 +8,6 @@ that a replay is held against every stage, and that counters are those of a whol
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from megasd.algo.recipes import RECIPES
 from megasd.algo.schedule import at
 from megasd.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megasd.data.rollouts import rollout_path, save_groups
-from megasd.left_half import LeftHalf, model_length
+from megasd.left_half import LeftHalf, check_transport, model_length
 from megasd.types import Group, Sample, UserError, Verdict
 from tools import make_quickstart
 
@@ -98,7 +97,7 @@ def sampled(prompt, *verdicts: Verdict) -> Group:
 
 def sft(model: Path, out: Path) -> LeftHalf:
     """One that needs no engine."""
-    return LeftHalf(config_of(model, out, RECIPES["sft"]), None, Counter())
+    return LeftHalf(config_of(model, out, RECIPES["sft"]), None)
 
 
 def recorded(model: Path, out: Path, algorithm: AlgorithmConfig, steps: list[int]) -> Path:
@@ -117,7 +116,7 @@ STAGED = replace(RECIPES["opsd"], source="dataset", stages=["50%: source=rollout
 
 def test_a_replay_of_stages_reads_the_steps_that_sample(model: Path, tmp_path: Path) -> None:
     old = recorded(model, tmp_path, STAGED, steps=[3, 4, 5])
-    with LeftHalf(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None, Counter()) as left:
+    with LeftHalf(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None) as left:
         sources = []
         for step in range(STEPS):
             groups, _ = left.groups(step, at(STAGED, step, STEPS))
@@ -129,7 +128,7 @@ def test_a_replay_of_stages_reads_the_steps_that_sample(model: Path, tmp_path: P
 def test_a_replay_that_lacks_a_stages_step_is_refused_at_the_start(model: Path, tmp_path: Path, steps: list[int], missing: int) -> None:
     old = recorded(model, tmp_path, STAGED, steps=steps)
     with pytest.raises(UserError, match=rf"step-00000{missing}.jsonl is missing; lower run.steps=6 \(step {missing} samples: replay a run"):
-        LeftHalf(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None, Counter())
+        LeftHalf(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None)
 
 
 def test_a_replay_of_other_prompts_is_refused_at_the_start(model: Path, tmp_path: Path) -> None:
@@ -137,7 +136,7 @@ def test_a_replay_of_other_prompts_is_refused_at_the_start(model: Path, tmp_path
     config = config_of(model, tmp_path, STAGED, replay_dir=str(old))
     config.run.seed = 7
     with pytest.raises(UserError, match="step-000003.jsonl holds other prompts than step 3 of this run"):
-        LeftHalf(config, None, Counter())
+        LeftHalf(config, None)
 
 
 def test_rates_of_the_start_model_are_not_estimated_from_trained_weights(model: Path, tmp_path: Path) -> None:
@@ -171,8 +170,12 @@ def test_counters_are_those_of_a_step(model: Path, tmp_path: Path) -> None:
     with sft(model, tmp_path) as left:
         left.rollout = left.rewards = Engine()
         left.config.rollout.dynamic_sampling = True
+        surplus = left.dir / "rollouts" / "surplus-step-000000.jsonl"
+        surplus.parent.mkdir(parents=True)
+        surplus.write_text("of this step, drawn before a resume")
         _, figures = left.groups(0, RECIPES["dapo"])
-        assert figures["rollout/batches"] == 3
+        assert figures["rollout/batches"] == 3 and surplus.exists() == (figures["rollout/surplus_questions"] > 0)
+        assert figures["seconds/rollout"] > 0 and figures["seconds/reward"] >= 0
         assert (figures["rollout/samples"], figures["rollout/retries"], figures["rollout/seconds"]) == (12, 3, 1.5)
         left.config.rollout.dynamic_sampling = False
         _, figures = left.groups(1, RECIPES["grpo"])
@@ -190,3 +193,12 @@ def test_a_sequence_fits_the_teacher_too(model: Path, tmp_path: Path) -> None:
     row = RECIPES["tml_opd"]
     config = config_of(model, tmp_path, replace(row, teacher=replace(row.teacher, model_path=str(teacher))))
     assert model_length(config) == longest - 1 and model_length(config_of(model, tmp_path, RECIPES["sft"])) == longest
+
+
+def test_a_process_group_over_the_runs_own_gpus_is_refused(model: Path, tmp_path: Path) -> None:
+    config = config_of(model, tmp_path, RECIPES["sdpo"])
+    config = replace(config, sync=replace(config.sync, transport="group"))
+    check_transport(config, "cpu")
+    with pytest.raises(UserError, match="set sync.transport=colocated"):
+        check_transport(config, "cuda")
+    check_transport(replace(config, rollout=replace(config.rollout, engine=replace(config.rollout.engine, served=1))), "cuda")
