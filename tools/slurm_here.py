@@ -10,7 +10,8 @@ nothing, so that --gpus-per-node=N is granted; default 1), --proctrack linuxproc
 linuxproc signals all of a step's, cgroup only the first of each task, as most clusters do; needs cgroup version 1 with the freezer).
 
 Missing programs are installed with apt-get (Debian, Ubuntu). /etc/hosts has lines for n1 and n2 until stop. The daemons (munged, mariadbd,
-slurmdbd, slurmctld, slurmd twice) take free ports; nobody speaks with them without the key that lies in DIR.
+slurmdbd, slurmctld, slurmd twice) take free ports of this machine; Slurm's ask for the key that lies in DIR. The
+database asks the users of this machine for nothing (root has no password): this is for tests, on a machine of one's own.
 """
 
 from __future__ import annotations
