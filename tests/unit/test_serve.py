@@ -241,14 +241,6 @@ def test_who_may_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         serve.make_engines(replace(config, model=replace(config.model, path="nowhere")), host="127.0.0.1", count=1)
 
 
-def test_when_serving_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MEGASD_JOB", "SLURM_JOB_ID", "SLURM_HET_JOB_ID", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    write(tmp_path / CLOSED, {"token": "", "beat": "old"})
-    write(tmp_path / TRAINER, {"token": "", "beat": "old-1"})
-    watch = serve.Watch(tmp_path)
-    monkeypatch.setattr(serve, "PATIENCE", 0.0)
-    assert watch.ended() is None and watch.ended() is None  # an earlier run's
 class Failing(Engine):
     """One that cannot start."""
 
@@ -277,6 +269,14 @@ def test_a_lost_engine_is_told_of_and_a_silent_run_is_no_success(
     assert "no memory is left; the others go on" in capsys.readouterr().out
 
 
+def test_when_serving_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MEGASD_JOB", "SLURM_JOB_ID", "SLURM_HET_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    write(tmp_path / CLOSED, {"token": "", "beat": "old"})
+    write(tmp_path / TRAINER, {"token": "", "beat": "old-1"})
+    watch = serve.Watch(tmp_path)
+    monkeypatch.setattr(serve, "PATIENCE", 0.0)
+    assert watch.ended() is None and watch.ended() is None  # an earlier run's
     write(tmp_path / TRAINER, {"token": "", "beat": "new-1"})
     assert watch.ended() is not None or (time.sleep(0.01), watch.ended())[1].startswith("the run has given no sign of life")
     write(tmp_path / CLOSED, {"token": "", "beat": "new"})
