@@ -36,6 +36,8 @@ TASK = "train"  # of an experiment: its directory, and the job's name after the 
 BATCH = """\
 # The steps take over what is exported here, although sbatch --export named variables.
 export SLURM_EXPORT_ENV=ALL
+# Unbuffered, srun gives each task a terminal, and its output is all progress bars; Python's own is unbuffered by PYTHONUNBUFFERED.
+unset SLURM_UNBUFFEREDIO
 export MEGASD_RENDEZVOUS="$head_node:{port}"
 rm -f -- {marker}
 # Queued again only when the run was told to leave and has saved; a crash is not repeated.

@@ -221,6 +221,7 @@ def test_nemo_run_over_two_nodes(start: Path, tmp_path: Path) -> None:
     finally:
         waiting.kill()
     assert job.end() == ["REQUEUED 0:0", "COMPLETED 0:0"], log.read_text()[-6000:]
+    assert "\x1b" not in "".join(path.read_text() for path in (tmp_path / "nemo").rglob("log-*.out"))
     assert "SUCCEEDED" in log.read_text() and (run / "summary.json").is_file() and job.steps() == list(range(25))
 
 
