@@ -147,17 +147,6 @@ def test_sbatch_over_two_nodes(start: Path, tmp_path: Path) -> None:
     assert nodes.strip() in ("n1-2|2", "n[1-2]|2")
 
 
-def test_engines_on_a_node_of_their_own(start: Path, tmp_path: Path) -> None:
-    """The trainer on n1, `megasd serve` on n2; what it samples and the pushed weights go from one to the other."""
-    apart = ["cluster.actor_nodes=1", "cluster.engine_nodes=1", "rollout.engine.served=1", "actor.tensor_model_parallel_size=1"]
-    job = submit(tmp_path / "run", *sampled(start), *apart, "run.steps=2")
-    assert job.end() == ["COMPLETED 0:0"], job.log()
-    assert (job.run / "summary.json").is_file() and job.steps() == [0, 1]
-    assert re.search(r"engine 0 answers at http://n2:\d+", job.log())
-    steps = ask("sacct", "--noheader", "--parsable2", "--job", job.id, "--format=NodeList,State,ExitCode").split()
-    assert sorted(steps[-2:]) == ["n1|COMPLETED|0:0", "n2|COMPLETED|0:0"], steps
-
-
 # ---- told to leave ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -167,21 +156,39 @@ def assert_no_error(log: str) -> None:
     assert not re.search(r"\w(Error|Exception): (?!Process \d+ got signal)", log), log
 
 
-def test_told_to_leave_twice_it_goes_on(start: Path, tmp_path: Path) -> None:
-    """First as sbatch's --signal=B:USR1 does it, to the batch shell; then by a plain scancel, to the processes of the step."""
-    job = submit(tmp_path / "run", *sampled(start), "run.steps=4", "checkpoint.every=100")
-    for restarts, options in enumerate((["--batch"], [])):
-        before = len(job.steps())
-        job.wait_for("step", lambda before=before: len(job.steps()) > before)
-        began = time.monotonic()
-        ask("scancel", "--signal=USR1", *options, job.id)
-        job.wait_for("requeue", lambda restarts=restarts: job.restarts() > restarts, seconds=60)
-        print(f"USR1 {options}: saved and queued again after {time.monotonic() - began:.1f} s, {len(job.steps())} steps done")
-        assert json.loads((job.run / "preempted").read_text())["step"] == len(job.steps())
-    assert job.end() == ["REQUEUED 0:0", "REQUEUED 0:0", "COMPLETED 0:0"], job.log()
-    assert job.steps() == list(range(4)), job.log()
+def tell_to_leave(job: SlurmJob, *options: str) -> None:
+    """USR1 after its first step; returns when it is queued again."""
+    job.wait_for("step", lambda: bool(job.steps()))
+    began = time.monotonic()
+    ask("scancel", "--signal=USR1", *options, job.id)
+    job.wait_for("requeue", lambda: job.restarts() > 0, seconds=60)
+    print(f"job {job.id}: saved and queued again {time.monotonic() - began:.1f} s after USR1, {len(job.steps())} steps done")
+    assert json.loads((job.run / "preempted").read_text())["step"] == len(job.steps()) < 3
+
+
+def assert_it_went_on(job: SlurmJob) -> None:
+    assert job.end() == ["REQUEUED 0:0", "COMPLETED 0:0"], job.log()
+    assert job.steps() == [0, 1, 2], job.log()
     assert (job.run / "summary.json").is_file() and not (job.run / "preempted").exists()
     assert_no_error(job.log())
+
+
+def test_told_to_leave_it_goes_on(start: Path, tmp_path: Path) -> None:
+    """As sbatch's --signal=B:USR1 does it: to the batch shell."""
+    job = submit(tmp_path / "run", *sampled(start), "run.steps=3", "checkpoint.every=100")
+    tell_to_leave(job, "--batch")
+    assert_it_went_on(job)
+
+
+def test_engines_on_a_node_of_their_own(start: Path, tmp_path: Path) -> None:
+    """The trainer on n1, `megasd serve` on n2. A plain scancel tells the processes of both steps to leave; engines are not for that."""
+    apart = ["cluster.actor_nodes=1", "cluster.engine_nodes=1", "rollout.engine.served=1", "actor.tensor_model_parallel_size=1"]
+    job = submit(tmp_path / "run", *sampled(start), *apart, "run.steps=3", "checkpoint.every=100")
+    tell_to_leave(job)
+    assert_it_went_on(job)
+    assert len(re.findall(r"engine 0 answers at http://n2:\d+", job.log())) == 2
+    steps = ask("sacct", "--noheader", "--parsable2", "--job", job.id, "--format=NodeList,State,ExitCode").split()
+    assert sorted(steps[-2:]) == ["n1|COMPLETED|0:0", "n2|COMPLETED|0:0"], steps
 
 
 def test_the_time_limit_tells_it_to_leave(start: Path, tmp_path: Path) -> None:
@@ -193,7 +200,7 @@ def test_the_time_limit_tells_it_to_leave(start: Path, tmp_path: Path) -> None:
     job.wait_for("requeue", lambda: job.restarts() > 0, seconds=150)
     print(f"queued again {time.monotonic() - began:.0f} s after its first step")
     first = len(job.steps())
-    job.wait_for("step", lambda: len(job.steps()) > first)
+    job.wait_for("step", lambda: len(job.steps()) > first or not job.state())  # on a busy machine Slurm is first this time
     ask("scancel", "--signal=USR1", "--batch", job.id)
     assert job.end() == ["REQUEUED 0:0", "FAILED 85:0"], job.log()
     assert job.steps() == list(range(len(job.steps())))
