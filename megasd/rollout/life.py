@@ -18,8 +18,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from megasd.config import RolloutConfig
 from megasd.rollout.engine import Engine, EngineError, Unreachable
 from megasd.rollout.router import Router
@@ -92,6 +90,8 @@ class Life:
 
     def _check_gpus(self) -> None:
         config = self.config.engine
+        import torch  # here: what only talks to engines does without
+
         wanted, found = config.num_engines * config.tensor_parallel_size, torch.cuda.device_count()
         if self.device == "cuda" and self.engines[0].owned and wanted > found:
             raise UserError(
