@@ -90,10 +90,12 @@ class Life:
 
     def _check_gpus(self) -> None:
         config = self.config.engine
-        import torch  # here: what only talks to engines does without
+        if self.device != "cuda" or not self.engines[0].owned:
+            return
+        import torch  # here: what only talks to engines does without it
 
         wanted, found = config.num_engines * config.tensor_parallel_size, torch.cuda.device_count()
-        if self.device == "cuda" and self.engines[0].owned and wanted > found:
+        if wanted > found:
             raise UserError(
                 f"rollout.engine.num_engines={config.num_engines}: with rollout.engine.tensor_parallel_size={config.tensor_parallel_size} "
                 f"they take {wanted} GPUs, and this machine shows {found}; lower one"
