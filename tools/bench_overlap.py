@@ -2,7 +2,13 @@
 
     make quickstart                                                    # once: makes the model and the rows
     python tools/bench_overlap.py --json benchmarks/overlap_cpu.json   # two runs of each, 80 steps: about ten minutes on two idle cores
-    python tools/bench_overlap.py --steps 20 --rounds 1
+
+Bound by sampling, for the wall time alone (random weights, which answer at length and are never right):
+
+    python tools/bench_overlap.py --steps 14 --eval-samples 1 --model runs/quickstart-start/model --json FILE algorithm.recipe=opcd \\
+        algorithm.tis_clip=2.0 rollout.num_prompts=16 rollout.max_response_tokens=160 actor.micro_batch_size=16 evaluation.num_prompts=8
+
+The quickstart itself is not: its answers have eight tokens, and the client's share of that shares a core with the trainer.
 
 The engine is kept on one core and the trainer on another, in both modes, so that neither takes time from the other and the ratio is that of
 a machine where they have devices of their own. A run's seconds are those of its steps, the first two left out; its ratio is overlap 1 over
@@ -121,6 +127,7 @@ def main() -> None:
     ratios = {name: [b[name] / a[name] for a, b in pairs] for name in ("seconds_of_steps", "median_step_seconds")}
     result = {
         "what": "quickstart, TP 1, rollout.overlap 1 over 0; engine and trainer on a core each",
+        "overrides": args.overrides,
         "ratios": ratios,
         "held_out_mean_at_k": {str(o): [one["after"]["mean_at_k"] for one in runs if one["overlap"] == o] for o in (0, 1)},
         "peak_trainer_rss_ratio": [b["peak_rss_bytes"]["trainer"] / a["peak_rss_bytes"]["trainer"] for a, b in pairs],
