@@ -7,6 +7,7 @@ To write the golden files anew: MEGASD_GOLDEN=write pytest tests/unit/test_launc
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +23,21 @@ from megasd.launch.job import make_job, read_job, write_config
 from megasd.load_config import load_config
 from megasd.types import UserError
 from megasd.validate import validate_values
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """nemo_run sets up this process's logging for itself, and later tests read warnings."""
+    root, known = logging.getLogger(), logging.root.manager.loggerDict
+    before = root.level, list(root.handlers), logging.root.manager.disable
+    loggers = {name: (one.disabled, one.propagate) for name, one in known.items() if isinstance(one, logging.Logger)}
+    yield
+    root.level, root.handlers[:], logging.root.manager.disable = before
+    for name, one in known.items():
+        if isinstance(one, logging.Logger):
+            one.disabled, one.propagate = loggers.get(name, (False, True))
+    root.manager._clear_cache()
+
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "unit" / "golden"
