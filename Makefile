@@ -29,7 +29,7 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest
 
-# Jobs on a real Slurm of two nodes, which is started on this machine (as root; installed if missing) and stopped again: 13 minutes on two busy cores.
+# Jobs on a real Slurm of two nodes, which is started here (as root; installed if missing) and stopped again: 13 minutes on two busy cores.
 test-slurm: install
 	$(BIN)/python -c 'import nemo_run' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable ".[launch]"
 	$(BIN)/python tools/slurm_here.py run $(BIN)/python -m pytest -s --durations=0 -m slurm tests/slurm

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 NODES = ("n1", "n2")
@@ -313,14 +314,23 @@ def remove_cgroups() -> None:
 
 def run(cluster: Cluster, command: list[str]) -> int:
     """`command` with the cluster; its exit code. An end by a signal stops the cluster all the same."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+    def on_signal(number: int, frame: FrameType | None) -> NoReturn:
+        for each in numbers:  # the first one ends it; a second must not end the stopping
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, on_signal)
     process = None
     try:
         cluster.start()
         process = subprocess.Popen(command, env=cluster.env)
         return process.wait()
     finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
         if process is not None and process.poll() is None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
