@@ -1,6 +1,6 @@
-"""Every command of the README is run: the make targets for real (the quickstart shortened), `megasd` lines on a tiny model.
+"""Runs the commands of README.md and docs/*.md: the make targets for real (the quickstart shortened), train and convert on a tiny model.
 
-Does not prove the figures that the README shows: those are of a full `make quickstart`.
+Does not prove the numbers that the README shows: they come from a full `make quickstart`. Does not run `megasd eval`, `analyze`, `launch`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from megasd import cli
 from tests.tiny_weights import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)]
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if re.match(r"(make|megasd) ", line)]
+
+
+def commands(page: Path) -> list[str]:
+    """The `make` and `megasd` lines of a page's fenced blocks, comments cut off."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if re.match(r"(make|megasd) ", line)]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 
 
 def test_the_readme_names_only_these_make_targets() -> None:
-    assert [c for c in COMMANDS if c.startswith("make ")] == ["make quickstart", "make test"]
+    assert [c for c in commands(ROOT / "README.md") if c.startswith("make ")] == ["make quickstart", "make test"]
     ci = (ROOT / ".ci" / "run").read_text()
     assert "make test" in ci.splitlines()
 
@@ -57,9 +65,9 @@ def test_megasd_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text(row)
         (tmp_path / "runs" / "quickstart-start" / name).write_text(row)
-    commands = [c for c in COMMANDS if c.startswith("megasd train ")]
-    assert commands
-    for command in commands:
+    trains = [c for c in COMMANDS if c.startswith("megasd train ")]
+    assert len(trains) >= 3
+    for command in trains:
         arguments = shlex.split(command.replace("/models/Qwen3-8B", str(model)))[1:]
         assert cli.main([*arguments, *([] if "--dry-run" in arguments else ["--dry-run"])]) == 0, command
         assert "# ranks " in capsys.readouterr().out
@@ -70,9 +78,9 @@ def test_megasd_convert_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     model = tiny_checkpoint(tmp_path / "model", "qwen3")
     places = {"/models/Qwen3-8B": str(model), "runs/quickstart/checkpoints/step-80": "qwen3-8b-megatron"}
-    commands = [c for c in COMMANDS if c.startswith("megasd convert ")]
-    assert len(commands) == 2
-    for command in commands:
+    converts = [c for c in COMMANDS if c.startswith("megasd convert ")]
+    assert len(converts) == 2
+    for command in converts:
         words = [places.get(word, word) for word in shlex.split(command)]
         assert cli.main(words[1:]) == 0, command
         assert (tmp_path / words[3]).is_dir() and "peak memory" in capsys.readouterr().out
