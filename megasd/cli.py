@@ -27,7 +27,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megasd.algo.recipes import ABOUT, RECIPES
 from megasd.algo.schedule import check_stages
@@ -216,6 +216,7 @@ def _start_ranks(argv: list[str], world_size: int, marker: Path) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    _hold_signals_while_ranks_start()
     logging.disable(logging.CRITICAL)  # of the agent in this process: a rank tells of its own failure, and the agent's report buries it
     signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     options = ["--standalone", f"--nproc-per-node={world_size}", signals, "-m", "megasd.cli", *argv]
@@ -233,6 +234,38 @@ def _start_ranks(argv: list[str], world_size: int, marker: Path) -> int:
         print("megasd: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
+
+
+def _hold_signals_while_ranks_start() -> None:
+    """A signal that meets torch's agent while it starts the ranks waits until it has them all, and is passed on then.
+
+    The agent's handler raises wherever it is, and ranks that it was about to note would be left behind without anybody to end them.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import api
+
+    start, tell = LocalElasticAgent._start_workers, api._terminate_process_handler
+    starting, told = [], []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if starting:
+            told.append(number)
+        else:
+            tell(number, frame)
+
+    def start_workers(*args: Any) -> dict[int, Any]:
+        starting.append(True)
+        try:
+            ranks = start(*args)
+        finally:
+            starting.clear()
+        if told:
+            tell(told[0], None)
+        return ranks
+
+    # The agent installs the handler by this name, at each start.
+    api._terminate_process_handler = on_signal
+    LocalElasticAgent._start_workers = start_workers
 
 
 def _rank_prefix() -> str:

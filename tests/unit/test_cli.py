@@ -5,6 +5,7 @@ and its exit codes. The loop itself is a stand-in of a few lines here (`megasd.t
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from tests.unit.fake_model import write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# Seconds. A safety net: on a busy machine torchrun's agent alone may import torch for minutes.
+PATIENCE = 400
 
 STAND_IN = """
 import sys, types
@@ -42,7 +45,13 @@ def environment(tmp_path: Path, body: str | None = None, **extra: str) -> dict[s
 
 def megasd(tmp_path: Path, *args: str, body: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megasd.cli", *args]
-    return subprocess.run(command, cwd=tmp_path, env=environment(tmp_path, body, **extra), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=tmp_path, env=environment(tmp_path, body, **extra), capture_output=True, text=True, timeout=PATIENCE)
+
+
+def processor_seconds() -> float:
+    """Of the children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], expected: str) -> None:
@@ -66,12 +75,12 @@ def test_refusals(args, expected, tmp_path):
 
 
 def test_a_config_is_refused_quickly_and_before_ranks_start(tmp_path):
-    """Aim: 2 s. Asserted at 5 s, for a busy machine; torch alone takes longer than the aim."""
-    start = time.perf_counter()
+    """Aim: 2 s. Asserted at 5 s of the processor, which do not depend on what else the machine does."""
+    start = processor_seconds()
     done = megasd(tmp_path, "train", *write_inputs(tmp_path), "actor.tensor_model_parallel_size=3", body="raise SystemExit(9)")
-    taken = time.perf_counter() - start
+    taken = processor_seconds() - start
     assert_refused(done, "actor.tensor_model_parallel_size=3: does not divide num_attention_heads=8")
-    print(f"refused in {taken:.2f} s")
+    print(f"refused in {taken:.2f} s of the processor")
     assert taken < 5
 
 
@@ -123,32 +132,58 @@ def test_ranks_are_started_and_their_refusal_is_one_line(tmp_path):
         time.sleep(0.05)
     try:
         open("ready", "w").close()
-        time.sleep(60)
+        time.sleep(600)
     finally:
         open("closed", "w").close()"""
     assert_refused(megasd(tmp_path, "train", *inputs, body=body), "megasd: rows.jsonl:3: no answer; add one")
     assert (tmp_path / "closed").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_interrupt_unwinds_every_rank(ranks, tmp_path):
-    body = """import time
-    open("started" + rank, "w").close()
+# A rank says that it has started inside of what must unwind, and goes on until it is told.
+UNTIL_TOLD = """import time
     try:
-        time.sleep(60)
+        open("started" + rank, "w").close()
+        time.sleep(600)
     finally:
         open("closed" + rank, "w").close()"""
+# In the agent: every rank runs, and the agent is still inside of the call that started the last one.
+INTERRUPTED_START = """
+import os, signal, subprocess, time
+class Popen(subprocess.Popen):
+    def __init__(self, *args, env=None, **kwargs):
+        super().__init__(*args, env=env, **kwargs)
+        if env is not None and env.get("LOCAL_RANK") == "1":
+            while not (os.path.exists("started0") and os.path.exists("started1")):
+                time.sleep(0.05)
+            signal.raise_signal(signal.SIGINT)
+if "RANK" not in os.environ:
+    subprocess.Popen = Popen
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_interrupt_unwinds_every_rank(ranks, tmp_path):
     inputs = [*write_inputs(tmp_path), f"actor.tensor_model_parallel_size={ranks}"]
     command = [sys.executable, "-m", "megasd.cli", "train", *inputs]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path, body), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path, UNTIL_TOLD), stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 90
         while len(list(tmp_path.glob("started*"))) < ranks:
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert (process.returncode, errors) == (130, "megasd: interrupted\n")
     assert len(list(tmp_path.glob("closed*"))) == ranks
+
+
+def test_an_interrupt_while_ranks_are_started_leaves_none_behind(tmp_path):
+    env = environment(tmp_path, UNTIL_TOLD)
+    with (tmp_path / "site" / "sitecustomize.py").open("a") as file:
+        file.write(INTERRUPTED_START)
+    command = [sys.executable, "-m", "megasd.cli", "train", *write_inputs(tmp_path), "actor.tensor_model_parallel_size=2"]
+    # Ranks that were left behind would hold stderr open.
+    done = subprocess.run(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (130, "megasd: interrupted\n")
+    assert len(list(tmp_path.glob("closed*"))) == 2
