@@ -19,6 +19,7 @@ class ControlServer:
     def __init__(self, architectures: list[str], port: int = 0) -> None:
         self.architectures, self.fail = architectures, {}
         self.name, self.key, self.asked = "", None, 0  # served_model_name; API key asked for; samples given
+        self.waiting = 0  # requests that a pause holds back
         self.restart()
         self._loop, ready = asyncio.new_event_loop(), threading.Event()
 
@@ -37,7 +38,7 @@ class ControlServer:
             self._loop.run_forever()
 
         threading.Thread(target=serve, daemon=True).start()
-        assert ready.wait(10)
+        assert ready.wait(120)
         self.url = f"http://127.0.0.1:{self.port}"
 
     def restart(self) -> None:
@@ -45,7 +46,7 @@ class ControlServer:
         self.version, self.paused, self.session = "default", False, False
 
     def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(120)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     async def _handle(self, request: web.Request) -> web.Response:
@@ -85,8 +86,10 @@ class ControlServer:
         }
 
     async def _generate(self, body: dict[str, Any]) -> web.Response:
+        self.waiting += 1
         while self.paused:
             await asyncio.sleep(0.02)
+        self.waiting -= 1
         length, outputs = body["sampling_params"]["max_new_tokens"], []
         self.asked += len(body["rid"])
         for rid, ids in zip(body["rid"], body["input_ids"], strict=True):

@@ -5,7 +5,6 @@ and its exit codes. The loop itself is a stand-in of a few lines here (`megasd.t
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from megasd.algo.recipes import RECIPES
 from megasd.load_config import load_config
+from tests.clock import processor_seconds
 from tests.unit.fake_model import write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +46,6 @@ def environment(tmp_path: Path, body: str | None = None, **extra: str) -> dict[s
 def megasd(tmp_path: Path, *args: str, body: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megasd.cli", *args]
     return subprocess.run(command, cwd=tmp_path, env=environment(tmp_path, body, **extra), capture_output=True, text=True, timeout=PATIENCE)
-
-
-def processor_seconds() -> float:
-    """Of the children that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], expected: str) -> None:

@@ -24,6 +24,7 @@ from megasd.algo.recipes import RECIPES
 from megasd.doctor import engines, gpus, host, packages, storage
 from megasd.doctor.report import Finding, Machine, redact, run_checks
 from megasd.load_config import load_config
+from tests.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 # nvidia-smi --query-gpu=index,name,memory.total,memory.used,driver_version,compute_cap --format=csv,noheader,nounits: the values are those
@@ -51,7 +52,7 @@ def config_of(*overrides: str):
 def call(*arguments: str, **environment: str) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "megasd.cli", "doctor", *arguments],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -74,9 +75,9 @@ def test_on_this_machine_with_planted_faults(tmp_path: Path):
         taken.listen()
         port = taken.getsockname()[1]
         overrides = ["model.path=m", "data.train=d.jsonl", f"run.dir={tmp_path}/run", "actor.fp8=hybrid", f"rollout.engine.port={port}"]
-        begun = time.monotonic()
+        clock = Clock()
         status, out, err = call(*overrides, "--json", PYTHONPATH=str(tmp_path), HF_TOKEN="hf_very_secret", NCCL_DEBUG="hf_very_secret")
-        taken_seconds = time.monotonic() - begun
+        in_time = clock.within(30)  # at most 15 and Python's own start
     assert status == 1 and err == "" and "Traceback" not in out and "hf_very_secret" not in out
     parsed = json.loads(out)
     assert set(parsed) == {"checks"}
@@ -89,8 +90,7 @@ def test_on_this_machine_with_planted_faults(tmp_path: Path):
     if not gpus.smi_says()[0]:
         assert {"gpu", "fp8"} <= failed and "actor.fp8" in found["gpu"]["detail"]
     assert not any("check itself failed" in finding["detail"] for finding in parsed["checks"])
-    print(f"megasd doctor: {taken_seconds:.1f} s")
-    assert taken_seconds < 30  # at most 15 and Python's own start; more on a machine that does other things
+    assert in_time
 
 
 def test_without_a_config_a_machine_without_a_gpu_passes():
@@ -127,7 +127,7 @@ def test_on_a_bare_python_it_says_what_is_missing(tmp_path: Path):
         "import sys; sys.path.insert(0, sys.argv[1]); from megasd.cli import main; sys.exit(main(['doctor', 'optimizer.lr=1', '--json']))"
     )
     python = [os.path.realpath(sys.executable), "-I", "-S", "-c", code]
-    done = subprocess.run([*python, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*python, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, timeout=400)
     found = {finding["name"]: finding for finding in json.loads(done.stdout)["checks"]}
     assert done.returncode == 1 and done.stderr == ""
     assert_well_formed(list(found.values()))
@@ -141,8 +141,8 @@ def test_a_broken_check_and_a_hanging_one_leave_the_others():
         raise RuntimeError("two\nlines of sk-123456")
 
     found = run_checks(
-        {"broken": broken, "slow": lambda machine: time.sleep(5), "good": lambda machine: Finding("good", "ok", "x")},
-        Machine(environment={"API_KEY": "sk-123456"}), seconds=0.3,
+        {"broken": broken, "slow": lambda machine: time.sleep(30), "good": lambda machine: Finding("good", "ok", "x")},
+        Machine(environment={"API_KEY": "sk-123456"}), seconds=2.0,
     )  # fmt: skip
     assert [(finding.name, finding.status) for finding in found] == [("broken", "fail"), ("slow", "warn"), ("good", "ok")]
     assert "RuntimeError: two lines of ***" in found[0].detail and "report" in found[0].fix

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,7 @@ from megasd.data import sandbox
 from megasd.data.code_task import last_code_block
 from megasd.data.rewards import MAX_ANSWER_CHARACTERS, VERIFIERS, RewardPool, extract_answer, last_boxed
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
+from tests.clock import Clock
 
 R, W, E, T = Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
 
@@ -32,6 +34,11 @@ from megasd.data import verify_worker
 
 def check(answer, gold):
     print("noise on stdout")
+    began = sys.argv[1] + ".began"
+    if answer == "wait to be killed" and not os.path.exists(began):
+        open(began, "w").close()
+        time.sleep(60)
+    open(began, "w").close()
     if answer == "hang in Python":
         time.sleep(60)
     if answer == "hang in C":
@@ -101,7 +108,7 @@ def test_math_reads_the_last_box(text, answer):
 
 
 def test_extraction_is_linear_in_hostile_text():
-    start = time.monotonic()
+    start = time.process_time()
     for text in (
         "\\boxed{" * 200_000,
         "{" * 1_000_000,
@@ -116,7 +123,7 @@ def test_extraction_is_linear_in_hostile_text():
         for verifier in VERIFIERS:
             extract_answer(verifier, text)
     assert last_boxed("\\boxed{" + "{" * 1_000_000) is None
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -181,11 +188,11 @@ def test_math_verdicts(math_pool, answer, gold, verdict):
 
 def test_a_hostile_answer_to_math_verify_costs_only_its_own_row():
     """10^(10^10) is ten billion digits to compute: minutes without a deadline (seen: more than 170 s)."""
-    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=1.0)) as pool:
+    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=3.0)) as pool:
         groups = [make_group(["10^{10^{10}}", "3/6", "7"], "0.5"), make_group(["2/4", "8"], "1/2", name="q")]
-        start = time.monotonic()
+        clock = Clock()
         counts = pool.score(groups)
-        assert time.monotonic() - start < 60
+        assert clock.within(60)
         assert verdicts(groups[0])[1:] == [R, W] and verdicts(groups[1]) == [R, W]
         assert verdicts(groups[0])[0] in (T, E)  # ERROR where memory ran out first
         assert groups[0].pass_rate == 0.5 and counts["timeout"] + counts["error"] == 1
@@ -193,12 +200,12 @@ def test_a_hostile_answer_to_math_verify_costs_only_its_own_row():
 
 def test_misbehaving_checks_leave_the_other_rows_alone(misbehaving, caplog):
     answers = ["yes", "hang in Python", "no", "hang in C", "die", "die once", "raise", "memory", "yes 2", "slow"]
-    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=0.8), worker_command=misbehaving) as pool:
+    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=3.0), worker_command=misbehaving) as pool:
         group = make_group(answers)
         counts = pool.score([group])
         assert verdicts(group) == [R, T, W, T, E, W, E, E, R, W]
         details = {answer: sample.detail for answer, sample in zip(answers, group.samples, strict=True)}
-        assert "within 0.8 s; answer" in details["hang in Python"] and "the worker was killed" in details["hang in C"]
+        assert "within 3 s; answer" in details["hang in Python"] and "the worker was killed" in details["hang in C"]
         assert "died twice: killed by SIGKILL" in details["die"]
         assert details["raise"].startswith("ValueError: bad news") and details["memory"].startswith("MemoryError")
         assert "'die'" in details["die"] and details["yes"] == details["die once"] == ""
@@ -211,23 +218,30 @@ def test_misbehaving_checks_leave_the_other_rows_alone(misbehaving, caplog):
 
 
 def test_a_worker_killed_from_outside_is_replaced(misbehaving):
-    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=5.0), worker_command=misbehaving) as pool:
+    began = Path(misbehaving[-1] + ".began")
+    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=50.0), worker_command=misbehaving) as pool:
         pool.score([make_group(["yes"])])
         os.kill(pool.workers.workers[0].process.pid, signal.SIGKILL)  # idle
         group = make_group(["slow", "yes"])
         assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]
 
-        killer = threading.Timer(0.2, os.kill, (pool.workers.workers[0].process.pid, signal.SIGKILL))  # in the middle of a check
-        killer.start()
-        group = make_group(["slow", "yes"])
+        def kill(pid: int) -> None:  # in the middle of a check
+            while not began.exists():
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGKILL)
+
+        began.unlink()
+        threading.Thread(target=kill, args=(pool.workers.workers[0].process.pid,), daemon=True).start()
+        group = make_group(["wait to be killed", "yes"])
         assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]  # asked again once
 
 
 def test_equal_questions_are_asked_once(misbehaving):
     with RewardPool(RewardConfig(verifier="math", workers=1, timeout=0.3), worker_command=misbehaving) as pool:
-        start = time.monotonic()
+        run, asked = pool.workers.run, []
+        pool.workers.run = lambda jobs: (asked.extend(jobs), run(jobs))
         group = make_group(["hang in Python"] * 30)
-        assert pool.score([group])["timeout"] == 30 and time.monotonic() - start < 6
+        assert pool.score([group])["timeout"] == 30 and len(asked) == 1
         assert group.pass_rate is None
 
 
@@ -252,20 +266,26 @@ def test_workers_that_cannot_start_are_one_error(tmp_path):
 
 def test_an_orphan_in_a_hung_check_ends(misbehaving, tmp_path):
     parent = f"""
-import threading
+import os, threading, time
 from megasd.config import RewardConfig
 from megasd.data.rewards import RewardPool
 from megasd.types import Group, Prompt, Sample
-pool = RewardPool(RewardConfig(verifier="math", workers=1, timeout=0.5), worker_command={misbehaving!r})
+pool = RewardPool(RewardConfig(verifier="math", workers=1, timeout=3.0), worker_command={misbehaving!r})
 score = lambda text: pool.score([Group(Prompt("p", [], "g"), [Sample("p", 0, [], [], [], text, "stop", 0)])])
 score("\\\\boxed{{yes}}")
 print(pool.workers.workers[0].process.pid, flush=True)
-threading.Timer(0.2, __import__("os")._exit, (1,)).start()
+began = {misbehaving[-1] + ".began"!r}
+os.unlink(began)
+def leave():
+    while not os.path.exists(began):
+        time.sleep(0.01)
+    os._exit(1)
+threading.Thread(target=leave, daemon=True).start()
 score("\\\\boxed{{hang in C}}")
 """
-    run = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=400)
     assert run.returncode == 1, run.stderr
-    pid, end = int(run.stdout), time.monotonic() + 20
+    pid, end = int(run.stdout), time.monotonic() + 120
     while os.path.exists(f"/proc/{pid}") and not is_zombie(pid):
         assert time.monotonic() < end, "the orphan lives on"
         time.sleep(0.1)
@@ -281,7 +301,7 @@ def test_workers_import_neither_torch_nor_transformers():
         "import sys; from megasd.data import rewards, verify_worker; assert 'sympy' not in sys.modules;"
         "verify_worker.check_math('1', '2'); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=400)
 
 
 def test_bad_settings_are_one_line():
@@ -312,8 +332,11 @@ def bomb_pool():
     with RewardPool(RewardConfig(verifier="math", workers=1, timeout=BOMB_SECONDS)) as pool:
         pool.score([make_group(["1/2"], "0.5")])  # a worker is up
         yield pool
-        warm = make_group(["3/6"], "0.5")
-        pool.score([warm])
+        for _ in range(50):  # on a busy machine this too may run out of its time
+            warm = make_group(["3/6"], "0.5")
+            pool.score([warm])
+            if verdicts(warm) != [T]:
+                break
         assert verdicts(warm) == [R]  # after all of them the pool goes on
 
 
@@ -322,9 +345,9 @@ def test_a_math_bomb_costs_its_limit_and_is_neither_right_nor_wrong(bomb_pool, n
     group = make_group([MATH_BOMBS[name]], "0.5")
     if not bomb_pool.workers.workers[0].ready:  # the last bomb had to be killed; starting is no part of a check's time
         bomb_pool.score([make_group(["2/4"], "0.5")])
-    start = time.monotonic()
+    clock = Clock()
     bomb_pool.score([group])
-    assert time.monotonic() - start < BOMB_SECONDS + 1
+    assert clock.within(BOMB_SECONDS + 1)
     assert verdicts(group)[0] in (T, E) and group.pass_rate is None, group.samples[0].detail
 
 
@@ -364,12 +387,12 @@ CODE_BOMBS = {
 def test_a_code_bomb_costs_its_limit_and_is_neither_right_nor_wrong(name):
     with RewardPool(RewardConfig(verifier="code", workers=2, code_memory_mib=256)) as pool:
         seconds = 1.0 if name in ("loop", "fork bomb", "child that stays", "after the first test") else 5.0
-        group = code_group([fenced(CODE_BOMBS[name]), fenced(ADD)], time_limit=seconds)
-        start = time.monotonic()
-        pool.score([group])
-        assert time.monotonic() - start < seconds + 1.5  # a sandbox to start and two tests; test_sandbox.py times the runs
-    assert verdicts(group)[0] in (T, E) and verdicts(group)[1] is R
-    assert group.pass_rate == 1.0 and group.samples[0].detail.startswith("test ")
+        group, fine = code_group([fenced(CODE_BOMBS[name])], time_limit=seconds), code_group([fenced(ADD)], time_limit=50)
+        clock = Clock()
+        pool.score([group, fine])
+        assert clock.within(seconds + 1.5)  # a sandbox to start and two tests; test_sandbox.py times the runs
+    assert verdicts(group)[0] in (T, E) and verdicts(fine) == [R]
+    assert group.pass_rate is None and group.samples[0].detail.startswith("test ")
 
 
 @needs_sandbox

@@ -6,14 +6,13 @@ a bad criterion. Does not prove that rules judge well.
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from megasd.config import RewardConfig
 from megasd.data.rewards import RewardPool
 from megasd.data.rubric import NUMBER_RULES, TEXT_RULES, RuleJudge, score, write_rubric
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
+from tests.clock import Clock
 
 RUBRIC = [
     {"rule": "contains", "value": "42", "weight": 2.0},
@@ -107,9 +106,9 @@ def test_a_pattern_that_never_ends_is_a_timeout():
     fine = group("it is 42", rubric=RUBRIC)
     with RewardPool(RewardConfig(verifier="rubric", workers=1, timeout=0.5)) as pool:
         pool.score([fine])  # a worker is up
-        start = time.monotonic()
+        clock = Clock()
         pool.score([judged])
-        assert time.monotonic() - start < 1.5
+        assert clock.within(1.5)
         assert judged.samples[0].verdict is Verdict.TIMEOUT and judged.samples[0].score is None
         pool.score([fine])
     assert fine.samples[0].score == 1.0

@@ -23,6 +23,7 @@ import pytest
 from megasd.data import sandbox
 from megasd.data.sandbox import Limits, Outcome, Sandbox, find_kind, probe
 from megasd.types import UserError
+from tests.clock import Clock
 
 KINDS = [kind for kind in sandbox.KINDS if probe(kind) is None]
 SECONDS = 0.4  # limit of programs that run into it
@@ -70,7 +71,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def nothing_is_left():
     before = {p.name for p in Path("/tmp").glob("megasd-code-*")}
     yield
-    end = time.monotonic() + 2
+    end = time.monotonic() + 60
     while processes() and time.monotonic() < end:
         time.sleep(0.02)
     assert processes() == []
@@ -90,7 +91,7 @@ def processes() -> list[str]:
     return found
 
 
-def run(program: str, text: str = "", *, kind: str | None = None, seconds: float = 10.0, fn_name: str | None = None) -> Outcome:
+def run(program: str, text: str = "", *, kind: str | None = None, seconds: float = 60.0, fn_name: str | None = None) -> Outcome:
     with Sandbox(program, kind=kind, limits=SMALL, fn_name=fn_name) as box:
         return box.run(text, seconds=seconds)
 
@@ -100,18 +101,18 @@ def test_a_bomb_ends_within_its_limit_and_leaves_nothing(kind, name):
     program, limit = BOMBS[name]
     with Sandbox(program, kind=kind, limits=SMALL) as box:
         # What ends by a fault of its own may need a moment on a busy machine; what runs into the clock need not wait long for it.
-        seconds = SECONDS if limit == "time" else 10.0
-        start = time.monotonic()
+        seconds = SECONDS if limit == "time" else 60.0
+        clock = Clock()
         outcome = box.run("", seconds=seconds)
-        took = time.monotonic() - start
+        in_time = clock.within(seconds + 1)
     assert outcome.limit == limit, outcome
-    assert took < seconds + 1
+    assert in_time, outcome
 
 
 def test_scripts_and_functions_give_results(kind):
     with Sandbox("print(int(input()) + 1)", kind=kind) as box:
-        assert [box.run(f"{n}\n", seconds=5.0).stdout for n in (1, 41)] == ["2\n", "42\n"]
-        assert box.run("x", seconds=5.0).status == 1 and "ValueError" in box.run("x", seconds=5.0).stderr
+        assert [box.run(f"{n}\n", seconds=60.0).stdout for n in (1, 41)] == ["2\n", "42\n"]
+        assert box.run("x", seconds=60.0).status == 1 and "ValueError" in box.run("x", seconds=60.0).stderr
     method = "class Solution:\n    def add(self, a: List[int], b: int) -> int:\n        print('noise')\n        return sum(a) + b"
     outcome = run(method, "[[1, 2], 4]", kind=kind, fn_name="add")
     assert (outcome.stdout, outcome.stderr) == ("7", "noise\n")
@@ -180,7 +181,7 @@ def test_one_run_leaves_no_file_nor_process_for_the_next(kind):
         "    if os.fork() == 0: time.sleep(60)\n"
     )
     with Sandbox(program, kind=kind) as box:
-        assert [(o.limit, o.stdout) for o in (box.run("", seconds=5.0) for _ in range(3))] == [(None, "False ['1']\n")] * 3
+        assert [(o.limit, o.stdout) for o in (box.run("", seconds=60.0) for _ in range(3))] == [(None, "False ['1']\n")] * 3
 
 
 def test_a_program_cannot_kill_or_trace_what_runs_it(kind):
@@ -194,7 +195,7 @@ libc = ctypes.CDLL(None)
 print(libc.ptrace(16, 1, 0, 0), libc.unshare(0x10000000), libc.mount(b"none", b"/tmp", b"tmpfs", 0, 0), libc.setuid(0), os.getuid() != 0)
 """
     with Sandbox(program, kind=kind) as box:
-        outcomes = [box.run("", seconds=5.0) for _ in range(2)]
+        outcomes = [box.run("", seconds=60.0) for _ in range(2)]
     assert [o.limit for o in outcomes] == [None, None], outcomes  # still there for the second
     assert outcomes[1].stdout.split() == ["-1", "-1", "-1", "-1", "True"]
 
@@ -204,8 +205,8 @@ def test_the_sandbox_survives_bombs_of_earlier_inputs(kind):
     with Sandbox(program, kind=kind, limits=SMALL) as box:
         assert box.run("1\nwhile True: pass", seconds=SECONDS).limit == "time"
         assert box.run("1\n" + FORK, seconds=SECONDS).limit == "time"
-        assert box.run("1\nx = bytearray(1 << 40)", seconds=5.0).limit == "memory"
-        assert box.run("0", seconds=5.0).stdout == "0\n"
+        assert box.run("1\nx = bytearray(1 << 40)", seconds=60.0).limit == "memory"
+        assert box.run("0", seconds=60.0).stdout == "0\n"
 
 
 def test_a_killed_trainer_takes_its_sandboxes_along(kind):
@@ -217,7 +218,7 @@ def test_a_killed_trainer_takes_its_sandboxes_along(kind):
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     folder = Path(process.stdout.readline().strip())
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while not any("sandbox_program.py" in command for command in processes()):
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -259,7 +260,7 @@ print(kinds)
             shutil.copy(package / name, folder / "megasd" / name)
         subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
         command = ["setpriv", *user, SYSTEM_PYTHON, "-B", "-c", script, FORK]
-        done = subprocess.run(command, cwd=folder, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=folder, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=400)
     finally:
         shutil.rmtree(folder)
     if done.stdout.strip() == "[]":

@@ -9,6 +9,7 @@ Does not prove that SGLang starts so (tests/integration/test_placement.py).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import subprocess
 import sys
 import threading
@@ -50,7 +51,7 @@ class Node:
         write(self.engines / f"node-{self.servers[index].port}.json", {"url": self.servers[index].url, "name": name, "token": token})
 
     def rollout(self, served: int, **engine: object) -> Rollout:
-        config = RolloutConfig(engine=EngineConfig(served=served, **{"start_timeout": 20.0, **engine}), max_retries=3)
+        config = RolloutConfig(engine=EngineConfig(served=served, **{"start_timeout": 120.0, **engine}), max_retries=3)
         return Rollout(
             config, model_path=str(self.model), device="cpu", dtype="float32", run_dir=self.run, seed=1, stop_token_ids=[3], vocab_size=96
         )
@@ -78,9 +79,9 @@ def test_only_what_this_start_of_the_job_announced_is_taken(node: Node) -> None:
     node.announce(1, "megasd-b")
     node.servers[1].name = "somebody-else"
     with pytest.raises(
-        UserError, match=r"served=1: another server answers at http://.*engines within .*start_timeout=1 s; run `megasd serve`"
+        UserError, match=r"served=1: another server answers at http://.*engines within .*start_timeout=5 s; run `megasd serve`"
     ):
-        node.rollout(1, start_timeout=1.0).start()
+        node.rollout(1, start_timeout=5.0).start()
     node.servers[1].name = "megasd-b"
     with node.rollout(1) as rollout:
         assert rollout.engines[0].url == node.servers[1].url and node.servers[1].version == "0"
@@ -95,16 +96,24 @@ def test_requests_of_a_dead_engine_go_to_the_others_and_it_is_taken_back(node: N
     with node.rollout(2) as rollout:
         dead, port = node.servers[0], node.servers[0].port
         threading.Timer(0.05, dead.stop).start()
-        dead.fail["/generate"] = lambda body: asyncio.sleep(20)
-        began = time.monotonic()
-        assert ask(rollout) == 8 and time.monotonic() - began < 3.5  # not the seconds that it takes to be sure of a death
-        assert node.servers[1].asked == 8
+        dead.fail["/generate"] = lambda body: asyncio.sleep(300)
         engine = next(engine for engine in rollout.engines if engine.url == dead.url)
+        why_dead, asked = engine.why_dead, threading.Event()
+
+        async def sure_at_last() -> str | None:
+            while not asked.is_set():
+                await asyncio.sleep(0.01)
+            return await why_dead()
+
+        engine.why_dead = sure_at_last
+        assert ask(rollout) == 8  # before anybody is sure of a death
+        asked.set()
+        assert node.servers[1].asked == 8
         while engine.alive:  # it takes some seconds to be sure
             time.sleep(0.05)
         node.servers[0] = ControlServer(dead.architectures, port)
         node.announce(0, "megasd-c")  # `megasd serve` has started it anew
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while not engine.up and time.monotonic() < deadline:
             time.sleep(0.05)
         assert engine.answers_as == "megasd-c" and engine.held == 0 and node.servers[0].version == "0" and engine.restarts == 1
@@ -124,11 +133,11 @@ def test_a_push_does_not_wait_for_an_engine_that_nobody_announces_again(node: No
         for version in range(1, 5):  # more often than it may be restarted
             began = time.monotonic()
             rollout.push(str(node.model), version)
-            assert time.monotonic() - began < 3 and not engine.alive
+            assert time.monotonic() - began < 30 and not engine.alive  # half of the start_timeout that it would wait for
             assert ask(rollout) == 8
         node.servers[0] = ControlServer(dead.architectures, port)
         node.announce(0, "megasd-c")  # at the same URL
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while not engine.up and time.monotonic() < deadline:
             time.sleep(0.05)
         assert engine.held == 4 and engine.answers_as == "megasd-c" and engine.restarts == 1
@@ -138,8 +147,10 @@ def test_the_engine_that_is_asked_least_is_asked(node: Node) -> None:
     node.announce(0, "megasd-a")
     node.announce(1, "megasd-b")
 
-    async def slow(body: dict) -> None:
-        await asyncio.sleep(0.6)
+    async def slow(body: dict) -> None:  # until the other one has done its share
+        deadline = time.monotonic() + 120
+        while node.servers[1].asked < 9 and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
     node.servers[0].fail["/generate"] = slow
     with node.rollout(2) as rollout:
@@ -172,10 +183,12 @@ def test_one_that_hangs_is_condemned(node: Node) -> None:
     node.announce(1, "megasd-b")
     with node.rollout(2, progress_timeout=0.3) as rollout:
         hung = next(server for server in node.servers if server.url == rollout.engines[0].url)
-        hung.fail["/generate"] = lambda body: asyncio.sleep(30)
+        fine, tokens = next(server for server in node.servers if server is not hung), itertools.count()
+        hung.fail["/generate"] = lambda body: asyncio.sleep(300)
         hung.fail["/v1/loads"] = lambda body: (200, {"loads": []})
+        fine.fail["/v1/loads"] = lambda body: (200, {"loads": [{"num_used_tokens": next(tokens)}]})  # however long it takes
         assert ask(rollout) == 8
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 120
         while not (marks := list(node.engines.glob("*.condemned"))) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert [path.name for path in marks] == [f"{hung.name}.condemned"]
@@ -188,7 +201,7 @@ def test_the_key(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
         server.key = KEY
     node.announce(0, "megasd-a")
     with pytest.raises(UserError, match=f"answered 401: set {VARIABLE} to the key"):
-        node.rollout(1, start_timeout=0.5).start()
+        node.rollout(1, start_timeout=5.0).start()
     monkeypatch.setenv(VARIABLE, KEY)
     with node.rollout(1) as rollout:
         assert ask(rollout) == 8
