@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,3 +19,9 @@ def torchrun(script: str, nproc: int, *args: str, timeout: float = 540, env: dic
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
     assert done.returncode == 0, f"{script} on {nproc} ranks exited {done.returncode}:\n{done.stdout[-6000:]}"
     return done.stdout
+
+
+def generating(url: str) -> bool:
+    """Whether the SGLang server there is at work on a request, by its scheduler's own word: the prompt is read, tokens come."""
+    with urllib.request.urlopen(url + "/v1/loads", timeout=120) as answer:
+        return any(load["num_running_reqs"] for load in json.load(answer)["loads"])

@@ -6,6 +6,7 @@ once; the fleets that are pushed to reach them by URL. Rank 0 prints "ok ..." li
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -13,7 +14,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 warnings.filterwarnings("ignore")
 
@@ -26,11 +29,12 @@ from megasd.actor.actor import Actor  # noqa: E402
 from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel  # noqa: E402
 from megasd.batch import Batch  # noqa: E402
 from megasd.config import EngineConfig, RolloutConfig, SyncConfig  # noqa: E402
-from megasd.rollout.engine import EngineError  # noqa: E402
-from megasd.rollout.generate import Rollout  # noqa: E402
+from megasd.rollout.engine import Engine, EngineError  # noqa: E402
+from megasd.rollout.generate import Rollout, _versions  # noqa: E402
 from megasd.sync import SAMPLE, SyncError, WeightSync  # noqa: E402
-from megasd.types import Prompt  # noqa: E402
+from megasd.types import Group, Prompt  # noqa: E402
 from tests.distributed.golden_cases import make_config  # noqa: E402
+from tests.launch import generating  # noqa: E402
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
 TOLERANCE = 1e-3  # nats
@@ -183,41 +187,102 @@ def delta(root: Path, rollout: Rollout | None, actor: Actor) -> None:
             say(f"delta: {sizes} bytes, log-probs {worst:.1e}")
 
 
-def in_flight(root: Path, rollout: Rollout | None, actor: Actor, first_version: int) -> None:
+class Met:
+    """Requests that the next push meets: `sample` is started when the push is about to pause the engines, and its
+    requests get no further before it has: the schedulers of `owned` are frozen until they have been told.
+
+    `requests`: those in flight then; `held`: per accepted output, the weight versions of its tokens."""
+
+    def __init__(self, rollout: Rollout, owned: list[Rollout], sample: Callable[[], list[Group]]) -> None:
+        self.rollout, self.sample, self.requests, self.paused = rollout, sample, 0, 0
+        family = [child for one in owned for child in psutil.Process(one.engines[0].process.pid).children(recursive=True)]
+        self.schedulers = [process for process in family if "scheduler" in process.name()]
+        assert len(self.schedulers) == sum(engine.tp_size for engine in rollout.engines)
+        self.held: list[list[int]] = []
+        rollout.open_update = self
+
+    def __call__(self, version: int, mode: str, **kwargs: object) -> list[Engine]:
+        del self.rollout.open_update  # once
+        self.rollout._why_not = self.why_not
+        self.running = ThreadPoolExecutor(1).submit(self.sample)
+        for engine in self.rollout.engines:
+            while not generating(engine.url):
+                assert not self.running.done(), "all requests had ended before the push"
+                time.sleep(0.01)
+        for scheduler in self.schedulers:
+            scheduler.suspend()
+        self.requests = sum(engine.in_flight for engine in self.rollout.engines)
+        if mode == "drain":  # waits for them
+            self.thaw()
+        for engine in self.rollout.engines:
+            engine.request = partial(self.request, engine.request)
+        try:
+            return self.rollout.open_update(version, mode, **kwargs)
+        finally:
+            self.thaw()
+            for engine in self.rollout.engines:
+                del engine.request
+
+    async def request(self, request: Callable[..., Any], method: str, path: str, *args: Any, **kwargs: Any) -> Any:
+        answer = asyncio.ensure_future(request(method, path, *args, **kwargs))
+        if path == "/pause_generation":
+            # One that retracts is answered when the scheduler has been written to; one that aborts, when all have left.
+            await asyncio.wait({answer}, timeout=3)
+            self.paused += 1
+            if self.paused == len(self.rollout.engines):
+                self.thaw()
+        return await answer
+
+    def why_not(self, output: dict[str, Any]) -> str | None:
+        reason = type(self.rollout)._why_not(self.rollout, output)
+        if reason is None:
+            self.held.append(_versions(output))
+        return reason
+
+    def result(self) -> list[Group]:
+        groups = self.running.result(timeout=1200)
+        del self.rollout._why_not
+        return groups
+
+    def thaw(self) -> None:
+        for scheduler in self.schedulers:
+            scheduler.resume()
+
+
+def in_flight(root: Path, rollout: Rollout | None, actor: Actor, first_version: int, owned: list[Rollout]) -> None:
     """64 requests run when the push comes: none is lost, and what holds tokens of two versions says so."""
     prompts = [Prompt(id=f"p{i}", messages=[], answer="") for i in range(32)]
     for number, (mode, allow_stale) in enumerate((("retract", True), ("retract", False), ("abort", False), ("drain", False))):
         version = first_version + number
         with make_sync(actor, rollout, root, root / "dense", transport="colocated", in_flight=mode) as sync:
             disturb(actor, version)
-            running = None
+            met = None
             if rollout is not None:
                 rollout.config.allow_stale = allow_stale
-                running = ThreadPoolExecutor(1).submit(
-                    rollout.generate, prompts, [[4, 10 + i, 17, 2] for i in range(32)], str, step=0, num_samples=2, temperature=1.0,
-                    top_p=1.0, max_response_tokens=200,
-                )  # fmt: skip
-                while sum(engine.in_flight for engine in rollout.engines) < 2:
-                    time.sleep(0.01)
-                time.sleep(0.3)
+                met = Met(rollout, owned, lambda: rollout.generate(
+                    prompts, [[4, 10 + i, 17, 2] for i in range(32)], str, step=0, num_samples=2, temperature=1.0, top_p=1.0,
+                    max_response_tokens=200,
+                ))  # fmt: skip
             sync.push(version)
             if rollout is not None:
-                groups, stats = running.result(timeout=120), rollout.stats
+                groups, stats = met.result(), rollout.stats
+                assert met.requests >= 2, met.requests
                 samples = [sample for group in groups for sample in group.samples]
                 assert len(samples) == 64 and all(sample.response_ids for sample in samples)
                 versions = sorted({sample.version for sample in samples})
                 assert set(versions) <= {version - 1, version}, versions
                 assert stats["retries"] == stats["restarts"] == 0, stats
+                assert sorted(sample.version for sample in samples) == sorted(min(held) for held in met.held)
                 if mode == "retract":
-                    assert stats["stale"] > 0, stats  # marked, and (unless allowed) asked again
-                if mode == "retract" and not allow_stale:
-                    for sample in samples:
-                        assert sample.version in (version - 1, version)
+                    # They go on with the new weights, and are kept: no older than the call that asked, and marked so.
+                    assert any(set(held) == {version - 1, version} for held in met.held), met.held
+                    assert not stats["stale"] and not stats["aborted"], stats
                 if mode == "abort":
                     assert stats["aborted"] > 0, stats
                 if mode == "drain":
                     assert versions == [version - 1] and not stats["stale"] and not stats["aborted"], (versions, stats)
-                say(f"64 requests, {mode}, stale {'kept' if allow_stale else 'asked again'}: versions {versions}, {stats}")
+                both = sum(len(set(held)) == 2 for held in met.held)
+                say(f"64 requests, {mode}, allow_stale {allow_stale}: versions {versions}, of both {both}, {stats}")
             compare(actor, rollout)
 
 
@@ -375,7 +440,7 @@ def main(root: Path) -> None:
         actor = make_actor(root / "dense", {TP: 2}, device)
         sample(root, fleets[0], actor)
         delta(root, fleets[0], actor)
-        in_flight(root, fleets[0], actor, 103)
+        in_flight(root, fleets[0], actor, 103, owned[:2])
         faults(root, fleets[0], actor)
         death(root, owned[0] if owned else None, actor)
         rest(root, owned[0] if owned else None, actor)

@@ -165,7 +165,7 @@ def test_a_router_before_two_engines(tmp_path: Path) -> None:
             check_groups(ask(rollout, 4, 4, 12), model, 4, 4, version=0)
             rollout.push(str(other), 3)
             check_groups(ask(rollout, 4, 4, 12), other, 4, 4, version=3)
-            strike = Strike(rollout.router, lambda: rollout.engines[0].process.kill())
+            strike = Strike(rollout.router, lambda: rollout.engines[0].process.kill(), rollout.engines[0].url)
             strike.start()
             check_groups(ask(rollout, 6, 6, 200), other, 6, 6, version=3)
             strike.join()

@@ -31,10 +31,11 @@ def make_models(root: Path) -> None:
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts)).float().save_pretrained(root / "moe")
 
 
+@pytest.mark.timeout(2500)
 @pytest.mark.nightly  # three minutes; test_train.py pushes to a live engine, and to one that died, in make test
 def test_pushes(tmp_path: Path) -> None:
     make_models(tmp_path)
-    output = torchrun("tests/integration/push_cases.py", 4, str(tmp_path))
+    output = torchrun("tests/integration/push_cases.py", 4, str(tmp_path), timeout=2400)
     print("\n".join(line for line in output.splitlines() if line.startswith("ok")))
     for words in ("TP2 disk", "PP2 group", "TP2 x PP2 colocated", "EP2 group", "delta", "64 requests, retract", "healed", "killed", "all"):
         assert f"ok {words}" in output, output
