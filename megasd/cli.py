@@ -30,15 +30,15 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from megasd.algo.recipes import ABOUT, RECIPES
-from megasd.algo.schedule import check_stages
-from megasd.config import ConfigError
-from megasd.load_config import load_config, to_yaml
-from megasd.options import REFUSED, Parser, build_parser
-from megasd.outline import outline
-from megasd.presets import PRESETS
-from megasd.stop import LEFT, MARKER, SIGNALS, Stop
+from megasd.algo.stages import check_stages
+from megasd.commands.parser import REFUSED, Parser, build_parser
+from megasd.config.describe import outline
+from megasd.config.load import load_config, to_yaml
+from megasd.config.schema import ConfigError
+from megasd.config.validate import default_world_size, validate
+from megasd.evaluation.presets import PRESETS
+from megasd.preemption import LEFT, MARKER, SIGNALS, Stop
 from megasd.types import UserError
-from megasd.validate import default_world_size, validate
 
 INTERRUPTED = 130
 
@@ -86,7 +86,7 @@ def _eval(parser: Parser, args: argparse.Namespace, rest: list[str]) -> int:
             print(f"{'':<16}{preset.source}")
         return 0
     _quiet_libraries()
-    from megasd import eval_run
+    from megasd.commands import evaluate as eval_run
 
     eval_run.run(args)
     return 0
@@ -98,7 +98,7 @@ def _convert(parser: Parser, args: argparse.Namespace, rest: list[str]) -> int:
     if args.file_mib < 1:
         parser.error("argument --file-mib: give 1 or more")
     _quiet_libraries()
-    from megasd import conversion
+    from megasd.commands import convert as conversion
 
     conversion.run(args)
     return 0
@@ -111,7 +111,7 @@ def _data(parser: Parser, args: argparse.Namespace, rest: list[str]) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: give 1 or more")
     _quiet_libraries()
-    from megasd import data_check
+    from megasd.commands import data_check
 
     return data_check.run(args)
 
@@ -119,7 +119,7 @@ def _data(parser: Parser, args: argparse.Namespace, rest: list[str]) -> int:
 def _analyze(args: argparse.Namespace, rest: list[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     _quiet_libraries()
-    from megasd import analyze
+    from megasd.commands import analyze
 
     analyze.run(args, rest)
     return 0
@@ -130,13 +130,13 @@ def _machines(args: argparse.Namespace, rest: list[str]) -> int:
     items = args.items + rest  # `rest`: positionals that follow an option
     _quiet_libraries()
     if args.command == "plan":
-        from megasd.planner import command as module
+        from megasd.commands import plan as module
     elif args.command == "launch":
-        from megasd.launch import command as module
+        from megasd.commands import launch as module
     elif args.command == "serve":
-        from megasd import serve as module
+        from megasd.commands import serve as module
     else:
-        from megasd import doctor as module
+        from megasd.cluster import doctor as module
     return module.run(args, items)
 
 

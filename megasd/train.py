@@ -2,7 +2,7 @@
 
 SC-SDPO (2605.27765) is this loop with the recipe sc_sdpo: the self-teacher of a failed sample reads a correct sibling
 (SDPO, 2601.20802), questions weigh sqrt(p (1 - p)) over the mean of the informative ones. Every rank runs it; rank 0 alone
-samples, verifies and writes (run.py). What a method is, is in algo/recipes.py; this file does not know.
+samples, verifies and writes (trainer/trainer.py). What a method is, is in algo/recipes.py; this file does not know.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from megasd import throughput
 from megasd.actor.parallel import broadcast_tensors
-from megasd.config import Config
-from megasd.report import result_table
-from megasd.run import Run
-from megasd.stop import LEFT, Leave, Stop
+from megasd.config.schema import Config
+from megasd.preemption import LEFT, Leave, Stop
+from megasd.trainer import throughput
+from megasd.trainer.progress import result_table
+from megasd.trainer.trainer import Run
 
 
 def main(config: Config, stop: Stop) -> int:

@@ -42,7 +42,7 @@ class Prompt:
     answer: str  # gold answer, read by the verifier
     solution: str | None = None  # reference solution, if the row has one (teacher contexts, NLL)
     pass_rate: float | None = None  # of the start model, if the row says it (PACED's frozen rate)
-    rubric: list[dict[str, str | float]] | None = None  # criteria of data/rubric.py, if the row has them
+    rubric: list[dict[str, str | float]] | None = None  # criteria of rewards/rubric.py, if the row has them
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megasd.batch import Batch
+from megasd.batch.batch import Batch
 
 VOCAB = 96
 PROMPT_LENS, RESPONSE_LENS = (3, 1, 5), (8, 25, 12)  # tokens; longer than the window (3) and the original length (16) of the tiny models

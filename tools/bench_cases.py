@@ -15,8 +15,8 @@ from bench_rivals import CopyToRanks, GatherColumns, TruncatedForwardKL, general
 from torch import Tensor
 
 from megasd.loss.divergence import divergence
-from megasd.ops.fused_linear import TeacherHead, fused_linear_loss, fused_linear_record
-from megasd.ops.readout import Readout, ReadoutSpec, TeacherRecord, vocab_parallel_readout
+from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss, fused_linear_record
+from megasd.ops.vocab_parallel import Readout, ReadoutSpec, TeacherRecord, vocab_parallel_readout
 
 BETA = 0.5
 NUM_SPIKES, MAX_SPIKE = 3, 25.0  # columns of a token that are raised, by up to this many nats

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
-from megasd.weights import families, files
-from megasd.weights.shards import RawShards, as_bytes
+from megasd.models import registry as families
+from megasd.weights import hf_files as files
+from megasd.weights.safetensors_io import RawShards, as_bytes
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

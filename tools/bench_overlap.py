@@ -32,11 +32,11 @@ from typing import Any
 import psutil
 from bench_kernel import ROOT, commit, machine
 
-from megasd.metrics import read_metrics
+from megasd.trainer.metrics import read_metrics
 
 WARM = 2  # steps that are not counted
 PHASES = ("rollout", "wait", "teach", "train", "sync")
-ENGINE = "megasd.rollout.sglang_cpu"
+ENGINE = "megasd.engine.sglang_cpu"
 
 
 def run(overlap: int, args: argparse.Namespace, directory: Path) -> dict[str, Any]:

@@ -33,11 +33,11 @@ import torch  # noqa: E402
 from bench_meters import PeakMemory  # noqa: E402
 
 from megasd.actor.actor import Actor  # noqa: E402
-from megasd.actor.deal import deal  # noqa: E402
 from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
-from megasd.actor.share import active_samples  # noqa: E402
-from megasd.batch import Batch  # noqa: E402
-from megasd.config import ActorConfig, AlgorithmConfig, Config, DistillTerm, QuestionWeightConfig, TeacherConfig  # noqa: E402
+from megasd.actor.rank_batch import active_samples  # noqa: E402
+from megasd.batch.batch import Batch  # noqa: E402
+from megasd.batch.shard import deal  # noqa: E402
+from megasd.config.schema import ActorConfig, AlgorithmConfig, Config, DistillTerm, QuestionWeightConfig, TeacherConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS: dict[str, dict[str, Any]] = {

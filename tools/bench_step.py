@@ -8,7 +8,7 @@ One rank. The step is the actor's own: Megatron's schedule over packed or padded
 tokens of the student against a teacher's hidden states, which are random and cost nothing here), gradients into fp32 buffers, Adam with
 fp32 main parameters. Not in it: sampling, the teacher's passes, the push of weights.
 
-    MFU = (3 x forward FLOPs of all sequences, megasd/flops.py) / seconds / peak     peak: bf16, dense, of planner/hardware.py, or --peak
+    MFU = (3 x forward FLOPs of all sequences, megasd/models/flops.py) / seconds / peak     peak: bf16, of cluster/planner/hardware.py
 The FP8 columns are divided by the same bf16 peak, so that the numbers compare. Recomputation is not counted as work.
 The loss's share is of device time between CUDA events around it (wall time on a CPU), forward with its own gradients; its backward of the
 hidden states is a multiplication. --spec local: the CPU's layers (torch's attention, unfused norms), without TransformerEngine and FP8.
@@ -35,20 +35,20 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from bench_kernel import ROOT, commit  # noqa: E402
 
-from megasd import flops  # noqa: E402
-from megasd.actor import cpu  # noqa: E402
+from megasd.actor import cpu_backend as cpu  # noqa: E402
 from megasd.actor import model as build  # noqa: E402
 from megasd.actor.forward import run_microbatches  # noqa: E402
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel  # noqa: E402
-from megasd.config import ActorConfig, ConfigError, OptimizerConfig  # noqa: E402
+from megasd.batch.microbatch import Microbatch  # noqa: E402
+from megasd.cluster.planner.hardware import KINDS  # noqa: E402
+from megasd.config.schema import ActorConfig, ConfigError, OptimizerConfig  # noqa: E402
+from megasd.config.validate_actor import check_machine  # noqa: E402
 from megasd.loss.divergence import divergence  # noqa: E402
-from megasd.loss.reduce import megatron_loss  # noqa: E402
-from megasd.microbatch import Microbatch  # noqa: E402
-from megasd.ops.fused_linear import TeacherHead, fused_linear_loss  # noqa: E402
-from megasd.ops.readout import Readout, ReadoutSpec  # noqa: E402
-from megasd.planner.hardware import KINDS  # noqa: E402
-from megasd.validate_actor import check_machine  # noqa: E402
-from megasd.weights.families import config_from_hf  # noqa: E402
+from megasd.loss.normalise import megatron_loss  # noqa: E402
+from megasd.models import flops  # noqa: E402
+from megasd.models.registry import config_from_hf  # noqa: E402
+from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss  # noqa: E402
+from megasd.ops.vocab_parallel import Readout, ReadoutSpec  # noqa: E402
 
 TINY = {
     "model_type": "qwen3", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
@@ -73,7 +73,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--recompute", choices=("full", "selective"), help="actor.recompute_granularity")
     parser.add_argument("--steps", type=int, default=5, help="timed, after --warmup; medians are given")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--gpu", help="row of megasd/planner/hardware.py for the peak")
+    parser.add_argument("--gpu", help="row of megasd/cluster/planner/hardware.py for the peak")
     parser.add_argument("--peak", type=float, help="bf16 FLOP/s, in place of --gpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results to this JSON list")
     return parser

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from bench_kernel import ROOT, commit, machine
 
-from megasd.config import EngineConfig, RolloutConfig
-from megasd.rollout.generate import Rollout
-from megasd.weights import families
-from megasd.weights.files import write_weights
+from megasd.config.schema import EngineConfig, RolloutConfig
+from megasd.engine.sampler import Rollout
+from megasd.models import registry as families
+from megasd.weights.hf_files import write_weights
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LAYOUTS: dict[str, dict[str, int]] = {"TP1": {}, "TP2": {TP: 2}, "PP2": {PP: 2}, "TP2xPP2": {TP: 2, PP: 2}}

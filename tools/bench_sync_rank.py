@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megasd.actor.actor import Actor  # noqa: E402
 from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
-from megasd.config import ActorConfig, AlgorithmConfig, Config, EngineConfig, NLLTerm, RolloutConfig, SyncConfig  # noqa: E402
-from megasd.rollout.engine import EngineError, Unreachable  # noqa: E402
-from megasd.rollout.engine_weights import EngineWeights  # noqa: E402
-from megasd.rollout.generate import Rollout  # noqa: E402
-from megasd.sync import SyncError, WeightSync  # noqa: E402
+from megasd.config.schema import ActorConfig, AlgorithmConfig, Config, EngineConfig, NLLTerm, RolloutConfig, SyncConfig  # noqa: E402
+from megasd.engine.client import EngineError, Unreachable  # noqa: E402
+from megasd.engine.sampler import Rollout  # noqa: E402
+from megasd.weight_sync.engine_checksums import EngineWeights  # noqa: E402
+from megasd.weight_sync.sync import SyncError, WeightSync  # noqa: E402
 
 PROBES = [[4, 55, 17, 90, 2, 5], [91, 80, 81, 0, 3]]  # SGLang takes 0.2 s a token to score in bfloat16 on a busy core
 FLOORS = ("copy_warm", "copy_cold", "write_memory", "write_disk")

@@ -13,11 +13,11 @@ import sys
 from dataclasses import replace
 
 from megasd.algo.recipes import RECIPES
-from megasd.load_config import load_config
-from megasd.planner.command import MODELS, make_job
-from megasd.planner.hardware import KINDS
-from megasd.planner.layouts import Plan, enough_nodes, search
-from megasd.planner.memory import GIB
+from megasd.cluster.planner.hardware import KINDS
+from megasd.cluster.planner.layouts import Plan, enough_nodes, search
+from megasd.cluster.planner.memory import GIB
+from megasd.commands.plan import MODELS, make_job
+from megasd.config.load import load_config
 
 NODES = {8: (1, 0), 32: (2, 2), 64: (4, 4)}  # GPUs in all -> nodes that train, nodes of engines
 ITEMS = (

@@ -1,11 +1,12 @@
-"""Push cost at 8B, 32B and 70B on H100 nodes, by layout and link: a markdown table, computed from the plan of weights/plan.py.
+"""Push cost at 8B, 32B and 70B on H100 nodes, by layout and link: a markdown table, computed from the plan of weights/gather_plan.py.
 
     python tools/push_cost.py                                # the table of benchmarks/README.md
     python tools/push_cost.py --models Qwen2.5-72B --actors 8x2@32 --engine-tp 8
 
 An actor TPxPP@GPUs fills its GPUs with data-parallel copies, Megatron's order (tensor parallel innermost, pipeline outermost), 8 GPUs a
-node. The bytes are exact: the plan says which rank owns which piece. The seconds are nominal bandwidths (megasd/planner/hardware.py) times
-one efficiency; formulas and assumptions: megasd/planner/push.py. NOTHING HERE WAS MEASURED ON A GPU.
+node. The bytes are exact: the plan says which rank owns which piece. The seconds are nominal bandwidths
+(megasd/cluster/planner/hardware.py) times one efficiency; formulas and assumptions: megasd/cluster/planner/push.py. NOTHING HERE WAS
+MEASURED ON A GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megasd.planner.push import (
+from megasd.cluster.planner.push import (
     EFFICIENCY,
     FIXED,
     H100,
@@ -36,8 +37,9 @@ from megasd.planner.push import (
     ipc_seconds,
     push_seconds,
 )
-from megasd.weights import families, mapping
-from megasd.weights.plan import Holding, Plan, make_plan
+from megasd.models import registry as families
+from megasd.models import tp_layouts as mapping
+from megasd.weights.gather_plan import Holding, Plan, make_plan
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
 __all__ = ["EFFICIENCY", "FIXED", "HBM", "IB", "NVLINK", "PCIE", "REQUEST", "Layout", "Received"]

@@ -17,9 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megasd.data.rollouts import load_groups
-from megasd.evaluate import summarise
-from megasd.metrics import read_metrics
+from megasd.data.rollout_log import load_groups
+from megasd.evaluation.estimators import summarise
+from megasd.trainer.metrics import read_metrics
 from megasd.types import Group
 
 ROOT = Path(__file__).resolve().parents[2]

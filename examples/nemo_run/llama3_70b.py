@@ -8,8 +8,8 @@ import sys
 
 import nemo_run as run
 
-from megasd.launch import nemo
-from megasd.launch.job import read_job, write_config
+from megasd.cluster.launch import nemo
+from megasd.cluster.launch.job import read_job, write_config
 
 
 def main() -> None:

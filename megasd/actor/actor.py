@@ -18,31 +18,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.actor import checkpoint, cpu, optimizer_fixes
+from megasd.actor import checkpoint
+from megasd.actor import cpu_backend as cpu
+from megasd.actor import megatron_patches as optimizer_fixes
 from megasd.actor import model as build
-from megasd.actor.deal import deal, in_order, make_costs
-from megasd.actor.fixed_shape import fix_shapes, init_user_buffers
 from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh, broadcast_tensors
-from megasd.actor.share import Share, active_samples, batch_figures, mean_question_weight, softmax_temperature
-from megasd.actor.teach import TeacherPass
+from megasd.actor.rank_batch import Share, active_samples, batch_figures, mean_question_weight, softmax_temperature
+from megasd.actor.static_shapes import fix_shapes, init_user_buffers
 from megasd.actor.teacher import Teacher, check_vocabulary
+from megasd.actor.teacher_forward import TeacherPass
 from megasd.actor.teacher_signal import TeacherSignal
-from megasd.actor.weigh import entropy_gate, weigh
-from megasd.batch import Batch
-from megasd.config import AlgorithmConfig, Config
+from megasd.batch.batch import Batch
+from megasd.batch.microbatch import Microbatch, make_microbatches
+from megasd.batch.shard import deal, in_order, make_costs
+from megasd.config.schema import AlgorithmConfig, Config
+from megasd.loss.normalise import exact_words, megatron_loss, reduce_metrics
 from megasd.loss.objective import METRIC_WEIGHTS, divergence_of, objective, readout_spec
-from megasd.loss.reduce import exact_words, megatron_loss, reduce_metrics
-from megasd.loss.streams import sequence_log_ratio
-from megasd.microbatch import Microbatch, make_microbatches
-from megasd.ops.fused_linear import fused_linear_loss, fused_linear_readout
-from megasd.ops.readout import Readout, ReadoutSpec
-from megasd.weights import families
+from megasd.loss.sequence_stats import sequence_log_ratio
+from megasd.loss.token_weights import entropy_gate, weigh
+from megasd.models import registry as families
+from megasd.models.param_table import global_params
+from megasd.ops.fused_linear_loss import fused_linear_loss, fused_linear_readout
+from megasd.ops.vocab_parallel import Readout, ReadoutSpec
 from megasd.weights.export import BUCKET_BYTES, export_hf, plan_of
-from megasd.weights.files import HFWriter, read_hf_config
 from megasd.weights.gather import Gather
+from megasd.weights.hf_files import HFWriter, read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.table import global_params
 
 
 class Actor:
@@ -88,7 +90,7 @@ class Actor:
         return shares
 
     def take(self, batch: Batch, algorithm: AlgorithmConfig | None = None) -> Share:
-        """Cut out this rank's share. algorithm: as it stands in this step (algo/schedule.py); None: as configured. No collective."""
+        """Cut out this rank's share. algorithm: as it stands in this step (algo/stages.py); None: as configured. No collective."""
         algorithm = algorithm or self.algorithm
         active = active_samples(batch, algorithm)
         mine = deal(batch, active, algorithm, self.costs, self.mesh.dp_size)[self.mesh.dp_rank]
@@ -111,7 +113,9 @@ class Actor:
         )
 
     def teach(self, share: Share) -> TeacherSignal | None:
-        """What the student's pass reads of the teacher (actor/teach.py, which says the collectives); None without a distillation term."""
+        """What the student's pass reads of the teacher (actor/teacher_forward.py, which says the collectives); None without a
+        distillation term.
+        """
         if share.algorithm.teacher is None or self.teacher is None:
             return None
         run = TeacherPass(
@@ -123,7 +127,8 @@ class Actor:
     def look(self, share: Share, teacher: TeacherSignal | None, *, with_divergence: bool = False) -> dict[str, Tensor]:
         """The student before its step, forward only: "logp" [R] of the sampled tokens and, if asked for, "divergence" [R].
 
-        Zero for inactive samples; an empty dict before the last stage. Collectives: the model's, ops/readout.py, one all-reduce over CP.
+        Zero for inactive samples; an empty dict before the last stage. Collectives: the model's, ops/vocab_parallel.py, one all-reduce
+        over CP.
         """
         batch, mesh, results = share.batch, self.mesh, {}
         if mesh.is_last_stage:
@@ -164,7 +169,9 @@ class Actor:
                 share.streams["old_logp"] = found["logp"]
 
     def _prepare(self, share: Share, teacher: TeacherSignal | None, *, first: bool) -> None:
-        """Weights and streams of the tokens, once a share; the sequence ratio before each update. Collectives: actor/weigh.py, `look`."""
+        """Weights and streams of the tokens, once a share; the sequence ratio before each update. Collectives: loss/token_weights.py,
+        `look`.
+        """
         algorithm = share.algorithm
         pg, term = algorithm.policy_gradient, algorithm.distill
         if share.weighed is None:
@@ -216,7 +223,7 @@ class Actor:
 
         first, last of its batch: the learning rate moves before the first, the teacher follows after the last (SDPO 2601.20802).
         Raises FloatingPointError when the gradient norm is not finite. Collectives: the model's, the gradient reduction over DP x CP, one
-        all-reduce and one broadcast of the metrics, those of actor/weigh.py.
+        all-reduce and one broadcast of the metrics, those of loss/token_weights.py.
         """
         start = time.perf_counter()
         self._prepare(share, teacher, first=first)

@@ -30,7 +30,7 @@ from megasd.types import UserError
 
 MEGATRON_FILES = (".metadata", "metadata.json", "common.pt")
 STATE_FILE = "megasd.json"  # what the left half needs: step, data position, layout
-LEFT_HALF = ("prompts", "memory", "gate")  # of the `state` that a run saves (run.py)
+LEFT_HALF = ("prompts", "memory", "gate")  # of the `state` that a run saves (trainer/trainer.py)
 
 
 def save(

@@ -17,10 +17,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megasd.actor.fixed_shape import outside_graphs
 from megasd.actor.parallel import Mesh
-from megasd.loss.reduce import without_division
-from megasd.microbatch import Microbatch
+from megasd.actor.static_shapes import outside_graphs
+from megasd.batch.microbatch import Microbatch
+from megasd.loss.normalise import without_division
 
 # (microbatch, hidden [T, h] of the tokens that predict its response tokens) -> what the pass is for
 TrainLoss = Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]

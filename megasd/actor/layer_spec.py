@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megasd.actor.cpu_layers import RMSNorm, SDPAttention
 from megasd.actor.layers import AllHeadsRMSNorm, TableAttention, post_norm
-from megasd.weights.table import Family
+from megasd.models.param_table import Family
 
 
 def block_spec(family: Family, config: TransformerConfig, gpu: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megasd.models.param_table import Rope
 from megasd.types import UserError
-from megasd.weights.table import Rope
 
 
 class RotaryTables(RotaryEmbedding):

@@ -23,10 +23,10 @@ from torch import Tensor
 from megasd.actor.layer_spec import block_spec
 from megasd.actor.layers import RotaryTables
 from megasd.actor.parallel import Mesh
-from megasd.config import ActorConfig, OptimizerConfig
-from megasd.weights import mapping
-from megasd.weights.families import config_from_hf
-from megasd.weights.table import Family
+from megasd.config.schema import ActorConfig, OptimizerConfig
+from megasd.models import tp_layouts as mapping
+from megasd.models.param_table import Family
+from megasd.models.registry import config_from_hf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,7 +73,7 @@ def transformer_config(family: Family, actor: ActorConfig, device: torch.device)
         bf16=dtype is torch.bfloat16,
         variable_seq_lengths=pipelined,  # microbatches differ in length
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models included
-        calculate_per_token_loss=True,  # loss/reduce.py owns the normaliser, Megatron divides by nothing
+        calculate_per_token_loss=True,  # loss/normalise.py owns the normaliser, Megatron divides by nothing
         tp_comm_overlap=actor.tp_comm_overlap,
         attention_backend=AttnBackend[actor.attention_backend],
         use_cpu_initialization=not gpu,

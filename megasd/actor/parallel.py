@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.actor import cpu
-from megasd.config import ActorConfig
+from megasd.actor import cpu_backend as cpu
+from megasd.config.schema import ActorConfig
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ from torch import Tensor
 from megasd.actor import model as build
 from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh
-from megasd.config import ActorConfig, TeacherConfig
-from megasd.microbatch import Microbatch
+from megasd.batch.microbatch import Microbatch
+from megasd.config.schema import ActorConfig, TeacherConfig
+from megasd.models import registry as families
+from megasd.models.param_table import global_params
 from megasd.types import UserError
-from megasd.weights import families
-from megasd.weights.files import read_hf_config
+from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.quantised import lend, plain, storage
-from megasd.weights.table import global_params
+from megasd.weights.te_fp8 import lend, plain, storage
 
 SHADOWED = ("ema", "frozen", "snapshot", "gated", "trust_region")
 

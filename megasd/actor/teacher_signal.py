@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.batch import Batch
-from megasd.ops.fused_linear import TeacherHead
-from megasd.ops.readout import TeacherRecord
+from megasd.batch.batch import Batch
+from megasd.ops.fused_linear_loss import TeacherHead
+from megasd.ops.vocab_parallel import TeacherRecord
 
 
 @dataclass
@@ -30,7 +30,7 @@ class TeacherSignal:
     hidden_Sh: Tensor | None = None
     output_weight_Vh: Tensor | None = None
     record: TeacherRecord | None = None
-    streams: dict[str, Tensor] = field(default_factory=dict)  # [R] or [C - 1, R] each, on the last stage; see actor/weigh.py
+    streams: dict[str, Tensor] = field(default_factory=dict)  # [R] or [C - 1, R] each, on the last stage; see loss/token_weights.py
 
     @classmethod
     def empty(cls, batch: Batch, samples: list[int], *, hidden_size: int, top_k: int | None, dtype: torch.dtype, device: torch.device):

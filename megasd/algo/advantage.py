@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from megasd.config import AlgorithmConfig, PolicyGradientTerm
+from megasd.config.schema import AlgorithmConfig, PolicyGradientTerm
 from megasd.types import Group, Sample, Verdict
 
 _EPSILON = 1e-6

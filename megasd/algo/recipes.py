@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megasd.config import (
+from megasd.config.schema import (
     AlgorithmConfig,
     CreditConfig,
     DistillTerm,

@@ -30,9 +30,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megasd.config import RewardConfig
-from megasd.data import faults
-from megasd.data.mappings import DROPS_REPEATS, MAPPINGS
+from megasd.config.schema import RewardConfig
+from megasd.data import check_text as faults
+from megasd.data.columns import DROPS_REPEATS, MAPPINGS
 from megasd.data.prompts import no_solution, read_prompts, used_id
 from megasd.data.rows import DataError, Row, row_files
 from megasd.types import Group, Message, Prompt, Sample, UserError, Verdict
@@ -297,7 +297,7 @@ def _judge_doubts(report: Report, seen: _Seen) -> None:
     """Answers and ends of solutions that differ as texts, held against each other by math-verify."""
     if not seen.doubts:
         return
-    from megasd.data.rewards import RewardPool
+    from megasd.rewards.verifiers import RewardPool
 
     groups = []
     for i, (_, answer, ends_on) in enumerate(seen.doubts):

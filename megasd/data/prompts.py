@@ -5,7 +5,7 @@
 
 A prompt and an answer are required; `id` defaults to "<file stem>-<row number from 0>". `pass_rate` is the start model's (the frozen rate
 of PACED, arXiv 2603.11178), `rubric` a list of criteria. Other columns are metadata and are left alone, except look-alikes of the known
-ones (a "solutoin" would silently be no solution). Files are read by data/rows.py, columns by data/mappings.py.
+ones (a "solutoin" would silently be no solution). Files are read by data/rows.py, columns by data/columns.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megasd.data.mappings import DROPS_REPEATS, MAPPINGS, Mapped
+from megasd.data.columns import DROPS_REPEATS, MAPPINGS, Mapped
 from megasd.data.rows import DataError, Row, kind_name, read_rows, short
 from megasd.types import Message, Prompt
 
@@ -31,7 +31,7 @@ def load_prompts(path: str | Path, *, max_row_bytes: int = 262144, require_solut
     """Every prompt of a file or directory, in its order. DataError names the first bad row; nothing is trimmed or guessed.
 
     `max_row_bytes` bounds a row's size in bytes, its newline excluded. `require_solution` refuses rows without one
-    (teacher context "solution", and NLL on the rows' own solutions). `mapping`: a name of data/mappings.py; what that one leaves out by its
+    (teacher context "solution", and NLL on the rows' own solutions). `mapping`: a name of data/columns.py; what that one leaves out by its
     rules is counted in a logged warning.
     """
     prompts: list[Prompt] = []

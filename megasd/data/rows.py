@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megasd.config.validate import ROW_SUFFIXES
 from megasd.types import UserError
-from megasd.validate import ROW_SUFFIXES
 
 BATCH_ROWS = 128  # of a parquet or Arrow file, turned into Python objects at a time
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})$")  # the names that Hugging Face gives to shards

@@ -5,7 +5,7 @@ collective. A: the advantage; u (also d): log T(y) - log S(y), teacher minus stu
 
     rlsd     A (1 + lam (clip(exp(sign(A) d)) - 1))       RLSD 2604.03128; d = log T+ - log T-: CEPO 2605.19436
     antisd   A - lam phi(u)                               AntiSD 2605.11609
-    egrsd    A clip(exp(sign(A) u)) om                    EGRSD 2605.13255; om: loss/streams.py
+    egrsd    A clip(exp(sign(A) u)) om                    EGRSD 2605.13255; om: loss/sequence_stats.py
     rlcsd    A + lam tanh(e / tau), its sign kept         RLCSD 2606.11709; e: `contrast`
 """
 

@@ -1,6 +1,6 @@
 """Divergence of a student from a teacher over a few buckets: forward KL, reverse KL, generalised Jensen-Shannon, adaptive KL.
 
-T tokens, B buckets: the chosen tokens and, with a tail, all the rest (ops/readout.py makes them). Replicated work, no process group.
+T tokens, B buckets: the chosen tokens and, with a tail, all the rest (ops/vocab_parallel.py makes them). Replicated work, no process group.
 
 With S student, T teacher (constant), M = beta T + (1 - beta) S; beta is the weight of the teacher (alpha in SDPO 2601.20802, beta in GKD
 2306.13649):
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megasd.ops.pointwise import divergence_terms
+from megasd.ops.divergence_terms import divergence_terms
 
 _HEAD_MASS = 0.5  # of the teacher (AKL)
 
 
 class _Divergence(torch.autograd.Function):
-    """The gradient in the student's log-probabilities is w of ops/pointwise.py; autograd through exp and log would give NaN at log 0."""
+    """The gradient in the student's log-probabilities is w of ops/divergence_terms.py; autograd through exp and log would give NaN at log
+    0.
+    """
 
     @staticmethod
     def forward(ctx, student_logq_TB, teacher_logq_TB, beta, normalised, clip):

@@ -1,6 +1,6 @@
-"""The loss of some tokens: the algorithm's terms, each times its per-token weight, from what ops/readout.py says about the logits.
+"""The loss of some tokens: the algorithm's terms, each times its per-token weight, from what ops/vocab_parallel.py says about the logits.
 
-T response tokens. Weights already hold the global normaliser (loss/reduce.py), so the loss of a step is the plain sum over tokens,
+T response tokens. Weights already hold the global normaliser (loss/normalise.py), so the loss of a step is the plain sum over tokens,
 microbatches, context- and data-parallel ranks. Replicated over tensor-parallel ranks: no process group in sight.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megasd.config import AlgorithmConfig, CreditConfig, PolicyGradientTerm
+from megasd.config.schema import AlgorithmConfig, CreditConfig, PolicyGradientTerm
 from megasd.loss.credit import antisd, egrsd, phi, rlsd
 from megasd.loss.divergence import adaptive, divergence
-from megasd.loss.policy import is_ratio, policy_gradient, tis
-from megasd.loss.reduce import exact_words, weigh
-from megasd.ops.readout import Readout, ReadoutSpec
+from megasd.loss.normalise import exact_words, weigh
+from megasd.loss.policy_gradient import is_ratio, policy_gradient, tis
+from megasd.ops.vocab_parallel import Readout, ReadoutSpec
 
 # What a metric is a mean over, where that is not "tokens" (response tokens of samples with a weight); "" is a plain sum.
 METRIC_WEIGHTS = {
@@ -62,12 +62,12 @@ def divergence_of(readout: Readout, algorithm: AlgorithmConfig) -> Tensor:
 def objective(
     readout: Readout, streams_T: dict[str, Tensor], weights_T: dict[str, Tensor], valid_T: Tensor, algorithm: AlgorithmConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss_T, sums): weighted losses, and sums over valid tokens for metrics as words of loss/reduce.py, which add up exactly.
+    """(loss_T, sums): weighted losses, and sums over valid tokens for metrics as words of loss/normalise.py, which add up exactly.
 
     `streams_T`: "rollout_logp" (engine log-prob mu of the sampled token, nats) and "advantage"; where the algorithm has them "old_logp"
     (pi_old; without it the step is on policy and pi_old the detached student, so that ratios are 1 and only the correction against the
-    engine remains, SDPO 2601.20802, 2.1 steps 6 and 7), and what actor/weigh.py made of the teacher. `weights_T`: one float64 weight per
-    term in use ("distill", "policy_gradient", "second_path", "nll"), 0 where a token does not take part. No collective.
+    engine remains, SDPO 2601.20802, 2.1 steps 6 and 7), and what loss/token_weights.py made of the teacher. `weights_T`: one float64
+    weight per term in use ("distill", "policy_gradient", "second_path", "nll"), 0 where a token does not take part. No collective.
     """
     logp_T = readout.logp_T
     detached_T = logp_T.detach()
@@ -123,7 +123,7 @@ def credited(logp_T: Tensor, streams_T: dict[str, Tensor], valid_T: Tensor, cred
     """(advantages_T, sums for metrics): the advantage of each token in the light of the teacher. Untaught tokens keep theirs.
 
     logp_T: the student's, detached. streams_T: "advantage", "teacher_logp" and "taught" (bool); cepo: "contrast_logp" and "contrasted";
-    egrsd: "discount". rlcsd, return and margin were dealt with before, on whole sequences (actor/weigh.py).
+    egrsd: "discount". rlcsd, return and margin were dealt with before, on whole sequences (loss/token_weights.py).
     """
     advantages_T, taught_T = streams_T["advantage"], streams_T["taught"] & valid_T
     log_ratio_T = torch.where(taught_T, streams_T["teacher_logp"].to(logp_T.dtype) - logp_T, 0.0)

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.weights import families
+from megasd.models import registry as families
 from megasd.weights.gather import Gather, exchange
-from megasd.weights.plan import Holding, Plan, make_plan
+from megasd.weights.gather_plan import Holding, Plan, make_plan
 
 BUCKET_BYTES = 256 << 20
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.weights import mapping
-from megasd.weights.mapping import Shape
-from megasd.weights.plan import ALIGNMENT, Bucket, Holding, Param, Piece, Plan
-from megasd.weights.quantised import plain
+from megasd.models import tp_layouts as mapping
+from megasd.models.tp_layouts import Shape
+from megasd.weights.gather_plan import ALIGNMENT, Bucket, Holding, Param, Piece, Plan
+from megasd.weights.te_fp8 import plain
 
 
 def exchange(mine: Holding, world_size: int) -> list[Holding]:

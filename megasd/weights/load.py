@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megasd.models import registry as families
+from megasd.models import tp_layouts as mapping
+from megasd.models.param_table import Table
 from megasd.types import UserError
-from megasd.weights import families, mapping
-from megasd.weights.files import Source, read_hf_config
-from megasd.weights.quantised import fill, is_quantised
-from megasd.weights.table import Table
+from megasd.weights.hf_files import Source, read_hf_config
+from megasd.weights.te_fp8 import fill, is_quantised
 
 
 def check_names(names: Iterable[str], table: Table, where: Path) -> None:

@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
-from megasd.config import ActorConfig  # noqa: E402
+from megasd.config.schema import ActorConfig  # noqa: E402
 from tests.distributed.family_cases import EP, PP, SP, TP, FamilyModel, same  # noqa: E402
 from tests.te_stand_ins import transformer_engine_spec  # noqa: E402
 from tests.tiny_weights import MODELS  # noqa: E402

@@ -20,16 +20,17 @@ from torch import Tensor  # noqa: E402
 from megasd.actor import model as build  # noqa: E402
 from megasd.actor.forward import run_microbatches  # noqa: E402
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel  # noqa: E402
-from megasd.config import ActorConfig, OptimizerConfig  # noqa: E402
-from megasd.loss.reduce import megatron_loss  # noqa: E402
-from megasd.microbatch import Microbatch, make_microbatches  # noqa: E402
+from megasd.batch.microbatch import Microbatch, make_microbatches  # noqa: E402
+from megasd.config.schema import ActorConfig, OptimizerConfig  # noqa: E402
+from megasd.loss.normalise import megatron_loss  # noqa: E402
+from megasd.models import registry as families  # noqa: E402
+from megasd.models import tp_layouts as mapping  # noqa: E402
+from megasd.models.param_table import global_params  # noqa: E402
 from megasd.types import UserError  # noqa: E402
-from megasd.weights import families, mapping  # noqa: E402
 from megasd.weights.export import export_hf, plan_of  # noqa: E402
-from megasd.weights.files import read_hf_config  # noqa: E402
 from megasd.weights.gather import Gather  # noqa: E402
+from megasd.weights.hf_files import read_hf_config  # noqa: E402
 from megasd.weights.load import load_hf  # noqa: E402
-from megasd.weights.table import global_params  # noqa: E402
 from tests.families_reference import VOCAB, make_batch  # noqa: E402
 from tests.te_stand_ins import transformer_engine_spec  # noqa: E402
 from tests.tiny_weights import MODELS  # noqa: E402

@@ -3,7 +3,7 @@
     golden_cases.py MODEL_DIR MOE_DIR TIED_DIR TRACE.json
 
 One rank writes the trace, other world sizes compare with it. The first step is also compared with a float64 twin made of
-transformers' model and ops/reference.py, which shares no code with the actor.
+transformers' model and tests/reference.py, which shares no code with the actor.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from megasd.actor.actor import Actor  # noqa: E402
-from megasd.actor.deal import in_order  # noqa: E402
 from megasd.actor.forward import run_microbatches  # noqa: E402
 from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
-from megasd.batch import Batch  # noqa: E402
-from megasd.config import (  # noqa: E402
+from megasd.batch.batch import Batch  # noqa: E402
+from megasd.batch.microbatch import Microbatch  # noqa: E402
+from megasd.batch.shard import in_order  # noqa: E402
+from megasd.config.schema import (  # noqa: E402
     ActorConfig,
     AlgorithmConfig,
     Config,
@@ -34,8 +35,7 @@ from megasd.config import (  # noqa: E402
     QuestionWeightConfig,
     TeacherConfig,
 )
-from megasd.microbatch import Microbatch  # noqa: E402
-from megasd.ops import reference  # noqa: E402
+from tests import reference  # noqa: E402
 
 VOCAB, STEPS, TOP_K = 96, 4, 7
 TP, PP, CP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"

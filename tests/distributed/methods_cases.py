@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megasd.actor.weigh import weigh
 from megasd.algo.recipes import RECIPES
-from megasd.algo.schedule import at
-from megasd.config import AlgorithmConfig, QuestionWeightConfig
-from megasd.ops import reference
-from megasd.ops.readout import TAILS
+from megasd.algo.stages import at
+from megasd.config.schema import AlgorithmConfig, QuestionWeightConfig
+from megasd.loss.token_weights import weigh
+from megasd.ops.vocab_parallel import TAILS
 from megasd.types import Group, Prompt, Sample
+from tests import reference
 from tests.distributed.methods_world import (
     CLOSE,
     MIXED,

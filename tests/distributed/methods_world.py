@@ -1,6 +1,6 @@
 """A training step without a model, for methods_cases.py: scored groups -> batch -> weights and credit -> loss and gradient of the logits.
 
-Everything goes through the public pieces: build_batch, actor/weigh.py, the readout on vocabulary shards, the objective, the rows of
+Everything goes through the public pieces: build_batch, loss/token_weights.py, the readout on vocabulary shards, the objective, the rows of
 algo/recipes.py. Only the model is missing: logits (float64) stand in for it. Every rank makes the same whole tensors and takes its part.
 """
 
@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megasd.actor.weigh import Weighed, weigh
-from megasd.algo.memory import Memory
 from megasd.algo.recipes import RECIPES
-from megasd.algo.schedule import at
-from megasd.batch import Batch, build_batch
-from megasd.config import AlgorithmConfig
+from megasd.algo.stages import at
+from megasd.algo.state import Memory
+from megasd.batch.balance import by_count
+from megasd.batch.batch import Batch, build_batch
+from megasd.config.schema import AlgorithmConfig
+from megasd.loss.normalise import reduce_metrics
 from megasd.loss.objective import METRIC_WEIGHTS, divergence_of, objective, readout_spec
-from megasd.loss.reduce import reduce_metrics
-from megasd.loss.streams import EntropyGate
-from megasd.ops.fused_linear import TeacherHead, fused_linear_loss
-from megasd.ops.readout import Readout, ReadoutSpec, vocab_parallel_readout
-from megasd.partition import by_count
+from megasd.loss.sequence_stats import EntropyGate
+from megasd.loss.token_weights import Weighed, weigh
+from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss
+from megasd.ops.vocab_parallel import Readout, ReadoutSpec, vocab_parallel_readout
 from megasd.types import Group, Prompt, Sample, Verdict
 
 VOCAB, PADDED, ROOM, TEMPERATURE, TOP_K = 13, 16, 8, 0.9, 4

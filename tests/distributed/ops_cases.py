@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megasd.loss.divergence import divergence
-from megasd.ops import reference
-from megasd.ops.fused_linear import TeacherHead, fused_linear_loss, fused_linear_readout, fused_linear_record
-from megasd.ops.readout import TAILS, Readout, ReadoutSpec, TeacherRecord, vocab_parallel_readout
+from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss, fused_linear_readout, fused_linear_record
+from megasd.ops.vocab_parallel import TAILS, Readout, ReadoutSpec, TeacherRecord, vocab_parallel_readout
+from tests import reference
 from tools.bench_meters import RingBytes
 
 TOLERANCE = dict(rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Measures a real actor's tensors by category and holds them against megasd/planner/memory.py. A script: alone, or under torchrun.
+"""Measures a real actor's tensors by category and holds them against megasd/cluster/planner/memory.py. A script: alone, or under torchrun.
 
     python tests/distributed/planner_cases.py '[{"model": {}, "items": ["actor.recompute_granularity=full"]}]'
 
@@ -29,14 +29,14 @@ from torch.profiler import ProfilerActivity, profile
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import init_distributed, init_model_parallel
 from megasd.algo.recipes import RECIPES
-from megasd.batch import Batch
-from megasd.config import Config
-from megasd.load_config import load_config
-from megasd.planner import memory
-from megasd.planner.hardware import KINDS
-from megasd.planner.job import Job
-from megasd.planner.shapes import Model
-from megasd.weights import families
+from megasd.batch.batch import Batch
+from megasd.cluster.planner import memory
+from megasd.cluster.planner.hardware import KINDS
+from megasd.cluster.planner.job import Job
+from megasd.cluster.planner.shapes import Model
+from megasd.config.load import load_config
+from megasd.config.schema import Config
+from megasd.models import registry as families
 
 QWEN3 = {
     "model_type": "qwen3", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4,

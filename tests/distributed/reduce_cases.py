@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megasd.loss.reduce import (
+from megasd.loss.normalise import (
     AGGREGATIONS,
     NORMALISERS,
     exact_value,

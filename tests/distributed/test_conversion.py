@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megasd.weights.convert import Options
-from megasd.weights.to_hf import to_hf
-from megasd.weights.to_megatron import to_megatron
+from megasd.convert.common import Options
+from megasd.convert.hf_to_megatron import to_megatron
+from megasd.convert.megatron_to_hf import to_hf
 from tests.distributed.conversion_cases import CASES, SAVING, TE_FAMILIES, TE_NAMES
 from tests.launch import torchrun
 from tests.tiny_weights import MODELS, tiny_checkpoint

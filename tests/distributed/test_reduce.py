@@ -1,4 +1,4 @@
-"""The reducer of loss/reduce.py on 1, 2, 4 and 8 gloo ranks: one batch, every split of it, against one process.
+"""The reducer of loss/normalise.py on 1, 2, 4 and 8 gloo ranks: one batch, every split of it, against one process.
 
 Proves: over DP 1, 2, 4, CP 1, 2, microbatches 1, 2, 4 and five ways to deal the samples (questions split over ranks, a rank that learns
 nothing, a rank without samples), in every aggregation and with every normaliser of question weights, by masks of tokens, the loss, the

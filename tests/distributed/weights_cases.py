@@ -11,15 +11,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megasd.actor import cpu
+from megasd.actor import cpu_backend as cpu
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
-from megasd.config import ActorConfig
-from megasd.weights import families
+from megasd.config.schema import ActorConfig
+from megasd.models import registry as families
+from megasd.models.param_table import global_params
 from megasd.weights.export import export_hf, plan_of
-from megasd.weights.files import read_hf_config
 from megasd.weights.gather import Gather
+from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.table import global_params
 from tests.tiny_weights import transformers_logps
 
 IDS = [1, 5, 9, 2, 44, 95, 7, 3]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megasd.actor.parallel import init_distributed, init_model_parallel
-from megasd.config import ActorConfig
+from megasd.config.schema import ActorConfig
 from tests.distributed.family_cases import CP, PP, SP, TP, FamilyModel, same
 from tests.tiny_weights import MODELS
 

@@ -16,14 +16,22 @@ import torch
 from megasd.actor import model as build
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import init_distributed, init_model_parallel
-from megasd.batch import Batch
-from megasd.config import ActorConfig, AlgorithmConfig, Config, DistillTerm, OptimizerConfig, QuestionWeightConfig, TeacherConfig
-from megasd.validate_actor import check_actor, check_sizes
+from megasd.batch.batch import Batch
+from megasd.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    DistillTerm,
+    OptimizerConfig,
+    QuestionWeightConfig,
+    TeacherConfig,
+)
+from megasd.config.validate_actor import check_actor, check_sizes
+from megasd.models.param_table import global_params
 from megasd.weights.export import export_hf
-from megasd.weights.files import read_hf_config
+from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.quantised import is_quantised, plain
-from megasd.weights.table import global_params
+from megasd.weights.te_fp8 import is_quantised, plain
 
 VOCAB, SAMPLES, PROMPT, RESPONSE, STEPS = 512, 8, 24, 40, 8
 RECIPES = ("delayed", "tensorwise", "blockwise")

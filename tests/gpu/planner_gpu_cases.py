@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import init_distributed, init_model_parallel
 from megasd.algo.recipes import RECIPES
-from megasd.load_config import load_config
-from megasd.planner import memory
-from megasd.planner.hardware import KINDS
-from megasd.planner.job import Job
-from megasd.planner.shapes import Model
-from megasd.weights import families
+from megasd.cluster.planner import memory
+from megasd.cluster.planner.hardware import KINDS
+from megasd.cluster.planner.job import Job
+from megasd.cluster.planner.shapes import Model
+from megasd.config.load import load_config
+from megasd.models import registry as families
 from tests.distributed.planner_cases import QWEN3, longest_batch
 
 UNSEEN = ("fragmentation", "NCCL", "context", "engine overhead", "engine weights", "KV cache", "sync")

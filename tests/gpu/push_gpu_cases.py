@@ -15,16 +15,16 @@ import torch
 
 from megasd.actor import model as build
 from megasd.actor.parallel import init_distributed, init_model_parallel
-from megasd.config import ActorConfig, EngineConfig, RolloutConfig, SyncConfig
-from megasd.rollout.engine import Engine
-from megasd.rollout.generate import Rollout
-from megasd.sync import WeightSync
-from megasd.weights import families
+from megasd.config.schema import ActorConfig, EngineConfig, RolloutConfig, SyncConfig
+from megasd.engine.client import Engine
+from megasd.engine.sampler import Rollout
+from megasd.models import registry as families
+from megasd.models.param_table import global_params
+from megasd.weight_sync.sync import WeightSync
 from megasd.weights.export import plan_of
-from megasd.weights.files import HFWriter, read_hf_config
 from megasd.weights.gather import Gather
+from megasd.weights.hf_files import HFWriter, read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.table import global_params
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "model" / "Qwen3-8B.json"
 

@@ -10,7 +10,7 @@ from megasd.actor import actor as actor_module
 from megasd.actor import teacher as teacher_module
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import init_distributed, init_model_parallel
-from megasd.config import DistillTerm, PolicyGradientTerm, TeacherConfig
+from megasd.config.schema import DistillTerm, PolicyGradientTerm, TeacherConfig
 from tests.distributed.golden_cases import TOP_K, credit, make_batch, make_config, methods_batch
 
 PACKED = {"packing": True, "max_tokens_per_microbatch": 256, "apply_rope_fusion": True}

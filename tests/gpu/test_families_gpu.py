@@ -41,8 +41,8 @@ BRIDGED = ("qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "llama", "mistral")
 def test_megatron_bridge_fills_the_same_parameters(checkpoints: Path, family: str) -> None:
     bridge = pytest.importorskip("megatron.bridge")
     from megasd.actor.parallel import init_distributed, init_model_parallel
-    from megasd.config import ActorConfig
-    from megasd.weights.table import global_params
+    from megasd.config.schema import ActorConfig
+    from megasd.models.param_table import global_params
     from tests.distributed.family_cases import FamilyModel
 
     mesh = init_model_parallel(ActorConfig(), init_distributed(timeout_minutes=10), seed=1)

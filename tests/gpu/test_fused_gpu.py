@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megasd.loss.divergence import divergence
-from megasd.ops import reference
-from megasd.ops.fused_linear import TeacherHead, fused_linear_loss, fused_linear_record
-from megasd.ops.readout import Readout, ReadoutSpec
+from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss, fused_linear_record
+from megasd.ops.vocab_parallel import Readout, ReadoutSpec
+from tests import reference
 
 SUPPORTS = ("student", "teacher", "union", "full", "record")
 

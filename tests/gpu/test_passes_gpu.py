@@ -20,8 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megasd.ops import torch_passes, triton_passes
-from megasd.ops.shard import Rest
+from megasd.ops import kernels_torch as torch_passes
+from megasd.ops import kernels_triton as triton_passes
+from megasd.ops.vocab_shard import Rest
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]

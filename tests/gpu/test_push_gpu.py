@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasd.rollout.engine_weights import words_hash
-from megasd.rollout.transport import handle
+from megasd.models.param_table import global_params
+from megasd.weight_sync.engine_checksums import words_hash
+from megasd.weight_sync.transports import handle
+from megasd.weights.block_fp8 import dequantise, quantise
 from megasd.weights.export import plan_of
-from megasd.weights.files import read_hf_config
-from megasd.weights.fp8 import dequantise, quantise
 from megasd.weights.gather import Gather
+from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.table import global_params
 from tests.launch import torchrun
 from tests.tiny_weights import local_params, tiny_checkpoint
 

@@ -27,12 +27,12 @@ from torch import Tensor  # noqa: E402
 
 from megasd.actor.actor import Actor  # noqa: E402
 from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel  # noqa: E402
-from megasd.batch import Batch  # noqa: E402
-from megasd.config import EngineConfig, RolloutConfig, SyncConfig  # noqa: E402
-from megasd.rollout.engine import Engine, EngineError  # noqa: E402
-from megasd.rollout.generate import Rollout, _versions  # noqa: E402
-from megasd.sync import SAMPLE, SyncError, WeightSync  # noqa: E402
+from megasd.batch.batch import Batch  # noqa: E402
+from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig  # noqa: E402
+from megasd.engine.client import Engine, EngineError  # noqa: E402
+from megasd.engine.sampler import Rollout, _versions  # noqa: E402
 from megasd.types import Group, Prompt  # noqa: E402
+from megasd.weight_sync.sync import SAMPLE, SyncError, WeightSync  # noqa: E402
 from tests.distributed.golden_cases import make_config  # noqa: E402
 from tests.launch import generating  # noqa: E402
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megasd import cli
 from megasd.algo.recipes import RECIPES
-from megasd.config import EngineConfig, RolloutConfig
-from megasd.rollout.generate import Rollout
+from megasd.config.schema import EngineConfig, RolloutConfig
+from megasd.engine.sampler import Rollout
 
 STEPS = 3
 COMMON = [

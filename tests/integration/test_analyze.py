@@ -20,14 +20,14 @@ import pytest
 import torch
 
 from megasd.algo.recipes import RECIPES
-from megasd.analysis.divergence import top_k_kl
-from megasd.analysis.engine import Guest, open_engine
-from megasd.analysis.guidance import GUIDED, SETTINGS
-from megasd.analysis.markers import MARKERS
 from megasd.cli import main
+from megasd.config.load import load_config
 from megasd.data.chat import Chat
-from megasd.data.rollouts import load_groups
-from megasd.load_config import load_config
+from megasd.data.rollout_log import load_groups
+from megasd.evaluation.analysis.divergence import top_k_kl
+from megasd.evaluation.analysis.guidance import GUIDED, SETTINGS
+from megasd.evaluation.analysis.markers import MARKERS
+from megasd.evaluation.engine_for import Guest, open_engine
 from megasd.types import Group, Verdict
 from tools import make_quickstart
 

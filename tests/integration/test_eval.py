@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from megasd.cli import main
-from megasd.config import EngineConfig, RolloutConfig
+from megasd.commands.evaluate import Seeded, decoding_of, model_directory, open_engine
+from megasd.commands.parser import build_parser
+from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.data.chat import Chat
-from megasd.data.rollouts import load_groups
-from megasd.eval_run import Seeded, decoding_of, model_directory, open_engine
-from megasd.options import build_parser
+from megasd.data.rollout_log import load_groups
 from tools.make_quickstart import main as make_quickstart
 
 QUESTIONS, SAMPLES = 6, 4

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megasd.stop import LEFT, MARKER
+from megasd.preemption import LEFT, MARKER
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.nightly

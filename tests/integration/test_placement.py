@@ -22,10 +22,10 @@ import psutil
 import pytest
 import torch
 
-from megasd.config import EngineConfig, RolloutConfig
+from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.data.prompts import PromptIterator, load_prompts
-from megasd.data.rollouts import load_groups, rollout_path
-from megasd.metrics import read_metrics
+from megasd.data.rollout_log import load_groups, rollout_path
+from megasd.trainer.metrics import read_metrics
 from tests.integration.test_rollout import Strike, ask, check_groups, hf_logps, make_model, make_rollout
 from tests.integration.test_train import TEMPLATE, G, P, engine_of, megasd
 from tests.integration.test_train import start as start  # a model that tosses a coin, and its rows

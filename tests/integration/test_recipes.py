@@ -21,7 +21,7 @@ import torch
 from megasd.algo.recipes import RECIPES
 from megasd.data.chat import Chat
 from megasd.data.prompts import load_prompts
-from megasd.metrics import read_metrics
+from megasd.trainer.metrics import read_metrics
 from tests.integration.recipe_cases import STEPS
 from tests.integration.test_train import teach_to_toss
 from tests.launch import ROOT

@@ -25,9 +25,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasd.config import EngineConfig, RolloutConfig
-from megasd.rollout.engine import Engine, EngineError
-from megasd.rollout.generate import Rollout
+from megasd.config.schema import EngineConfig, RolloutConfig
+from megasd.engine.client import Engine, EngineError
+from megasd.engine.sampler import Rollout
 from megasd.types import Group, Prompt, UserError
 from tests.launch import generating
 
@@ -408,8 +408,8 @@ def test_a_killed_trainer_leaves_no_server(start: Path, tmp_path: Path, number: 
     code = f"""
 import sys, time
 from pathlib import Path
-from megasd.config import RolloutConfig
-from megasd.rollout.generate import Rollout
+from megasd.config.schema import RolloutConfig
+from megasd.engine.sampler import Rollout
 rollout = Rollout(RolloutConfig(), model_path={str(start)!r}, device="cpu", dtype="float32", run_dir=Path({str(tmp_path)!r}), seed=1,
                   stop_token_ids=[2], vocab_size=128)
 rollout.launch()

@@ -26,8 +26,8 @@ import torch
 
 from megasd.data.chat import Chat
 from megasd.data.prompts import PromptIterator, load_prompts
-from megasd.data.rollouts import load_groups, rollout_path, save_groups
-from megasd.metrics import read_metrics
+from megasd.data.rollout_log import load_groups, rollout_path, save_groups
+from megasd.trainer.metrics import read_metrics
 from megasd.types import Group, Prompt, Sample, Verdict
 from tests.launch import ROOT, torchrun
 from tools import make_quickstart
@@ -132,7 +132,7 @@ class Job:
 def engine_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The SGLang server under a run, and its children."""
     family = psutil.Process(process.pid).children(recursive=True)
-    servers = [p for p in family if "megasd.rollout.sglang_cpu" in p.cmdline()]
+    servers = [p for p in family if "megasd.engine.sglang_cpu" in p.cmdline()]
     found = {p.pid: p for server in servers for p in [server, *server.children(recursive=True)]}
     return list(found.values())
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from megasd.metrics import read_metrics
+from megasd.trainer.metrics import read_metrics
 from tests.launch import ROOT
 from tools import make_quickstart
 

@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from megasd.conversion import direction_of
-from megasd.weights.convert import Options
-from megasd.weights.to_hf import to_hf
-from megasd.weights.to_megatron import to_megatron
+from megasd.commands.convert import direction_of
+from megasd.convert.common import Options
+from megasd.convert.hf_to_megatron import to_megatron
+from megasd.convert.megatron_to_hf import to_hf
 
 FILE_BYTES = 6000
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.transformer import utils
 
-from megasd.actor import cpu
+from megasd.actor import cpu_backend as cpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for machines without CUDA")

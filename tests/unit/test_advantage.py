@@ -11,7 +11,7 @@ import statistics
 import pytest
 
 from megasd.algo.advantage import Whitener, advantages, group_mean, group_std, overlong_penalty, shaped_rewards
-from megasd.config import AlgorithmConfig, PolicyGradientTerm
+from megasd.config.schema import AlgorithmConfig, PolicyGradientTerm
 from megasd.types import Group, Prompt, Sample, Verdict
 
 R, W, E, T = Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import pytest
 
-from megasd.ahead import Ahead, staleness
-from megasd.config import RolloutConfig
-from megasd.rollout.engine import EngineError
-from megasd.sync import SyncError
+from megasd.config.schema import RolloutConfig
+from megasd.engine.client import EngineError
+from megasd.trainer.prefetch import Ahead, staleness
 from megasd.types import Group, Prompt, Sample
+from megasd.weight_sync.sync import SyncError
 from tests.unit.control_server import once
 from tests.unit.test_fleet import Pushes, pushes  # noqa: F401
 

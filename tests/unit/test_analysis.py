@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from megasd.analysis import guidance, tables
-from megasd.analysis.coverage import nested, parse_sizes
-from megasd.analysis.divergence import Tally, top_k_kl
-from megasd.analysis.markers import MARKERS, marker_spans, marker_tokens, substring_counts, token_spans, word_counts
 from megasd.cli import main
-from megasd.config import DEFAULT_TEMPLATE
+from megasd.config.schema import DEFAULT_TEMPLATE
 from megasd.data.prompts import load_prompts
-from megasd.data.rollouts import rollout_path, save_groups
+from megasd.data.rollout_log import rollout_path, save_groups
+from megasd.evaluation.analysis import guidance, tables
+from megasd.evaluation.analysis.coverage import nested, parse_sizes
+from megasd.evaluation.analysis.divergence import Tally, top_k_kl
+from megasd.evaluation.analysis.markers import MARKERS, marker_spans, marker_tokens, substring_counts, token_spans, word_counts
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 from tests.launch import ROOT
 from tests.unit.fake_model import write_inputs
@@ -120,7 +120,7 @@ def test_full_kl_is_that_of_the_models_logits_in_both_directions(monkeypatch):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from megasd.analysis import divergence
+    from megasd.evaluation.analysis import divergence
 
     monkeypatch.setattr(divergence, "CHUNK", 3)
     torch.manual_seed(0)
@@ -353,6 +353,6 @@ def test_a_size_that_the_ranks_cannot_share_is_refused(sweep: Path, capsys: pyte
 
 
 def test_the_command_imports_without_torch():
-    code = "import sys, megasd.analyze, megasd.analysis.study; print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    code = "import sys, megasd.commands.analyze, megasd.evaluation.analysis.study; print(*sorted({n.split('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "transformers", "matplotlib", "sglang"} & set(done.stdout.split())

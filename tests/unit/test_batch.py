@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasd.batch import Batch
-from megasd.microbatch import make_microbatches
-from megasd.partition import by_count, chunks
+from megasd.batch.balance import by_count, chunks
+from megasd.batch.batch import Batch
+from megasd.batch.microbatch import make_microbatches
 
 
 def make_batch(num: int = 7) -> Batch:

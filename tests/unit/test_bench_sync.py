@@ -21,9 +21,9 @@ from bench_sync import headline, line, main, model_config, parse, ranks_of, writ
 from bench_sync_rank import FLOORS, Floor, change, middle, phases
 from push_cost import EFFICIENCY, FIXED, HBM, IB, NVLINK, PCIE, REQUEST, Layout, Received
 
-from megasd.weights import families
-from megasd.weights.files import read_hf_config
-from megasd.weights.plan import make_plan
+from megasd.models import registry as families
+from megasd.weights.gather_plan import make_plan
+from megasd.weights.hf_files import read_hf_config
 
 
 def row(transport: str, ratio: float, **more: object) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.load_config import load_config
+from megasd.config.load import load_config
 from tests.clock import processor_seconds
 from tests.unit.fake_model import write_inputs
 

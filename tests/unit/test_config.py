@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.config import Config, ConfigError, DistillTerm, samples_per_step
-from megasd.load_config import _all_keys, _type_at, load_config, to_yaml
-from megasd.rules import RULES, walk
-from megasd.validate import data_parallel_size, default_world_size, sequence_multiple, validate
+from megasd.config.bounds import RULES, walk
+from megasd.config.load import _all_keys, _type_at, load_config, to_yaml
+from megasd.config.schema import Config, ConfigError, DistillTerm, samples_per_step
+from megasd.config.validate import data_parallel_size, default_world_size, sequence_multiple, validate
 from tests.unit.fake_model import MOE, write_inputs, write_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""algo/context.py: who is taught, by whom, with which text, and what that is contrasted with.
+"""algo/teacher_context.py: who is taught, by whom, with which text, and what that is contrasted with.
 
 Proves the released SDPO semantics (first other success, lone success untaught), every key of algorithm.teacher that chooses text, that
 failed verifiers never demonstrate, and that the template is filled in one pass. Does not prove that a real chat template accepts the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from megasd.algo.context import (
+from megasd.algo.teacher_context import (
     DEFAULT_TEMPLATE,
     check_template,
     final_answer,
@@ -18,7 +18,7 @@ from megasd.algo.context import (
     with_solution,
     without_thinking,
 )
-from megasd.config import TeacherConfig
+from megasd.config.schema import TeacherConfig
 from megasd.types import Group, Prompt, Sample, TeacherContext, UserError, Verdict
 
 R, W, E, T = Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT

@@ -24,13 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasd.cli import main
+from megasd.convert import resumable_dir as work
+from megasd.convert.common import Options, Result
+from megasd.convert.hf_to_megatron import to_megatron
+from megasd.convert.megatron_to_hf import to_hf
 from megasd.types import UserError
-from megasd.weights import work
-from megasd.weights.convert import Options, Result
-from megasd.weights.files import HFWriter
-from megasd.weights.shards import as_bytes
-from megasd.weights.to_hf import to_hf
-from megasd.weights.to_megatron import to_megatron
+from megasd.weights.hf_files import HFWriter
+from megasd.weights.safetensors_io import as_bytes
 from tests.tiny_weights import MODELS, tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def with_side_files(directory: Path) -> Path:
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """qwen3 in several files with an index."""
-    from megasd.weights import files
+    from megasd.weights import hf_files as files
 
     source = with_side_files(tiny_checkpoint(tmp_path_factory.mktemp("source") / "qwen3", "qwen3"))
     target = tmp_path_factory.mktemp("hf") / "qwen3"
@@ -482,7 +482,7 @@ def test_two_at_once(hf: Path, tmp_path: Path) -> None:
 
 
 def test_check_finds_a_changed_value(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megasd.weights import to_megatron as module
+    from megasd.convert import hf_to_megatron as module
 
     original = module.write_chunk
     monkeypatch.setattr(module, "write_chunk", lambda tensor, stream: original(tensor + (tensor.shape == (1, 16)), stream))
@@ -494,7 +494,8 @@ def test_check_of_logits(hf: Path, megatron: Path, hf_copy: Path) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
     edit_file(hf_copy, name, lambda t: t[name][3].mul_(1.5))
     code = (
-        "import sys; from pathlib import Path; from megasd.actor.probe import logits_difference as d; m, *hf = map(Path, sys.argv[1:]); "
+        "import sys; from pathlib import Path; from megasd.convert.check_logits import logits_difference as d; "
+        "m, *hf = map(Path, sys.argv[1:]); "
         "print(*(d(m, h)[0] for h in hf))"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,7 +1,7 @@
 """Divergences and buckets in one process: golden vectors, the float64 twin, gradients, tiny and extreme inputs.
 
 Proves: values and closed-form gradients of the readout (buckets -> divergence, exact divergence, target, entropy) equal autograd through
-the direct formulas of ops/reference.py. Does not prove: anything about ranks (tests/distributed/test_ops.py) or speed.
+the direct formulas of tests/reference.py. Does not prove: anything about ranks (tests/distributed/test_ops.py) or speed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megasd.loss.divergence import adaptive, divergence, head_gaps
-from megasd.ops import reference
-from megasd.ops.pointwise import divergence_terms
-from megasd.ops.readout import TAILS, ReadoutSpec, TeacherRecord, vocab_parallel_readout
+from megasd.ops.divergence_terms import divergence_terms
+from megasd.ops.vocab_parallel import TAILS, ReadoutSpec, TeacherRecord, vocab_parallel_readout
+from tests import reference
 
 # Golden vectors: computed from the published definitions by an independent script, six decimals.
 STUDENT = torch.tensor([[2.0, 1.0, 0.5, -1.0, -2.0]], dtype=torch.float64)

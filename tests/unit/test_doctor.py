@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from megasd import doctor
 from megasd.algo.recipes import RECIPES
-from megasd.doctor import engines, gpus, host, packages, storage
-from megasd.doctor.report import Finding, Machine, redact, run_checks
-from megasd.load_config import load_config
+from megasd.cluster import doctor
+from megasd.cluster.doctor import engines, gpus, host, packages, storage
+from megasd.cluster.doctor.report import Finding, Machine, redact, run_checks
+from megasd.config.load import load_config
 from tests.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -418,7 +418,8 @@ def test_sglang():
 
 def test_the_names_are_those_of_rollout():
     """doctor imports nothing of rollout, which needs packages that may be missing; a started engine takes the python that is named."""
-    from megasd.rollout import engine_key, server
+    from megasd.engine import auth as engine_key
+    from megasd.engine import process as server
 
     assert (engines.ENGINE_PYTHON, engines.KEY) == (server.ENGINE_PYTHON, engine_key.VARIABLE)
     assert f'"sglang=={engines.SGLANG}"' in (ROOT / "pyproject.toml").read_text()

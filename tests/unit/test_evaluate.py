@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from megasd.cli import main
-from megasd.config import RewardConfig
-from megasd.data.rollouts import load_groups, rollout_path, save_groups
-from megasd.eval_run import decoding_of
-from megasd.evaluate import (
+from megasd.commands.evaluate import decoding_of
+from megasd.commands.parser import build_parser
+from megasd.config.schema import RewardConfig
+from megasd.data.rollout_log import load_groups, rollout_path, save_groups
+from megasd.evaluation.estimators import (
     default_ks,
     drawn_best_at_k,
     drawn_maj_at_k,
@@ -36,9 +37,8 @@ from megasd.evaluate import (
     per_question,
     summarise,
 )
-from megasd.options import build_parser
-from megasd.presets import PRESETS
-from megasd.report import Report, result_table, step_line
+from megasd.evaluation.presets import PRESETS
+from megasd.trainer.progress import Report, result_table, step_line
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 

@@ -1,4 +1,4 @@
-"""algo/exposure.py: the controller of ATESD (2605.11458), in a world whose best share of the solution is known.
+"""algo/prefix_controller.py: the controller of ATESD (2605.11458), in a world whose best share of the solution is known.
 
 Proves the timetable (hold, look-ahead, batch), the reward's formula, that the policy moves to what is rewarded, and that it is the same for
 the same seed and after a resume. Does not prove that a language model learns more with it.
@@ -11,7 +11,7 @@ import json
 import pytest
 from torch.distributions import Beta
 
-from megasd.algo.exposure import BATCH, DISCOUNT, HOLD, LOOK_AHEAD, MAX_ENTROPY, ExposureController
+from megasd.algo.prefix_controller import BATCH, DISCOUNT, HOLD, LOOK_AHEAD, MAX_ENTROPY, ExposureController
 
 
 def run(controller: ExposureController, steps: int, *, best: float, start: int = 0) -> list[float]:

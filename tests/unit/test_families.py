@@ -22,15 +22,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from megasd.config.validate import MODEL_TYPES
+from megasd.models import registry as families
+from megasd.models import tp_layouts as mapping
+from megasd.models.param_table import global_name, global_params
+from megasd.models.registry import config_from_hf
+from megasd.models.rope import rope
 from megasd.types import UserError
-from megasd.validate import MODEL_TYPES
-from megasd.weights import families, mapping
-from megasd.weights.families import config_from_hf
-from megasd.weights.files import read_hf_config
+from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.quantised import plain
-from megasd.weights.rope import rope
-from megasd.weights.table import global_name, global_params
+from megasd.weights.te_fp8 import plain
 from tests.tiny_weights import COMMON, LLAMA3, MODELS, PLAIN, YARN, local_params, tiny_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megasd.config import EngineConfig, RolloutConfig, SyncConfig
-from megasd.rollout.engine import EngineError
-from megasd.rollout.generate import Rollout
-from megasd.sync import WeightSync
+from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig
+from megasd.engine.client import EngineError
+from megasd.engine.sampler import Rollout
+from megasd.models.param_table import global_params
 from megasd.types import Prompt
+from megasd.weight_sync.sync import WeightSync
 from megasd.weights.export import plan_of
-from megasd.weights.files import read_hf_config
 from megasd.weights.gather import Gather
+from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.table import global_params
 from tests.tiny_weights import local_params, tiny_checkpoint
 from tests.unit.control_server import ControlServer, once
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megasd.models.param_table import global_params
 from megasd.types import UserError
+from megasd.weights.block_fp8 import FP8, SCALE, Requantise, dequantise, quantise
 from megasd.weights.export import plan_of
-from megasd.weights.files import read_hf_config
-from megasd.weights.fp8 import FP8, SCALE, Requantise, dequantise, quantise
 from megasd.weights.gather import Gather
+from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.table import global_params
 from tests.tiny_weights import local_params, tiny_checkpoint
 
 CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -11,8 +11,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megasd.loss.divergence import divergence
-from megasd.ops.fused_linear import TeacherHead, chunk_tokens, fused_linear_loss
-from megasd.ops.readout import Readout, ReadoutSpec
+from megasd.ops.fused_linear_loss import TeacherHead, chunk_tokens, fused_linear_loss
+from megasd.ops.vocab_parallel import Readout, ReadoutSpec
 
 VOCAB, WIDTH = 8192, 16
 

@@ -18,11 +18,11 @@ import pytest
 
 from megasd import cli
 from megasd.algo.recipes import RECIPES
-from megasd.launch import nemo
-from megasd.launch.job import make_job, read_job, write_config
-from megasd.load_config import load_config
+from megasd.cluster.launch import nemo
+from megasd.cluster.launch.job import make_job, read_job, write_config
+from megasd.config.load import load_config
+from megasd.config.validate import validate_values
 from megasd.types import UserError
-from megasd.validate import validate_values
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +199,7 @@ def test_recipes_split_their_models(config: Path) -> None:
     """The layout of each recipe against the published config.json of its model, and no path of anybody's machine in it."""
     import json
 
-    from megasd.validate import _check_split
+    from megasd.config.validate import _check_split
 
     loaded = load_config([str(config)], [], RECIPES)
     validate_values(loaded, loaded.cluster.actor_nodes * loaded.cluster.gpus_per_node)
@@ -225,7 +225,7 @@ def test_examples_build_the_same_tasks() -> None:
 
 
 def loaded_modules() -> Iterator[str]:
-    code = "import sys, megasd.launch.command; print(*sys.modules)"
+    code = "import sys, megasd.commands.launch; print(*sys.modules)"
     yield from subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
 

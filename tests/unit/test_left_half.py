@@ -1,4 +1,5 @@
-"""megasd/left_half.py and the state of actor/checkpoint.py: what a run goes on from, replays and counts. The engine is a stand-in.
+"""megasd/trainer/orchestrator.py and the state of actor/checkpoint.py: what a run goes on from, replays and counts. The engine is a
+stand-in.
 
 Proves that a resume refuses a checkpoint that does not hold what the method reads (its teacher, its memory, the start model's pass rates),
 that a replay is held against every stage, and that counters are those of a whole step. Does not prove that tensors come back
@@ -14,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from megasd.actor.checkpoint import MEGATRON_FILES, STATE_FILE, read_state
-from megasd.algo.memory import Memory
 from megasd.algo.recipes import RECIPES
-from megasd.algo.schedule import at
-from megasd.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megasd.data.rollouts import rollout_path, save_groups
-from megasd.left_half import LeftHalf, check_transport, model_length
+from megasd.algo.stages import at
+from megasd.algo.state import Memory
+from megasd.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megasd.data.rollout_log import rollout_path, save_groups
+from megasd.trainer.orchestrator import LeftHalf, check_transport, model_length
 from megasd.types import Group, Sample, UserError, Verdict
 from tools import make_quickstart
 

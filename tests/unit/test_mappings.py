@@ -1,4 +1,4 @@
-"""data/mappings.py: published data sets as they are published become prompts, on small files of the same shape made here.
+"""data/columns.py: published data sets as they are published become prompts, on small files of the same shape made here.
 
 Proves for each mapping the prompt, the answer and the id of a row, in JSONL and in parquet; that the answers are those which the verifiers
 of code and of tool calls read; that rows outside a mapping's task are left out and counted, and bad ones refused by line; that packed tests
@@ -20,12 +20,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megasd.config import DataConfig
+from megasd.config.schema import DataConfig
 from megasd.data.check import Rules, check
-from megasd.data.code_task import parse_tests
-from megasd.data.mappings import BOXED, MAPPINGS, look_alike
+from megasd.data.columns import BOXED, MAPPINGS, look_alike
 from megasd.data.prompts import DataError, load_prompts
-from megasd.data.tool_use import parse_calls, parse_gold
+from megasd.rewards.code import parse_tests
+from megasd.rewards.tool_use import parse_calls, parse_gold
 from megasd.types import Prompt
 
 DAPO_HEAD = (

@@ -1,4 +1,4 @@
-"""algo/memory.py: what a step leaves to the next ones, with real groups and the recipes' own rows.
+"""algo/state.py: what a step leaves to the next ones, with real groups and the recipes' own rows.
 
 Proves pass rates of all three kinds, the dataset's mean weight, the buffer and that a resumed memory goes on as if nothing had happened.
 Does not prove that a run saves it (tests/integration).
@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from megasd.algo.memory import Memory
-from megasd.algo.pass_rate import question_weight
+from megasd.algo.question_weight import question_weight
 from megasd.algo.recipes import RECIPES
-from megasd.algo.schedule import at
-from megasd.config import AlgorithmConfig, QuestionWeightConfig
+from megasd.algo.stages import at
+from megasd.algo.state import Memory
+from megasd.config.schema import AlgorithmConfig, QuestionWeightConfig
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 R, W, E = Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from megasd.metrics import MetricSink, read_metrics
+from megasd.trainer.metrics import MetricSink, read_metrics
 
 
 def strict(text: str) -> list[dict]:

@@ -21,13 +21,18 @@ from megasd.actor import actor as actor_module
 from megasd.actor import teacher as teacher_module
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import init_distributed, init_model_parallel
-from megasd.config import ActorConfig, DistillTerm, PolicyGradientTerm, TeacherConfig
+from megasd.config.schema import ActorConfig, DistillTerm, PolicyGradientTerm, TeacherConfig
 from tests.distributed.golden_cases import TOP_K, credit, make_batch, make_config, methods_batch
 from tests.tiny_weights import tiny_checkpoint
 
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "argwhere", "masked_select", "equal"}
 READS |= {"allclose", "unique", "unique_consecutive", "bincount", "cuda"}
-STAND_INS = ("ops/torch_passes.py", "actor/cpu_layers.py", "actor/cpu.py", "ops/pointwise.py")  # of GPU kernels; the last asks a CPU only
+STAND_INS = (
+    "ops/kernels_torch.py",
+    "actor/cpu_layers.py",
+    "actor/cpu_backend.py",
+    "ops/divergence_terms.py",
+)  # of GPU kernels; the last asks a CPU only
 FIRST = ("actor/layers.py",)  # rotary frequencies, moved at the first forward of a run
 MEGATRON = ("rope_utils.py",)  # lengths of packed sequences, without actor.apply_rope_fusion
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""What question weights are divided by, and the weight of every token in every aggregation, through loss/reduce.py in one process.
+"""What question weights are divided by, and the weight of every token in every aggregation, through loss/normalise.py in one process.
 
 Proves: the golden weights of SC-SDPO, the definitions of all normalisers and aggregations on questions of unequal size under masks of
 tokens, equal weights giving 1 bit for bit, nothing informative giving 0, the errors. Does not prove ranks
@@ -12,9 +12,9 @@ import math
 import pytest
 import torch
 
-from megasd.algo.pass_rate import question_weight
-from megasd.config import QuestionWeightConfig
-from megasd.loss.reduce import AGGREGATIONS, NORMALISERS, Normaliser, global_normalisers, token_weights
+from megasd.algo.question_weight import question_weight
+from megasd.config.schema import QuestionWeightConfig
+from megasd.loss.normalise import AGGREGATIONS, NORMALISERS, Normaliser, global_normalisers, token_weights
 
 SUCCESSES = [0, 1, 4, 7, 8]  # of 8 samples each
 GOLDEN = {

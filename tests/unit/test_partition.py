@@ -16,13 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megasd import partition
-from megasd.actor.deal import Costs, Deal, deal
 from megasd.algo.recipes import RECIPES
-from megasd.batch import Batch
-from megasd.config import ActorConfig
-from megasd.flops import forward_flops, layers_flops, linear_weights, output_flops, recompute_flops, scores_flops
-from megasd.partition import Part, Work, by_count, by_tokens, computed_tokens, pack
+from megasd.batch import balance as partition
+from megasd.batch.balance import Part, Work, by_count, by_tokens, computed_tokens, pack
+from megasd.batch.batch import Batch
+from megasd.batch.shard import Costs, Deal, deal
+from megasd.config.schema import ActorConfig
+from megasd.models.flops import forward_flops, layers_flops, linear_weights, output_flops, recompute_flops, scores_flops
 from tests.unit.length_cases import DISTRIBUTIONS, LIMIT, Lengths
 
 HF = json.loads((Path(__file__).parents[2] / "configs" / "model" / "Qwen3-8B.json").read_text())

@@ -1,13 +1,13 @@
-"""algo/pass_rate.py: raw question weights by their definitions. Does not prove what they are divided by (test_normaliser.py)."""
+"""algo/question_weight.py: raw question weights by their definitions. Does not prove what they are divided by (test_normaliser.py)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megasd.algo.pass_rate import RULES, question_weight
-from megasd.config import QuestionWeightConfig
-from megasd.loss.reduce import global_normalisers
+from megasd.algo.question_weight import RULES, question_weight
+from megasd.config.schema import QuestionWeightConfig
+from megasd.loss.normalise import global_normalisers
 
 EIGHTHS = [k / 8 for k in range(9)]
 
@@ -51,7 +51,7 @@ def test_paced_without_exponents_is_unweighted():
     "options", [{"kind": "sqrt_pq"}, {"kind": "pq"}, {"kind": "power", "a": 9.0, "b": 1.0}, {"kind": "pq", "scale": 1e-3}]
 )
 def test_a_rate_that_comes_ever_closer_to_0_ends_at_0(options):
-    """Averaged over visits, rate 0.5: 1/8, then wrong answers alone. loss/reduce.py takes 0 and what is at least 2^-30."""
+    """Averaged over visits, rate 0.5: 1/8, then wrong answers alone. loss/normalise.py takes 0 and what is at least 2^-30."""
     weight_of, rates = question_weight(QuestionWeightConfig(**options)), [0.125 * 0.5**visit for visit in range(1100)]
     weights = [weight_of(p) for p in rates]
     assert all(w == 0 or w >= 2.0**-30 for w in weights) and weights == sorted(weights, reverse=True)

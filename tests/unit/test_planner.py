@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 
 from megasd.algo.recipes import RECIPES
 from megasd.cli import main
-from megasd.config import Config
-from megasd.load_config import load_config
-from megasd.planner import memory, push
-from megasd.planner.command import MODELS, make_job, read_model
-from megasd.planner.hardware import KINDS, gpu_kind
-from megasd.planner.job import Job
-from megasd.planner.layouts import first_fix, plan, refusal, search
-from megasd.planner.shapes import Model
-from megasd.planner.time import step_time
+from megasd.cluster.planner import memory, push
+from megasd.cluster.planner.hardware import KINDS, gpu_kind
+from megasd.cluster.planner.job import Job
+from megasd.cluster.planner.layouts import first_fix, plan, refusal, search
+from megasd.cluster.planner.shapes import Model
+from megasd.cluster.planner.time import step_time
+from megasd.commands.plan import MODELS, make_job, read_model
+from megasd.config.load import load_config
+from megasd.config.schema import Config
 from megasd.types import UserError
 
 GIB = 2**30
@@ -294,7 +294,7 @@ def test_unknown_gpu() -> None:
 
 
 def test_the_options_have_what_the_command_reads() -> None:
-    from megasd.options import build_parser
+    from megasd.commands.parser import build_parser
 
     args = build_parser().parse_args(["plan", "x.yaml"])
     assert isinstance(args, argparse.Namespace) and {"items", "gpus", "gpu", "model_config", "top", "json"} <= set(vars(args))

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from megasd import partition
+from megasd.batch import balance as partition
 from megasd.cli import main
-from megasd.planner import memory, push
-from megasd.planner.layouts import differences, first_fix, fixes, illegal, plan, refusal, search
-from megasd.planner.time import student
-from megasd.validate import check_model_values, validate_values
+from megasd.cluster.planner import memory, push
+from megasd.cluster.planner.layouts import differences, first_fix, fixes, illegal, plan, refusal, search
+from megasd.cluster.planner.time import student
+from megasd.config.validate import check_model_values, validate_values
 from tests.unit.test_planner import FITTING, FULL, SHORT, job, write_config
 
 TP4 = ("actor.tensor_model_parallel_size=4", "actor.sequence_parallel=true")

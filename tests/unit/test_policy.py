@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from megasd.loss.policy import SURROGATES, is_ratio, policy_gradient, tis
+from megasd.loss.policy_gradient import SURROGATES, is_ratio, policy_gradient, tis
 
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28}
 

@@ -14,8 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from megasd.algo.recipes import RECIPES
+from megasd.config.load import load_config
 from megasd.data.prompts import DataError, PromptIterator, load_prompts
-from megasd.load_config import load_config
 from megasd.types import Prompt
 
 GOOD = b'{"prompt": "7+8=", "answer": "15"}\n'
@@ -262,7 +262,7 @@ def test_pass_rates_and_rubrics_belong_to_the_fingerprint_and_their_absence_does
 
 
 def test_directories_of_rows_pass_the_command_lines_check(tmp_path):
-    from megasd.validate import _check_data
+    from megasd.config.validate import _check_data
 
     save_to_disk(tmp_path / "saved", ROWS)
     _check_data(load_config([], ["model.path=m", f"data.train={tmp_path / 'saved'}", "data.mapping=auto"], RECIPES))

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from megasd.actor.teacher import TeacherWeights
-from megasd.config import TeacherConfig
-from megasd.weights.delta import fingerprint
-from megasd.weights.quantised import fill, is_quantised, lend, plain, storage
+from megasd.config.schema import TeacherConfig
+from megasd.weight_sync.delta import fingerprint
+from megasd.weights.te_fp8 import fill, is_quantised, lend, plain, storage
 
 FP8 = torch.float8_e4m3fn
 

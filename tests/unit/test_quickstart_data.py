@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from megasd.algo.context import teacher_contexts
-from megasd.config import TeacherConfig
+from megasd.algo.teacher_context import teacher_contexts
+from megasd.config.schema import TeacherConfig
 from megasd.data.chat import Chat
 from megasd.data.prompts import load_prompts
 from megasd.types import Group, Sample

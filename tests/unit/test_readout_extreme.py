@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megasd.loss.divergence import divergence
-from megasd.ops.readout import TAILS, ReadoutSpec, vocab_parallel_readout
+from megasd.ops.vocab_parallel import TAILS, ReadoutSpec, vocab_parallel_readout
 
 NUMBERS = st.one_of(st.sampled_from([0.0, -0.0, 1e4, -1e4, -math.inf, 88.0, -104.0, 1e-30]), st.floats(-30, 30, width=32))
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from megasd.algo.context import check_template
 from megasd.algo.recipes import ABOUT, RECIPES
-from megasd.algo.schedule import check_stages
-from megasd.config import DEFAULT_TEMPLATE
-from megasd.load_config import load_config
-from megasd.validate import validate
+from megasd.algo.stages import check_stages
+from megasd.algo.teacher_context import check_template
+from megasd.config.load import load_config
+from megasd.config.schema import DEFAULT_TEMPLATE
+from megasd.config.validate import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = """sft ssd grpo dr_grpo dapo gspo cispo sdpo sc_sdpo paced sdpo_paced opsd rlsd rlcsd antisd egrsd cl_egrsd srpo ssopd sdft opcd

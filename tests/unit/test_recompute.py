@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megasd.actor import fixed_shape
+from megasd.actor import static_shapes as fixed_shape
 from megasd.actor.forward import run_microbatches
 from megasd.actor.model import wrap_data_parallel
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
-from megasd.config import ActorConfig
-from megasd.loss.reduce import megatron_loss
-from megasd.microbatch import Microbatch
+from megasd.batch.microbatch import Microbatch
+from megasd.config.schema import ActorConfig
+from megasd.loss.normalise import megatron_loss
 from tests.distributed.family_cases import FamilyModel
 from tests.tiny_weights import tiny_checkpoint
 

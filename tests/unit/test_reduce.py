@@ -1,4 +1,4 @@
-"""The exact sums of loss/reduce.py, its metrics and what it hands to Megatron, in one process.
+"""The exact sums of loss/normalise.py, its metrics and what it hands to Megatron, in one process.
 
 Proves: words do not depend on order or grouping, agree with math.fsum of the quantised values, hold their documented range and give NaN
 beyond it, for every dtype; metrics from words; masked tokens add exactly 0 in value and gradient. Does not prove ranks: tests/distributed.
@@ -12,8 +12,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from megasd.loss import reduce
-from megasd.loss.reduce import exact_value, exact_words, megatron_loss, reduce_metrics, weigh, without_division
+from megasd.loss import normalise as reduce
+from megasd.loss.normalise import exact_value, exact_words, megatron_loss, reduce_metrics, weigh, without_division
 
 QUANTUM = Fraction(1, 2**60)
 

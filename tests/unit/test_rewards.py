@@ -1,4 +1,4 @@
-"""data/rewards.py and its workers: what each verifier extracts, and that no check can hang, kill or mislead a run.
+"""rewards/verifiers.py and its workers: what each verifier extracts, and that no check can hang, kill or mislead a run.
 
 Proves, with real worker processes: the verdicts of math-verify that depend on pinned versions; that a check hung in Python, hung in C, out
 of memory, raising or killed takes down neither the pool nor another row's verdict; that an orphaned worker ends by itself; the bomb suite:
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from megasd.config import RewardConfig
-from megasd.data import sandbox
-from megasd.data.code_task import last_code_block
-from megasd.data.rewards import MAX_ANSWER_CHARACTERS, VERIFIERS, RewardPool, extract_answer, last_boxed
+from megasd.config.schema import RewardConfig
+from megasd.rewards import sandbox
+from megasd.rewards.code import last_code_block
+from megasd.rewards.verifiers import MAX_ANSWER_CHARACTERS, VERIFIERS, RewardPool, extract_answer, last_boxed
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 from tests.clock import Clock
 
@@ -30,7 +30,7 @@ R, W, E, T = Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
 
 MISBEHAVING_WORKER = """
 import os, signal, sys, time
-from megasd.data import verify_worker
+from megasd.rewards import worker as verify_worker
 
 def check(answer, gold):
     print("noise on stdout")
@@ -267,8 +267,8 @@ def test_workers_that_cannot_start_are_one_error(tmp_path):
 def test_an_orphan_in_a_hung_check_ends(misbehaving, tmp_path):
     parent = f"""
 import os, threading, time
-from megasd.config import RewardConfig
-from megasd.data.rewards import RewardPool
+from megasd.config.schema import RewardConfig
+from megasd.rewards.verifiers import RewardPool
 from megasd.types import Group, Prompt, Sample
 pool = RewardPool(RewardConfig(verifier="math", workers=1, timeout=3.0), worker_command={misbehaving!r})
 score = lambda text: pool.score([Group(Prompt("p", [], "g"), [Sample("p", 0, [], [], [], text, "stop", 0)])])
@@ -298,8 +298,8 @@ def is_zombie(pid: int) -> bool:
 
 def test_workers_import_neither_torch_nor_transformers():
     program = (
-        "import sys; from megasd.data import rewards, verify_worker; assert 'sympy' not in sys.modules;"
-        "verify_worker.check_math('1', '2'); assert not {'torch', 'transformers'} & set(sys.modules)"
+        "import sys; from megasd.rewards import verifiers, worker; assert 'sympy' not in sys.modules;"
+        "worker.check_math('1', '2'); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=400)
 

@@ -1,4 +1,4 @@
-"""data/rubric.py: the score of a rubric by hand, each rule, the rubric written for a row without one, and the verifier around them.
+"""rewards/rubric.py: the score of a rubric by hand, each rule, the rubric written for a row without one, and the verifier around them.
 
 Proves: s = sum w v / sum w, the threshold between right and wrong, that a judge that fails or hangs leaves a sample unscored, one line for
 a bad criterion. Does not prove that rules judge well.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from megasd.config import RewardConfig
-from megasd.data.rewards import RewardPool
-from megasd.data.rubric import NUMBER_RULES, TEXT_RULES, RuleJudge, score, write_rubric
+from megasd.config.schema import RewardConfig
+from megasd.rewards.rubric import NUMBER_RULES, TEXT_RULES, RuleJudge, score, write_rubric
+from megasd.rewards.verifiers import RewardPool
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 from tests.clock import Clock
 

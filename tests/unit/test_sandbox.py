@@ -1,4 +1,4 @@
-"""data/sandbox.py: what programs can do in each kind of sandbox that this machine has, and that none outlives its limits.
+"""rewards/sandbox.py: what programs can do in each kind of sandbox that this machine has, and that none outlives its limits.
 
 Proves, with real namespaces, for bubblewrap and for our own: programs that loop, fork, take memory, flood, dial out, write, read, kill or
 hide end within their limit + 1 s with the limit named; no process and no file of theirs is left; the sandbox is usable afterwards; a
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from megasd.data import sandbox
-from megasd.data.sandbox import Limits, Outcome, Sandbox, find_kind, probe
+from megasd.rewards import sandbox
+from megasd.rewards.sandbox import Limits, Outcome, Sandbox, find_kind, probe
 from megasd.types import UserError
 from tests.clock import Clock
 
@@ -211,7 +211,7 @@ def test_the_sandbox_survives_bombs_of_earlier_inputs(kind):
 
 def test_a_killed_trainer_takes_its_sandboxes_along(kind):
     parent = (
-        "from megasd.data.sandbox import Sandbox\n"
+        "from megasd.rewards.sandbox import Sandbox\n"
         f"box = Sandbox('import time; time.sleep(60)', kind={kind!r})\n"
         "print(box._folder, flush=True)\n"
         "box.run('', seconds=60)\n"
@@ -245,7 +245,7 @@ UNPRIVILEGED = [
 def test_users_without_privileges_get_the_same_sandbox(user):
     script = """
 import sys
-from megasd.data.sandbox import KINDS, Limits, Sandbox, probe
+from megasd.rewards.sandbox import KINDS, Limits, Sandbox, probe
 kinds = [kind for kind in KINDS if probe(kind) is None]
 for kind in kinds:
     with Sandbox(sys.argv[1], kind=kind, limits=Limits(processes=8)) as box:
@@ -255,7 +255,14 @@ print(kinds)
     folder = Path(tempfile.mkdtemp(prefix="megasd-user-"))
     try:
         package = Path(sandbox.__file__).parents[1]
-        for name in ("__init__.py", "types.py", "data/__init__.py", "data/sandbox.py", "data/sandbox_init.py", "data/sandbox_program.py"):
+        for name in (
+            "__init__.py",
+            "types.py",
+            "data/__init__.py",
+            "rewards/sandbox.py",
+            "rewards/sandbox_init.py",
+            "rewards/sandbox_program.py",
+        ):
             (folder / "megasd" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(package / name, folder / "megasd" / name)
         subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)

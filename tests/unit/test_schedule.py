@@ -1,4 +1,4 @@
-"""algo/schedule.py: the algorithm of each step, and the stages that are refused.
+"""algo/stages.py: the algorithm of each step, and the stages that are refused.
 
 Proves where stages begin, that they add up, the scheduled numbers, and one-line refusals. Does not prove that an actor trains on across a
 stage (the nightly recipes do).
@@ -11,9 +11,18 @@ from dataclasses import replace
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.algo.schedule import at, check_stages, reads_solutions, variants
-from megasd.config import AlgorithmConfig, Config, ConfigError, CreditConfig, DistillTerm, PolicyGradientTerm, RolloutConfig, RunConfig
-from megasd.load_config import override
+from megasd.algo.stages import at, check_stages, reads_solutions, variants
+from megasd.config.load import override
+from megasd.config.schema import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    CreditConfig,
+    DistillTerm,
+    PolicyGradientTerm,
+    RolloutConfig,
+    RunConfig,
+)
 
 SDPO = RECIPES["sdpo"]
 

@@ -20,16 +20,16 @@ from pathlib import Path
 
 import pytest
 
-from megasd import serve
 from megasd.algo.recipes import RECIPES
-from megasd.config import EngineConfig, RolloutConfig
-from megasd.load_config import load_config
-from megasd.rollout.engine import Engine, StartError
-from megasd.rollout.engine_key import VARIABLE, Secret, engine_key, protect
-from megasd.rollout.generate import Rollout
-from megasd.rollout.served import CLOSED, TRAINER, job_token, read, write
+from megasd.commands import serve
+from megasd.config.load import load_config
+from megasd.config.schema import EngineConfig, RolloutConfig
+from megasd.engine.auth import VARIABLE, Secret, engine_key, protect
+from megasd.engine.client import Engine, StartError
+from megasd.engine.remote import CLOSED, TRAINER, job_token, read, write
+from megasd.engine.sampler import Rollout
 from megasd.types import Prompt, UserError
-from megasd.weights.files import read_hf_config
+from megasd.weights.hf_files import read_hf_config
 from tests.tiny_weights import tiny_checkpoint
 from tests.unit.control_server import ControlServer
 
@@ -207,7 +207,7 @@ def test_the_key(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask(rollout) == 8
     engine = Engine(EngineConfig(), model_path="m", device="cuda", dtype="float32", log_path=node.run, seed=1)
     engine.url = "http://127.0.0.1:1"
-    assert KEY not in " ".join(engine.command()) and "megasd.rollout.sglang_keyed" in engine.command()
+    assert KEY not in " ".join(engine.command()) and "megasd.engine.sglang_with_key" in engine.command()
     arguments = type("Arguments", (), {"api_key": None})()
     protect(arguments)
     assert arguments.api_key == KEY and KEY not in repr({"api_key": arguments.api_key}) and isinstance(engine_key(), Secret)
@@ -308,5 +308,5 @@ def test_when_serving_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_starts_where_megatron_is_not() -> None:
     """The engines' environment of docker has SGLang, omegaconf and this package."""
     absent = ("megatron", "transformer_engine", "pyarrow", "math_verify")
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import megasd.serve"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import megasd.commands.serve"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

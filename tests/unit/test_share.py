@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megasd.actor.share import active_samples, mean_question_weight, softmax_temperature
+from megasd.actor.rank_batch import active_samples, mean_question_weight, softmax_temperature
 from megasd.algo.recipes import RECIPES
-from megasd.batch import Batch
-from megasd.loss.reduce import global_normalisers
+from megasd.batch.batch import Batch
+from megasd.loss.normalise import global_normalisers
 
 
 def make_batch() -> Batch:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megasd.stop import LEFT, SIGNALS, Leave, Stop
+from megasd.preemption import LEFT, SIGNALS, Leave, Stop
 
 
 @pytest.fixture

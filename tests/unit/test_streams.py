@@ -1,4 +1,4 @@
-"""Statistics of responses and of the batch (loss/streams.py) in one process: golden values, the definitions in plain Python, edges.
+"""Statistics of responses and of the batch (loss/sequence_stats.py) in one process: golden values, the definitions in plain Python, edges.
 
 Proves: each function equals its definition on a batch of responses of 1 to 13 tokens under masks; the median is exact; the gate's states;
 nothing outside a mask counts; empty batches. Does not prove that ranks agree (tests/distributed/test_methods.py).
@@ -13,16 +13,7 @@ import statistics
 import pytest
 import torch
 
-from megasd.loss.streams import (
-    EntropyGate,
-    confidence,
-    entropy_discount,
-    margin_shift,
-    median,
-    returns,
-    scan,
-    sequence_log_ratio,
-)
+from megasd.loss.sequence_stats import EntropyGate, confidence, entropy_discount, margin_shift, median, returns, scan, sequence_log_ratio
 
 LENS = torch.tensor([4, 1, 13, 2, 7, 3])
 OWNER = torch.arange(6).repeat_interleave(LENS)

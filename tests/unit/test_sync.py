@@ -16,21 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megasd.config import SyncConfig
-from megasd.rollout import staging
-from megasd.rollout.engine_weights import EngineWeights, checksum, words_hash
-from megasd.rollout.proof import max_difference
-from megasd.rollout.transport import DiskTransport
-from megasd.sync import WeightSync
+from megasd.config.schema import SyncConfig
+from megasd.models import registry as families
+from megasd.models.param_table import global_params
 from megasd.types import UserError
-from megasd.weights import families
-from megasd.weights.delta import Fingerprints, fingerprint
+from megasd.weight_sync import staging
+from megasd.weight_sync.delta import Fingerprints, fingerprint
+from megasd.weight_sync.engine_checksums import EngineWeights, checksum, words_hash
+from megasd.weight_sync.sync import WeightSync
+from megasd.weight_sync.transports import DiskTransport
+from megasd.weight_sync.verify import max_difference
 from megasd.weights.export import plan_of
-from megasd.weights.files import read_hf_config
 from megasd.weights.gather import Gather
+from megasd.weights.gather_plan import Holding, make_plan
+from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import load_hf
-from megasd.weights.plan import Holding, make_plan
-from megasd.weights.table import global_params
 from tests.tiny_weights import local_params, tiny_checkpoint
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from megasd.actor.teacher_signal import TeacherSignal
-from megasd.batch import Batch
-from megasd.microbatch import make_microbatches
-from megasd.ops.fused_linear import TeacherHead
-from megasd.ops.readout import TeacherRecord
+from megasd.batch.batch import Batch
+from megasd.batch.microbatch import make_microbatches
+from megasd.ops.fused_linear_loss import TeacherHead
+from megasd.ops.vocab_parallel import TeacherRecord
 
 
 def batch() -> Batch:

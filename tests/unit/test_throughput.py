@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megasd import throughput
-from megasd.config import ActorConfig
-from megasd.planner.hardware import KINDS
-from megasd.throughput import DEVICE_NAMES, peak_of, speed
+from megasd.cluster.planner.hardware import KINDS
+from megasd.config.schema import ActorConfig
+from megasd.trainer import throughput
+from megasd.trainer.throughput import DEVICE_NAMES, peak_of, speed
 
 STEP = {
     "train/batch_tokens": 6000.0, "train/student_tflops": 300.0, "train/teacher_tflops": 100.0, "train/recompute_tflops": 100.0,

@@ -1,4 +1,4 @@
-"""data/tool_use.py: the tool calls of a response against the reference, as ToolAlpaca's scorer compares them, without its faults.
+"""rewards/tool_use.py: the tool calls of a response against the reference, as ToolAlpaca's scorer compares them, without its faults.
 
 Proves: names and arguments as multisets over all calls, nested JSON, repeated keys, broken inputs, both forms of a reference, feedback that
 never says what was expected. Does not prove that the calls would do the same on a server.
@@ -10,9 +10,9 @@ import json
 
 import pytest
 
-from megasd.config import RewardConfig
-from megasd.data.rewards import RewardPool, extract_answer
-from megasd.data.tool_use import canonical, compare, parse_calls, parse_gold
+from megasd.config.schema import RewardConfig
+from megasd.rewards.tool_use import canonical, compare, parse_calls, parse_gold
+from megasd.rewards.verifiers import RewardPool, extract_answer
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 GOLD = """Action: search

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from megasd.ops import triton_passes as passes  # noqa: E402
+from megasd.ops import kernels_triton as passes  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHAPES = {"TP=8": 19072, "TP=2": 76032, "TP=1": 152064}

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.config import Config, ConfigError
-from megasd.load_config import load_config
-from megasd.validate import validate, validate_values
-from megasd.validate_actor import check_actor, check_sizes, sequence_multiple
+from megasd.config.load import load_config
+from megasd.config.schema import Config, ConfigError
+from megasd.config.validate import validate, validate_values
+from megasd.config.validate_actor import check_actor, check_sizes, sequence_multiple
 from tests.unit.fake_model import CONFIG, MOE, write_inputs
 
 FP8 = "actor.fp8=hybrid"
@@ -46,14 +46,14 @@ NEEDS_TE = [
 
 @pytest.mark.parametrize("overrides, expected", NEEDS_TE, ids=[o for o, _ in NEEDS_TE])
 def test_without_transformer_engine(overrides: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megasd.validate_actor.find_spec", lambda name: None)
+    monkeypatch.setattr("megasd.config.validate_actor.find_spec", lambda name: None)
     config = load_config([], [*write_inputs(tmp_path), *overrides.split()], RECIPES)
     assert expected in refusal(validate, config)
     validate_values(config, 2)  # a laptop may still plan and launch it
 
 
 def test_with_transformer_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megasd.validate_actor.find_spec", lambda name: object())
+    monkeypatch.setattr("megasd.config.validate_actor.find_spec", lambda name: object())
     validate(load_config([], [*write_inputs(tmp_path, **ALIGNED, num_hidden_layers=4), FP8], RECIPES))
 
 

@@ -16,14 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megasd.models import registry as families
+from megasd.models import tp_layouts as mapping
+from megasd.models.param_table import global_params
+from megasd.models.registry import config_from_hf
 from megasd.types import UserError
-from megasd.weights import families, files, mapping
+from megasd.weights import hf_files as files
 from megasd.weights.export import export_hf, plan_of
-from megasd.weights.families import config_from_hf
-from megasd.weights.files import read_hf_config, save_hf, write_weights
 from megasd.weights.gather import Gather
+from megasd.weights.hf_files import read_hf_config, save_hf, write_weights
 from megasd.weights.load import load_hf
-from megasd.weights.table import global_params
 from tests.tiny_weights import FAMILIES, local_params, tiny_checkpoint
 
 

@@ -15,8 +15,8 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megasd.ops import torch_passes  # noqa: E402
-from megasd.ops import triton_passes as passes  # noqa: E402
+from megasd.ops import kernels_torch as torch_passes  # noqa: E402
+from megasd.ops import kernels_triton as passes  # noqa: E402
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16)

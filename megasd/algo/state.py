@@ -1,0 +1,162 @@
+"""What rank 0 remembers between steps: pass rates by question, successes, moments of rewards, the exposure controller.
+
+    memory = Memory(config.algorithm, seed=1, steps=100)
+    memory.pass_rate(group, algorithm.question_weight); memory.observe(groups); memory.after_step(metrics)
+
+Only what some stage of the algorithm reads is kept. Plain Python, and torch where a share of the solution is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from megasd.algo.advantage import Whitener
+from megasd.algo.question_weight import question_weight
+from megasd.algo.stages import averages, variants
+from megasd.config.schema import AlgorithmConfig, QuestionWeightConfig
+from megasd.types import Group, Prompt, UserError, Verdict
+
+if TYPE_CHECKING:
+    from megasd.algo.prefix_controller import ExposureController
+
+
+class Memory:
+    """One per run.
+
+    seed       the run's
+    buffer     prompt id -> text of the latest right sample of an earlier step (DRIFT 2606.30345); None where nothing reads it
+    whitener   moments of rewards (EGRSD 2605.13255); None where nothing reads them
+    """
+
+    def __init__(self, algorithm: AlgorithmConfig, *, seed: int, steps: int | None = None) -> None:
+        """algorithm: as configured, stages included. steps: of the run, for the exposure controller's progress."""
+        self.algorithm, self.seed = algorithm, seed
+        stages = variants(algorithm)
+        teachers = [one.teacher for one in stages if one.teacher is not None]
+        self.averaged: dict[str, float] | None = {} if any(averages(one) for one in stages) else None
+        self.frozen: dict[str, float | None] | None = None
+        self.buffer: dict[str, str] | None = {} if any(teacher.fallback == "buffer" for teacher in teachers) else None
+        whitens = any(one.policy_gradient is not None and one.policy_gradient.advantage == "whitened" for one in stages)
+        self.whitener = Whitener() if whitens else None
+        self.exposure: ExposureController | None = None
+        adaptive = [teacher for teacher in teachers if teacher.adaptive_prefix]
+        if adaptive:
+            from megasd.algo.prefix_controller import ExposureController
+
+            self.exposure = ExposureController(seed=seed, start=adaptive[0].prefix_fraction, steps=steps)
+
+    # ---- pass rates ----
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether the start model's pass rates have been given."""
+        return self.frozen is not None
+
+    def set_frozen(self, rates: Mapping[str, float | None]) -> None:
+        """The start model's pass rates by prompt id, None where no verifier could score (PACED 2603.11178)."""
+        self.frozen = dict(rates)
+
+    def pass_rate(self, group: Group, weight: QuestionWeightConfig | None = None) -> float | None:
+        """The rate that the question's weight goes by, in [0, 1]; None where it is not known. Asking changes nothing.
+
+        weight: the algorithm's of this step; None: as configured. step: of these samples; frozen: the row's own, else set_frozen's;
+        ema: the average over earlier visits and this one, an unscored visit leaving it as it is.
+        """
+        weight = weight or self.algorithm.question_weight
+        if weight.kind == "none" or weight.pass_rate == "step":
+            return group.pass_rate
+        if weight.pass_rate == "frozen":
+            return self._frozen_rate(group.prompt)
+        return self._average(group, weight.ema_rate)
+
+    def dataset_mean(self, prompts: Iterable[Prompt]) -> float | None:
+        """Mean raw weight of all training rows by their frozen rates (PACED arm of SC-SDPO 2605.27765); None unless normaliser=dataset.
+
+        UserError where it is 0: nothing would be learned.
+        """
+        config = self.algorithm.question_weight
+        if config.kind == "none" or config.normaliser != "dataset":
+            return None
+        weight_of = question_weight(config)
+        weights = [weight_of(self._frozen_rate(prompt)) for prompt in prompts]
+        mean = sum(weights) / len(weights) if weights else 0.0
+        if mean == 0.0:
+            raise UserError(
+                f"algorithm.question_weight.kind={config.kind}: the start model's pass rates give all {len(weights)} training rows the "
+                "weight 0; take other rows, or kind=none"
+            )
+        return mean
+
+    def _frozen_rate(self, prompt: Prompt) -> float | None:
+        if prompt.pass_rate is not None:
+            return prompt.pass_rate
+        if self.frozen is None or prompt.id not in self.frozen:
+            raise ValueError(f"row {prompt.id!r} has no pass rate of the start model; estimate it before the first step")
+        return self.frozen[prompt.id]
+
+    def _average(self, group: Group, rate: float) -> float | None:
+        old, new = (self.averaged or {}).get(group.prompt.id), group.pass_rate
+        if old is None or new is None:
+            return new if old is None else old
+        return old + rate * (new - old)
+
+    # ---- what a step leaves ----
+
+    @property
+    def prefix_fraction(self) -> float | None:
+        """Share of the solution that the controller shows in this step (ATESD 2605.11458); None without one.
+
+        A run has it from the first step to the last (check_stages), so it is every step's.
+        """
+        return None if self.exposure is None else self.exposure.fraction
+
+    def observe(self, groups: list[Group]) -> dict[str, float]:
+        """The step's scored groups, after its batch was built; call it once a step. Figures for the log."""
+        figures: dict[str, float] = {}
+        if self.averaged is not None:
+            for group in groups:
+                rate = self._average(group, self._ema_rate())
+                if rate is not None:
+                    self.averaged[group.prompt.id] = rate
+            known = [self.averaged[group.prompt.id] for group in groups if group.prompt.id in self.averaged]
+            figures["weight/averaged_pass_rate"] = sum(known) / len(known) if known else 0.0
+        if self.buffer is not None:
+            for group in groups:
+                right = next((sample for sample in group.samples if sample.verdict is Verdict.RIGHT), None)
+                if right is not None:
+                    self.buffer[group.prompt.id] = right.text
+            figures["teacher/buffered_questions"] = float(len(self.buffer))
+        if self.whitener is not None:
+            self.whitener.step()
+            figures["reward/running_mean"] = self.whitener.mean
+        if self.exposure is not None:
+            figures |= {f"teacher/prefix_{name}": value for name, value in self.exposure.figures().items()}
+        return figures
+
+    def after_step(self, metrics: Mapping[str, float]) -> None:
+        """The figures of the optimizer step, as the actor names them ("loss", "divergence", "logp")."""
+        if self.exposure is not None:
+            self.exposure.observe(metrics)
+
+    def _ema_rate(self) -> float:
+        """Of the stages that average: they have one (check_stages)."""
+        return next(one.question_weight.ema_rate for one in variants(self.algorithm) if averages(one))
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values."""
+        parts = {"whitener": self.whitener, "exposure": self.exposure}
+        state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        return state | {name: None if (held := getattr(self, name)) is None else dict(held) for name in ("averaged", "frozen", "buffer")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of state_dict; what the run's algorithm no longer reads is left out, what it reads anew starts empty."""
+        self.frozen = state["frozen"]
+        for name in ("averaged", "buffer"):
+            if getattr(self, name) is not None:
+                setattr(self, name, state[name] or {})
+        for name in ("whitener", "exposure"):
+            if getattr(self, name) is not None and state[name] is not None:
+                getattr(self, name).load_state_dict(state[name])

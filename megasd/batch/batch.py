@@ -1,0 +1,284 @@
+"""The meeting point of the two halves: a step's samples as flat tensors with named streams.
+
+Left of it plain Python over groups, right of it tensors on every rank. N samples, R response tokens of all samples one
+after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from megasd.algo.advantage import Whitener, advantages, shaped_rewards
+from megasd.algo.question_weight import question_weight
+from megasd.algo.state import Memory
+from megasd.algo.teacher_context import teacher_contexts, with_solution
+from megasd.config.schema import AlgorithmConfig
+from megasd.data.chat import Chat
+from megasd.types import Group, Prompt, Sample, TeacherContext, UserError, Verdict
+
+TERMS = ("distill", "policy_gradient", "nll")
+
+
+@dataclass
+class Batch:
+    """N samples on the CPU, the samples of a question side by side. Every rank holds the whole batch of a step and takes its part of it."""
+
+    prompt_ids: Tensor  # int64, prompts one after the other
+    prompt_lens: Tensor  # int64 [N]
+    context_ids: Tensor  # int64, the teacher prompts of sample 0, of sample 1, ...
+    context_lens: Tensor  # int64 [N, C]; column 0 the teacher's, the others those it is contrasted with; 0 = the sample has none
+    response_ids: Tensor  # int64 [R]
+    response_lens: Tensor  # int64 [N], each at least 1
+    question_weight: Tensor  # float64 [N], raw (not normalised) weight of the sample's question
+    question_size: Tensor  # int64 [N], samples of the sample's question in the whole batch
+    scored: Tensor  # bool [N], False where the verifier gave no verdict
+    right: Tensor | None = None  # bool [N]; None: not known
+    masks: dict[str, Tensor] = field(default_factory=dict)  # term -> bool [N], samples that take part; see `mask`
+    streams: dict[str, Tensor] = field(default_factory=dict)  # float32 [R] each: "rollout_logp", "advantage"
+
+    def __post_init__(self) -> None:
+        if int(self.response_lens.min()) < 1:
+            raise ValueError("a sample without response tokens cannot be trained on")
+        if self.right is None:
+            self.right = torch.zeros_like(self.scored)
+        for name, lens in (("prompt_ids", "prompt_lens"), ("context_ids", "context_lens"), ("response_ids", "response_lens")):
+            if len(getattr(self, name)) != int(getattr(self, lens).sum()):
+                raise ValueError(f"{name} holds {len(getattr(self, name))} tokens, {lens} sums to {int(getattr(self, lens).sum())}")
+        for name, stream in self.streams.items():
+            if len(stream) != len(self.response_ids):
+                raise ValueError(f"stream {name} has {len(stream)} values for {len(self.response_ids)} response tokens")
+
+    def __len__(self) -> int:
+        return len(self.response_lens)
+
+    @property
+    def taught(self) -> Tensor:
+        """bool [N]: the sample has a teacher context."""
+        return self.context_lens[:, 0] > 0
+
+    def mask(self, term: str) -> Tensor:
+        """bool [N]: the samples that take part in a term. Without a mask of its own: the taught, the scored, all."""
+        defaults = {"distill": self.taught, "policy_gradient": self.scored, "nll": torch.ones_like(self.scored)}
+        return self.masks.get(term, defaults[term])
+
+    def context_parts(self, context: int) -> list[Tensor]:
+        """The teacher prompts of one column, an empty one where a sample has none."""
+        columns = self.context_lens.shape[1]
+        return list(self.context_ids.split(self.context_lens.flatten().tolist()))[context::columns]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat dict for `broadcast_tensors`; the inverse of `from_tensors`."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("streams", "masks")}
+        named |= {f"stream:{name}": stream for name, stream in self.streams.items()}
+        return named | {f"mask:{name}": mask for name, mask in self.masks.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Batch:
+        streams = {name.removeprefix("stream:"): t for name, t in tensors.items() if name.startswith("stream:")}
+        masks = {name.removeprefix("mask:"): t for name, t in tensors.items() if name.startswith("mask:")}
+        return cls(**{name: t for name, t in tensors.items() if ":" not in name}, streams=streams, masks=masks)
+
+    def select(self, indices: list[int]) -> Batch:
+        """The given samples, in that order."""
+        index = torch.tensor(indices, dtype=torch.int64)
+
+        def ragged(values: Tensor, lens: Tensor) -> Tensor:
+            parts = values.split(lens.tolist())
+            return torch.cat([parts[i] for i in indices]) if indices else values[:0]
+
+        return Batch(
+            prompt_ids=ragged(self.prompt_ids, self.prompt_lens),
+            context_ids=ragged(self.context_ids, self.context_lens.sum(1)),
+            response_ids=ragged(self.response_ids, self.response_lens),
+            streams={name: ragged(stream, self.response_lens) for name, stream in self.streams.items()},
+            masks={name: mask[index] for name, mask in self.masks.items()},
+            **{
+                name: getattr(self, name)[index]
+                for name in ("prompt_lens", "context_lens", "response_lens", "question_weight", "question_size", "scored", "right")
+            },
+        )
+
+    def parts(self, count: int) -> list[Batch]:
+        """`count` minibatches of whole questions, in order, their numbers of questions as equal as may be."""
+        if count == 1:
+            return [self]
+        questions, start = [], 0
+        while start < len(self):
+            questions.append(list(range(start, start + int(self.question_size[start]))))
+            start += len(questions[-1])
+        if count > len(questions):
+            raise ValueError(f"{len(questions)} questions cannot be cut into {count} minibatches")
+        bounds = [len(questions) * k // count for k in range(count + 1)]
+        return [self.select([i for q in questions[low:high] for i in q]) for low, high in zip(bounds, bounds[1:], strict=False)]
+
+
+def build_batch(
+    groups: list[Group],
+    algorithm: AlgorithmConfig,
+    chat: Chat,
+    memory: Memory,
+    *,
+    step: int,
+    max_length: int,
+    room: int,
+    answer_of: Callable[[str], str | None],
+) -> tuple[Batch, dict[str, float]]:
+    """Scored groups -> the batch of a step, and figures about it. room: rollout.max_response_tokens; answer_of: the verifier's reading.
+
+    A teacher sequence longer than `max_length` tokens leaves its sample untaught (a contrast: unseen); they are counted in
+    "untaught_too_long".
+    """
+    weight_of, pg = question_weight(algorithm.question_weight), algorithm.policy_gradient
+    samples, weights, advantages_N, contexts = [], [], [], []
+    encoder = _ContextEncoder(algorithm, chat, max_length)
+    for group in groups:
+        samples += group.samples
+        weights += [weight_of(memory.pass_rate(group, algorithm.question_weight))] * len(group.samples)
+        found: list[list[TeacherContext]] = [[]] * len(group.samples)
+        if algorithm.teacher is not None:
+            seed = f"{memory.seed}/{step}/{group.prompt.id}"
+            found = teacher_contexts(
+                group, algorithm.teacher, seed=seed, prefix_fraction=memory.prefix_fraction, buffer=memory.buffer, answer_of=answer_of
+            )
+        contexts += [encoder.encode(one, sample) for one, sample in zip(found, group.samples, strict=True)]
+        advantages_G = [0.0] * len(group.samples)
+        if pg is not None:
+            advantages_G = _advantages(group, algorithm, memory.whitener, room)
+        advantages_N += advantages_G
+    columns = max((len(one) for one in contexts), default=0) or 1
+    contexts = [one + [[]] * (columns - len(one)) for one in contexts]
+    lens = torch.tensor([len(s.response_ids) for s in samples])
+    batch = Batch(
+        prompt_ids=_flat([s.prompt_ids for s in samples]),
+        prompt_lens=torch.tensor([len(s.prompt_ids) for s in samples]),
+        context_ids=_flat([ids for one in contexts for ids in one]),
+        context_lens=torch.tensor([[len(ids) for ids in one] for one in contexts]),
+        response_ids=_flat([s.response_ids for s in samples]),
+        response_lens=lens,
+        question_weight=torch.tensor(weights, dtype=torch.float64),
+        question_size=torch.tensor([len(g.samples) for g in groups for _ in g.samples]),
+        scored=torch.tensor([s.verdict is not None and s.verdict.counts for s in samples]),
+        right=torch.tensor([s.verdict is Verdict.RIGHT for s in samples]),
+        streams={
+            "rollout_logp": torch.cat([_rollout_logps(s) for s in samples]),
+            "advantage": torch.tensor(advantages_N, dtype=torch.float32).repeat_interleave(lens),
+        },
+    )
+    batch.masks = sample_masks(batch, groups, algorithm)
+    taught = batch.taught & (batch.question_weight > 0)
+    tokens = int(batch.prompt_lens.sum() + batch.response_lens.sum())
+    figures = {"taught_samples": float(taught.sum()), "untaught_too_long": float(encoder.too_long), "batch_tokens": float(tokens)}
+    return batch, figures | {f"{term}_samples": float(mask.sum()) for term, mask in batch.masks.items()}
+
+
+def _advantages(group: Group, algorithm: AlgorithmConfig, whitener: Whitener | None, room: int) -> list[float]:
+    pg = algorithm.policy_gradient
+    advantages_G = advantages(group, pg, shaped_rewards(group, algorithm, room=room), whitener)
+    bonus_G = [pg.right_bonus if s.verdict is Verdict.RIGHT else 0.0 for s in group.samples]
+    return [a + b for a, b in zip(advantages_G, bonus_G, strict=True)]
+
+
+class _ContextEncoder:
+    """Teacher contexts to token ids, each text once: the failures of a group share one."""
+
+    def __init__(self, algorithm: AlgorithmConfig, chat: Chat, max_length: int) -> None:
+        self.thinking = algorithm.teacher.thinking if algorithm.teacher is not None else None
+        self.chat, self.max_length, self.too_long = chat, max_length, 0
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, contexts: list[TeacherContext], sample: Sample) -> list[list[int]]:
+        """Ids of the teacher's and of the contrasting prompts; empty where one with the response is too long."""
+        found = []
+        for context in contexts:
+            key = repr(context.messages)
+            if key not in self.known:
+                self.known[key] = self.chat.encode_prompt(context.messages, enable_thinking=self.thinking)
+            fits = len(self.known[key]) + len(sample.response_ids) <= self.max_length
+            self.too_long += not fits
+            found.append(self.known[key] if fits else [])
+        return found if found and found[0] else []
+
+
+def sample_masks(batch: Batch, groups: list[Group], algorithm: AlgorithmConfig) -> dict[str, Tensor]:
+    """term -> bool [N]: the samples that take part in each term that the algorithm has."""
+    masks = {}
+    distill, pg, nll = (getattr(algorithm, term) for term in TERMS)
+    if distill is not None:
+        mask = batch.taught.clone()
+        if distill.samples == "wrong":  # one whose verifier failed is taught like a wrong one
+            mask &= ~batch.right
+        elif distill.samples == "positive":
+            mask &= _first_tokens(batch, "advantage") > 0
+        elif distill.samples == "longest_wrong":
+            mask &= _longest_wrong(groups)
+        masks["distill"] = mask
+    if pg is not None:
+        chosen = {
+            "scored": batch.scored,
+            "all": torch.ones_like(batch.scored),
+            "right": batch.right,
+            "undistilled": batch.scored & ~masks.get("distill", torch.zeros_like(batch.scored)),
+        }
+        masks["policy_gradient"] = chosen[pg.samples]
+    if nll is not None:
+        masks["nll"] = batch.right.clone() if nll.samples == "right" else torch.ones_like(batch.scored)
+        dropped = int(nll.drop_shortest * len(batch))
+        masks["nll"][batch.response_lens.argsort(stable=True)[:dropped]] = False
+    return masks
+
+
+def _first_tokens(batch: Batch, stream: str) -> Tensor:
+    """[N]: a stream that is the same for all tokens of a sample."""
+    return batch.streams[stream][batch.response_lens.cumsum(0) - batch.response_lens]
+
+
+def _longest_wrong(groups: list[Group]) -> Tensor:
+    """bool [N]: the longest wrong sample of each group, the first of equals (SSOPD 2605.17497)."""
+    chosen = []
+    for group in groups:
+        wrong = [i for i, s in enumerate(group.samples) if s.verdict is Verdict.WRONG]
+        longest = max(wrong, key=lambda i: (len(group.samples[i].response_ids), -i), default=None)
+        chosen += [i == longest for i in range(len(group.samples))]
+    return torch.tensor(chosen)
+
+
+def dataset_groups(prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat, with_context: list[bool]) -> list[Group]:
+    """One sample a row: the row's own solution, its prompt carrying that solution where `with_context` says so. UserError without one."""
+    groups = []
+    for prompt, context in zip(prompts, with_context, strict=True):
+        if not prompt.solution:
+            raise UserError(f'row {prompt.id!r}: algorithm.source=dataset learns the row\'s "solution"; add one')
+        messages = with_solution(prompt.messages, prompt.solution, template=algorithm.nll.template) if context else prompt.messages
+        response = chat.encode_response(prompt.solution)
+        groups.append(
+            Group(
+                prompt,
+                [
+                    Sample(
+                        prompt_id=prompt.id,
+                        index=0,
+                        prompt_ids=chat.encode_prompt(messages),
+                        response_ids=response,
+                        response_logps=[],  # nothing sampled it
+                        text=prompt.solution,
+                        finish_reason="stop",
+                        version=0,
+                        verdict=Verdict.RIGHT,
+                    )
+                ],
+            )
+        )
+    return groups
+
+
+def _rollout_logps(sample: Sample) -> Tensor:
+    """NaN for a response that no engine sampled."""
+    return torch.tensor(sample.response_logps or [float("nan")] * len(sample.response_ids), dtype=torch.float32)
+
+
+def _flat(lists: list[list[int]]) -> Tensor:
+    return torch.tensor([x for one in lists for x in one], dtype=torch.int64)

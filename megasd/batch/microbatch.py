@@ -1,0 +1,110 @@
+"""The microbatches of a rank as the tensors that Megatron's schedules run; which samples share one is balance.py's matter.
+
+b rows, s padded length, t packed tokens, T response tokens of one microbatch that this context-parallel rank holds. A sequence is a prompt
+and the response: the student's prompt, or one of the sample's teacher contexts. The response is the same tail of all of them, and
+`response_index` names its tokens in each, so a teacher's hidden state can never meet another token than its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from megasd.batch.batch import Batch
+
+
+@dataclass
+class Microbatch:
+    """What one forward reads on one context-parallel rank."""
+
+    tokens: Tensor  # int64 [b, s / cp] padded, or [1, t / cp] packed
+    position_ids: Tensor  # int64, like tokens
+    cu_seqlens: Tensor | None  # int32 [b + 1] for packed microbatches: global (all context ranks) padded lengths
+    max_seqlen: int
+    rows: Tensor  # int64 [T]: rows of hidden [s * b, h] whose logits predict a response token
+    response_index: Tensor  # int64 [T]: the predicted token, an index into the local batch's response_ids and streams
+    valid: Tensor  # bool [T]: all True, or one False where there is nothing to predict (a rank must not run with T = 0)
+    is_filler: bool  # the latter, known without asking the device
+
+    def to(self, device: torch.device) -> Microbatch:
+        """A copy on the device. To a GPU from pinned memory, so that nobody waits for it; on the CPU itself."""
+        if device.type == "cpu":
+            return self
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Microbatch(**{k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+def make_microbatches(
+    batch: Batch,
+    groups: list[list[int]],
+    context: int | None,
+    *,
+    packing: bool,
+    cp_rank: int = 0,
+    cp_size: int = 1,
+    multiple: int = 1,
+    pad_id: int = 0,
+) -> list[Microbatch]:
+    """One microbatch of each group of samples of the local batch; an empty group gives filler of weight zero.
+
+    context: None for the student's prompts, 0 for the teacher's, k for the k-th that it is contrasted with.
+    Sequences are right-padded to a multiple of `multiple` (2 * cp_size under context parallelism, times TP under sequence
+    parallelism), each on its own when packed. Causal attention never lets a real token see the padding.
+    """
+    prompt_parts = batch.prompt_ids.split(batch.prompt_lens.tolist()) if context is None else batch.context_parts(context)
+    response_parts = batch.response_ids.split(batch.response_lens.tolist())
+    response_starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
+    if any(len(prompt_parts[i]) == 0 for chosen in groups for i in chosen):
+        raise ValueError(f"a sample without teacher context {context} was asked for")
+    microbatches = []
+    for chosen in groups:  # two tokens stand in for nothing
+        pairs = [(prompt_parts[i], response_parts[i], response_starts[i]) for i in chosen] or [(response_parts[0][:1],) * 2 + (0,)]
+        sequences = [torch.cat([prompt, response]) for prompt, response, _ in pairs]
+        lengths = [-(-len(s) // multiple) * multiple for s in sequences]
+        if not packing:
+            lengths = [max(lengths)] * len(sequences)
+        tokens, positions, rows, index = [], [], [], []
+        local_start = 0
+        for row, ((prompt, response, start), sequence, length) in enumerate(zip(pairs, sequences, lengths, strict=True)):
+            held = _held_positions(length, cp_rank, cp_size)
+            padded = torch.full((length,), pad_id, dtype=torch.int64)
+            padded[: len(sequence)] = sequence
+            tokens.append(padded[held])
+            positions.append(held)
+            # The logits at position q predict token q + 1: response tokens sit at len(prompt) .. len(sequence) - 1.
+            offset = held + 1 - len(prompt)
+            predicts = ((offset >= 0) & (offset < len(response))).nonzero().squeeze(1)
+            rows.append(local_start + predicts if packing else predicts * len(pairs) + row)
+            index.append(start + offset[predicts])
+            local_start += len(held)
+        all_rows, all_index = torch.cat(rows), torch.cat(index)
+        valid = torch.ones(len(all_rows), dtype=torch.bool)
+        is_filler = not chosen or len(all_rows) == 0
+        if is_filler:
+            all_rows = all_index = torch.zeros(1, dtype=torch.int64)
+            valid = torch.zeros(1, dtype=torch.bool)
+        join = (lambda parts: torch.cat(parts)[None]) if packing else torch.stack
+        microbatches.append(
+            Microbatch(
+                tokens=join(tokens),
+                position_ids=join(positions),
+                cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if packing else None,
+                max_seqlen=max(lengths),
+                rows=all_rows,
+                response_index=all_index,
+                valid=valid,
+                is_filler=is_filler,
+            )
+        )
+    return microbatches
+
+
+def _held_positions(length: int, cp_rank: int, cp_size: int) -> Tensor:
+    """Positions of a padded sequence that this context-parallel rank holds: chunks r and 2*cp-1-r of 2*cp."""
+    if cp_size == 1:
+        return torch.arange(length)
+    chunk = length // (2 * cp_size)
+    low, high = cp_rank * chunk, (2 * cp_size - 1 - cp_rank) * chunk
+    return torch.cat([torch.arange(low, low + chunk), torch.arange(high, high + chunk)])

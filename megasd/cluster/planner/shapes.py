@@ -1,0 +1,169 @@
+"""Weights of a rank, counted from config.json through the table of names (models/param_table.py): the same shapes that
+Megatron is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megasd.config.schema import ActorConfig
+from megasd.models import registry as families
+from megasd.models import tp_layouts as mapping
+from megasd.models.flops import head_dim
+from megasd.models.param_table import Rule, Table
+
+
+@dataclass(frozen=True)
+class Count:
+    """Weights: those that all data-parallel ranks share, and experts', which are shared by fewer."""
+
+    dense: int
+    expert: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.dense + other.dense, self.expert + other.expert)
+
+    def times(self, n: int) -> Count:
+        return Count(self.dense * n, self.expert * n)
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's sizes. h hidden, f width of the MLP (of one expert), d head size."""
+
+    hf: Mapping[str, Any]
+    table: Table = field(compare=False, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def of(hf: Mapping[str, Any]) -> Model:
+        """UserError for a config.json that megasd does not train."""
+        return Model(hf, families.table(hf))
+
+    @property
+    def hidden(self) -> int:
+        return int(self.hf["hidden_size"])
+
+    @property
+    def layers(self) -> int:
+        return self.table.num_layers
+
+    @property
+    def heads(self) -> int:
+        return int(self.hf["num_attention_heads"])
+
+    @property
+    def groups(self) -> int:
+        return int(self.hf.get("num_key_value_heads") or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return head_dim(self.hf)
+
+    @property
+    def experts(self) -> int:
+        return self.table.num_experts
+
+    @property
+    def width(self) -> int:
+        return int(self.hf["moe_intermediate_size"] if self.experts else self.hf["intermediate_size"])
+
+    @property
+    def qk_norm(self) -> bool:
+        return any("q_layernorm" in name for name in self.table.layer)
+
+    @property
+    def weights(self) -> int:
+        """Of the whole model as its checkpoint has it: no padding, tied weights once."""
+        if "weights" not in self._cache:
+            layer = self._count(range(self.experts), 1, 1)
+            ends = sum(self._size(self.table.rule(name), 1, None) for name in self._end_names(tied_twice=False))
+            self._cache["weights"] = layer.times(self.layers).total + ends
+        return self._cache["weights"]
+
+    @property
+    def vocabulary_weights(self) -> int:
+        """Of the embedding and the output layer, without padding; tied weights once."""
+        return int(self.hf["vocab_size"]) * self.hidden * (1 if self.table.tied else 2)
+
+    @property
+    def expert_weights(self) -> int:
+        """Of all experts of all layers."""
+        return self._count(range(self.experts), 1, 1).expert * self.layers
+
+    def rank(self, actor: ActorConfig, stage: int) -> Count:
+        """Weights of one rank of a pipeline stage; tensor-parallel ranks hold equally many."""
+        pp = actor.pipeline_model_parallel_size
+        first, last = stage == 0, stage == pp - 1
+        key = ("rank", actor.tensor_model_parallel_size, actor.expert_model_parallel_size, pp, first, last)
+        if key not in self._cache:
+            embedding, norm, head = (
+                self._size(self.table.rule(name), actor.tensor_model_parallel_size, actor) for name in self._end_names()
+            )
+            # A tied model's output layer is the embedding, of which a last stage that is not the first holds a copy.
+            ends = embedding * first + norm * last + head * (last and not (self.table.tied and first))
+            self._cache[key] = self.layer(actor).times(self.layers // pp) + Count(ends)
+        return self._cache[key]
+
+    def layer(self, actor: ActorConfig) -> Count:
+        """Weights of one layer on a rank."""
+        tp, ep = actor.tensor_model_parallel_size, actor.expert_model_parallel_size
+        if (tp, ep) not in self._cache:
+            self._cache[(tp, ep)] = self._count(range(self.experts // ep), tp, ep)
+        return self._cache[(tp, ep)]
+
+    def vocabulary(self, actor: ActorConfig) -> int:
+        """Rows of the embedding and of the output layer on a rank, padding included."""
+        tp = actor.tensor_model_parallel_size
+        return mapping.padded_vocab_size(int(self.hf["vocab_size"]), actor.make_vocab_size_divisible_by, tp) // tp
+
+    def buckets(self, limit: int, word: int, stages: int) -> list[list[int]]:
+        """Bytes of each bucket of a push by the pipeline stage that they lie on, as weights/gather_plan.py groups tensors: a parameter of
+        more than `limit` bytes is alone.
+        """
+        key = ("buckets", limit, word, stages)
+        if key not in self._cache:
+            found: list[list[int]] = [[0] * stages]
+            for name in self._sent_names():
+                size = word * sum(map(math.prod, self.table.rule(name).parts.values()))
+                if sum(found[-1]) and sum(found[-1]) + size > limit:
+                    found.append([0] * stages)
+                found[-1][self._stage(name, stages)] += size
+            self._cache[key] = found
+        return self._cache[key]
+
+    def _stage(self, name: str, stages: int) -> int:
+        if name.startswith("decoder.layers."):
+            return int(name.split(".")[2]) * stages // self.layers
+        return 0 if name.startswith("embedding.") else stages - 1
+
+    def _sent_names(self) -> list[str]:
+        return [name for name in self.table.names() if not (self.table.tied and name == "output_layer.weight")]
+
+    def _end_names(self, *, tied_twice: bool = True) -> list[str]:
+        names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"]
+        return names if tied_twice or not self.table.tied else names[:-1]
+
+    def _count(self, experts: Sequence[int], tp: int, ep: int) -> Count:
+        dense = expert = 0
+        for name in self.table.layer_names(0, experts):
+            rule = self.table.rule(name)
+            if rule.expert:
+                expert += self._size(rule, 1 if ep > 1 else tp, None)
+            else:
+                dense += self._size(rule, tp, None)
+        return Count(dense, expert)
+
+    def _size(self, rule: Rule, tp: int, actor: ActorConfig | None) -> int:
+        shapes = tuple(rule.parts.values())
+        if rule.layout is mapping.vocab:
+            rows = shapes[0][0] if actor is None else self.vocabulary(actor)
+            return rows * shapes[0][1]
+        return math.prod(rule.layout(shapes, 0, tp).shape)

@@ -1,0 +1,110 @@
+"""An sglang-router before the engines: samples are asked of it, everything else (weights, versions, health) of the engines themselves.
+
+Of sglang-router 0.3.2: /generate takes one request at a time with a rid of its own (a list of rids is answered 422), and passes rid,
+log-probs, weight versions and the Authorization header through; begin_weight_update and the other control endpoints are 404. Start it
+without --api-key, which would show in process lists, and without workers: the run enlists its engines, and takes them out when it ends. A
+worker is added and removed in the background (202), and removed by the id that the list gives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from megasd.config.schema import EngineConfig
+from megasd.engine.client import Engine, Refused, Unreachable
+from megasd.types import UserError
+
+
+class Router(Engine):
+    """Asked for samples in the engines' place; it moves as long as one of them does."""
+
+    def __init__(self, config: EngineConfig, engines: list[Engine], **kwargs: Any) -> None:
+        super().__init__(config, url=config.router, log_path=Path("engine.log"), **kwargs)
+        self.engines = engines
+        self._listed: dict[Engine, str] = {}  # the worker that was made of each
+
+    async def wait_ready(self) -> None:
+        """It answers, and its workers are the run's engines. UserError otherwise. Dead workers (an earlier run's) are taken out."""
+        ours = {engine.url for engine in self.engines}
+        for url in sorted(set(await self._workers()) - ours):
+            if await _answers(url):
+                raise UserError(f"rollout.engine.router: {self.url} has the worker {url}, which is no engine of this run; take it out")
+            await self._remove(url)
+        for engine in self.engines:
+            await self.enlist(engine)
+        deadline = asyncio.get_running_loop().time() + self.config.start_timeout
+        while True:
+            workers = await self._workers()
+            if set(workers) == ours and all(workers.values()):
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                wrong = sorted(ours ^ set(workers)) or sorted(url for url, healthy in workers.items() if not healthy)
+                raise UserError(f"rollout.engine.router: {self.url} does not hold this run's engines, all healthy: see {', '.join(wrong)}")
+            await asyncio.sleep(0.2)
+
+    async def enlist(self, engine: Engine) -> None:
+        """Make a worker of an engine, which may have come back under another URL."""
+        before = self._listed.get(engine, engine.url)
+        if before != engine.url:
+            await self._remove(before)
+        if engine.url not in await self._workers():
+            await self._ask("POST", "/workers", {"url": engine.url})
+        self._listed[engine] = engine.url
+
+    async def close(self) -> None:
+        """Take the run's engines out, and close the connections."""
+        with contextlib.suppress(UserError):  # a router that is gone
+            for url in self._listed.values():
+                await self._remove(url)
+        self._listed.clear()
+        await super().close()
+
+    async def _list(self) -> list[dict[str, Any]]:
+        answer = await self._ask("GET", "/workers")
+        return [worker | {"url": worker["url"].rstrip("/")} for worker in answer["workers"]]
+
+    async def _workers(self) -> dict[str, bool]:
+        """URL -> whether the router holds it healthy."""
+        return {worker["url"]: bool(worker["is_healthy"]) for worker in await self._list()}
+
+    async def _remove(self, url: str) -> None:
+        for worker in await self._list():
+            if worker["url"] == url:
+                await self._ask("DELETE", f"/workers/{worker['id']}")
+
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        try:
+            return await self.request(method, path, body, timeout=30)
+        except (Unreachable, Refused) as error:
+            raise UserError(
+                f"rollout.engine.router: no sglang-router answers there ({error}); start it first, or set it to null"
+            ) from error
+
+    async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """As Engine's, for a batch of one."""
+        return await super().generate(body)
+
+    async def request(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None) -> Any:
+        """As Engine's; a batch of one goes as the single request that the router takes."""
+        if path != "/generate":
+            return await super().request(method, path, body, timeout=timeout)
+        single = body | {"rid": body["rid"][0], "input_ids": body["input_ids"][0]}
+        return [await super().request(method, path, single, timeout=timeout)]
+
+    async def _generating(self) -> bool:
+        moved = await asyncio.gather(*(engine._generating() for engine in self.engines if engine.alive))
+        return any(moved) or any(engine.paused for engine in self.engines)
+
+
+async def _answers(url: str) -> bool:
+    """Whether a server is there, asked without this run's key: the router may hold a dead one healthy until it looks again."""
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session, session.get(f"{url}/health"):
+            return True
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False

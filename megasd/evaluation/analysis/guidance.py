@@ -1,0 +1,90 @@
+"""The four guidance settings of Kim et al. (arXiv 2603.24472), section 3: what a model writes when it is shown a solution. Plain Python.
+
+    none                        the question alone
+    solution                    and a correct rollout with its thinking (the row's own solution where none was sampled)
+    solution_without_thinking   the same with the thinking taken out
+    regenerated                 and a response that the model wrote under `solution`
+
+The correct rollout is the first right sample of the question, the response shown under `regenerated` the first sample under `solution`,
+whatever its verdict (UNSURE: the paper does not say which). All settings are compared on the same questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megasd.algo.teacher_context import with_solution, without_thinking
+from megasd.evaluation.analysis.markers import MARKERS
+from megasd.evaluation.analysis.rollouts import Measured, figures, marker_rows, measure
+from megasd.evaluation.analysis.tables import Row
+from megasd.types import Group, Message, UserError, Verdict
+
+SETTINGS = ("none", "solution", "solution_without_thinking", "regenerated")
+GUIDED = SETTINGS[1:]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What a question's guided prompt shows under `solution`. `index`: the sample it came from; None for the row's own solution."""
+
+    text: str
+    index: int | None
+
+    @property
+    def without_thinking(self) -> str:
+        return without_thinking(self.text)
+
+
+def within(groups: Sequence[Group], low: float, high: float) -> list[Group]:
+    """The groups whose pass rate lies in [low, high]. Groups without any verdict are in no range."""
+    return [group for group in groups if group.pass_rate is not None and low <= group.pass_rate <= high]
+
+
+def demonstration(group: Group) -> Demonstration | None:
+    """The first right sample, else the row's solution, else None. UserError for a solution that is nothing but thinking."""
+    right = next((sample for sample in group.samples if sample.verdict is Verdict.RIGHT), None)
+    if right is not None:
+        found = Demonstration(right.text, right.index)
+    elif group.prompt.solution:
+        found = Demonstration(group.prompt.solution, None)
+    else:
+        return None
+    if not found.without_thinking:
+        raise UserError(f"row {group.prompt.id!r}: nothing is left of its solution without the thinking; write one that ends in an answer")
+    return found
+
+
+def guided_messages(group: Group, shown: str, *, template: str) -> list[Message]:
+    """The question's messages with `shown` put into the teacher's template."""
+    return with_solution(group.prompt.messages, shown, template=template)
+
+
+def shown_text(setting: str, demonstrated: Demonstration, under_solution: Group | None) -> str:
+    """The privileged text of a guided setting; `under_solution`: the question's samples under `solution`, read by `regenerated`."""
+    if setting == "solution":
+        return demonstrated.text
+    if setting == "solution_without_thinking":
+        return demonstrated.without_thinking
+    if setting == "regenerated" and under_solution is not None:
+        return under_solution.samples[0].text
+    raise ValueError(f"no privileged text for setting {setting!r}")
+
+
+def measured(samples: dict[str, list[Group]]) -> dict[str, list[Measured]]:
+    """Setting -> its responses, measured."""
+    return {setting: [measure(s, source=setting) for group in groups for s in group.samples] for setting, groups in samples.items()}
+
+
+def table(samples: dict[str, list[Group]]) -> list[Row]:
+    """The paper's table: a row for each setting, with score, mean tokens, E(y), and a column for each marker (substrings a response)."""
+    rows = []
+    for setting, responses in measured(samples).items():
+        per_marker = {line["marker"]: line["substrings_per_response"] for line in marker_rows(responses)}
+        rows.append({"setting": setting, "questions": len(samples[setting]), **figures(responses), **{m: per_marker[m] for m in MARKERS}})
+    return rows
+
+
+def by_marker(samples: dict[str, list[Group]]) -> list[Row]:
+    """Long form: a row for each setting and marker, substring and whole-word counts."""
+    return [{"setting": setting, **line} for setting, responses in measured(samples).items() for line in marker_rows(responses)]

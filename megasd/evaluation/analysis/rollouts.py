@@ -1,0 +1,156 @@
+"""Score, length and epistemic markers of kept rollouts, by step and by verdict (Kim et al., arXiv 2603.24472). Plain Python.
+
+The files are those that a run keeps, <run.dir>/rollouts/step-*.jsonl, one a step. Score is the share of right answers among those that
+could be judged: verifier errors and timeouts are counted apart and leave the score, as they leave pass rates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megasd.data.rollout_log import load_groups
+from megasd.evaluation.analysis.markers import MARKERS, substring_counts, word_counts
+from megasd.evaluation.analysis.tables import Row, mean, ratio
+from megasd.types import Sample, UserError, Verdict
+
+STEP = re.compile(r"step-(\d+)\.jsonl$")
+UNSCORED = "unscored"
+VERDICTS = (*(verdict.value for verdict in Verdict), UNSCORED)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A response, measured. `words` counts whole words, `substrings` as the paper does."""
+
+    source: str
+    step: int | None
+    verdict: str  # right | wrong | error | timeout | unscored
+    tokens: int
+    truncated: bool
+    substrings: dict[str, int]
+    words: dict[str, int]
+
+    @property
+    def epistemic(self) -> int:
+        """The paper's E(y): substring counts of all markers."""
+        return sum(self.substrings.values())
+
+
+def measure(sample: Sample, *, source: str = "", step: int | None = None) -> Measured:
+    """Tokens are response tokens, the stop token included; markers are counted in the whole text, thinking included."""
+    return Measured(
+        source=source,
+        step=step,
+        verdict=UNSCORED if sample.verdict is None else sample.verdict.value,
+        tokens=len(sample.response_ids),
+        truncated=sample.finish_reason == "length",
+        substrings=substring_counts(sample.text),
+        words=word_counts(sample.text),
+    )
+
+
+def rollout_files(source: Path) -> list[Path]:
+    """The rollout files of a run directory (or of its rollouts/), in the order of their steps; a file as it is. UserError without any."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"{source}: no such file or directory; give a run's directory, or a rollouts/*.jsonl of one")
+    directory = source / "rollouts" if (source / "rollouts").is_dir() else source
+    files = sorted((path for path in directory.glob("step-*.jsonl") if STEP.match(path.name)), key=lambda path: step_of(path) or 0)
+    if not files:
+        raise UserError(f"{directory}: holds no step-*.jsonl; give the directory of a run that sampled (run.dir), or a JSONL file of it")
+    return files
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a file's name says (step-000012.jsonl, eval-step-000080.jsonl); None for other names."""
+    found = STEP.search(path.name)
+    return int(found[1]) if found else None
+
+
+def read(sources: Sequence[Path]) -> list[Measured]:
+    """Every response of the sources, a file in memory at a time. UserError for what is no rollout file."""
+    return [
+        measure(sample, source=str(source), step=step_of(path))
+        for source in sources
+        for path in rollout_files(source)
+        for group in load_groups(path)
+        for sample in group.samples
+    ]
+
+
+def figures(rows: Sequence[Measured]) -> Row:
+    """One line of a table: how many, score, mean tokens (of all, of right, of wrong), markers a response and per 1000 tokens."""
+    scored = [row for row in rows if row.verdict in ("right", "wrong")]
+    tokens = sum(row.tokens for row in rows)
+    epistemic, words = sum(row.epistemic for row in rows), sum(sum(row.words.values()) for row in rows)
+    return {
+        "samples": len(rows),
+        "not_judged": len(rows) - len(scored),
+        "score": mean([float(row.verdict == "right") for row in scored]),
+        "tokens": ratio(tokens, len(rows)),
+        "tokens_right": mean([row.tokens for row in rows if row.verdict == "right"]),
+        "tokens_wrong": mean([row.tokens for row in rows if row.verdict == "wrong"]),
+        "truncated": sum(row.truncated for row in rows),
+        "epistemic": ratio(epistemic, len(rows)),
+        "epistemic_words": ratio(words, len(rows)),
+        "epistemic_per_1000_tokens": ratio(1000 * epistemic, tokens),
+    }
+
+
+def by_step(rows: Sequence[Measured]) -> list[Row]:
+    """A row for each source and step, in that order."""
+    return [{"source": source, "step": step, **figures(chosen)} for (source, step), chosen in _grouped(rows)]
+
+
+def by_verdict(rows: Sequence[Measured]) -> list[Row]:
+    """A row for each source and verdict that occurs, and one for all."""
+    table = []
+    for source in dict.fromkeys(row.source for row in rows):
+        own = [row for row in rows if row.source == source]
+        for verdict in ("all", *VERDICTS):
+            chosen = [row for row in own if verdict in ("all", row.verdict)]
+            if chosen:
+                line = {name: value for name, value in figures(chosen).items() if name in ("samples", "tokens") or name.startswith("epist")}
+                table.append({"source": source, "verdict": verdict, "share": len(chosen) / len(own), **line})
+    return table
+
+
+def by_marker(rows: Sequence[Measured]) -> list[Row]:
+    """Long form, a row for each source, step, verdict and marker; step and verdict "all" are sums over them."""
+    table: list[Row] = []
+    for source in dict.fromkeys(row.source for row in rows):
+        own = [row for row in rows if row.source == source]
+        for step, at_step in [("all", own), *((step, chosen) for (_, step), chosen in _grouped(own))]:
+            for verdict in ("all", *VERDICTS):
+                chosen = [row for row in at_step if verdict in ("all", row.verdict)]
+                head = {"source": source, "step": step, "verdict": verdict, "samples": len(chosen)}
+                table += [{**head, **line} for line in marker_rows(chosen)] if chosen else []
+    return table
+
+
+def marker_rows(rows: Sequence[Measured]) -> list[Row]:
+    """A row for each marker: substring and whole-word counts, in all and a response."""
+    table = []
+    for marker in MARKERS:
+        substrings, words = sum(row.substrings[marker] for row in rows), sum(row.words[marker] for row in rows)
+        table.append(
+            {
+                "marker": marker,
+                "substrings": substrings,
+                "words": words,
+                "substrings_per_response": ratio(substrings, len(rows)),
+                "words_per_response": ratio(words, len(rows)),
+            }
+        )
+    return table
+
+
+def _grouped(rows: Iterable[Measured]) -> list[tuple[tuple[str, int | None], list[Measured]]]:
+    groups: dict[tuple[str, int | None], list[Measured]] = {}
+    for row in rows:
+        groups.setdefault((row.source, row.step), []).append(row)
+    return list(groups.items())

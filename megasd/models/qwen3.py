@@ -1,0 +1,71 @@
+"""Qwen3 and Qwen3-MoE: Llama-like layers with a norm on each query and key head, dense or with experts in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megasd.models import dense
+from megasd.models import tp_layouts as mapping
+from megasd.models.param_table import Family, Rule, key, mlp_rules, refuse
+from megasd.models.rope import rope
+
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+
+
+def check(hf: Mapping[str, Any]) -> None:
+    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a silently different model."""
+    dense.check(hf)
+    dense.check_full_attention(hf)
+    key(hf, "head_dim")  # its default is not hidden_size / num_attention_heads
+    if is_moe(hf):
+        if not hf.get("norm_topk_prob", False):
+            refuse(hf, "norm_topk_prob", "the router normalises the chosen experts' weights")
+        if hf.get("mlp_only_layers"):
+            refuse(hf, "mlp_only_layers", "every layer must have experts")
+        if hf.get("decoder_sparse_step", 1) != 1:
+            refuse(hf, "decoder_sparse_step", "every layer must have experts")
+
+
+def is_moe(hf: Mapping[str, Any]) -> bool:
+    return hf.get("model_type") == "qwen3_moe"
+
+
+def num_experts(hf: Mapping[str, Any]) -> int:
+    """0 for a dense model."""
+    if not is_moe(hf):
+        return 0
+    return int(key(hf, "num_experts", "num_local_experts"))  # the hub's name; the one that transformers 5 writes
+
+
+def family(hf: Mapping[str, Any]) -> Family:
+    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or not supported."""
+    check(hf)
+    experts: dict[str, Any] = {}
+    if is_moe(hf):
+        experts = {
+            "num_moe_experts": num_experts(hf),
+            "moe_ffn_hidden_size": key(hf, "moe_intermediate_size"),
+            "moe_router_topk": key(hf, "num_experts_per_tok"),
+            "moe_router_pre_softmax": False,  # softmax over the chosen experts = norm_topk_prob
+            "moe_router_load_balancing_type": "none",
+            "moe_router_dtype": "fp32",
+            "moe_grouped_gemm": False,
+        }
+    return dense.family(hf, (rope(hf, dense.head_dim(hf)),), qk_layernorm=True, **experts)
+
+
+def layer_rules(hf: Mapping[str, Any]) -> list[Rule]:
+    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`; in experts' names `{}` stands for the expert's global number."""
+    hidden = key(hf, "hidden_size")
+    attention = [
+        *dense.norm_rules(hf),
+        *dense.attention_rules(hf),
+        Rule("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": (dense.head_dim(hf),)}, mapping.replicated),
+        Rule("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": (dense.head_dim(hf),)}, mapping.replicated),
+    ]
+    if not is_moe(hf):
+        return attention + mlp_rules("mlp.", "mlp.", hidden, key(hf, "intermediate_size"))
+    router = Rule("mlp.router.weight", {"mlp.gate.weight": (num_experts(hf), hidden)}, mapping.replicated)
+    experts = mlp_rules("mlp.experts.local_experts.{}.", "mlp.experts.{}.", hidden, key(hf, "moe_intermediate_size"), expert=True)
+    return [*attention, router, *experts]

@@ -1,0 +1,321 @@
+"""A place to run programs that nobody has read: no network, no files of the machine but Python's own, no environment, hard limits.
+
+    with Sandbox("print(int(input()) + 1)") as sandbox:      # UserError where the machine offers no sandbox
+        sandbox.run("41\\n", seconds=2.0)                     # Outcome(limit=None, status=0, stdout="42\\n", ...)
+
+Two ways, the first that passes a real probe is taken: bubblewrap, or namespaces made by sandbox_init.py itself (user, mount, pid, network,
+ipc, uts). There is no third: a program is never run outside. Inside, sandbox_init.py is process 1 and runs each test as a process of its
+own; this side keeps the clock and the memory account, and kills everything at once by killing process 1. What it does not do: filter
+system calls. A hole in the kernel is a hole in the sandbox; do not train on hostile data on a machine that matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megasd.rewards import sandbox_init, sandbox_program
+from megasd.types import UserError
+
+INIT, PROGRAM = os.path.abspath(sandbox_init.__file__), os.path.abspath(sandbox_program.__file__)
+START_SECONDS = 20.0  # until process 1 answers, on a busy machine
+SLACK = 0.4  # seconds past a test's limit until the whole sandbox is killed, should process 1 not have ended the test
+WATCH_SECONDS = 0.05  # between two looks at the memory of all processes together
+# Errors at the left margin of a failed program's traceback -> the limit that it met. A program that met one is not judged.
+SIGNS = {
+    "memory": re.compile(r"^[\w.]*MemoryError\b|Errno 12\]"),
+    "processes": re.compile(r"Errno 11\]|can't start new thread"),
+    "files": re.compile(r"Errno (24|27|28)\]"),
+    "network": re.compile(r"Errno (97|99|100|101|110|111|113)\]|gaierror"),
+}
+PROBE = """
+import ctypes, errno, json, os, signal, socket, struct, sys
+bad = []
+fd = socket.socket(socket.AF_INET, socket.SOCK_DGRAM).fileno()
+if ctypes.CDLL(None).connect(fd, struct.pack("=HH4s8x", 2, 0x5000, bytes([192, 0, 2, 1])), 16) == 0:
+    bad.append("the network is reachable")
+for path in ("/etc/passwd", "/etc/shadow", "/root/.ssh", "/home", "/var", "/sys"):
+    if os.path.exists(path):
+        bad.append(path + " can be seen")
+for path in ("/x", "/usr/x", "/in/x"):
+    try:
+        open(path, "w")
+        bad.append(path + " can be written")
+    except OSError:
+        pass
+if os.getuid() == 0 or os.getppid() != 1:
+    bad.append("the program has a user or parent it should not have")
+children = []
+try:
+    for _ in range(40):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        children.append(child)
+    bad.append("processes are not limited")
+except BlockingIOError:
+    pass
+for child in children:
+    os.kill(child, signal.SIGKILL)
+print(json.dumps({"bad": bad, "environment": sorted(os.environ)}))
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    memory_bytes: int = 1 << 30  # address space of a process, and resident memory of all together
+    file_bytes: int = 16 << 20  # a file that is written
+    tmp_bytes: int = 64 << 20  # all of /tmp
+    output_bytes: int = 1 << 20  # printed, on each of stdout and stderr
+    processes: int = 16  # and threads, at once
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of one run. `limit` is what stopped it: time, memory, processes, output, files, network, killed; None = it ended itself."""
+
+    limit: str | None
+    status: int | None  # exit status, minus the signal's number; None when it was killed here
+    stdout: str
+    stderr: str  # the end of it
+    seconds: float
+
+
+class Sandbox:
+    """One program in a sandbox of its own; `run` it on as many inputs as wanted. Not thread-safe; several may live at once.
+
+    fn_name   None: a script that reads standard input. Else the function, or method of `class Solution`, that is called with the
+              input's JSON list as arguments; its JSON result is `stdout`, and what it prints goes to `stderr`.
+    kind      "bubblewrap" or "namespaces"; None = find_kind().
+    """
+
+    def __init__(self, program: str, *, fn_name: str | None = None, limits: Limits | None = None, kind: str | None = None) -> None:
+        self.limits = limits or Limits()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+        kind = kind or find_kind()
+        self._folder = Path(tempfile.mkdtemp(prefix="megasd-code-"))
+        try:
+            self._folder.chmod(0o755)  # the program runs as nobody
+            (self._folder / "program.py").write_bytes(program.encode("utf-8", "replace"))
+            self._start(kind, fn_name)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, text: str, *, seconds: float) -> Outcome:
+        """The program on one input. Returns within `seconds` + 1, whatever it does."""
+        if self._process is None:
+            return _stopped("killed", 0.0)
+        (self._folder / "input").write_bytes(text.encode("utf-8", "replace"))
+        begun = time.monotonic()
+        reply, reason = self._ask({"input": "/in/input", "seconds": seconds}, begun + seconds + SLACK)
+        if reply is None:
+            self.close()
+            return _stopped(reason, time.monotonic() - begun)
+        outcome = Outcome(reply["limit"], reply["status"], reply["stdout"], reply["stderr"], reply["seconds"])
+        return outcome if outcome.limit else _with_limit(outcome)
+
+    def close(self) -> None:
+        """Kill everything inside and remove the files. May be called twice."""
+        if self._process is not None:
+            tree = _descendants(self._process.pid)
+            for pid in tree:  # process 1 is among them, and the kernel ends a namespace with its process 1
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.wait()
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process = None
+            _wait_gone(tree)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, kind: str, fn_name: str | None) -> None:
+        binds, links, site_packages = _python_files()
+        binds = [*binds, (INIT, "/sandbox_init.py"), (PROGRAM, "/sandbox_program.py"), (str(self._folder), "/in")]
+        spec = asdict(self.limits) | {
+            "unshare": kind == "namespaces", "binds": binds, "links": links, "site_packages": site_packages, "fn_name": fn_name,
+        }  # fmt: skip
+        python = os.path.realpath(sys.executable)
+        command = [python, "-I", "-S", "-B", INIT, json.dumps(spec)]
+        if kind == "bubblewrap":
+            command = [*_bubblewrap(binds, links, self.limits), python, "-I", "-S", "-B", "/sandbox_init.py", json.dumps(spec)]
+        with tempfile.TemporaryFile() as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={}, cwd="/", start_new_session=True, bufsize=0
+            )
+            reply, _ = self._ask(None, time.monotonic() + START_SECONDS)
+            if reply is None or not reply["ready"]:
+                errors.seek(0)
+                said = errors.read()[-500:].decode("utf-8", "replace").strip().splitlines()
+                raise _Unusable(reply["reason"] if reply else said[-1] if said else "it did not start")
+
+    def _ask(self, request: dict | None, deadline: float) -> tuple[dict | None, str]:
+        """(reply, "") of process 1, or (None, why there is none)."""
+        if request is not None:
+            try:
+                self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            except BrokenPipeError:
+                return None, "killed"
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None, "time"
+            if select.select([self._process.stdout], [], [], min(left, WATCH_SECONDS))[0]:
+                data = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not data:
+                    return None, "killed"
+                self._buffer += data
+            elif request is not None and _resident_bytes(self._process.pid) > self.limits.memory_bytes:
+                return None, "memory"
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line), ""
+
+
+class _Unusable(Exception):
+    """This way of making a sandbox does not work here."""
+
+
+@functools.cache
+def find_kind() -> str:
+    """The way that works on this machine, probed once. UserError, one line, when none does."""
+    reasons = []
+    for kind in KINDS:
+        reason = probe(kind)
+        if reason is None:
+            return kind
+        reasons.append(f"{kind}: {reason}")
+    raise UserError(
+        f"reward.verifier=code: no sandbox works on this machine ({'; '.join(reasons)}), and programs are not run without one; "
+        "install bubblewrap, or allow user namespaces (a container: with CAP_SYS_ADMIN or a seccomp profile that allows unshare)"
+    )
+
+
+def probe(kind: str) -> str | None:
+    """Why this way does not work or does not hold, None when it does: a program looks around from the inside."""
+    if kind == "bubblewrap" and shutil.which("bwrap") is None:
+        return "bwrap is not installed"
+    try:
+        with Sandbox(PROBE, kind=kind) as sandbox:
+            outcome = sandbox.run("", seconds=10.0)
+    except (_Unusable, OSError) as error:
+        return str(error)
+    if outcome.limit or outcome.status:
+        return outcome.limit or (outcome.stderr.strip().splitlines() or [f"the probe ended with status {outcome.status}"])[-1]
+    found = json.loads(outcome.stdout)
+    if set(found["environment"]) - set(sandbox_init.ENVIRONMENT) - {"LC_CTYPE", "PWD"}:
+        found["bad"].append("the environment is not empty")
+    return found["bad"][0] if found["bad"] else None
+
+
+KINDS = ("bubblewrap", "namespaces")
+
+
+def _python_files() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
+    """(directories to read inside, links, site-packages): the system's libraries and this Python's, nothing of a project or a home."""
+    binds, links = [("/usr", "/usr")], []
+    for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
+        if os.path.islink(name):
+            links.append((name, os.readlink(name)))
+        elif os.path.isdir(name):
+            binds.append((name, name))
+    binds += [(path, path) for path in ("/etc/ld.so.cache", "/etc/alternatives") if os.path.exists(path)]
+    packages = list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
+    wanted = [os.path.join(os.path.realpath(sys.base_prefix), name) for name in ("bin", "lib", "lib64")]
+    for path in [*wanted, *packages]:
+        covered = any(path == target or path.startswith(target + "/") for _, target in binds)
+        if os.path.isdir(path) and not os.path.islink(path) and not covered and path != site.getusersitepackages():
+            binds.append((path, path))
+    return binds, links, packages
+
+
+def _bubblewrap(binds: list[tuple[str, str]], links: list[tuple[str, str]], limits: Limits) -> list[str]:
+    command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--die-with-parent", "--new-session"]
+    if os.geteuid() == 0:  # without a user namespace: sandbox_init.py leaves root, so that RLIMIT_NPROC binds
+        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        command += ["--unshare-user"]
+    command += ["--as-pid-1", "--clearenv"]
+    command += ["--perms", "1777", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]  # first: Python itself may live below it
+    parents = {str(parent) for _, target in binds for parent in Path(target).parents} - {"/", "/tmp"}
+    for folder in sorted(parents):
+        command += ["--perms", "0755", "--dir", folder]  # left to itself, bwrap makes them for root alone
+    for source, target in binds:
+        command += ["--ro-bind", source, target]
+    for link, target in links:
+        command += ["--symlink", target, link]
+    for name in ("null", "zero", "full", "random", "urandom"):
+        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    return [*command, "--proc", "/proc", "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+def _with_limit(outcome: Outcome) -> Outcome:
+    """The outcome of a program that ended by itself, with the limit that made it end."""
+    if outcome.status == sandbox_program.NETWORK:
+        return Outcome("network", **{k: v for k, v in asdict(outcome).items() if k != "limit"})
+    said = [line for line in outcome.stderr.splitlines() if line[:1].strip()] if outcome.status else []
+    met = next((name for name, sign in SIGNS.items() if any(map(sign.search, said))), None)
+    return Outcome(met, outcome.status, outcome.stdout, outcome.stderr, outcome.seconds)
+
+
+def _stopped(reason: str, seconds: float) -> Outcome:
+    return Outcome(reason, None, "", "", seconds)
+
+
+def _descendants(pid: int) -> list[int]:
+    """The process and all below it. Processes of a dead parent go to process 1 of the sandbox, so none is missed."""
+    found = [pid]
+    for parent in found:
+        try:
+            for task in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{task}/children") as file:
+                    found += [int(child) for child in file.read().split()]
+        except OSError:
+            continue  # it ended while it was looked at
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    return sum(_statm(child) for child in _descendants(pid)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _statm(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1])
+    except OSError:
+        return 0
+
+
+def _wait_gone(pids: list[int], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
