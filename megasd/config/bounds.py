@@ -10,7 +10,7 @@ from typing import Any
 
 from megasd.config.schema import LOOPBACK, ConfigError
 
-# What one value may be, by dotted key. Every number has a line here (tests/unit/test_config.py).
+# What one value may be, by dotted key. Every number has a line here (tests/unit/config/test_config.py).
 Rule = tuple[str, Callable[[Any], bool]]
 POSITIVE: Rule = ("must be greater than 0", lambda v: v > 0)
 NOT_NEGATIVE: Rule = ("must be 0 or more", lambda v: v >= 0)

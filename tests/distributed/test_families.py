@@ -20,7 +20,7 @@ from tests.launch import torchrun
 from tests.tiny_weights import MODELS, tiny_checkpoint
 
 
-@pytest.mark.nightly  # a minute; tests/unit/test_families.py has the names and shapes of every family in make test
+@pytest.mark.nightly  # a minute; tests/unit/models/test_families.py has the names and shapes of every family in make test
 def test_families_on_four_ranks(tmp_path: Path) -> None:
     for family in MODELS:
         write_reference(tiny_checkpoint(tmp_path / family, family))

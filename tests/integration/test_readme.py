@@ -74,7 +74,7 @@ def test_megasd_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_megasd_convert_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second one reads what the first made in place of a run's checkpoint (tests/unit/test_conversion.py has those)."""
+    """The second one reads what the first made in place of a run's checkpoint (tests/unit/convert/test_conversion.py has those)."""
     monkeypatch.chdir(tmp_path)
     model = tiny_checkpoint(tmp_path / "model", "qwen3")
     places = {"/models/Qwen3-8B": str(model), "runs/quickstart/checkpoints/step-80": "qwen3-8b-megatron"}

@@ -14,8 +14,8 @@ sequence parallelism is on, else 1:
 
 On the CPU (hardware.py: cpu; actor/cpu_layers.py) a norm keeps its input and its normalised input in fp32 beside its output, whatever the
 model's dtype: 8 h + w h + 4 instead; of queries and keys likewise; packed sequences' attention outputs are joined by a copy (w q more).
-That variant is held against measurement (tests/unit/test_planner_measured.py); TransformerEngine's is from its source and unmeasured until
-a GPU runs tests/gpu/test_planner_gpu.py.
+That variant is held against measurement (tests/unit/cluster/test_planner_measured.py); TransformerEngine's is from its source and
+unmeasured until a GPU runs tests/gpu/test_planner_gpu.py.
 
 FP8 (TransformerEngine): inputs of the linear layers are kept as FP8, one byte; the attention's output is kept in bf16 beside that.
 
