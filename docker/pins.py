@@ -1,4 +1,6 @@
-"""The requirements of an image's environment, read from pyproject.toml, where every version is pinned:  python pins.py trainer|engine"""
+"""The requirements of an image's environment, read from pyproject.toml, where every version is
+pinned:  python pins.py trainer|engine
+"""
 
 import sys
 import tomllib
@@ -6,7 +8,9 @@ from pathlib import Path
 
 
 def pins(kind: str, project: dict) -> list[str]:
-    """trainer: megasd's own and those of its launcher; engine: SGLang, and what `megasd serve` reads a config with."""
+    """trainer: megasd's own and those of its launcher; engine: SGLang, and what `megasd serve`
+    reads a config with.
+    """
     extras = project["optional-dependencies"]
     if kind == "trainer":
         return project["dependencies"] + extras["launch"]

@@ -11,8 +11,9 @@ megasd launch slurm|nemo-run CONFIG.yaml... [key=value ...] [--dry-run]
 megasd serve CONFIG.yaml... [key=value ...]
 megasd doctor [CONFIG.yaml...] [--json]
 
-Exit codes: 0 done, 1 errors in the data (data check) or a failed check (doctor), 2 refused (one line on stderr), 85 told to leave, and
-saved: run it again with run.resume=auto, 130 interrupted; anything else is a crash with its traceback.
+Exit codes: 0 done, 1 errors in the data (data check) or a failed check (doctor), 2 refused (one
+line on stderr), 85 told to leave, and saved: run it again with run.resume=auto, 130 interrupted;
+anything else is a crash with its traceback.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from megasd.config.load import load_config, to_yaml
 from megasd.config.schema import ConfigError
 from megasd.config.validate import default_world_size, validate
 from megasd.evaluation.presets import PRESETS
-from megasd.preemption import LEFT, MARKER, SIGNALS, Stop
+from megasd.preemption import EXIT_PREEMPTED, PREEMPTED_MARKER, PREEMPTION_SIGNALS, PreemptionSignal
 from megasd.types import UserError
 
 INTERRUPTED = 130
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [item for item in rest if item.startswith("-")]
     if unknown:
         parser.error(f"unrecognized argument {unknown[0]}")
-    alone = "RANK" not in os.environ  # a rank that torchrun started leaves it to the agent to say so
+    # a rank that torchrun started leaves it to the agent to say so
+    alone = "RANK" not in os.environ
     try:
         if args.command == "eval":
             return _eval(parser, args, rest)
@@ -65,9 +67,11 @@ def main(argv: list[str] | None = None) -> int:
             return _recipes(parser, args.json, rest)
         if args.command in ("plan", "launch", "serve", "doctor"):
             return _machines(args, rest)
-        return _train(args.items + rest, args.dry_run, argv)  # `rest`: positionals that follow an option
+        # `rest`: positionals that follow an option
+        return _train(args.items + rest, args.dry_run, argv)
     except UserError as error:
-        # Every rank of a machine refuses the same config, and one of them says so; any other error may be one rank's own.
+        # Every rank of a machine refuses the same config, and one of them says so; any other error
+        # may be one rank's own.
         if not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"megasd: {_rank_prefix()}{error}", file=sys.stderr, flush=True)
         return REFUSED
@@ -82,13 +86,16 @@ def _eval(parser: Parser, args: argparse.Namespace, rest: list[str]) -> int:
         parser.error(f"unrecognized argument {rest[0]}")
     if args.list_presets:
         for name, preset in PRESETS.items():
-            print(f"{name:<16}" + ", ".join(f"{key} {value}" for key, value in asdict(preset).items() if key != "source"))
+            print(
+                f"{name:<16}"
+                + ", ".join(f"{key} {value}" for key, value in asdict(preset).items() if key != "source")
+            )
             print(f"{'':<16}{preset.source}")
         return 0
     _quiet_libraries()
-    from megasd.commands import evaluate as eval_run
+    from megasd.commands import evaluate
 
-    eval_run.run(args)
+    evaluate.run(args)
     return 0
 
 
@@ -98,9 +105,9 @@ def _convert(parser: Parser, args: argparse.Namespace, rest: list[str]) -> int:
     if args.file_mib < 1:
         parser.error("argument --file-mib: give 1 or more")
     _quiet_libraries()
-    from megasd.commands import convert as conversion
+    from megasd.commands import convert
 
-    conversion.run(args)
+    convert.run(args)
     return 0
 
 
@@ -126,8 +133,11 @@ def _analyze(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _machines(args: argparse.Namespace, rest: list[str]) -> int:
-    """The commands about machines; each module has run(args, items) -> exit code. items: YAML files and overrides."""
-    items = args.items + rest  # `rest`: positionals that follow an option
+    """The commands about machines; each module has run(args, items) -> exit code. items: YAML files
+    and overrides.
+    """
+    # `rest`: positionals that follow an option
+    items = args.items + rest
     _quiet_libraries()
     if args.command == "plan":
         from megasd.commands import plan as module
@@ -144,7 +154,10 @@ def _recipes(parser: Parser, as_json: bool, rest: list[str]) -> int:
     if rest:
         parser.error(f"unrecognized argument {rest[0]}")
     if as_json:
-        rows = {name: {"paper": paper, "about": about, "row": asdict(RECIPES[name])} for name, (paper, about) in ABOUT.items()}
+        rows = {
+            name: {"paper": paper, "about": about, "row": asdict(RECIPES[name])}
+            for name, (paper, about) in ABOUT.items()
+        }
         print(json.dumps(rows, indent=2))
         return 0
     for name, (paper, about) in ABOUT.items():
@@ -163,9 +176,9 @@ def _train(items: list[str], dry_run: bool, argv: list[str]) -> int:
         print(to_yaml(config) + "\n".join(f"# {line}" for line in outline(config, world_size)))
         return 0
     if joined is None and world_size > 1:
-        return _start_ranks(argv, world_size, Path(config.run.dir) / MARKER)
+        return _start_ranks(argv, world_size, Path(config.run.dir) / PREEMPTED_MARKER)
 
-    stop = Stop()
+    stop = PreemptionSignal()
     stop.install()
     _quiet_libraries()
     try:
@@ -173,9 +186,10 @@ def _train(items: list[str], dry_run: bool, argv: list[str]) -> int:
 
         return train.main(config, stop)
     except SystemExit as error:
-        if error.code == LEFT and os.environ.get("RANK", "0") == "0":  # while it started
+        # while it started
+        if error.code == EXIT_PREEMPTED and os.environ.get("RANK", "0") == "0":
             Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-            (Path(config.run.dir) / MARKER).write_text('{"step": null}\n')
+            (Path(config.run.dir) / PREEMPTED_MARKER).write_text('{"step": null}\n')
         raise
 
 
@@ -185,16 +199,19 @@ def _torchrun_world_size() -> int | None:
         return None
     for name in ("RANK", "WORLD_SIZE"):
         if not os.environ[name].isdecimal():
-            raise UserError(f"environment: {name}={os.environ[name]!r} is not a number; start with torchrun, or unset it")
+            raise UserError(
+                f"environment: {name}={os.environ[name]!r} is not a number; start with torchrun, or unset it"
+            )
     return int(os.environ["WORLD_SIZE"])
 
 
 def _quiet_libraries() -> None:
     """Before the libraries are imported: keep what they say about themselves off the screen.
 
-    Megatron without TransformerEngine and Apex warns in every module that it will use torch instead, and torch that Megatron calls old
-    names. Neither is news to the user nor in his hands. Our own warnings, and those of libraries not named here, are shown as ever.
-    `python -W` and PYTHONWARNINGS, or these variables, bring them back.
+    Megatron without TransformerEngine and Apex warns in every module that it will use torch
+    instead, and torch that Megatron calls old names. Neither is news to the user nor in his hands.
+    Our own warnings, and those of libraries not named here, are shown as ever. `python -W` and
+    PYTHONWARNINGS, or these variables, bring them back.
     """
     if not sys.warnoptions:
         for library in ("megatron", "torch", "transformers"):
@@ -204,9 +221,11 @@ def _quiet_libraries() -> None:
 
 
 def _start_ranks(argv: list[str], world_size: int, marker: Path) -> int:
-    """Run this same command on `world_size` ranks of this machine under torchrun's agent; returns the exit code of the first to fail.
+    """Run this same command on `world_size` ranks of this machine under torchrun's agent; returns
+    the exit code of the first to fail.
 
-    The agent passes signals on to the ranks, and gives them ten minutes to save; `marker` says that they did.
+    The agent passes signals on to the ranks, and gives them ten minutes to save; `marker` says that
+    they did.
     """
     import logging
 
@@ -217,7 +236,9 @@ def _start_ranks(argv: list[str], world_size: int, marker: Path) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _hold_signals_while_ranks_start()
-    logging.disable(logging.CRITICAL)  # of the agent in this process: a rank tells of its own failure, and the agent's report buries it
+    # of the agent in this process: a rank tells of its own failure, and the agent's report buries
+    # it
+    logging.disable(logging.CRITICAL)
     signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     options = ["--standalone", f"--nproc-per-node={world_size}", signals, "-m", "megasd.cli", *argv]
     try:
@@ -229,17 +250,19 @@ def _start_ranks(argv: list[str], world_size: int, marker: Path) -> int:
         print(f"megasd: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr, flush=True)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
-        if error.sigval in SIGNALS and marker.is_file():
-            return LEFT
+        if error.sigval in PREEMPTION_SIGNALS and marker.is_file():
+            return EXIT_PREEMPTED
         print("megasd: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
 
 
 def _hold_signals_while_ranks_start() -> None:
-    """A signal that meets torch's agent while it starts the ranks waits until it has them all, and is passed on then.
+    """A signal that meets torch's agent while it starts the ranks waits until it has them all, and
+    is passed on then.
 
-    The agent's handler raises wherever it is, and ranks that it was about to note would be left behind without anybody to end them.
+    The agent's handler raises wherever it is, and ranks that it was about to note would be left
+    behind without anybody to end them.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
@@ -274,7 +297,9 @@ def _rank_prefix() -> str:
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds the stack, so that a started engine is closed; torchrun sends it to the ranks that outlive a failed one."""
+    """SIGTERM unwinds the stack, so that a started engine is closed; torchrun sends it to the ranks
+    that outlive a failed one.
+    """
     raise SystemExit(128 + signum)
 
 

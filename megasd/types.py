@@ -13,10 +13,13 @@ from enum import Enum
 
 
 class UserError(ValueError):
-    """Bad input from the user: one line naming the file, key or row and what to do. The command line prints it without a traceback."""
+    """Bad input from the user: one line naming the file, key or row and what to do. The command
+    line prints it without a traceback.
+    """
 
 
-Message = dict[str, str]  # {"role": "user" | "system" | "assistant", "content": text}
+# {"role": "user" | "system" | "assistant", "content": text}
+Message = dict[str, str]
 
 
 class Verdict(str, Enum):
@@ -35,32 +38,51 @@ class Verdict(str, Enum):
 
 @dataclass
 class Prompt:
-    """One question. `id` is unique in its file, e.g. Prompt("train-3", [{"role": "user", "content": "7+8="}], "15", "7+8=15")."""
+    """One question. `id` is unique in its file, e.g. Prompt("train-3", [{"role": "user", "content":
+    "7+8="}], "15", "7+8=15").
+    """
 
     id: str
     messages: list[Message]
-    answer: str  # gold answer, read by the verifier
-    solution: str | None = None  # reference solution, if the row has one (teacher contexts, NLL)
-    pass_rate: float | None = None  # of the start model, if the row says it (PACED's frozen rate)
-    rubric: list[dict[str, str | float]] | None = None  # criteria of rewards/rubric.py, if the row has them
+    # gold answer, read by the verifier
+    answer: str
+    # reference solution, if the row has one (teacher contexts, NLL)
+    solution: str | None = None
+    # of the start model, if the row says it (PACED's frozen rate)
+    pass_rate: float | None = None
+    # criteria of rewards/rubric.py, if the row has them
+    rubric: list[dict[str, str | float]] | None = None
 
 
 @dataclass
 class Sample:
-    """One response to one prompt, e.g. Sample("train-3", 0, [11, 12], [4, 5, 2], [-.1, -.3, -.01], "15", "stop", 7)."""
+    """One response to one prompt, e.g. Sample("train-3", 0, [11, 12], [4, 5, 2], [-.1, -.3, -.01],
+    "15", "stop", 7).
+    """
 
     prompt_id: str
-    index: int  # position in its group, 0..G-1
+    # position in its group, 0..G-1
+    index: int
     prompt_ids: list[int]
-    response_ids: list[int]  # sampled token ids, the stop token included when it was sampled
-    response_logps: list[float]  # engine log-probs (nats) of response_ids under the sampling temperature; [] for a row's own solution
-    text: str  # decoded response without special tokens
-    finish_reason: str  # "stop" | "length"
-    version: int  # weight version that every token was sampled with
-    verdict: Verdict | None = None  # None until scored
-    detail: str = ""  # why the verifier failed, for ERROR and TIMEOUT
-    score: float | None = None  # shaped reward in [0, 1] where the verifier gives one (a rubric); pass rates go by the verdict
-    feedback: str = ""  # what the verifier tells the model about a wrong answer; never the expected one
+    # sampled token ids, the stop token included when it was sampled
+    response_ids: list[int]
+    # engine log-probs (nats) of response_ids under the sampling temperature; [] for a row's own
+    # solution
+    response_logps: list[float]
+    # decoded response without special tokens
+    text: str
+    # "stop" | "length"
+    finish_reason: str
+    # weight version that every token was sampled with
+    version: int
+    # None until scored
+    verdict: Verdict | None = None
+    # why the verifier failed, for ERROR and TIMEOUT
+    detail: str = ""
+    # shaped reward in [0, 1] where the verifier gives one (a rubric); pass rates go by the verdict
+    score: float | None = None
+    # what the verifier tells the model about a wrong answer; never the expected one
+    feedback: str = ""
 
     @property
     def reward(self) -> float:
@@ -92,4 +114,5 @@ class TeacherContext:
     """
 
     messages: list[Message]
-    source: str  # where the privileged text came from, for the rollout log
+    # where the privileged text came from, for the rollout log
+    source: str

@@ -1,4 +1,5 @@
-"""Unsharded float64 twins of the operations of this folder, for tests only: the definition, written as directly as torch allows.
+"""Unsharded float64 twins of the operations of this folder, for tests only: the definition, written
+as directly as torch allows.
 
 T tokens, V whole vocabulary (no padding), K top-k, B buckets = K + 1. Gradients come from autograd.
 """
@@ -15,22 +16,30 @@ def topk(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return ids[:, :k], values[:, :k]
 
 
-def bucket_logprobs(logits_TV: Tensor, ids_TK: Tensor, *, temperature: float = 1.0, tail: str = "bucket") -> Tensor:
-    """Log-probabilities of the chosen ids, and of all the rest when `tail` is "bucket": [T, K + 1] or [T, K]."""
+def bucket_logprobs(
+    logits_TV: Tensor, ids_TK: Tensor, *, temperature: float = 1.0, tail: str = "bucket"
+) -> Tensor:
+    """Log-probabilities of the chosen ids, and of all the rest when `tail` is "bucket": [T, K + 1]
+    or [T, K].
+    """
     logp_TV = (logits_TV.double() / temperature).log_softmax(-1)
     chosen_TK = logp_TV.gather(1, ids_TK)
     if tail == "raw":
         return chosen_TK
     if tail == "renormalise":
         return chosen_TK.log_softmax(-1)
-    if ids_TK.shape[1] == logits_TV.shape[1]:  # nothing is left: autograd through an empty logsumexp gives NaN
+    # nothing is left: autograd through an empty logsumexp gives NaN
+    if ids_TK.shape[1] == logits_TV.shape[1]:
         return torch.cat([chosen_TK, torch.full_like(chosen_TK[:, :1], -torch.inf)], dim=-1)
     rest_T = logp_TV.scatter(1, ids_TK, -torch.inf).logsumexp(-1)
     return torch.cat([chosen_TK, rest_T[:, None]], dim=-1)
 
 
-def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float, clip: float | None = None) -> Tensor:
-    """KL(T||S) at beta 0, KL(S||T) at beta 1, else beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S: [T].
+def divergence(
+    student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float, clip: float | None = None
+) -> Tensor:
+    """KL(T||S) at beta 0, KL(S||T) at beta 1, else beta KL(T||M) + (1 - beta) KL(S||M) with M =
+    beta T + (1 - beta) S: [T].
 
     clip: upper bound of each bin's summand.
     """
@@ -46,7 +55,9 @@ def divergence(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, beta: float,
 
 
 def adaptive(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, last_is_tail: bool) -> Tensor:
-    """Shares of KL(T||S) and KL(S||T) by the gaps |T - S| over the teacher's head (half of its mass) and over the rest: [T]."""
+    """Shares of KL(T||S) and KL(S||T) by the gaps |T - S| over the teacher's head (half of its
+    mass) and over the rest: [T].
+    """
     rows = []
     for s, t in zip(student_logq_TB.double(), teacher_logq_TB.double().detach(), strict=True):
         order = sorted(range(len(t)), key=lambda b: (last_is_tail and b == len(t) - 1, -t[b].item(), b))

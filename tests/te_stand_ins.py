@@ -1,9 +1,12 @@
-"""Stand-ins for TransformerEngine's modules on a CPU: the same parameter names and places in Megatron's layer spec, torch arithmetic.
+"""Stand-ins for TransformerEngine's modules on a CPU: the same parameter names and places in
+Megatron's layer spec, torch arithmetic.
 
     with transformer_engine_spec():
-        model = build_model(...)      # layer_spec.py's GPU branch, names such as mlp.linear_fc1.layer_norm_weight
+        # layer_spec.py's GPU branch, names such as mlp.linear_fc1.layer_norm_weight
+        model = build_model(...)
 
-They show that the GPU spec is put together rightly and that its names are loaded and exported; they show nothing of TransformerEngine.
+They show that the GPU spec is put together rightly and that its names are loaded and exported; they
+show nothing of TransformerEngine.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class GroupedMLP(SequentialMLP):
         super().__init__(*args, **kwargs)
         experts = list(self.local_experts)
         del self.local_experts
-        object.__setattr__(self, "local_experts", experts)  # not a child module any more
+        # not a child module any more
+        object.__setattr__(self, "local_experts", experts)
         for name in ("linear_fc1", "linear_fc2"):
             grouped = torch.nn.Module()
             for i, expert in enumerate(experts):
@@ -69,7 +73,9 @@ class Provider(LocalSpecProvider):
     def core_attention(self) -> type:
         return SDPAttention
 
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool) -> tuple[type, MLPSubmodules]:
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
+    ) -> tuple[type, MLPSubmodules]:
         return GroupedMLP, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 

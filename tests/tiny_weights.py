@@ -1,4 +1,6 @@
-"""Tiny random checkpoints as transformers writes them, and the local parameters that a Megatron model of them has (plain tensors)."""
+"""Tiny random checkpoints as transformers writes them, and the local parameters that a Megatron
+model of them has (plain tensors).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ LLAMA3 = PLAIN | {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-YARN = PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.3}
+YARN = PLAIN | {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.3,
+}
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -33,7 +40,11 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-QWEN3: dict[str, Any] = {"model_type": "qwen3", "head_dim": 16, "rope_parameters": PLAIN | {"rope_theta": 1e6}}
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "head_dim": 16,
+    "rope_parameters": PLAIN | {"rope_theta": 1e6},
+}
 OLMO: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
 # name -> what its config.json has besides COMMON
 MODELS: dict[str, dict[str, Any]] = {
@@ -43,19 +54,32 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": QWEN3,
     "qwen3_tied": QWEN3 | {"tie_word_embeddings": True},
     "qwen3_moe": QWEN3
-    | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    | {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
     "llama": {"model_type": "llama", "rope_parameters": LLAMA3},
     "llama_tied": {"model_type": "llama", "rope_parameters": LLAMA3, "tie_word_embeddings": True},
     "llama_mqa": {"model_type": "llama", "num_key_value_heads": 1},
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
     "mistral_window": {"model_type": "mistral", "sliding_window": 3},
     "olmo2": OLMO | {"model_type": "olmo2"},
-    "olmo3": OLMO | {"model_type": "olmo3", "sliding_window": 3, "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}},
+    "olmo3": OLMO
+    | {
+        "model_type": "olmo3",
+        "sliding_window": 3,
+        "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN},
+    },
 }
 
 
 def tiny_checkpoint(directory: Path, family: str) -> Path:
-    """Save a random 4-layer model of MODELS (96 tokens, hidden 32 or 64) in float32 as transformers writes it; norms and biases too."""
+    """Save a random 4-layer model of MODELS (96 tokens, hidden 32 or 64) in float32 as transformers
+    writes it; norms and biases too.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -81,8 +105,15 @@ def local_params(
     padded_vocab: int | None = None,
     **_: Any,
 ) -> dict[str, torch.Tensor]:
-    """What dict(GPTModel.named_parameters()) of one rank looks like (the shapes written out by hand), filled with NaN."""
-    hidden, heads, groups, dim = hf["hidden_size"], hf["num_attention_heads"], hf["num_key_value_heads"], hf["head_dim"]
+    """What dict(GPTModel.named_parameters()) of one rank looks like (the shapes written out by
+    hand), filled with NaN.
+    """
+    hidden, heads, groups, dim = (
+        hf["hidden_size"],
+        hf["num_attention_heads"],
+        hf["num_key_value_heads"],
+        hf["head_dim"],
+    )
     rows = (padded_vocab or hf["vocab_size"]) // tp_size
     shapes: dict[str, tuple[int, ...]] = {}
     if first:

@@ -1,7 +1,8 @@
 """What bench_kernel.py measures: seeded inputs, and one job per case.
 
-T tokens, V this rank's columns, K top-k, h hidden. Level "logits": the rank's slices of both logits are given. Level "linear": hidden
-states and the rank's slice of the output weight are given, both need gradients, and the teacher shares the weight.
+T tokens, V this rank's columns, K top-k, h hidden. Level "logits": the rank's slices of both logits
+are given. Level "linear": hidden states and the rank's slice of the output weight are given, both
+need gradients, and the teacher shares the weight.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from bench_rivals import CopyToRanks, GatherColumns, TruncatedForwardKL, generalized_jsd, liger_jsd, topk_self_distillation
+from bench_rivals import (
+    CopyToRanks,
+    GatherColumns,
+    TruncatedForwardKL,
+    generalized_jsd,
+    liger_jsd,
+    topk_self_distillation,
+)
 from torch import Tensor
 
 from megasd.loss.divergence import divergence
-from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss, fused_linear_record
-from megasd.ops.vocab_parallel import Readout, ReadoutSpec, TeacherRecord, vocab_parallel_readout
+from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss, fused_linear_teacher_record
+from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec, TeacherRecord, vocab_parallel_logprobs
 
 BETA = 0.5
-NUM_SPIKES, MAX_SPIKE = 3, 25.0  # columns of a token that are raised, by up to this many nats
+# columns of a token that are raised, by up to this many nats
+NUM_SPIKES, MAX_SPIKE = 3, 25.0
 LOGIT_STD, TEACHER_NOISE = 2.0, 0.1
-ROWS = 64  # tokens drawn at a time: whole rows of the vocabulary never exist for all tokens
+# tokens drawn at a time: whole rows of the vocabulary never exist for all tokens
+ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,16 @@ class Setting:
     """One point of the grid."""
 
     tokens: int
-    vocab: int  # over all ranks; divisible by tp
+    # over all ranks; divisible by tp
+    vocab: int
     hidden: int
     top_k: int
     tp: int
-    dtype: str  # of the logits, or of hidden states and weight
+    # of the logits, or of hidden states and weight
+    dtype: str
     device: str
-    chunk_tokens: int  # tokens whose two logits the chunked cases may hold
+    # tokens whose two logits the chunked cases may hold
+    chunk_tokens: int
     seed: int = 0
 
 
@@ -58,7 +71,9 @@ class Inputs:
         return replace(self, setting=replace(self.setting, tokens=min(tokens, self.setting.tokens)), **few)
 
 
-def make_inputs(setting: Setting, level: str, rank: int, device: torch.device, group: dist.ProcessGroup | None) -> Inputs:
+def make_inputs(
+    setting: Setting, level: str, rank: int, device: torch.device, group: dist.ProcessGroup | None
+) -> Inputs:
     """The same whole tensors whatever the number of ranks, of which this rank keeps its columns."""
     dtype = getattr(torch, setting.dtype)
     width = setting.vocab // setting.tp
@@ -91,13 +106,18 @@ def make_inputs(setting: Setting, level: str, rank: int, device: torch.device, g
         raised_Th = weight_Vh[ids_T]
         hidden_Th += raised_Th * (height_T / raised_Th.square().sum(-1))[:, None]
     teacher_hidden_Th = hidden_Th + normal(*hidden_Th.shape) * (TEACHER_NOISE / LOGIT_STD)
-    kept = {"hidden_Th": hidden_Th, "weight_Vh": weight_Vh[columns].clone(), "teacher_hidden_Th": teacher_hidden_Th}
+    kept = {
+        "hidden_Th": hidden_Th,
+        "weight_Vh": weight_Vh[columns].clone(),
+        "teacher_hidden_Th": teacher_hidden_Th,
+    }
     return Inputs(setting, group, **{name: x.to(dtype) for name, x in kept.items()})
 
 
 @dataclass
 class Job:
-    """forward() -> loss (a scalar); its gradients in the leaves are the backward. before(): restores what a run destroys, off the clocks.
+    """forward() -> loss (a scalar); its gradients in the leaves are the backward. before():
+    restores what a run destroys, off the clocks.
 
     The last leaf is split over the ranks.
     """
@@ -109,15 +129,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Case:
-    source: str  # whose: the letter of benchmarks/README.md
+    # whose: the letter of benchmarks/README.md
+    source: str
     label: str
     level: str
     make: Callable[[Inputs], Job]
-    one_rank: bool = False  # the rival has no tensor parallelism
+    # the rival has no tensor parallelism
+    one_rank: bool = False
     reads_k: bool = True
 
 
-# Rivals ------------------------------------------------------------------------------------------------------------------------------
+# Rivals -------------------------------------------------------------------------------------------
 
 
 def _gather_logits(inputs: Inputs) -> Job:
@@ -138,7 +160,9 @@ def _gather_linear(inputs: Inputs) -> Job:
     def forward() -> Tensor:
         with torch.no_grad():
             teacher_TV = GatherColumns.apply(inputs.teacher_hidden_Th @ weight_Vh.t(), inputs.group)
-        student_TV = GatherColumns.apply(CopyToRanks.apply(hidden_Th, inputs.group) @ weight_Vh.t(), inputs.group)
+        student_TV = GatherColumns.apply(
+            CopyToRanks.apply(hidden_Th, inputs.group) @ weight_Vh.t(), inputs.group
+        )
         return topk_self_distillation(student_TV, teacher_TV, inputs.setting.top_k, BETA).mean()
 
     return Job(forward, (hidden_Th, weight_Vh))
@@ -146,7 +170,10 @@ def _gather_linear(inputs: Inputs) -> Job:
 
 def _trl_topk(inputs: Inputs) -> Job:
     student_TV = inputs.student_TV.requires_grad_()
-    return Job(lambda: topk_self_distillation(student_TV, inputs.teacher_TV, inputs.setting.top_k, BETA).mean(), (student_TV,))
+    return Job(
+        lambda: topk_self_distillation(student_TV, inputs.teacher_TV, inputs.setting.top_k, BETA).mean(),
+        (student_TV,),
+    )
 
 
 def _trl_full(inputs: Inputs) -> Job:
@@ -156,18 +183,26 @@ def _trl_full(inputs: Inputs) -> Job:
 
 def _forward_kl(inputs: Inputs) -> Job:
     record, student_TV = _record_of_logits(inputs), inputs.student_TV.requires_grad_()
-    return Job(lambda: TruncatedForwardKL.apply(student_TV, record.ids_TK, record.logq_TK, inputs.group).mean(), (student_TV,))
+    return Job(
+        lambda: TruncatedForwardKL.apply(student_TV, record.ids_TK, record.logq_TK, inputs.group).mean(),
+        (student_TV,),
+    )
 
 
 def _liger(inputs: Inputs) -> Job:
     hidden_Th, weight_Vh = inputs.hidden_Th.requires_grad_(), inputs.weight_Vh.requires_grad_()
     chunk = inputs.setting.chunk_tokens
-    forward = lambda: liger_jsd(hidden_Th, weight_Vh, inputs.teacher_hidden_Th, weight_Vh.detach(), BETA, chunk)  # noqa: E731
+
+    def forward() -> torch.Tensor:
+        return liger_jsd(hidden_Th, weight_Vh, inputs.teacher_hidden_Th, weight_Vh.detach(), BETA, chunk)
+
     return Job(forward, (hidden_Th, weight_Vh))
 
 
 def _copy(inputs: Inputs) -> Job:
-    """Both logits copied once: four words a column, as many as reading both and then one again to write its gradient."""
+    """Both logits copied once: four words a column, as many as reading both and then one again to
+    write its gradient.
+    """
     out_TV = torch.zeros_like(inputs.student_TV)
 
     def forward() -> Tensor:
@@ -179,9 +214,17 @@ def _copy(inputs: Inputs) -> Job:
 
 
 def _gemm(inputs: Inputs) -> Job:
-    """Student and teacher logits, hidden gradient, weight gradient, chunk by chunk into buffers that exist."""
-    hidden_Th, weight_Vh, chunk = inputs.hidden_Th, inputs.weight_Vh, min(inputs.setting.tokens, inputs.setting.chunk_tokens)
-    student_TV, teacher_TV = (torch.zeros(chunk, len(weight_Vh), dtype=weight_Vh.dtype, device=weight_Vh.device) for _ in range(2))
+    """Student and teacher logits, hidden gradient, weight gradient, chunk by chunk into buffers
+    that exist.
+    """
+    hidden_Th, weight_Vh, chunk = (
+        inputs.hidden_Th,
+        inputs.weight_Vh,
+        min(inputs.setting.tokens, inputs.setting.chunk_tokens),
+    )
+    student_TV, teacher_TV = (
+        torch.zeros(chunk, len(weight_Vh), dtype=weight_Vh.dtype, device=weight_Vh.device) for _ in range(2)
+    )
     hidden_grad_Th, weight_grad_Vh = torch.zeros_like(hidden_Th), torch.zeros_like(weight_Vh)
 
     def forward() -> Tensor:
@@ -197,30 +240,38 @@ def _gemm(inputs: Inputs) -> Job:
     return Job(forward)
 
 
-# Ours --------------------------------------------------------------------------------------------------------------------------------
+# Ours ---------------------------------------------------------------------------------------------
 
 
-def _loss(readout: Readout, *, beta: float, normalised: bool) -> Tensor:
+def _loss(readout: LogProbs, *, beta: float, normalised: bool) -> Tensor:
     if readout.divergence_T is not None:
         return readout.divergence_T
     return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=normalised)
 
 
 def _record_of_logits(inputs: Inputs) -> TeacherRecord:
-    spec = ReadoutSpec(inputs.setting.vocab, "student", inputs.setting.top_k)
-    found = vocab_parallel_readout(inputs.teacher_TV, None, None, spec, tp_group=inputs.group)
-    return TeacherRecord(found.ids_TA.to(torch.int32), found.student_logq_TB[:, :-1].float(), found.student_logq_TB[:, -1].float())
+    spec = LogProbsSpec(inputs.setting.vocab, "student", inputs.setting.top_k)
+    found = vocab_parallel_logprobs(inputs.teacher_TV, None, None, spec, tp_group=inputs.group)
+    return TeacherRecord(
+        found.ids_TA.to(torch.int32),
+        found.student_logq_TB[:, :-1].float(),
+        found.student_logq_TB[:, -1].float(),
+    )
 
 
-def _readout(support: str, *, tail: str = "bucket", beta: float = BETA, in_place: bool = False) -> Callable[[Inputs], Job]:
+def _readout(
+    support: str, *, tail: str = "bucket", beta: float = BETA, in_place: bool = False
+) -> Callable[[Inputs], Job]:
     def make(inputs: Inputs) -> Job:
-        spec = ReadoutSpec(inputs.setting.vocab, support, inputs.setting.top_k, tail, beta)
+        spec = LogProbsSpec(inputs.setting.vocab, support, inputs.setting.top_k, tail, beta)
         teacher = _record_of_logits(inputs) if support == "record" else inputs.teacher_TV
         student_TV = inputs.student_TV.requires_grad_()
         kept_TV = student_TV.detach().clone() if in_place else None
 
         def forward() -> Tensor:
-            readout = vocab_parallel_readout(student_TV, teacher, None, spec, tp_group=inputs.group, in_place=in_place)
+            readout = vocab_parallel_logprobs(
+                student_TV, teacher, None, spec, tp_group=inputs.group, in_place=in_place
+            )
             return _loss(readout, beta=beta, normalised=tail != "raw").mean()
 
         before = (lambda: student_TV.data.copy_(kept_TV)) if in_place else (lambda: None)
@@ -238,15 +289,20 @@ def _fused(support: str) -> Callable[[Inputs], Job]:
         call = {"tp_group": inputs.group, "memory_bytes": setting.chunk_tokens * len(weight_Vh) * column}
         if support == "record":
             of_record = {"vocab_size": setting.vocab, "temperature": 1.0}
-            teacher = fused_linear_record(inputs.teacher_hidden_Th, weight_Vh.detach(), setting.top_k, **of_record, **call)
+            teacher = fused_linear_teacher_record(
+                inputs.teacher_hidden_Th, weight_Vh.detach(), setting.top_k, **of_record, **call
+            )
         else:
             teacher = TeacherHead(inputs.teacher_hidden_Th, weight_Vh.detach())
-        spec = ReadoutSpec(setting.vocab, support, setting.top_k, beta=BETA)
+        spec = LogProbsSpec(setting.vocab, support, setting.top_k, beta=BETA)
 
-        def loss_fn(readout: Readout, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_fn(readout: LogProbs, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
             return _loss(readout, beta=BETA, normalised=True) / setting.tokens, {}
 
-        return Job(lambda: fused_linear_loss(hidden_Th, weight_Vh, None, spec, loss_fn, teacher=teacher, **call)[0], (hidden_Th, weight_Vh))
+        return Job(
+            lambda: fused_linear_loss(hidden_Th, weight_Vh, None, spec, loss_fn, teacher=teacher, **call)[0],
+            (hidden_Th, weight_Vh),
+        )
 
     return make
 
@@ -259,7 +315,9 @@ CASES: dict[str, Case] = {
     "copy": Case("e", "bound: copy of both logits", "logits", _copy, reads_k=False),
     "topk": Case("ours", "top-k", "logits", _readout("student")),
     "topk-in-place": Case("ours", "top-k, gradient in place", "logits", _readout("student", in_place=True)),
-    "record-kl": Case("ours", "teacher record, the loss of (d)", "logits", _readout("record", tail="raw", beta=0.0)),
+    "record-kl": Case(
+        "ours", "teacher record, the loss of (d)", "logits", _readout("record", tail="raw", beta=0.0)
+    ),
     "full": Case("ours", "full vocabulary", "logits", _readout("full"), reads_k=False),
     "gather-linear": Case("a", "GEMM + gather + SDPO formula", "linear", _gather_linear),
     "liger": Case("b", "Liger chunked JSD, full vocabulary", "linear", _liger, one_rank=True, reads_k=False),

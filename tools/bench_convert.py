@@ -1,9 +1,11 @@
-"""Conversion of a large random model, both ways: seconds, peak memory, and the same result after kill -9 at random points.
+"""Conversion of a large random model, both ways: seconds, peak memory, and the same result after
+kill -9 at random points.
 
     python tools/bench_convert.py --dir /tmp/bench_convert --kills 10 --json convert.json
 
-Makes a bfloat16 model in Qwen3's shape (2.3 GiB, shards of about 0.6 GiB, 2048 wide, 151936 tokens) and removes the directory at the end.
-Every conversion is a process of its own, `megasd convert`; peak memory is its VmHWM, which it prints.
+Makes a bfloat16 model in Qwen3's shape (2.3 GiB, shards of about 0.6 GiB, 2048 wide, 151936 tokens)
+and removes the directory at the end. Every conversion is a process of its own, `megasd convert`;
+peak memory is its VmHWM, which it prints.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from megasd.models import registry as families
+from megasd.models import registry
 from megasd.weights import hf_files as files
 from megasd.weights.safetensors_io import RawShards, as_bytes
 
@@ -55,12 +57,21 @@ def make_model(directory: Path, layers: int, shard_bytes: int) -> None:
     (source / "tokenizer.json").write_text("{}")
     generator, files.SHARD_BYTES = torch.Generator().manual_seed(0), shard_bytes
     with files.HFWriter(directory, source, torch.bfloat16) as writer:
-        for name, shape in families.table(config).expected_tensors().items():
+        for name, shape in registry.param_table(config).expected_tensors().items():
             writer.add(name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator))
 
 
 def command(source: Path, target: Path, file_mib: int) -> list[str]:
-    return [sys.executable, "-m", "megasd.cli", "convert", str(source), str(target), "--file-mib", str(file_mib)]
+    return [
+        sys.executable,
+        "-m",
+        "megasd.cli",
+        "convert",
+        str(source),
+        str(target),
+        "--file-mib",
+        str(file_mib),
+    ]
 
 
 def convert(source: Path, target: Path, file_mib: int) -> dict[str, float]:
@@ -68,20 +79,26 @@ def convert(source: Path, target: Path, file_mib: int) -> dict[str, float]:
     done = subprocess.run(command(source, target, file_mib), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    seconds, peak, before = re.search(r"([\d.]+) s; peak memory (\d+) MiB \(VmHWM of this process; (\d+) MiB", done.stdout).groups()
+    seconds, peak, before = re.search(
+        r"([\d.]+) s; peak memory (\d+) MiB \(VmHWM of this process; (\d+) MiB", done.stdout
+    ).groups()
     print(done.stdout, end="", flush=True)
     return {"seconds": float(seconds), "peak_mib": float(peak), "libraries_mib": float(before)}
 
 
-def convert_killed(source: Path, target: Path, file_mib: int, kills: int, seconds: float, rng: random.Random) -> list[int]:
-    """The same conversion, killed (SIGKILL) at random times until `kills` found it at work, then run out. Whole files at each kill.
+def convert_killed(
+    source: Path, target: Path, file_mib: int, kills: int, seconds: float, rng: random.Random
+) -> list[int]:
+    """The same conversion, killed (SIGKILL) at random times until `kills` found it at work, then
+    run out. Whole files at each kill.
 
     One that is done before its kill is thrown away and begins anew.
     """
     whole: list[int] = []
     while len(whole) < kills:
         process = subprocess.Popen(command(source, target, file_mib), stdout=subprocess.DEVNULL)
-        time.sleep(1.5 + rng.uniform(0, seconds / 2))  # 1.5 s: of importing
+        # 1.5 s: of importing
+        time.sleep(1.5 + rng.uniform(0, seconds / 2))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if target.exists():
@@ -108,16 +125,28 @@ def tensor_sums(directory: Path) -> dict[str, int]:
     """CRC-32 of every tensor of a Hugging Face directory."""
     with ExitStack() as stack:
         shards = RawShards(directory, {path.name for path in directory.glob("*.safetensors")}, stack)
-        return {name: zlib.crc32(as_bytes(shards.read(name, 0, place.shape[0]))) for name, place in shards.places.items()}
+        return {
+            name: zlib.crc32(as_bytes(shards.read(name, 0, place.shape[0])))
+            for name, place in shards.places.items()
+        }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dir", type=Path, default=Path("/tmp/megasd_bench_convert"))
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--shard-mib", type=int, default=600)
-    parser.add_argument("--file-mib", type=int, default=256, help="of the conversions: what one kill can cost")
-    parser.add_argument("--kills", type=int, default=0, help="kill -9 each direction at so many random points and compare the results")
+    parser.add_argument(
+        "--file-mib", type=int, default=256, help="of the conversions: what one kill can cost"
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=0,
+        help="kill -9 each direction at so many random points and compare the results",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     root, rng = arguments.dir, random.Random(0)
@@ -125,7 +154,11 @@ def main() -> int:
     hf, megatron, back = root / "hf", root / "megatron", root / "back"
     make_model(hf, arguments.layers, arguments.shard_mib << 20)
     shards = [path.stat().st_size for path in hf.glob("*.safetensors")]
-    print(f"model: {sum(shards) / 2**30:.2f} GiB in {len(shards)} shards, the largest {max(shards) / 2**20:.0f} MiB", flush=True)
+    print(
+        f"model: {sum(shards) / 2**30:.2f} GiB in {len(shards)} shards, the largest"
+        f" {max(shards) / 2**20:.0f} MiB",
+        flush=True,
+    )
     record: dict[str, object] = {
         "command": " ".join(sys.argv),
         "cores": os.cpu_count(),
@@ -145,7 +178,9 @@ def main() -> int:
         if arguments.kills:
             wanted = sums(target)
             target.rename(root / "whole")
-            found["whole_files_at_kills"] = convert_killed(source, target, arguments.file_mib, arguments.kills, found["seconds"], rng)
+            found["whole_files_at_kills"] = convert_killed(
+                source, target, arguments.file_mib, arguments.kills, found["seconds"], rng
+            )
             found["equal_after_kills"] = sums(target) == wanted
             ok &= found["equal_after_kills"]
             shutil.rmtree(root / "whole")

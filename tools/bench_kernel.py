@@ -1,13 +1,16 @@
-"""The distillation loss beside its rivals: process CPU time, wall time, peak memory, bytes per token, and the value of the loss.
+"""The distillation loss beside its rivals: process CPU time, wall time, peak memory, bytes per
+token, and the value of the loss.
 
-    python tools/bench_kernel.py --quick --json quick.json            # TP=2, V=152064, top-k and gather only, under three minutes
+    # TP=2, V=152064, top-k and gather only, under three minutes
+    python tools/bench_kernel.py --quick --json quick.json
     python tools/bench_kernel.py --json all.json --plot all.png       # every case at TP=1 and TP=2
     python tools/bench_kernel.py --tokens 512 2048 --tp 2 --cases fused-topk fused-full
     python tools/bench_kernel.py --device cuda --tp 1 --tokens 8192 --hidden 4096 --dtype bfloat16 --chunk-tokens 2048
 
-What is compared with what, and how each number is taken: benchmarks/README.md. The exit code is 1 when a case fails or when cases that
-compute the same loss disagree. One process group per case, gloo on a CPU (cores / TP threads a rank) and NCCL on GPUs.
-"""
+What is compared with what, and how each number is taken: benchmarks/README.md. The exit code is 1
+when a case fails or when cases that compute the same loss disagree. One process group per case,
+gloo on a CPU (cores / TP threads a rank) and NCCL on GPUs.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -34,9 +37,18 @@ from bench_cases import CASES, Inputs, Job, Setting, make_inputs
 from bench_meters import PeakMemory, RingBytes
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = {"tokens": [512], "vocab": [152064], "top_k": [100], "tp": [1, 2], "dtype": ["float32"], "hidden": 512, "repeats": 3}
+FULL = {
+    "tokens": [512],
+    "vocab": [152064],
+    "top_k": [100],
+    "tp": [1, 2],
+    "dtype": ["float32"],
+    "hidden": 512,
+    "repeats": 3,
+}
 QUICK = FULL | {"tp": [2], "repeats": 5, "cases": ["gather", "topk", "gather-linear", "fused-topk"]}
-# prefix in "ratios" -> (ours, theirs, suffix). "_vs_gather" without a prefix is the fused top-k against GEMM + gather + SDPO's formula.
+# prefix in "ratios" -> (ours, theirs, suffix). "_vs_gather" without a prefix is the fused top-k
+# against GEMM + gather + SDPO's formula.
 RATIOS = {
     "": ("fused-topk", "gather-linear", "gather"),
     "unfused_": ("topk", "gather", "gather"),
@@ -67,10 +79,12 @@ SAME_LOSS = (
     ("gather-linear", "fused-topk"),
     ("liger", "fused-full"),
 )
-# Relative differences of (loss, gradient norm) that pass. float32 rounds the rivals' tails, more visibly the smaller the divergence; the
-# bfloat16 projection of (a) rounds its logits by about as much as the teacher differs.
+# Relative differences of (loss, gradient norm) that pass. float32 rounds the rivals' tails, more
+# visibly the smaller the divergence; the bfloat16 projection of (a) rounds its logits by about as
+# much as the teacher differs.
 LIMITS = {"float32": (2e-3, 1e-2), "bfloat16": (0.2, 0.5)}
-ROUNDING = 1e-7  # nats: what float32 sums may differ by where a truncated loss is near zero
+# nats: what float32 sums may differ by where a truncated loss is near zero
+ROUNDING = 1e-7
 
 
 def measure(job: Job, small: Job, device: torch.device, repeats: int) -> dict:
@@ -92,7 +106,8 @@ def measure(job: Job, small: Job, device: torch.device, repeats: int) -> dict:
         memory.start()
         loss, grads = run(meter)
         peak = memory.stop()
-    square = grads[-1].double().square().sum().item() if grads else 0.0  # [V, h] or [T, V] in float64, after the peak was read
+    # [V, h] or [T, V] in float64, after the peak was read
+    square = grads[-1].double().square().sum().item() if grads else 0.0
     found = {"peak_bytes": peak, "received": meter.received, "loss": loss.item(), "grad_square": square}
     del loss, grads
     times: dict[str, list[float]] = {"cpu": [], "wall": [], "device": []}
@@ -118,7 +133,8 @@ def measure(job: Job, small: Job, device: torch.device, repeats: int) -> dict:
 
 def worker(rank: int, name: str, setting: Setting, repeats: int, threads: int, directory: str) -> None:
     """One rank of one case: its measurements as JSON in `directory`."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # all_gather_into_tensor, under its new name from torch 2.13 on
+    # all_gather_into_tensor, under its new name from torch 2.13 on
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(threads)
     device = torch.device(setting.device, rank) if setting.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
@@ -149,19 +165,30 @@ def run_case(name: str, setting: Setting, repeats: int) -> dict:
     )  # threads that spin at a barrier on a shared machine count as CPU time, tenfold at worst
     with tempfile.TemporaryDirectory() as directory:
         try:
-            torch.multiprocessing.spawn(worker, (name, setting, repeats, threads, directory), nprocs=setting.tp)
+            torch.multiprocessing.spawn(
+                worker, (name, setting, repeats, threads, directory), nprocs=setting.tp
+            )
         except Exception as error:  # noqa: BLE001 a case that dies (out of memory, an unfinished backend) must not end the others
             print(error, file=sys.stderr)
             return row | {"error": str(error).strip().splitlines()[-1]}
         ranks = [json.loads(Path(directory, f"rank{r}.json").read_text()) for r in range(setting.tp)]
-    slowest = {unit: [max(of) for of in zip(*(r["seconds"][unit] for r in ranks), strict=True)] for unit in ("cpu", "wall", "device")}
-    row |= {"threads": threads, "cpu_seconds": min(slowest["cpu"]), "wall_seconds": min(slowest["wall"]), "repeats": slowest}
+    slowest = {
+        unit: [max(of) for of in zip(*(r["seconds"][unit] for r in ranks), strict=True)]
+        for unit in ("cpu", "wall", "device")
+    }
+    row |= {
+        "threads": threads,
+        "cpu_seconds": min(slowest["cpu"]),
+        "wall_seconds": min(slowest["wall"]),
+        "repeats": slowest,
+    }
     if slowest["device"]:
         row |= {"device_seconds": statistics.median(slowest["device"])}
     row |= {"peak_bytes": max(r["peak_bytes"] for r in ranks)}
     for phase in ("forward", "backward"):
         row[f"{phase}_bytes_per_token"] = max(r["received"][phase] for r in ranks) / setting.tokens
-    if case.source != "e":  # a bound computes no loss
+    # a bound computes no loss
+    if case.source != "e":
         row |= {"loss": ranks[0]["loss"], "grad_norm": sum(r["grad_square"] for r in ranks) ** 0.5}
     return row
 
@@ -170,14 +197,19 @@ def line(row: dict) -> str:
     head = f"{row['source']:<5}{row['case']:<15}{row['label']:<37}"
     if "error" in row or "skipped" in row:
         return head + (row.get("skipped") or "FAILED: " + row["error"])
-    seconds = f"{row['cpu_seconds']:9.3f}{row['wall_seconds']:9.3f}" + (f"{row['device_seconds']:9.4f}" if "device_seconds" in row else "")
-    moved = f"{row['peak_bytes'] / 1e6:10.0f}{row['forward_bytes_per_token']:12.0f}{row['backward_bytes_per_token']:10.0f}"
+    seconds = f"{row['cpu_seconds']:9.3f}{row['wall_seconds']:9.3f}" + (
+        f"{row['device_seconds']:9.4f}" if "device_seconds" in row else ""
+    )
+    moved = f"{row['peak_bytes'] / 1e6:10.0f}{row['forward_bytes_per_token']:12.0f}{row['backward_bytes_per_token']:10.0f}"  # noqa: E501
     value = f"{row['loss']:13.5e}{row['grad_norm']:11.3e}" if "loss" in row else ""
     return head + seconds + moved + value
 
 
 def heading(setting: Setting) -> str:
-    sizes = f"T={setting.tokens} V={setting.vocab} h={setting.hidden} K={setting.top_k} TP={setting.tp} {setting.dtype} {setting.device}"
+    sizes = (
+        f"T={setting.tokens} V={setting.vocab} h={setting.hidden} K={setting.top_k} TP={setting.tp}"
+        f" {setting.dtype} {setting.device}"
+    )
     seconds = f"{'CPU s':>9}{'wall s':>9}" + (f"{'GPU s':>9}" if setting.device == "cuda" else "")
     columns = f"{seconds}{'peak MB':>10}{'fwd B/token':>12}{'bwd':>10}{'loss':>13}{'|gradient|':>11}"
     return f"\n{sizes}\n{'':<5}{'case':<15}{'':<37}{columns}"
@@ -193,23 +225,31 @@ def ratios_of(rows: list[dict]) -> dict[str, float]:
         a, b = done[ours], done[theirs]
         for what, columns in QUOTIENTS.items():
             x, y = (sum(row.get(column, 0.0) for column in columns) for row in (a, b))
-            if y > 0:  # no bytes move at TP=1
+            # no bytes move at TP=1
+            if y > 0:
                 found[f"{prefix}{what}_vs_{suffix}"] = x / y
     return found
 
 
 def headline(settings: list[dict]) -> dict[str, float]:
-    """The ratios of the first setting with more than one rank (of the first setting, when there is none), and with them those to the
-    rivals of one rank alone, of the first setting that has them."""
+    """The ratios of the first setting with more than one rank (of the first setting, when there is
+    none), and with them those to the rivals of one rank alone, of the first setting that has them.
+    """
     found: dict[str, float] = {}
     for one in sorted(settings, key=lambda s: s["setting"]["tp"] == 1):
-        new = one["ratios"] if not found else {name: value for name, value in one["ratios"].items() if name.endswith(ONE_RANK)}
+        new = (
+            one["ratios"]
+            if not found
+            else {name: value for name, value in one["ratios"].items() if name.endswith(ONE_RANK)}
+        )
         found = new | found
     return found
 
 
 def checks_of(rows: list[dict]) -> list[dict]:
-    """Cases of one setting that compute the same loss: relative difference of the loss to the first of them."""
+    """Cases of one setting that compute the same loss: relative difference of the loss to the first
+    of them.
+    """
     done = {row["case"]: row for row in rows if "loss" in row}
     found = []
     for names in SAME_LOSS:
@@ -219,7 +259,14 @@ def checks_of(rows: list[dict]) -> list[dict]:
             apart = {of: abs(other[of] - first[of]) / abs(first[of]) for of in ("loss", "grad_norm")}
             limits = LIMITS[first["dtype"] if first["level"] == "linear" else "float32"]
             close = abs(other["loss"] - first["loss"]) <= limits[0] * abs(first["loss"]) + ROUNDING
-            found.append({"cases": [present[0], name], **apart, "limits": limits, "ok": close and apart["grad_norm"] <= limits[1]})
+            found.append(
+                {
+                    "cases": [present[0], name],
+                    **apart,
+                    "limits": limits,
+                    "ok": close and apart["grad_norm"] <= limits[1],
+                }
+            )
     return found
 
 
@@ -236,7 +283,10 @@ def peak_growth(rows: list[dict]) -> list[dict]:
         if few["tokens"] < many["tokens"]:
             names = ("case", "tp", "top_k", "dtype", "vocab")
             tokens = [few["tokens"], many["tokens"]]
-            found.append({name: few[name] for name in names} | {"tokens": tokens, "peak_growth": many["peak_bytes"] / few["peak_bytes"]})
+            found.append(
+                {name: few[name] for name in names}
+                | {"tokens": tokens, "peak_growth": many["peak_bytes"] / few["peak_bytes"]}
+            )
     return found
 
 
@@ -256,7 +306,10 @@ def plot(rows: list[dict], path: Path) -> None:
     rows = [row for row in rows if "cpu_seconds" in row][::-1]
     varying = [n for n in SYMBOLS if len({row[n] for row in rows}) > 1]
     names = [" ".join([row["case"], *(f"{SYMBOLS[n]}{row[n]}" for n in varying)]) for row in rows]
-    colours = ["tab:blue" if row["source"] == "ours" else "tab:grey" if row["source"] == "e" else "tab:orange" for row in rows]
+    colours = [
+        "tab:blue" if row["source"] == "ours" else "tab:grey" if row["source"] == "e" else "tab:orange"
+        for row in rows
+    ]
     unit = "device_seconds" if any("device_seconds" in row for row in rows) else "cpu_seconds"
     moved = [row["forward_bytes_per_token"] + row["backward_bytes_per_token"] for row in rows]
     panels = {
@@ -264,7 +317,9 @@ def plot(rows: list[dict], path: Path) -> None:
         "peak memory above the inputs, MB": [row["peak_bytes"] / 1e6 for row in rows],
         "bytes received per token and rank": moved,
     }
-    figure, axes = pyplot.subplots(1, 3, figsize=(16, 1.5 + 0.28 * len(rows)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, 3, figsize=(16, 1.5 + 0.28 * len(rows)), sharey=True, layout="constrained"
+    )
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         axis.barh(range(len(rows)), values, color=colours)
         axis.set_title(title)
@@ -294,24 +349,49 @@ def machine() -> dict:
 def commit() -> str:
     """HEAD, with -dirty when tracked files differ from it; "unknown" outside a git checkout."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
     except OSError:
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="TP=2 and the four cases of the ratios; the other options still count")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="TP=2 and the four cases of the ratios; the other options still count",
+    )
     parser.add_argument("--tokens", type=int, nargs="+", help="T (default 512)")
-    parser.add_argument("--vocab", type=int, nargs="+", help="V over all ranks, divisible by TP (default 152064)")
+    parser.add_argument(
+        "--vocab", type=int, nargs="+", help="V over all ranks, divisible by TP (default 152064)"
+    )
     parser.add_argument("--top-k", type=int, nargs="+", help="K (default 100)")
     parser.add_argument("--tp", type=int, nargs="+", help="ranks (default 1 2)")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], help="of logits, hidden states and weight (default float32)")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=["float32", "bfloat16"],
+        help="of logits, hidden states and weight (default float32)",
+    )
     parser.add_argument("--hidden", type=int, help="h (default 512)")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE", help="of: " + " ".join(CASES))
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(CASES), metavar="CASE", help="of: " + " ".join(CASES)
+    )
     parser.add_argument("--repeats", type=int, help="timed runs of each case (default 3; --quick 5)")
-    parser.add_argument("--chunk-tokens", type=int, default=256, help="tokens whose logits the chunked cases may hold (default 256)")
+    parser.add_argument(
+        "--chunk-tokens",
+        type=int,
+        default=256,
+        help="tokens whose logits the chunked cases may hold (default 256)",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -332,12 +412,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no name of its own needed
+    # one machine: no name of its own needed
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     started, load = time.time(), os.getloadavg()
     rows, settings = [], []
-    grid = itertools.product(arguments.dtype, arguments.tp, arguments.vocab, arguments.tokens, arguments.top_k)
+    grid = itertools.product(
+        arguments.dtype, arguments.tp, arguments.vocab, arguments.tokens, arguments.top_k
+    )
     for dtype, tp, vocab, tokens, k in grid:
-        setting = Setting(tokens, vocab, arguments.hidden, k, tp, dtype, arguments.device, arguments.chunk_tokens, arguments.seed)
+        setting = Setting(
+            tokens,
+            vocab,
+            arguments.hidden,
+            k,
+            tp,
+            dtype,
+            arguments.device,
+            arguments.chunk_tokens,
+            arguments.seed,
+        )
         print(heading(setting), flush=True)
         here = []
         for name in arguments.cases:
@@ -354,7 +447,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{' and '.join(check['cases'])} {verdict}: {apart}")
         for prefix, (ours, theirs, suffix) in RATIOS.items():
             keys = {what: f"{prefix}{what}_vs_{suffix}" for what in QUOTIENTS}
-            quotients = [f"{what} {found['ratios'][key]:.4f}" for what, key in keys.items() if key in found["ratios"]]
+            quotients = [
+                f"{what} {found['ratios'][key]:.4f}" for what, key in keys.items() if key in found["ratios"]
+            ]
             if quotients:
                 print(f"{ours} / {theirs}: {', '.join(quotients)}")
         rows += here
@@ -362,11 +457,15 @@ def main(argv: list[str] | None = None) -> int:
     growth = peak_growth(rows)
     for entry in growth:
         few, many = entry["tokens"]
-        print(f"peak of {entry['case']} TP={entry['tp']} at T={many} over T={few}: {entry['peak_growth']:.3f}")
+        print(
+            f"peak of {entry['case']} TP={entry['tp']} at T={many} over T={few}: {entry['peak_growth']:.3f}"
+        )
     if arguments.json:
         record = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "tools/bench_kernel.py", *(sys.argv[1:] if argv is None else argv)]),
+            "command": shlex.join(
+                ["python", "tools/bench_kernel.py", *(sys.argv[1:] if argv is None else argv)]
+            ),
             "commit": commit(),
             "torch": torch.__version__,
             "machine": machine() | {"load_at_start": load, "load_at_end": os.getloadavg()},
@@ -379,7 +478,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.plot:
         plot(rows, arguments.plot)
-    wrong = [row["case"] for row in rows if "error" in row] + [c["cases"] for s in settings for c in s["checks"] if not c["ok"]]
+    wrong = [row["case"] for row in rows if "error" in row] + [
+        c["cases"] for s in settings for c in s["checks"] if not c["ok"]
+    ]
     if wrong:
         print(f"failed: {wrong}", file=sys.stderr)
     return 1 if wrong else 0

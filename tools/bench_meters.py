@@ -1,4 +1,6 @@
-"""Meters of the kernel benchmark: bytes that a rank receives from its peers, and peak memory above the state at the start."""
+"""Meters of the kernel benchmark: bytes that a rank receives from its peers, and peak memory above
+the state at the start.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# collective -> (argument that is measured, bytes received by one of n ranks per byte of it), by ring algorithms
+# collective -> (argument that is measured, bytes received by one of n ranks per byte of it), by
+# ring algorithms
 RULES: dict[str, tuple[str, Callable[[int], float]]] = {
     "all_reduce": ("tensor", lambda n: 2 * (n - 1) / n),
     "all_gather_into_tensor": ("output_tensor", lambda n: (n - 1) / n),
@@ -23,14 +26,17 @@ RULES: dict[str, tuple[str, Callable[[int], float]]] = {
     "broadcast": ("tensor", lambda n: float(n > 1)),
 }
 # Later torch has new names for two of them.
-for _new, _old in (("all_gather_single", "all_gather_into_tensor"), ("reduce_scatter_single", "reduce_scatter_tensor")):
+for _new, _old in (
+    ("all_gather_single", "all_gather_into_tensor"),
+    ("reduce_scatter_single", "reduce_scatter_tensor"),
+):
     if hasattr(dist, _new):
         RULES[_new] = RULES[_old]
 
 
 class RingBytes:
-    """`with RingBytes() as meter:` adds what the collectives of torch.distributed bring to this rank to meter.received[meter.phase], and
-    counts the calls in meter.calls[meter.phase].
+    """`with RingBytes() as meter:` adds what the collectives of torch.distributed bring to this
+    rank to meter.received[meter.phase], and counts the calls in meter.calls[meter.phase].
 
     Collectives that are not in RULES (barrier, object collectives, point to point) are not counted.
     """
@@ -54,7 +60,9 @@ class RingBytes:
             tensors = [bound[argument]] if isinstance(bound[argument], Tensor) else bound[argument]
             num_ranks = dist.get_world_size(bound.get("group"))
             self.calls[self.phase] += 1
-            self.received[self.phase] += factor(num_ranks) * sum(t.numel() * t.element_size() for t in tensors)
+            self.received[self.phase] += factor(num_ranks) * sum(
+                t.numel() * t.element_size() for t in tensors
+            )
             return real(*args, **kwargs)
 
         return call
@@ -67,7 +75,8 @@ class RingBytes:
 class PeakMemory:
     """start(), then stop() -> bytes by which memory rose above its level at start().
 
-    CPU: resident memory of the process (Linux: VmHWM, reset by writing 5 to clear_refs). CUDA: bytes that the caching allocator gave out.
+    CPU: resident memory of the process (Linux: VmHWM, reset by writing 5 to clear_refs). CUDA:
+    bytes that the caching allocator gave out.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -82,7 +91,8 @@ class PeakMemory:
             return
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)  # freed memory that glibc keeps would hide what the call takes
+            # freed memory that glibc keeps would hide what the call takes
+            libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self._base = _resident("VmRSS")
 

@@ -1,19 +1,24 @@
-"""The quickstart's job with rollout.overlap=0 and =1, in turn: wall time of a step, held-out figures, staleness, peak memory.
+"""The quickstart's job with rollout.overlap=0 and =1, in turn: wall time of a step, held-out
+figures, staleness, peak memory.
 
     make quickstart                                                    # once: makes the model and the rows
-    python tools/bench_overlap.py --json benchmarks/overlap_cpu.json   # two runs of each, 80 steps: about ten minutes on two idle cores
+    # two runs of each, 80 steps: about ten minutes on two idle cores
+    python tools/bench_overlap.py --json benchmarks/overlap_cpu.json
 
 Bound by sampling, for the wall time alone (random weights, which answer at length and are never right):
 
     python tools/bench_overlap.py --steps 14 --eval-samples 1 --model runs/quickstart-start/model --json FILE algorithm.recipe=opcd \\
         algorithm.tis_clip=2.0 rollout.num_prompts=16 rollout.max_response_tokens=160 actor.micro_batch_size=16 evaluation.num_prompts=8
 
-The quickstart itself is not: its answers have eight tokens, and the client's share of that shares a core with the trainer.
+The quickstart itself is not: its answers have eight tokens, and the client's share of that shares a
+core with the trainer.
 
-The engine is kept on one core and the trainer on another, in both modes, so that neither takes time from the other and the ratio is that of
-a machine where they have devices of their own. A run's seconds are those of its steps, the first two left out; its ratio is overlap 1 over
-overlap 0 of the same round, and other load on the machine is recorded beside it. Everything else is one config with one seed.
-"""
+The engine is kept on one core and the trainer on another, in both modes, so that neither takes time
+from the other and the ratio is that of a machine where they have devices of their own. A run's
+seconds are those of its steps, the first two left out; its ratio is overlap 1 over overlap 0 of the
+same round, and other load on the machine is recorded beside it. Everything else is one config with
+one seed.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -34,7 +39,8 @@ from bench_kernel import ROOT, commit, machine
 
 from megasd.trainer.metrics import read_metrics
 
-WARM = 2  # steps that are not counted
+# steps that are not counted
+WARM = 2
 PHASES = ("rollout", "wait", "teach", "train", "sync")
 ENGINE = "megasd.engine.sglang_cpu"
 
@@ -43,28 +49,52 @@ def run(overlap: int, args: argparse.Namespace, directory: Path) -> dict[str, An
     """One `megasd train`; its figures."""
     start = Path(args.start)
     command = [
-        sys.executable, "-m", "megasd.cli", "train", "configs/quickstart.yaml", f"rollout.overlap={overlap}", f"run.steps={args.steps}",
-        f"run.dir={directory}", f"model.path={args.model}", f"data.train={start}/train.jsonl", f"data.eval={start}/eval.jsonl",
-        "actor.tensor_model_parallel_size=1", "run.export=false", "run.tensorboard=false", "checkpoint.save_at_end=false",
-        f"evaluation.num_samples={args.eval_samples}", *args.overrides,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "megasd.cli",
+        "train",
+        "configs/quickstart.yaml",
+        f"rollout.overlap={overlap}",
+        f"run.steps={args.steps}",
+        f"run.dir={directory}",
+        f"model.path={args.model}",
+        f"data.train={start}/train.jsonl",
+        f"data.eval={start}/eval.jsonl",
+        "actor.tensor_model_parallel_size=1",
+        "run.export=false",
+        "run.tensorboard=false",
+        "checkpoint.save_at_end=false",
+        f"evaluation.num_samples={args.eval_samples}",
+        *args.overrides,
+    ]
     load = []
     with (directory.parent / f"{directory.name}.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         peaks = {"trainer": 0, "engine": 0}
         while process.poll() is None:
             keep_apart(psutil.Process(process.pid), args.cores, peaks)
             load.append(os.getloadavg()[0])
             time.sleep(1.0)
     if process.returncode:
-        raise SystemExit(f"overlap={overlap} ended with {process.returncode}:\n{Path(log.name).read_text()[-3000:]}")
+        raise SystemExit(
+            f"overlap={overlap} ended with {process.returncode}:\n{Path(log.name).read_text()[-3000:]}"
+        )
     return figures(directory, overlap, args.steps) | {
-        "peak_rss_bytes": peaks, "load_average_1min": [round(min(load), 1), round(statistics.median(load), 1), round(max(load), 1)],
-    }  # fmt: skip
+        "peak_rss_bytes": peaks,
+        "load_average_1min": [round(min(load), 1), round(statistics.median(load), 1), round(max(load), 1)],
+    }
 
 
 def keep_apart(trainer: psutil.Process, cores: list[int], peaks: dict[str, int]) -> None:
-    """The trainer on the first core, its engine's processes on the second; the largest resident memory of each side so far."""
+    """The trainer on the first core, its engine's processes on the second; the largest resident
+    memory of each side so far.
+    """
     try:
         family = trainer.children(recursive=True)
         servers = [one for one in family if ENGINE in one.cmdline()]
@@ -78,14 +108,20 @@ def keep_apart(trainer: psutil.Process, cores: list[int], peaks: dict[str, int])
         for side, size in sizes.items():
             peaks[side] = max(peaks[side], size)
     except (psutil.NoSuchProcess, ProcessLookupError):
-        pass  # one that has just ended
+        # one that has just ended
+        pass
 
 
 def figures(directory: Path, overlap: int, steps: int) -> dict[str, Any]:
     """What a finished run says of itself."""
-    rows, summary = read_metrics(directory / "metrics.jsonl"), json.loads((directory / "summary.json").read_text())
+    rows, summary = (
+        read_metrics(directory / "metrics.jsonl"),
+        json.loads((directory / "summary.json").read_text()),
+    )
     counted = rows[WARM:]
-    median = {phase: statistics.median(row.get(f"seconds/{phase}", 0.0) for row in counted) for phase in PHASES}
+    median = {
+        phase: statistics.median(row.get(f"seconds/{phase}", 0.0) for row in counted) for phase in PHASES
+    }
     return {
         "overlap": overlap,
         "steps": steps,
@@ -103,12 +139,16 @@ def figures(directory: Path, overlap: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each mode, in turn (default 2)")
     parser.add_argument("--eval-samples", type=int, default=8, help="samples a held-out question (default 8)")
     parser.add_argument("--model", default="runs/quickstart-warmup/hf")
-    parser.add_argument("--start", default="runs/quickstart-start", help="directory of train.jsonl and eval.jsonl")
+    parser.add_argument(
+        "--start", default="runs/quickstart-start", help="directory of train.jsonl and eval.jsonl"
+    )
     parser.add_argument("--cores", type=int, nargs=2, default=[0, 1], metavar=("TRAINER", "ENGINE"))
     parser.add_argument("--json", help="file to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of both modes")
@@ -121,23 +161,36 @@ def main() -> None:
                 done = runs[-1]
                 mean = done["after"]["mean_at_k"]
                 print(
-                    f"overlap {overlap}: {done['seconds_of_steps']:.1f} s, mean@k {mean:.1%}, load {done['load_average_1min']}", flush=True
+                    f"overlap {overlap}: {done['seconds_of_steps']:.1f} s, mean@k {mean:.1%}, load"
+                    f" {done['load_average_1min']}",
+                    flush=True,
                 )
     pairs = [sorted(runs[i : i + 2], key=lambda one: one["overlap"]) for i in range(0, len(runs), 2)]
-    ratios = {name: [b[name] / a[name] for a, b in pairs] for name in ("seconds_of_steps", "median_step_seconds")}
+    ratios = {
+        name: [b[name] / a[name] for a, b in pairs] for name in ("seconds_of_steps", "median_step_seconds")
+    }
     result = {
         "what": "quickstart, TP 1, rollout.overlap 1 over 0; engine and trainer on a core each",
         "overrides": args.overrides,
         "ratios": ratios,
-        "held_out_mean_at_k": {str(o): [one["after"]["mean_at_k"] for one in runs if one["overlap"] == o] for o in (0, 1)},
-        "peak_trainer_rss_ratio": [b["peak_rss_bytes"]["trainer"] / a["peak_rss_bytes"]["trainer"] for a, b in pairs],
+        "held_out_mean_at_k": {
+            str(o): [one["after"]["mean_at_k"] for one in runs if one["overlap"] == o] for o in (0, 1)
+        },
+        "peak_trainer_rss_ratio": [
+            b["peak_rss_bytes"]["trainer"] / a["peak_rss_bytes"]["trainer"] for a, b in pairs
+        ],
         "runs": runs,
         "command": " ".join(sys.argv),
         "started": started,
         "commit": commit(),
         "machine": machine(),
     }
-    print(json.dumps({name: result[name] for name in ("ratios", "held_out_mean_at_k", "peak_trainer_rss_ratio")}, indent=2))
+    print(
+        json.dumps(
+            {name: result[name] for name in ("ratios", "held_out_mean_at_k", "peak_trainer_rss_ratio")},
+            indent=2,
+        )
+    )
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

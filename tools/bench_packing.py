@@ -1,12 +1,15 @@
-"""Training steps with packed microbatches beside padded ones, on lengths with a long tail, by the real actor (teach, then train).
+"""Training steps with packed microbatches beside padded ones, on lengths with a long tail, by the
+real actor (teach, then train).
 
-    python tools/bench_packing.py --json packing.json                       # CPU, about three minutes on two cores
+    # CPU, about three minutes on two cores
+    python tools/bench_packing.py --json packing.json
     python tools/bench_packing.py --device cuda --hidden 4096 --layers 8 --budget 32768 --longest 16384 --dtype bfloat16
 
-Four ways to cut the same batch into microbatches, in turn within each repeat, so that what else the machine does meets all of them:
-padded or packed, a fixed number of samples or a token budget. What is measured is said in benchmarks/README.md. The exit code is 1 when
-two ways disagree on the loss of the first step.
-"""
+Four ways to cut the same batch into microbatches, in turn within each repeat, so that what else the
+machine does meets all of them: padded or packed, a fixed number of samples or a token budget. What
+is measured is said in benchmarks/README.md. The exit code is 1 when two ways disagree on the loss
+of the first step.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -27,17 +30,25 @@ from pathlib import Path
 from typing import Any
 
 warnings.filterwarnings("ignore")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not count as work
+# threads that wait must not count as work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
-from bench_meters import PeakMemory  # noqa: E402
+import torch
+from bench_meters import PeakMemory
 
-from megasd.actor.actor import Actor  # noqa: E402
-from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
-from megasd.actor.rank_batch import active_samples  # noqa: E402
-from megasd.batch.batch import Batch  # noqa: E402
-from megasd.batch.shard import deal  # noqa: E402
-from megasd.config.schema import ActorConfig, AlgorithmConfig, Config, DistillTerm, QuestionWeightConfig, TeacherConfig  # noqa: E402
+from megasd.actor.actor import Actor
+from megasd.actor.parallel import init_distributed, init_model_parallel
+from megasd.actor.rank_batch import active_samples
+from megasd.batch.batch import Batch
+from megasd.batch.shard import plan_ranks
+from megasd.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    DistillTerm,
+    QuestionWeightConfig,
+    TeacherConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS: dict[str, dict[str, Any]] = {
@@ -49,7 +60,9 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -66,13 +79,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def lengths(options: argparse.Namespace) -> list[tuple[int, int, int]]:
-    """(prompt, response, teacher's prompt) of each sample, 8 samples a question: lognormal responses, a teacher that reads a sibling's."""
+    """(prompt, response, teacher's prompt) of each sample, 8 samples a question: lognormal
+    responses, a teacher that reads a sibling's.
+    """
     rng, found = random.Random(11), []
     median = options.longest / 10
     for _ in range(options.samples // 8):
         prompt = rng.randint(16, 64)
-        responses = [min(options.longest, max(4, round(median * rng.lognormvariate(0.0, options.sigma)))) for _ in range(8)]
-        found += [(prompt, response, prompt + 16 + min(options.longest // 4, rng.choice(responses))) for response in responses]
+        responses = [
+            min(options.longest, max(4, round(median * rng.lognormvariate(0.0, options.sigma))))
+            for _ in range(8)
+        ]
+        found += [
+            (prompt, response, prompt + 16 + min(options.longest // 4, rng.choice(responses)))
+            for response in responses
+        ]
     return found
 
 
@@ -90,7 +111,10 @@ def make_batch(options: argparse.Namespace) -> Batch:
         question_weight=torch.full((len(sizes),), 0.5, dtype=torch.float64),
         question_size=torch.full((len(sizes),), 8),
         scored=torch.ones(len(sizes), dtype=torch.bool),
-        streams={"rollout_logp": torch.full((int(responses.sum()),), -8.0), "advantage": torch.zeros(int(responses.sum()))},
+        streams={
+            "rollout_logp": torch.full((int(responses.sum()),), -8.0),
+            "advantage": torch.zeros(int(responses.sum())),
+        },
     )
 
 
@@ -101,10 +125,15 @@ def make_model(options: argparse.Namespace, directory: Path) -> None:
     torch.manual_seed(0)
     heads = max(4, options.hidden // 128)
     shape = dict(
-        vocab_size=options.vocab, hidden_size=options.hidden, intermediate_size=3 * options.hidden, num_hidden_layers=options.layers
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
     )
     shape |= dict(num_attention_heads=heads, num_key_value_heads=heads // 4, head_dim=options.hidden // heads)
-    config = AutoConfig.for_model("qwen3", **shape, max_position_embeddings=4 * options.longest, tie_word_embeddings=False)
+    config = AutoConfig.for_model(
+        "qwen3", **shape, max_position_embeddings=4 * options.longest, tie_word_embeddings=False
+    )
     AutoModelForCausalLM.from_config(config).to(getattr(torch, options.dtype)).save_pretrained(directory)
 
 
@@ -113,33 +142,48 @@ def make_actor(options: argparse.Namespace, model: Path, device: torch.device) -
     config.model.path, config.run.steps = str(model), 1000
     config.actor = ActorConfig(dtype=options.dtype, micro_batch_size=options.micro_batch_size)
     weight = QuestionWeightConfig(kind="none")
-    config.algorithm = AlgorithmConfig(distill=DistillTerm(top_k=20), teacher=TeacherConfig(), question_weight=weight)
-    config.optimizer.lr = 0.0  # a whole step, after which the weights are what they were: every way has the same loss
+    config.algorithm = AlgorithmConfig(
+        distill=DistillTerm(top_k=20), teacher=TeacherConfig(), question_weight=weight
+    )
+    # a whole step, after which the weights are what they were: every way has the same loss
+    config.optimizer.lr = 0.0
     return Actor(config, init_model_parallel(config.actor, device, seed=1))
 
 
 def set_way(actor: Actor, options: argparse.Namespace, name: str) -> None:
     """Cut the next batches this way; the model is the same in all."""
     way = WAYS[name]
-    config = replace(actor.config.actor, packing=way["packing"], max_tokens_per_microbatch=options.budget if way.get("budget") else None)
+    config = replace(
+        actor.config.actor,
+        packing=way["packing"],
+        max_tokens_per_microbatch=options.budget if way.get("budget") else None,
+    )
     actor.config.actor, actor.costs = config, replace(actor.costs, actor=config)
 
 
 def step(actor: Actor, batch: Batch) -> tuple[float, float, dict[str, float]]:
-    """Wall and process seconds (all threads) from the whole batch to the updated weights, and the step's metrics."""
+    """Wall and process seconds (all threads) from the whole batch to the updated weights, and the
+    step's metrics.
+    """
     if actor.mesh.device.type == "cuda":
         torch.cuda.synchronize()
     start, cpu_start = time.perf_counter(), time.process_time()
-    share = actor.take(batch)
-    metrics = actor.train_step(share, actor.teach(share))  # ends with metrics that are read, so with all work done
+    rank_batch = actor.shard(batch)
+    # ends with metrics that are read, so with all work done
+    metrics = actor.train_step(rank_batch, actor.teacher_forward(rank_batch))
     return time.perf_counter() - start, time.process_time() - cpu_start, metrics
 
 
 def balance(actor: Actor, batch: Batch) -> dict[str, float]:
-    """FLOPs of the costliest rank over the mean if 2, 4 or 8 data-parallel ranks shared the batch: worked out, not run."""
+    """FLOPs of the costliest rank over the mean if 2, 4 or 8 data-parallel ranks shared the batch:
+    worked out, not run.
+    """
     active = active_samples(batch, actor.algorithm)
     return {
-        str(ranks): round(deal(batch, active, actor.algorithm, actor.costs, ranks)[0].figures["flops_balance"], 4) for ranks in (2, 4, 8)
+        str(ranks): round(
+            plan_ranks(batch, active, actor.algorithm, actor.costs, ranks)[0].figures["flops_balance"], 4
+        )
+        for ranks in (2, 4, 8)
     }
 
 
@@ -150,11 +194,14 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
         make_model(options, Path(directory))
         actor = make_actor(options, Path(directory), device)
     rows: dict[str, dict[str, Any]] = {}
-    for name in WAYS:  # warms up, and gives what does not depend on time
+    # warms up, and gives what does not depend on time
+    for name in WAYS:
         set_way(actor, options, name)
         figures = step(actor, batch)[2]
         kept = ("microbatches", "padding_share", "teacher_padding_share", "loss", "grad_norm")
-        rows[name] = {"way": name, "flops_balance": balance(actor, batch)} | {key: figures[key] for key in kept}
+        rows[name] = {"way": name, "flops_balance": balance(actor, batch)} | {
+            key: figures[key] for key in kept
+        }
         rows[name] |= {"peak_mib": 0.0, "seconds_all": [], "cpu_seconds_all": []}
     for _ in range(options.repeats):
         for name, row in rows.items():
@@ -182,24 +229,34 @@ PAIRS = {
 
 
 def ratios(rows: list[dict[str, Any]], key: str) -> dict[str, float]:
-    """Tokens per second of one way over another's: the median over repeats of the ratio within a repeat, so that what else the machine did
-    falls on both."""
+    """Tokens per second of one way over another's: the median over repeats of the ratio within a
+    repeat, so that what else the machine did falls on both.
+    """
     by = {row["way"]: row[key] for row in rows}
     pairs = {name: zip(by[ours], by[theirs], strict=True) for name, (ours, theirs) in PAIRS.items()}
     return {name: round(statistics.median(b / a for a, b in both), 3) for name, both in pairs.items()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     return {
-        "commit": commit, "device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg(),
-        "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
+        "commit": commit,
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'':<20}{'tokens/s':>10}{'per CPU s':>11}{'peak MiB':>10}{'microb.':>9}{'padding':>9}{'teacher':>9}{'loss':>14}"
+    head = f"{'':<20}{'tokens/s':>10}{'per CPU s':>11}{'peak MiB':>10}{'microb.':>9}{'padding':>9}{'teacher':>9}{'loss':>14}"  # noqa: E501
     lines = [
         f"{r['way']:<20}{r['tokens_per_second']:>10.0f}{r['tokens_per_cpu_second']:>11.0f}{r['peak_mib']:>10.0f}{r['microbatches']:>9.0f}"
         f"{r['padding_share']:>9.1%}{r['teacher_padding_share']:>9.1%}{r['loss']:>14.6e}"
@@ -216,7 +273,11 @@ def main() -> int:
     rows = measure(options, device)
     found = {"wall": ratios(rows, "seconds_all"), "cpu": ratios(rows, "cpu_seconds_all")}
     print(table(rows))
-    print("\n".join(f"{name}: {found['wall'][name]:.2f} (CPU seconds: {found['cpu'][name]:.2f})" for name in PAIRS))
+    print(
+        "\n".join(
+            f"{name}: {found['wall'][name]:.2f} (CPU seconds: {found['cpu'][name]:.2f})" for name in PAIRS
+        )
+    )
     if options.json:
         record = {"command": shlex.join(sys.argv), "machine": machine(device), "ratios": found, "rows": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,7 +1,9 @@
-"""What others compute, written anew from their published formulas, with the tensors of the size that they hold.
+"""What others compute, written anew from their published formulas, with the tensors of the size
+that they hold.
 
-T tokens, V columns of the whole vocabulary or of a rank's slice, K top-k, h hidden. beta is the weight of the teacher. Where a project
-computes metrics beside its loss they are left out, and logits are moved in the precision they have: both favour the rival.
+T tokens, V columns of the whole vocabulary or of a rank's slice, K top-k, h hidden. beta is the
+weight of the teacher. Where a project computes metrics beside its loss they are left out, and
+logits are moved in the precision they have: both favour the rival.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from torch import Tensor
 
 
 class GatherColumns(torch.autograd.Function):
-    """[T, V / n] on each of n ranks -> [T, V] on all. Every rank then computes the same loss, so the backward is this rank's slice.
+    """[T, V / n] on each of n ranks -> [T, V] on all. Every rank then computes the same loss, so
+    the backward is this rank's slice.
 
-    The gather is Megatron-core's (tensor_parallel/mappings.py, _gather_along_last_dim): an all_gather along the rows, then a
-    concatenation; the backward without communication is that of miles-sdpo (loss_hub/losses.py). Collectives: one all_gather, forward.
+    The gather is Megatron-core's (tensor_parallel/mappings.py, _gather_along_last_dim): an
+    all_gather along the rows, then a concatenation; the backward without communication is that of
+    miles-sdpo (loss_hub/losses.py). Collectives: one all_gather, forward.
     """
 
     @staticmethod
@@ -37,7 +41,9 @@ class GatherColumns(torch.autograd.Function):
 
 
 class CopyToRanks(torch.autograd.Function):
-    """Identity; the backward adds up the ranks' hidden gradients, as a column-parallel output layer does. One all_reduce, backward."""
+    """Identity; the backward adds up the ranks' hidden gradients, as a column-parallel output layer
+    does. One all_reduce, backward.
+    """
 
     @staticmethod
     def forward(ctx, hidden_Th, group):
@@ -53,13 +59,17 @@ class CopyToRanks(torch.autograd.Function):
 
 
 def _with_tail(logp_TK: Tensor) -> Tensor:
-    """[T, K + 1]: the log-probability of all the rest appended, as log(1 - exp(logsumexp)), the sum clamped below 1."""
+    """[T, K + 1]: the log-probability of all the rest appended, as log(1 - exp(logsumexp)), the sum
+    clamped below 1.
+    """
     chosen_T1 = logp_TK.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
     return torch.cat([logp_TK, (-chosen_T1.expm1()).log()], dim=1)
 
 
 def _jsd_terms(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
-    """Elementwise beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S, 0 < beta < 1, by autograd: GKD 2306.13649, eq. 1."""
+    """Elementwise beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S, 0 < beta < 1,
+    by autograd: GKD 2306.13649, eq. 1.
+    """
     mixture = torch.stack([student_logp + math.log(1 - beta), teacher_logp + math.log(beta)]).logsumexp(0)
     of_teacher = F.kl_div(mixture, teacher_logp, reduction="none", log_target=True)
     of_student = F.kl_div(mixture, student_logp, reduction="none", log_target=True)
@@ -69,8 +79,9 @@ def _jsd_terms(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tenso
 def topk_self_distillation(student_TV: Tensor, teacher_TV: Tensor, k: int, beta: float) -> Tensor:
     """loss_T over the student's top k and a tail bucket, from whole rows of logits, in float32.
 
-    SDPO 2601.20802 (verl/trainer/ppo/core_algos.py, compute_self_distillation_loss; top-k in workers/actor/dp_actor.py) and, the same
-    formula, TRL (trl/experimental/sdft/loss_utils.py, compute_topk_self_distillation_loss).
+    SDPO 2601.20802 (verl/trainer/ppo/core_algos.py, compute_self_distillation_loss; top-k in
+    workers/actor/dp_actor.py) and, the same formula, TRL (trl/experimental/sdft/loss_utils.py,
+    compute_topk_self_distillation_loss).
     """
     student_TV, teacher_TV = student_TV.float(), teacher_TV.float()
     values_TK, ids_TK = student_TV.topk(k, dim=-1)
@@ -80,16 +91,21 @@ def topk_self_distillation(student_TV: Tensor, teacher_TV: Tensor, k: int, beta:
 
 
 def generalized_jsd(student_TV: Tensor, teacher_TV: Tensor, beta: float) -> Tensor:
-    """loss_T over the whole vocabulary: GKD 2306.13649, as TRL has it (trl/trainer/gkd_trainer.py, generalized_jsd_loss)."""
+    """loss_T over the whole vocabulary: GKD 2306.13649, as TRL has it (trl/trainer/gkd_trainer.py,
+    generalized_jsd_loss).
+    """
     return _jsd_terms(student_TV.float().log_softmax(-1), teacher_TV.float().log_softmax(-1), beta).sum(-1)
 
 
 class TruncatedForwardKL(torch.autograd.Function):
-    """loss_T = sum over the teacher's top k of q (log q - log p): neither tail nor renormalisation; on a rank's slice of the logits.
+    """loss_T = sum over the teacher's top k of q (log q - log p): neither tail nor renormalisation;
+    on a rank's slice of the logits.
 
-    verl (verl/trainer/distillation/megatron/losses.py, _VocabParallelKLDivergence; NeMo RL's zero_outside_topk is kin to it): the float32
-    softmax of the slice is kept for the backward, whose value is p * sum(q) - q at the ids. Collectives, forward: all_reduce of the
-    maximum, of the sum of exp and of the loss, 4 bytes a token each; backward: none. verl's overlap metrics are left out.
+    verl (verl/trainer/distillation/megatron/losses.py, _VocabParallelKLDivergence; NeMo RL's
+    zero_outside_topk is kin to it): the float32 softmax of the slice is kept for the backward,
+    whose value is p * sum(q) - q at the ids. Collectives, forward: all_reduce of the maximum, of
+    the sum of exp and of the loss, 4 bytes a token each; backward: none. verl's overlap metrics are
+    left out.
     """
 
     @staticmethod
@@ -123,14 +139,25 @@ class TruncatedForwardKL(torch.autograd.Function):
 
 
 def liger_jsd(
-    hidden_Th: Tensor, weight_Vh: Tensor, teacher_hidden_Th: Tensor, teacher_weight_Vh: Tensor, beta: float, chunk: int
+    hidden_Th: Tensor,
+    weight_Vh: Tensor,
+    teacher_hidden_Th: Tensor,
+    teacher_weight_Vh: Tensor,
+    beta: float,
+    chunk: int,
 ) -> Tensor:
-    """Mean loss of Liger's chunked JSD (PyPI liger-kernel, executed): whole vocabulary, no tensor parallelism. ImportError without it."""
+    """Mean loss of Liger's chunked JSD (PyPI liger-kernel, executed): whole vocabulary, no tensor
+    parallelism. ImportError without it.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     # torch.compile is its default; on a CPU it needs a C++ compiler and is left off.
     loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, chunk_size=chunk, compiled=hidden_Th.device.type == "cuda"
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=beta,
+        chunk_size=chunk,
+        compiled=hidden_Th.device.type == "cuda",
     )
     labels_T = torch.zeros(hidden_Th.shape[0], dtype=torch.int64, device=hidden_Th.device)
     return loss(hidden_Th, weight_Vh, teacher_hidden_Th, teacher_weight_Vh, labels_T)

@@ -1,18 +1,23 @@
-"""A training step of a random-weight model: tokens/s, MFU, peak memory and the loss's share, bf16 and FP8 side by side in one run.
+"""A training step of a random-weight model: tokens/s, MFU, peak memory and the loss's share, bf16
+and FP8 side by side in one run.
 
-    python tools/bench_step.py --model tiny --device cpu                                  # anywhere, to see that it works
-    python tools/bench_step.py --model Qwen3-8B --layers 8 --spec local                   # a GPU with torch and megatron-core alone
+    # anywhere, to see that it works
+    python tools/bench_step.py --model tiny --device cpu
+    # a GPU with torch and megatron-core alone
+    python tools/bench_step.py --model Qwen3-8B --layers 8 --spec local
     python tools/bench_step.py --model Qwen3-8B --layers 16 --fp8 tensorwise --fp8 blockwise --fp8-param-gather --gpu h200-141g
 
-One rank. The step is the actor's own: Megatron's schedule over packed or padded microbatches, the fused loss (Jensen-Shannon on the top 100
-tokens of the student against a teacher's hidden states, which are random and cost nothing here), gradients into fp32 buffers, Adam with
-fp32 main parameters. Not in it: sampling, the teacher's passes, the push of weights.
+One rank. The step is the actor's own: Megatron's schedule over packed or padded microbatches, the
+fused loss (Jensen-Shannon on the top 100 tokens of the student against a teacher's hidden states,
+which are random and cost nothing here), gradients into fp32 buffers, Adam with fp32 main
+parameters. Not in it: sampling, the teacher's passes, the push of weights.
 
     MFU = (3 x forward FLOPs of all sequences, megasd/models/flops.py) / seconds / peak     peak: bf16, of cluster/planner/hardware.py
-The FP8 columns are divided by the same bf16 peak, so that the numbers compare. Recomputation is not counted as work.
-The loss's share is of device time between CUDA events around it (wall time on a CPU), forward with its own gradients; its backward of the
-hidden states is a multiplication. --spec local: the CPU's layers (torch's attention, unfused norms), without TransformerEngine and FP8.
-"""
+The FP8 columns are divided by the same bf16 peak, so that the numbers compare. Recomputation is not
+counted as work. The loss's share is of device time between CUDA events around it (wall time on a
+CPU), forward with its own gradients; its backward of the hidden states is a multiplication. --spec
+local: the CPU's layers (torch's attention, unfused norms), without TransformerEngine and FP8.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -32,41 +37,69 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 warnings.filterwarnings("ignore")
 
-import torch  # noqa: E402
-from bench_kernel import ROOT, commit  # noqa: E402
+import torch
+from bench_kernel import ROOT, commit
 
-from megasd.actor import cpu_backend as cpu  # noqa: E402
-from megasd.actor import model as build  # noqa: E402
-from megasd.actor.forward import run_microbatches  # noqa: E402
-from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel  # noqa: E402
-from megasd.batch.microbatch import Microbatch  # noqa: E402
-from megasd.cluster.planner.hardware import KINDS  # noqa: E402
-from megasd.config.schema import ActorConfig, ConfigError, OptimizerConfig  # noqa: E402
-from megasd.config.validate_actor import check_machine  # noqa: E402
-from megasd.loss.divergence import divergence  # noqa: E402
-from megasd.loss.normalise import megatron_loss  # noqa: E402
-from megasd.models import flops  # noqa: E402
-from megasd.models.registry import config_from_hf  # noqa: E402
-from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss  # noqa: E402
-from megasd.ops.vocab_parallel import Readout, ReadoutSpec  # noqa: E402
+from megasd.actor import cpu_backend
+from megasd.actor import model as build
+from megasd.actor.forward import run_microbatches
+from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
+from megasd.batch.microbatch import Microbatch
+from megasd.cluster.planner.hardware import GPU_KINDS
+from megasd.config.schema import ActorConfig, ConfigError, OptimizerConfig
+from megasd.config.validate_actor import check_machine
+from megasd.loss.divergence import divergence
+from megasd.loss.normalise import megatron_loss
+from megasd.models import flops
+from megasd.models.registry import config_from_hf
+from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss
+from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec
 
 TINY = {
-    "model_type": "qwen3", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False, "initializer_range": 0.02,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
 TOP_K = 100
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="Qwen3-8B", help="a name of configs/model, or tiny")
     parser.add_argument("--layers", type=int, help="of them; default all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--spec", choices=("te", "local"), help="layers; default te on a GPU that has TransformerEngine")
-    parser.add_argument("--fp8", action="append", default=[], choices=("delayed", "tensorwise", "blockwise"), help="recipe; may repeat")
-    parser.add_argument("--fp8-param-gather", action="store_true", help="each recipe also with FP8 parameters")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a sequence, half of them the response (default 4096)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu")
+    )
+    parser.add_argument(
+        "--spec", choices=("te", "local"), help="layers; default te on a GPU that has TransformerEngine"
+    )
+    parser.add_argument(
+        "--fp8",
+        action="append",
+        default=[],
+        choices=("delayed", "tensorwise", "blockwise"),
+        help="recipe; may repeat",
+    )
+    parser.add_argument(
+        "--fp8-param-gather", action="store_true", help="each recipe also with FP8 parameters"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="of a sequence, half of them the response (default 4096)"
+    )
     parser.add_argument("--rows", type=int, default=1, help="sequences of a microbatch")
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--packing", action="store_true", help="packed rather than padded rows")
@@ -80,7 +113,11 @@ def options() -> argparse.ArgumentParser:
 
 
 def shape_of(name: str, layers: int | None) -> dict[str, Any]:
-    hf = dict(TINY) if name == "tiny" else json.loads((ROOT / "configs" / "model" / f"{name}.json").read_text())
+    hf = (
+        dict(TINY)
+        if name == "tiny"
+        else json.loads((ROOT / "configs" / "model" / f"{name}.json").read_text())
+    )
     if layers is not None:
         hf["num_hidden_layers"] = layers
         if hf.get("layer_types"):
@@ -88,7 +125,9 @@ def shape_of(name: str, layers: int | None) -> dict[str, Any]:
     return hf
 
 
-def make_batch(hf: dict[str, Any], args: argparse.Namespace, device: torch.device) -> tuple[list[Microbatch], torch.Tensor]:
+def make_batch(
+    hf: dict[str, Any], args: argparse.Namespace, device: torch.device
+) -> tuple[list[Microbatch], torch.Tensor]:
     """Microbatches of random tokens, rows of one length, second halves predicted; and the target ids [R]."""
     length, rows, half = args.tokens, args.rows, args.tokens // 2
     made, count = [], rows * half
@@ -96,7 +135,8 @@ def make_batch(hf: dict[str, Any], args: argparse.Namespace, device: torch.devic
     position = torch.arange(length)
     for number in range(args.microbatches):
         tokens = torch.randint(hf["vocab_size"], (rows, length), generator=generator)
-        predicting = position[half - 1 : -1]  # position q predicts q + 1
+        # position q predicts q + 1
+        predicting = position[half - 1 : -1]
         if args.packing:
             tokens, positions = tokens.reshape(1, -1), position.repeat(rows)[None]
             index = torch.cat([row * length + predicting for row in range(rows)])
@@ -107,7 +147,9 @@ def make_batch(hf: dict[str, Any], args: argparse.Namespace, device: torch.devic
             Microbatch(
                 tokens=tokens,
                 position_ids=positions,
-                cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32) if args.packing else None,
+                cu_seqlens=(
+                    torch.arange(0, rows * length + 1, length, dtype=torch.int32) if args.packing else None
+                ),
                 max_seqlen=length,
                 rows=index,
                 response_index=torch.arange(number * count, (number + 1) * count),
@@ -141,7 +183,9 @@ def memory(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
-def measure(name: str, hf: dict[str, Any], actor: ActorConfig, mesh: Mesh, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    name: str, hf: dict[str, Any], actor: ActorConfig, mesh: Mesh, args: argparse.Namespace
+) -> dict[str, Any]:
     """One configuration: built, warmed up, timed, thrown away."""
     device, clock = mesh.device, Clock(mesh.device)
     if device.type == "cuda":
@@ -153,11 +197,14 @@ def measure(name: str, hf: dict[str, Any], actor: ActorConfig, mesh: Mesh, args:
     optimizer, _ = build.build_optimizer(ddp, OptimizerConfig(), actor, num_steps=args.steps)
     built = memory(device)
     microbatches, targets = make_batch(hf, args, device)
-    spec, teacher = ReadoutSpec(hf["vocab_size"], "student", min(TOP_K, hf["vocab_size"])), {}
+    spec, teacher = LogProbsSpec(hf["vocab_size"], "student", min(TOP_K, hf["vocab_size"])), {}
     scale = 1.0 / len(targets)
 
-    def loss_fn(readout: Readout, tokens: slice) -> tuple[torch.Tensor, dict]:
-        return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=0.5, normalised=True) * scale, {}
+    def loss_fn(readout: LogProbs, tokens: slice) -> tuple[torch.Tensor, dict]:
+        return (
+            divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=0.5, normalised=True) * scale,
+            {},
+        )
 
     def loss(microbatch: Microbatch, hidden: torch.Tensor) -> tuple:
         weight = model.output_weight()
@@ -240,31 +287,47 @@ def main(argv: list[str]) -> int:
             check_machine(actor)
     except ConfigError as error:
         parser.error(str(error))
-    if args.gpu and args.gpu not in KINDS:
-        parser.error(f"--gpu: one of {', '.join(KINDS)}")
-    args.peak = args.peak or (KINDS[args.gpu].bf16 if args.gpu else None)
+    if args.gpu and args.gpu not in GPU_KINDS:
+        parser.error(f"--gpu: one of {', '.join(GPU_KINDS)}")
+    args.peak = args.peak or (GPU_KINDS[args.gpu].bf16 if args.gpu else None)
     hf = shape_of(args.model, args.layers)
-    cpu.install()
+    cpu_backend.install_cpu_backend()
     device = init_distributed()
     mesh = init_model_parallel(ActorConfig(), device, seed=1)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     run = {
-        "commit": commit(), "torch": torch.__version__, "device": name, "spec": args.spec, "model": args.model,
-        "layers": hf["num_hidden_layers"], "tokens": args.tokens, "rows": args.rows, "microbatches": args.microbatches, "peak": args.peak,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "device": name,
+        "spec": args.spec,
+        "model": args.model,
+        "layers": hf["num_hidden_layers"],
+        "tokens": args.tokens,
+        "rows": args.rows,
+        "microbatches": args.microbatches,
+        "peak": args.peak,
         "results": [],
-    }  # fmt: skip
-    print(f"{args.model}, {run['layers']} layers, {args.microbatches} x {args.rows} x {args.tokens} tokens, spec {args.spec}, {name}")
-    print(f"{'':28}{'s/step':>9}{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'loss':>7}{'built GiB':>11}{'peak GiB':>10}")
+    }
+    print(
+        f"{args.model}, {run['layers']} layers, {args.microbatches} x {args.rows} x {args.tokens} tokens,"
+        f" spec {args.spec}, {name}"
+    )
+    print(
+        f"{'':28}{'s/step':>9}{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'loss':>7}{'built GiB':>11}{'peak GiB':>10}"  # noqa: E501
+    )
     for label, actor in configurations(args).items():
         one = measure(label, hf, actor, mesh, args)
-        gc.collect()  # the model and its optimizer hold each other
+        # the model and its optimizer hold each other
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         run["results"].append(one)
         mfu = f"{one['mfu']:7.1%}" if one["mfu"] is not None else f"{'-':>7}"
         print(
-            f"{label:28}{one['seconds']:9.3f}{one['tokens_per_second']:11.0f}{one['tflops_per_second']:9.2f}{mfu}{one['loss_share']:7.1%}"
-            f"{one['built_bytes'] / 2**30:11.2f}{one['peak_bytes'] / 2**30:10.2f}   loss {one['first_loss']:.5f} -> {one['last_loss']:.5f}",
+            f"{label:28}{one['seconds']:9.3f}{one['tokens_per_second']:11.0f}{one['tflops_per_second']:9.2f}{mfu}{one['loss_share']:7.1%}{one['built_bytes'] / 2**30:11.2f}{one['peak_bytes'] / 2**30:10.2f}"  # noqa: E501
+            f"   loss {one['first_loss']:.5f} -> {one['last_loss']:.5f}",
             flush=True,
         )
     if args.json:

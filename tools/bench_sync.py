@@ -1,11 +1,14 @@
-"""Weight pushes into a real SGLang engine: seconds and bytes by transport, bucket size and actor layout, beside the floor.
+"""Weight pushes into a real SGLang engine: seconds and bytes by transport, bucket size and actor
+layout, beside the floor.
 
-    python tools/bench_sync.py --quick --json quick.json               # TP1, TP2, PP2, all transports, about 500 MB; under 5 minutes
+    # TP1, TP2, PP2, all transports, about 500 MB; under 5 minutes
+    python tools/bench_sync.py --quick --json quick.json
     python tools/bench_sync.py --json all.json                         # also bucket sizes
     python tools/bench_sync.py --engine-tp 2 --layouts TP2 --transports group --bucket-mib 16 64 256
 
-The floor is the same bytes copied once in memory and written once as a safetensors file, timed before every push in the same process.
-What is measured, and how: benchmarks/README.md. The exit code is 1 when a push fails or an engine does not hold what was sent.
+The floor is the same bytes copied once in memory and written once as a safetensors file, timed
+before every push in the same process. What is measured, and how: benchmarks/README.md. The exit
+code is 1 when a push fails or an engine does not hold what was sent.
 """
 
 from __future__ import annotations
@@ -28,23 +31,41 @@ import torch
 from bench_kernel import ROOT, commit, machine
 
 from megasd.config.schema import EngineConfig, RolloutConfig
-from megasd.engine.sampler import Rollout
-from megasd.models import registry as families
+from megasd.engine.sampler import Sampler
+from megasd.models import registry
 from megasd.weights.hf_files import write_weights
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LAYOUTS: dict[str, dict[str, int]] = {"TP1": {}, "TP2": {TP: 2}, "PP2": {PP: 2}, "TP2xPP2": {TP: 2, PP: 2}}
 TRANSPORTS = ("disk", "group", "colocated")
-FULL = {"layouts": ["TP1", "TP2", "PP2"], "transports": list(TRANSPORTS), "bucket_mib": [24, 64, 256], "engine_tp": [1], "repeats": 7}
+FULL = {
+    "layouts": ["TP1", "TP2", "PP2"],
+    "transports": list(TRANSPORTS),
+    "bucket_mib": [24, 64, 256],
+    "engine_tp": [1],
+    "repeats": 7,
+}
 QUICK = FULL | {"bucket_mib": [24], "repeats": 5}
 
 
 def model_config(hidden: int, layers: int, vocab: int) -> dict[str, Any]:
     """config.json of a Qwen3 with 16 query heads, 4 key heads and an MLP three times as wide."""
     published = json.loads((ROOT / "configs" / "model" / "Qwen3-8B.json").read_text())
-    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocab}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": hidden // 16, "max_window_layers": layers}
-    return published | sizes | heads | {"max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 3}
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+    }
+    heads = {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": hidden // 16,
+        "max_window_layers": layers,
+    }
+    return (
+        published | sizes | heads | {"max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 3}
+    )
 
 
 def write_random(directory: Path, hf: dict[str, Any]) -> Path:
@@ -52,7 +73,7 @@ def write_random(directory: Path, hf: dict[str, Any]) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(hf))
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, shape in families.table(hf).expected_tensors().items():
+    for name, shape in registry.param_table(hf).expected_tensors().items():
         scale = torch.full(shape, 0.02, dtype=torch.bfloat16)
         tensors[name] = scale.normal_(0, 0.02, generator=generator) if "norm" not in name else scale.fill_(1)
     write_weights(tensors, directory, directory)
@@ -69,7 +90,13 @@ def run_layout(layout: str, job: dict[str, Any], directory: Path) -> list[dict[s
     path, out, log = (directory / f"{layout}.{suffix}" for suffix in ("job.json", "rows.json", "log"))
     out.unlink(missing_ok=True)
     path.write_text(json.dumps(job | {"layout": layout, "actor": LAYOUTS[layout], "out": str(out)}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks_of(layout)}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks_of(layout)}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     command = [*torchrun, str(ROOT / "tools" / "bench_sync_rank.py"), str(path)]
     with log.open("w") as file:
@@ -77,18 +104,24 @@ def run_layout(layout: str, job: dict[str, Any], directory: Path) -> list[dict[s
         try:
             code = process.wait()
         finally:
-            process.terminate()  # torchrun takes its ranks with it
+            # torchrun takes its ranks with it
+            process.terminate()
             process.wait()
     if code or not out.is_file():
         print("\n".join(log.read_text().splitlines()[-60:]), file=sys.stderr)
         words = re.findall(r"^(?:\[rank\d\]: )?(\w*(?:Error|Exception)\b.*)", log.read_text(), re.MULTILINE)
         error = f"exit {code}: {words[0] if words else 'see above'}"
-        return [{"layout": layout, "transport": name, "verified": False, "error": error} for name in job["transports"]]
+        return [
+            {"layout": layout, "transport": name, "verified": False, "error": error}
+            for name in job["transports"]
+        ]
     return json.loads(out.read_text())
 
 
 def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per transport: its row with the largest ratio at the first bucket size; verified when all its rows are."""
+    """One entry per transport: its row with the largest ratio at the first bucket size; verified
+    when all its rows are.
+    """
     found = []
     for transport in dict.fromkeys(row["transport"] for row in rows):
         mine = [row for row in rows if row["transport"] == transport]
@@ -104,7 +137,8 @@ def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def heading() -> str:
     columns = ("begin", "gather", "send", "commit")
     return (
-        f"{'actor':<8}{'engine':>6}{'MiB':>5} {'transport':<10}{'MB':>6}{'seconds':>9}{'(spread)':>16}{'ratio':>7}"
+        f"{'actor':<8}{'engine':>6}{'MiB':>5}"
+        f" {'transport':<10}{'MB':>6}{'seconds':>9}{'(spread)':>16}{'ratio':>7}"
         + "".join(f"{name:>8}" for name in columns)
         + f"{'copy':>8}{'write':>8}{'peak MB':>9}{'verify s':>9}  plans, verified"
     )
@@ -115,26 +149,48 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['layout']:<8}{row['transport']:<10} FAILED: {row['error']}"
     phases = "".join(f"{row['phases'][name]:8.3f}" for name in ("begin", "gather", "send", "commit"))
     floor, spread = row["floor"], "({:.3f}-{:.3f})".format(*row["spread"])
-    head = f"{row['layout']:<8}{'TP' + str(row['engine_tp']):>6}{row['bucket_mib']:5} {row['transport']:<10}{row['bytes'] / 1e6:6.0f}"
+    head = (
+        f"{row['layout']:<8}{'TP' + str(row['engine_tp']):>6}{row['bucket_mib']:5}"
+        f" {row['transport']:<10}{row['bytes'] / 1e6:6.0f}"
+    )
     return (
-        f"{head}{row['seconds']:9.3f}{spread:>16}{row['ratio_to_copy_and_write']:7.2f}{phases}{floor['copy_warm']:8.3f}"
-        f"{floor['write_memory']:8.3f}{row['peak_bytes'] / 1e6:9.0f}{row['verified_seconds']:9.2f}  {row['plans_made']}, "
-        f"{'yes' if row['verified'] else 'NO: ' + row['error']}"
+        f"{head}{row['seconds']:9.3f}{spread:>16}{row['ratio_to_copy_and_write']:7.2f}{phases}{floor['copy_warm']:8.3f}{floor['write_memory']:8.3f}{row['peak_bytes'] / 1e6:9.0f}{row['verified_seconds']:9.2f}"  # noqa: E501
+        f"  {row['plans_made']}, {'yes' if row['verified'] else 'NO: ' + row['error']}"
     )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one bucket size (sync.bucket_mib's default); the other options still count")
-    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), help="of the actor (default TP1 TP2 PP2)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one bucket size (sync.bucket_mib's default); the other options still count",
+    )
+    parser.add_argument(
+        "--layouts", nargs="+", choices=list(LAYOUTS), help="of the actor (default TP1 TP2 PP2)"
+    )
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, help="default: all")
     parser.add_argument("--bucket-mib", type=int, nargs="+", help="default 24 64 256; --quick 24")
-    parser.add_argument("--engine-tp", type=int, nargs="+", help="tensor-parallel size of the engine (default 1)")
+    parser.add_argument(
+        "--engine-tp", type=int, nargs="+", help="tensor-parallel size of the engine (default 1)"
+    )
     parser.add_argument("--repeats", type=int, help="timed pushes of each row (default 7; --quick 5)")
-    parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 32 (default 2048: 520 MB with the other defaults)")
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        default=2048,
+        help="a multiple of 32 (default 2048: 520 MB with the other defaults)",
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=16384)
-    parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="where the floor's file is written (default /dev/shm)")
+    parser.add_argument(
+        "--memory",
+        type=Path,
+        default=Path("/dev/shm"),
+        help="where the floor's file is written (default /dev/shm)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     for name, value in (QUICK if arguments.quick else FULL).items():
@@ -149,7 +205,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started and wrote goes with it
+    # so that what it started and wrote goes with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started, load, rows = time.time(), os.getloadavg(), []
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -157,21 +214,36 @@ def main(argv: list[str] | None = None) -> int:
         "commit": commit(),
         "torch": torch.__version__,
     }
-    with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryDirectory(dir=arguments.memory) as memory:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        tempfile.TemporaryDirectory(dir=arguments.memory) as memory,
+    ):
         directory, hf = Path(temporary), model_config(arguments.hidden, arguments.layers, arguments.vocab)
         model = write_random(directory / "model", hf)
         print(heading(), flush=True)
         for size in arguments.engine_tp:
             engine = EngineConfig(tensor_parallel_size=size, max_total_tokens=4096)
-            with Rollout(
-                RolloutConfig(engine=engine), model_path=str(model), device="cpu", dtype="bfloat16", run_dir=directory / f"engine{size}",
-                seed=1, stop_token_ids=[], vocab_size=arguments.vocab,
-            ) as rollout:  # fmt: skip
+            with Sampler(
+                RolloutConfig(engine=engine),
+                model_path=str(model),
+                device="cpu",
+                dtype="bfloat16",
+                run_dir=directory / f"engine{size}",
+                seed=1,
+                stop_token_ids=[],
+                vocab_size=arguments.vocab,
+            ) as rollout:
                 job = {
-                    "model": str(model), "run_dir": str(directory / "run"), "memory": memory, "urls": [rollout.engines[0].url],
-                    "engine_tp": size, "vocab_size": arguments.vocab, "transports": arguments.transports,
-                    "bucket_mib": arguments.bucket_mib, "repeats": arguments.repeats,
-                }  # fmt: skip
+                    "model": str(model),
+                    "run_dir": str(directory / "run"),
+                    "memory": memory,
+                    "urls": [rollout.engines[0].url],
+                    "engine_tp": size,
+                    "vocab_size": arguments.vocab,
+                    "transports": arguments.transports,
+                    "bucket_mib": arguments.bucket_mib,
+                    "repeats": arguments.repeats,
+                }
                 (directory / "run").mkdir(exist_ok=True)
                 for layout in arguments.layouts:
                     here = run_layout(layout, job, directory)
@@ -179,7 +251,12 @@ def main(argv: list[str] | None = None) -> int:
                     rows += here
     record |= {
         "machine": machine() | {"load_at_start": load, "load_at_end": os.getloadavg()},
-        "model": {"hidden": arguments.hidden, "layers": arguments.layers, "vocab": arguments.vocab, "dtype": "bfloat16"},
+        "model": {
+            "hidden": arguments.hidden,
+            "layers": arguments.layers,
+            "vocab": arguments.vocab,
+            "dtype": "bfloat16",
+        },
         "seconds": time.time() - started,
         "transports": headline(rows),
         "rows": rows,

@@ -1,8 +1,9 @@
 """One actor layout of tools/bench_sync.py, on every rank under torchrun: bench_sync_rank.py JOB.json
 
-Builds the actor, reaches the engine by its URL and pushes: per transport and bucket size one push that makes plan, buffers and connections,
-then timed ones, then one with sync.verify=full and the log-prob probe. Before each push the weights change, and rank 0 times the floor:
-the same bytes copied in memory and written once as safetensors. Rank 0 writes the rows as JSON to the job's "out".
+Builds the actor, reaches the engine by its URL and pushes: per transport and bucket size one push
+that makes plan, buffers and connections, then timed ones, then one with sync.verify=full and the
+log-prob probe. Before each push the weights change, and rank 0 times the floor: the same bytes
+copied in memory and written once as safetensors. Rank 0 writes the rows as JSON to the job's "out".
 """
 
 from __future__ import annotations
@@ -18,20 +19,29 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from bench_meters import PeakMemory  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+import torch.distributed as dist
+from bench_meters import PeakMemory
+from safetensors.torch import load_file, save_file
 
-from megasd.actor.actor import Actor  # noqa: E402
-from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
-from megasd.config.schema import ActorConfig, AlgorithmConfig, Config, EngineConfig, NLLTerm, RolloutConfig, SyncConfig  # noqa: E402
-from megasd.engine.client import EngineError, Unreachable  # noqa: E402
-from megasd.engine.sampler import Rollout  # noqa: E402
-from megasd.weight_sync.engine_checksums import EngineWeights  # noqa: E402
-from megasd.weight_sync.sync import SyncError, WeightSync  # noqa: E402
+from megasd.actor.actor import Actor
+from megasd.actor.parallel import init_distributed, init_model_parallel
+from megasd.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    EngineConfig,
+    NLLTerm,
+    RolloutConfig,
+    SyncConfig,
+)
+from megasd.engine.client import EngineError, Unreachable
+from megasd.engine.sampler import Sampler
+from megasd.weight_sync.engine_checksums import EngineWeights
+from megasd.weight_sync.sync import SyncError, WeightSync
 
-PROBES = [[4, 55, 17, 90, 2, 5], [91, 80, 81, 0, 3]]  # SGLang takes 0.2 s a token to score in bfloat16 on a busy core
+# SGLang takes 0.2 s a token to score in bfloat16 on a busy core
+PROBES = [[4, 55, 17, 90, 2, 5], [91, 80, 81, 0, 3]]
 FLOORS = ("copy_warm", "copy_cold", "write_memory", "write_disk")
 
 
@@ -39,13 +49,19 @@ class Floor:
     """The bytes of a push, copied and written with nothing around it, by one thread of rank 0."""
 
     def __init__(self, model: Path, memory: Path, disk: Path) -> None:
-        """`memory`, `disk`: directories on a memory file system and on a disk (page cache, no sync) for one safetensors file each."""
-        self.source = {name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()}
+        """`memory`, `disk`: directories on a memory file system and on a disk (page cache, no sync)
+        for one safetensors file each.
+        """
+        self.source = {
+            name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()
+        }
         self.target = {name: tensor.clone() for name, tensor in self.source.items()}
         self.files = {"write_memory": memory / "floor.safetensors", "write_disk": disk / "floor.safetensors"}
 
     def seconds(self) -> dict[str, float]:
-        """copy_warm: into memory that has been touched; copy_cold: into fresh memory; write_*: a new safetensors file."""
+        """copy_warm: into memory that has been touched; copy_cold: into fresh memory; write_*: a
+        new safetensors file.
+        """
         found, start = {}, time.perf_counter()
         for name, tensor in self.source.items():
             self.target[name].copy_(tensor)
@@ -65,7 +81,7 @@ class Floor:
 class Requests:
     """Seconds that the engines took to answer, by HTTP path; several engines at once count once each."""
 
-    def __init__(self, rollout: Rollout) -> None:
+    def __init__(self, rollout: Sampler) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         for engine in rollout.engines:
             engine.request = self._timed(engine.request)
@@ -92,9 +108,15 @@ def change(actor: Actor, number: int) -> None:
         param.mul_(1.06 if number % 2 else 0.95)
 
 
-def check(actor: Actor, rollout: Rollout | None, hf: dict[str, Any]) -> str | None:
-    """What rank 0 finds different in the engines, which an unverified push wrote. Collective: a gather of its own."""
-    followed = {} if rollout is None else {size: EngineWeights(hf, size) for size in {engine.tp_size for engine in rollout.engines}}
+def check(actor: Actor, rollout: Sampler | None, hf: dict[str, Any]) -> str | None:
+    """What rank 0 finds different in the engines, which an unverified push wrote. Collective: a
+    gather of its own.
+    """
+    followed = (
+        {}
+        if rollout is None
+        else {size: EngineWeights(hf, size) for size in {engine.tp_size for engine in rollout.engines}}
+    )
     for bucket, flat in actor.gather().replay():
         for weights in followed.values():
             for name, tensor in bucket.views(flat).items():
@@ -111,26 +133,51 @@ def check(actor: Actor, rollout: Rollout | None, hf: dict[str, Any]) -> str | No
 
 def middle(values: list[dict[str, float]]) -> dict[str, float]:
     """The median of every key that all have."""
-    return {key: statistics.median(value[key] for value in values) for key in values[0] if all(key in value for value in values)}
+    return {
+        key: statistics.median(value[key] for value in values)
+        for key in values[0]
+        if all(key in value for value in values)
+    }
 
 
 def phases(metrics: dict[str, float]) -> dict[str, float]:
     """Seconds by phase, out of what WeightSync.push returns."""
-    return {key.removeprefix("sync/seconds_"): value for key, value in metrics.items() if key.startswith("sync/seconds_")}
+    return {
+        key.removeprefix("sync/seconds_"): value
+        for key, value in metrics.items()
+        if key.startswith("sync/seconds_")
+    }
 
 
 def measure(
-    actor: Actor, rollout: Rollout | None, floor: Floor | None, job: dict[str, Any], transport: str, bucket_mib: int, version: int
+    actor: Actor,
+    rollout: Sampler | None,
+    floor: Floor | None,
+    job: dict[str, Any],
+    transport: str,
+    bucket_mib: int,
+    version: int,
 ) -> dict[str, Any]:
     """One row; empty on other ranks than 0. Uses versions `version` .. `version + repeats + 1`."""
     first = rollout is not None
     meter, requests = PeakMemory(torch.device("cpu")), Requests(rollout) if first else None
-    row: dict[str, Any] = {"transport": transport, "layout": job["layout"], "engine_tp": job["engine_tp"], "bucket_mib": bucket_mib}
+    row: dict[str, Any] = {
+        "transport": transport,
+        "layout": job["layout"],
+        "engine_tp": job["engine_tp"],
+        "bucket_mib": bucket_mib,
+    }
     pushes, floors, asked, peaks = [], [], [], []
     settings = SyncConfig(transport=transport, bucket_mib=bucket_mib, verify="off", verify_every=0)
     try:
         with WeightSync(
-            actor, rollout, settings, Path(job["run_dir"]), model_path=job["model"], probes=PROBES, dtype=torch.bfloat16
+            actor,
+            rollout,
+            settings,
+            Path(job["run_dir"]),
+            model_path=job["model"],
+            probes=PROBES,
+            dtype=torch.bfloat16,
         ) as sync:
             for number in range(1 + job["repeats"]):
                 change(actor, number)
@@ -138,7 +185,8 @@ def measure(
                     floors.append(floor.seconds())
                 if number == 0:
                     meter.start()
-                Path("/proc/self/clear_refs").write_text("5")  # the floor's peak is not the push's
+                # the floor's peak is not the push's
+                Path("/proc/self/clear_refs").write_text("5")
                 dist.barrier()
                 pushes.append(sync.push(version + number))
                 peaks.append(meter.stop())
@@ -163,7 +211,9 @@ def measure(
         "bytes": int(pushes[-1]["sync/bytes"]),
         "floor": floor_seconds,
         "ratio_to_copy_and_write": seconds / (floor_seconds["copy_warm"] + floor_seconds["write_memory"]),
-        "ratio_to_cold_copy_and_write": seconds / (floor_seconds["copy_cold"] + floor_seconds["write_memory"]),
+        "ratio_to_cold_copy_and_write": (
+            seconds / (floor_seconds["copy_cold"] + floor_seconds["write_memory"])
+        ),
         "ratio_to_copy_and_disk_write": seconds / (floor_seconds["copy_warm"] + floor_seconds["write_disk"]),
         "phases": phases(middle(pushes[1:])),
         "engine_seconds": middle(asked[1:]),
@@ -187,10 +237,16 @@ def main(path: Path) -> None:
     config.algorithm = AlgorithmConfig(source="dataset", nll=NLLTerm())
     rollout = floor = None
     if first:
-        rollout = Rollout(
-            RolloutConfig(engine=EngineConfig(urls=job["urls"])), model_path=job["model"], device="cpu", dtype="bfloat16",
-            run_dir=Path(job["run_dir"]), seed=1, stop_token_ids=[], vocab_size=job["vocab_size"],
-        )  # fmt: skip
+        rollout = Sampler(
+            RolloutConfig(engine=EngineConfig(urls=job["urls"])),
+            model_path=job["model"],
+            device="cpu",
+            dtype="bfloat16",
+            run_dir=Path(job["run_dir"]),
+            seed=1,
+            stop_token_ids=[],
+            vocab_size=job["vocab_size"],
+        )
         rollout.start()
         floor = Floor(Path(job["model"]), Path(job["memory"]), Path(job["run_dir"]))
     actor = Actor(config, init_model_parallel(config.actor, device, seed=1))

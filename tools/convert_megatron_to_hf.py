@@ -1,4 +1,5 @@
-"""A Megatron checkpoint, a run's or a converted one -> a Hugging Face directory. The same as `megasd convert --to hf`.
+"""A Megatron checkpoint, a run's or a converted one -> a Hugging Face directory. The same as
+`megasd convert --to hf`.
 
 python tools/convert_megatron_to_hf.py runs/quickstart/checkpoints/step-80 exported --dtype bfloat16
 """

@@ -2,14 +2,16 @@
 
     python tools/make_quickstart.py OUT [--seed 1]
 
-OUT/model        Hugging Face directory: a random Qwen3 (3 layers, hidden 128, 0.5 M parameters, float32) and a character tokenizer
+OUT/model        Hugging Face directory: a random Qwen3 (3 layers, hidden 128, 0.5 M parameters,
+                 float32) and a character tokenizer
                  (printable ASCII and newline, 102 tokens; the model's vocabulary is padded to 128, so padding is real)
 OUT/warmup.jsonl, train.jsonl, eval.jsonl
                  rows {"id", "prompt", "answer", "solution"}: "47+86=" -> "133"; one or two digits a number; no sum is in two files.
                  Four in ten solutions of warmup.jsonl have a wrong digit
 
-The same seed writes the same bytes. A turn costs two tokens beside its text: <|user|>47+86=<|im_end|><|assistant|>133<|im_end|>.
-"""
+The same seed writes the same bytes. A turn costs two tokens beside its text:
+<|user|>47+86=<|im_end|><|assistant|>133<|im_end|>.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ SPECIAL_TOKENS = ["<|pad|>", "<|unk|>", "<|im_end|>", "<|system|>", "<|user|>", 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 PADDED_VOCAB_SIZE = 128
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}{%"
+    " endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SPLITS = ("warmup", "train", "eval")
-NOISE = 0.4  # share of warm-up rows whose solution has one wrong digit: the warmed model knows more than it says, as pretrained ones do
-# (digits of one number, of the other) -> rows of each split: graded difficulty; 1+1 digits has only 55 sums, 1+2 has 900
+# share of warm-up rows whose solution has one wrong digit: the warmed model knows more than it
+# says, as pretrained ones do
+NOISE = 0.4
+# (digits of one number, of the other) -> rows of each split: graded difficulty; 1+1 digits has only
+# 55 sums, 1+2 has 900
 NUM_ROWS = {
     (1, 1): (22, 22, 11),
     (1, 2): (420, 400, 75),
@@ -36,7 +41,9 @@ NUM_ROWS = {
 
 
 def make_rows(seed: int) -> dict[str, list[dict[str, str]]]:
-    """Rows of each split, shuffled; a sum a+b is in one of them at most, b+a included: what is learned must carry over."""
+    """Rows of each split, shuffled; a sum a+b is in one of them at most, b+a included: what is
+    learned must carry over.
+    """
     rng = random.Random(seed)
     pairs: dict[str, list[tuple[int, int]]] = {name: [] for name in SPLITS}
     for digits, counts in NUM_ROWS.items():
@@ -58,7 +65,9 @@ def make_rows(seed: int) -> dict[str, list[dict[str, str]]]:
             answer = str(a + b)
             noisy = name == "warmup" and rng.random() < NOISE
             solution = with_a_wrong_digit(answer, rng) if noisy else answer
-            rows[name].append({"id": f"{name}-{i}", "prompt": f"{a}+{b}=", "answer": answer, "solution": solution})
+            rows[name].append(
+                {"id": f"{name}-{i}", "prompt": f"{a}+{b}=", "answer": answer, "solution": solution}
+            )
     return rows
 
 
@@ -70,7 +79,9 @@ def with_a_wrong_digit(answer: str, rng: random.Random) -> str:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """tokenizer.json and tokenizer_config.json: one token a character, and a chat template of single-token headers."""
+    """tokenizer.json and tokenizer_config.json: one token a character, and a chat template of
+    single-token headers.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -78,7 +89,9 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -109,7 +122,8 @@ def write_model(directory: Path, seed: int) -> None:
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
-        initializer_range=0.05,  # 0.02 suits wide models; 128 wide trains faster from a larger start
+        # 0.02 suits wide models; 128 wide trains faster from a larger start
+        initializer_range=0.05,
         pad_token_id=pad,
         bos_token_id=None,
         eos_token_id=end,
@@ -117,15 +131,21 @@ def write_model(directory: Path, seed: int) -> None:
     )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config).float()
-    with torch.no_grad():  # transformers zeroes the pad row; RMSNorm of a zero vector has a gradient of 1/sqrt(eps) should it be sampled
+    # transformers zeroes the pad row; RMSNorm of a zero vector has a gradient of 1/sqrt(eps) should
+    # it be sampled
+    with torch.no_grad():
         model.model.embed_tokens.weight[pad].normal_(std=config.initializer_range)
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=True, temperature=1.0)
+    model.generation_config = GenerationConfig(
+        eos_token_id=end, pad_token_id=pad, do_sample=True, temperature=1.0
+    )
     logging.disable_progress_bar()
     model.save_pretrained(directory, safe_serialization=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="directory to write; created when missing")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and of the rows (default 1)")
     args = parser.parse_args(argv)

@@ -1,9 +1,11 @@
-"""The planner's best layouts of three models on 8, 32 and 64 GPUs: the markdown table of benchmarks/README.md.
+"""The planner's best layouts of three models on 8, 32 and 64 GPUs: the markdown table of
+benchmarks/README.md.
 
     python tools/plan_table.py [--gpu h100-80g] [--models Qwen3-8B ...]
 
-8 GPUs: actor and engines share them. 32 and 64: half of the nodes train, the others serve engines. SC-SDPO (an EMA teacher) on 32 questions
-of 8 samples, prompts of at most 2,048 and responses of at most 4,096 tokens, packed microbatches. NOTHING HERE WAS MEASURED ON A GPU.
+8 GPUs: actor and engines share them. 32 and 64: half of the nodes train, the others serve engines.
+SC-SDPO (an EMA teacher) on 32 questions of 8 samples, prompts of at most 2,048 and responses of at
+most 4,096 tokens, packed microbatches. NOTHING HERE WAS MEASURED ON A GPU.
 """
 
 from __future__ import annotations
@@ -13,31 +15,63 @@ import sys
 from dataclasses import replace
 
 from megasd.algo.recipes import RECIPES
-from megasd.cluster.planner.hardware import KINDS
-from megasd.cluster.planner.layouts import Plan, enough_nodes, search
+from megasd.cluster.planner.hardware import GPU_KINDS
+from megasd.cluster.planner.layouts import LayoutPlan, enough_nodes, search
 from megasd.cluster.planner.memory import GIB
-from megasd.commands.plan import MODELS, make_job
+from megasd.commands.plan import MODELS, read_planned_run
 from megasd.config.load import load_config
 
-NODES = {8: (1, 0), 32: (2, 2), 64: (4, 4)}  # GPUs in all -> nodes that train, nodes of engines
+# GPUs in all -> nodes that train, nodes of engines
+NODES = {8: (1, 0), 32: (2, 2), 64: (4, 4)}
 ITEMS = (
-    "data.train=none", "rollout.num_prompts=32", "rollout.max_prompt_tokens=2048", "rollout.max_response_tokens=4096",
-    "rollout.max_concurrency=512", "rollout.engine.max_total_tokens=196608", "actor.packing=true", "actor.max_tokens_per_microbatch=8192",
-)  # fmt: skip
-COLUMNS = ("model", "GPUs", "actor", "recompute", "engines", "peak GiB", "of", "step s", "sampling s", "MFU %", "bottleneck")
+    "data.train=none",
+    "rollout.num_prompts=32",
+    "rollout.max_prompt_tokens=2048",
+    "rollout.max_response_tokens=4096",
+    "rollout.max_concurrency=512",
+    "rollout.engine.max_total_tokens=196608",
+    "actor.packing=true",
+    "actor.max_tokens_per_microbatch=8192",
+)
+COLUMNS = (
+    "model",
+    "GPUs",
+    "actor",
+    "recompute",
+    "engines",
+    "peak GiB",
+    "of",
+    "step s",
+    "sampling s",
+    "MFU %",
+    "bottleneck",
+)
 
 
-def best(model: str, gpus: int, gpu: str) -> tuple[Plan | None, str]:
+def best(model: str, gpus: int, gpu: str) -> tuple[LayoutPlan | None, str]:
     """The fastest layout that fits, or None and what would help."""
     train, serve = NODES[gpus]
-    items = [f"model.path={model}", f"cluster.gpu={gpu}", f"cluster.actor_nodes={train}", f"cluster.engine_nodes={serve}", *ITEMS]
+    items = [
+        f"model.path={model}",
+        f"cluster.gpu={gpu}",
+        f"cluster.actor_nodes={train}",
+        f"cluster.engine_nodes={serve}",
+        *ITEMS,
+    ]
     items.append(f"sync.transport={'group' if serve else 'colocated'}")
-    job, _ = make_job(load_config([], items, RECIPES), [])
+    job, _ = read_planned_run(load_config([], items, RECIPES), [])
     found = search(job)
     if found:
         return found[0], ""
     nodes = enough_nodes(replace(job.change(sync__transport="group"), engine_gpus=job.engine_gpus or 8))
-    return None, f"no layout fits; {nodes} nodes that train would do, engines elsewhere" if nodes else "no layout fits"
+    return (
+        None,
+        (
+            f"no layout fits; {nodes} nodes that train would do, engines elsewhere"
+            if nodes
+            else "no layout fits"
+        ),
+    )
 
 
 def row(model: str, gpus: int, gpu: str) -> list[str]:
@@ -45,19 +79,32 @@ def row(model: str, gpus: int, gpu: str) -> list[str]:
     if plan is None:
         return [model, str(gpus), why, *[""] * (len(COLUMNS) - 3)]
     job, memory, time = plan.job, plan.memory, plan.time
-    actor = f"TP{job.tp} PP{job.pp} CP{job.cp} DP{job.dp}, {job.config.actor.max_tokens_per_microbatch} tokens"
+    actor = (
+        f"TP{job.tp} PP{job.pp} CP{job.cp} DP{job.dp}, {job.config.actor.max_tokens_per_microbatch} tokens"
+    )
     engines = f"{job.engines} x TP{job.config.rollout.engine.tensor_parallel_size}"
     sampling = next(phase.seconds for phase in time.phases if phase.name == "sampling")
     where = f"{time.bottleneck.name}, {time.bottleneck.cause}"
     recompute = job.config.actor.recompute_granularity or "none"
-    figures = [f"{memory.peak / GIB:.1f}", memory.worst, f"{time.seconds:.0f}", f"{sampling:.0f}", f"{100 * time.mfu:.0f}", where]
+    figures = [
+        f"{memory.peak / GIB:.1f}",
+        memory.worst,
+        f"{time.seconds:.0f}",
+        f"{sampling:.0f}",
+        f"{100 * time.mfu:.0f}",
+        where,
+    ]
     return [model, str(gpus), actor, recompute, engines, *figures]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", choices=[name for name in KINDS if name != "cpu"], default="h100-80g")
-    parser.add_argument("--models", nargs="+", default=["Qwen3-8B", "Qwen3-32B", "Llama-3.1-70B"], help=f"files of {MODELS}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gpu", choices=[name for name in GPU_KINDS if name != "cpu"], default="h100-80g")
+    parser.add_argument(
+        "--models", nargs="+", default=["Qwen3-8B", "Qwen3-32B", "Llama-3.1-70B"], help=f"files of {MODELS}"
+    )
     arguments = parser.parse_args(argv)
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for model in arguments.models:

@@ -1,12 +1,14 @@
-"""Push cost at 8B, 32B and 70B on H100 nodes, by layout and link: a markdown table, computed from the plan of weights/gather_plan.py.
+"""Push cost at 8B, 32B and 70B on H100 nodes, by layout and link: a markdown table, computed from
+the plan of weights/gather_plan.py.
 
     python tools/push_cost.py                                # the table of benchmarks/README.md
     python tools/push_cost.py --models Qwen2.5-72B --actors 8x2@32 --engine-tp 8
 
-An actor TPxPP@GPUs fills its GPUs with data-parallel copies, Megatron's order (tensor parallel innermost, pipeline outermost), 8 GPUs a
-node. The bytes are exact: the plan says which rank owns which piece. The seconds are nominal bandwidths
-(megasd/cluster/planner/hardware.py) times one efficiency; formulas and assumptions: megasd/cluster/planner/push.py. NOTHING HERE WAS
-MEASURED ON A GPU.
+An actor TPxPP@GPUs fills its GPUs with data-parallel copies, Megatron's order (tensor parallel
+innermost, pipeline outermost), 8 GPUs a node. The bytes are exact: the plan says which rank owns
+which piece. The seconds are nominal bandwidths (megasd/cluster/planner/hardware.py) times one
+efficiency; formulas and assumptions: megasd/cluster/planner/push.py. NOTHING HERE WAS MEASURED ON A
+GPU.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ from megasd.cluster.planner.push import (
     ipc_seconds,
     push_seconds,
 )
-from megasd.models import registry as families
-from megasd.models import tp_layouts as mapping
-from megasd.weights.gather_plan import Holding, Plan, make_plan
+from megasd.models import registry, tp_layouts
+from megasd.weights.gather_plan import GatherPlan, Holding, make_gather_plan
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
 __all__ = ["EFFICIENCY", "FIXED", "HBM", "IB", "NVLINK", "PCIE", "REQUEST", "Layout", "Received"]
-GPUS = 8  # of a node
+# of a node
+GPUS = 8
 HBM, NVLINK, IB, PCIE = H100.hbm, H100.nvlink, H100.network, H100.pcie
 
 
@@ -70,12 +72,15 @@ class Layout:
         return layout
 
     def __str__(self) -> str:
-        return f"TP{self.tp} PP{self.pp} DP{self.gpus // self.tp // self.pp}, {-(-self.gpus // GPUS)} node{'s' * (self.gpus > GPUS)}"
+        return (
+            f"TP{self.tp} PP{self.pp} DP{self.gpus // self.tp // self.pp}, {-(-self.gpus // GPUS)}"
+            f" node{'s' * (self.gpus > GPUS)}"
+        )
 
 
 def holdings(hf: Mapping[str, Any], layout: Layout) -> Iterator[Holding]:
     """What the ranks of the first data-parallel copy hold: layers in equal stages, bfloat16."""
-    table = families.table(hf)
+    table = registry.param_table(hf)
     if table.num_layers % layout.pp:
         raise ValueError(f"{table.num_layers} layers in {layout.pp} stages: not equal")
     per_stage = table.num_layers // layout.pp
@@ -86,8 +91,8 @@ def holdings(hf: Mapping[str, Any], layout: Layout) -> Iterator[Holding]:
             for name in names:
                 rule = table.rule(name)
                 shapes = tuple(rule.parts.values())
-                rows = mapping.padded_vocab_size(shapes[0][0], 128, layout.tp) // layout.tp
-                more = {"rows": rows} if rule.layout is mapping.vocab else {}
+                rows = tp_layouts.padded_vocab_size(shapes[0][0], 128, layout.tp) // layout.tp
+                more = {"rows": rows} if rule.layout is tp_layouts.vocab else {}
                 params[name] = (rule.layout(shapes, tp_rank, layout.tp, **more).shape, torch.bfloat16)
             yield Holding(layout.rank(stage, tp_rank), tp_rank, layout.tp, 1, params)
 
@@ -98,7 +103,7 @@ def _stage(name: str, per_stage: int, stages: int) -> int:
     return 0 if name.startswith("embedding.") else stages - 1
 
 
-def received(plan: Plan) -> Received:
+def received(plan: GatherPlan) -> Received:
     """What reaches rank 0, padding of the vocabulary included, since shards travel whole."""
     found = [0, 0, 0]
     for bucket in plan.buckets:
@@ -112,7 +117,9 @@ def received(plan: Plan) -> Received:
 def row(model: str, layout: Layout, engine_tp: int, bucket_mib: int) -> dict[str, Any]:
     """One actor and engines of one size on as many GPUs."""
     hf = json.loads((CONFIGS / f"{model}.json").read_text())
-    plan = make_plan(families.table(hf), list(holdings(hf, layout)), bucket_bytes=bucket_mib << 20)
+    plan = make_gather_plan(
+        registry.param_table(hf), list(holdings(hf, layout)), bucket_bytes=bucket_mib << 20
+    )
     bytes_, buckets = received(plan), len(plan.buckets)
     gather, engines = gather_seconds(bytes_), GPUS // engine_tp
     memory = disk_seconds(plan.nbytes, engine_tp, SHM_WRITE, SHM_READ)
@@ -145,14 +152,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * 3 + "---:|" * (len(rows[0]) - 3)]
     for row in rows:
-        cells = [f"{v:.2f}" if isinstance(v, float) and v < 10 else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()]
+        cells = [
+            f"{v:.2f}" if isinstance(v, float) and v < 10 else f"{v:.1f}" if isinstance(v, float) else str(v)
+            for v in row.values()
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", help="files of configs/model without .json (default: " + " ".join(DEFAULT) + ")")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        help="files of configs/model without .json (default: " + " ".join(DEFAULT) + ")",
+    )
     parser.add_argument("--actors", nargs="+", type=Layout.parse, metavar="TPxPP@GPUS")
     parser.add_argument("--engine-tp", type=int, choices=(1, 2, 4, 8), help="default 1, 2, 8 by model")
     parser.add_argument("--bucket-mib", type=int, default=512)

@@ -1,18 +1,22 @@
-"""A small Slurm on this machine, for tests: two nodes, fake GPUs, accounting; as root, without systemd, all state in one directory.
+"""A small Slurm on this machine, for tests: two nodes, fake GPUs, accounting; as root, without
+systemd, all state in one directory.
 
     python tools/slurm_here.py run COMMAND ...   start it, run COMMAND with it, stop it whatever happens; the exit code is COMMAND's
     python tools/slurm_here.py start             print the line that makes a shell use it (export SLURM_CONF=...)
     python tools/slurm_here.py status            its nodes and jobs; exit code 1 when it does not run
     python tools/slurm_here.py stop              end its jobs and daemons, remove what they wrote
 
-Options come first: --dir DIR (default $TMPDIR/megasd-slurm; start ends and removes what it finds there), --gpus N (device files that hold
-nothing, so that --gpus-per-node=N is granted; default 1), --proctrack linuxproc|cgroup (how Slurm finds the processes that it signals:
-linuxproc signals all of a step's, cgroup only the first of each task, as most clusters do; needs cgroup version 1 with the freezer).
+Options come first: --dir DIR (default $TMPDIR/megasd-slurm; start ends and removes what it finds
+there), --gpus N (device files that hold nothing, so that --gpus-per-node=N is granted; default 1),
+--proctrack linuxproc|cgroup (how Slurm finds the processes that it signals: linuxproc signals all
+of a step's, cgroup only the first of each task, as most clusters do; needs cgroup version 1 with
+the freezer).
 
-Missing programs are installed with apt-get (Debian, Ubuntu). /etc/hosts has lines for n1 and n2 until stop. The daemons (munged, mariadbd,
-slurmdbd, slurmctld, slurmd twice) take free ports of this machine; Slurm's ask for the key that lies in DIR. The
-database asks the users of this machine for nothing (root has no password): this is for tests, on a machine of one's own.
-"""
+Missing programs are installed with apt-get (Debian, Ubuntu). /etc/hosts has lines for n1 and n2
+until stop. The daemons (munged, mariadbd, slurmdbd, slurmctld, slurmd twice) take free ports of
+this machine; Slurm's ask for the key that lies in DIR. The database asks the users of this machine
+for nothing (root has no password): this is for tests, on a machine of one's own.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -39,7 +43,8 @@ DAEMONS = ("slurmctld", "slurmd", "slurmdbd", "slurmstepd", "munged", "mariadbd"
 HOSTS = Path("/etc/hosts")
 FREEZER = Path("/sys/fs/cgroup/freezer/slurm")
 
-# cred_expire is also how long a requeued job waits (120 s unless set). AccountingStoragePass is munge's socket once more.
+# cred_expire is also how long a requeued job waits (120 s unless set). AccountingStoragePass is
+# munge's socket once more.
 SLURM_CONF = """\
 ClusterName=here
 SlurmctldHost={host}(127.0.0.1)
@@ -104,7 +109,10 @@ def install_packages() -> None:
     if not missing:
         return
     if shutil.which("apt-get") is None:
-        fail(f"{missing[0]} is missing, and there is no apt-get to install it; install Slurm, munge and MariaDB")
+        fail(
+            f"{missing[0]} is missing, and there is no apt-get to install it; install Slurm, munge and"
+            " MariaDB"
+        )
     print(f"slurm_here: {missing[0]} is missing; installing {', '.join(PACKAGES)}", file=sys.stderr)
     env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
@@ -121,7 +129,9 @@ class Cluster:
         self.mark = f"# slurm_here {directory}"
 
     def start(self) -> None:
-        """Every daemon, until both nodes are idle. SystemExit with the reason, and nothing left, when one does not come up."""
+        """Every daemon, until both nodes are idle. SystemExit with the reason, and nothing left,
+        when one does not come up.
+        """
         if os.geteuid():
             fail("root starts it, since Slurm's daemons act for other users")
         if self.proctrack == "cgroup" and not FREEZER.parent.is_dir():
@@ -155,16 +165,38 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         for path in (directory, key):
             shutil.chown(path, "munge", "munge")
-        files = {"socket": "socket", "key-file": "key", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "seed"}
-        self._run("munged", *(f"--{option}={directory / name}" for option, name in files.items()), user="munge", group="munge")
+        files = {
+            "socket": "socket",
+            "key-file": "key",
+            "pid-file": "munged.pid",
+            "log-file": "munged.log",
+            "seed-file": "seed",
+        }
+        self._run(
+            "munged",
+            *(f"--{option}={directory / name}" for option, name in files.items()),
+            user="munge",
+            group="munge",
+        )
 
     def _start_accounting(self, sql_port: int, dbd_port: int) -> None:
         directory, password = self.dir / "db", secrets.token_hex(16)
         directory.mkdir()
         shutil.chown(directory, "mysql", "mysql")
         where = ["--no-defaults", f"--datadir={directory}/data"]
-        self._run("mariadb-install-db", *where, "--user=mysql", "--auth-root-authentication-method=normal", "--skip-test-db")
-        options = [f"--socket={directory}/socket", f"--pid-file={directory}/mariadbd.pid", "--bind-address=127.0.0.1", f"--port={sql_port}"]
+        self._run(
+            "mariadb-install-db",
+            *where,
+            "--user=mysql",
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+        )
+        options = [
+            f"--socket={directory}/socket",
+            f"--pid-file={directory}/mariadbd.pid",
+            "--bind-address=127.0.0.1",
+            f"--port={sql_port}",
+        ]
         with (self.dir / "mariadbd.log").open("wb") as log:
             subprocess.Popen(
                 ["mariadbd", *where, *options, "--user=mysql", "--innodb-flush-log-at-trx-commit=0"],
@@ -173,11 +205,21 @@ class Cluster:
         sql = ["mariadb", "--no-defaults", f"--socket={directory}/socket", "--user=root", "--execute"]
         self._wait("MariaDB", lambda: subprocess.run([*sql, "select 1"], capture_output=True).returncode == 0)
         user = "slurm@'127.0.0.1'"
-        self._run(*sql, f"create user {user} identified by '{password}'; create database slurm; grant all on slurm.* to {user}")
+        self._run(
+            *sql,
+            f"create user {user} identified by '{password}'; create database slurm; grant all on slurm.* to"
+            f" {user}",
+        )
         conf = self.dir / "slurmdbd.conf"
         conf.touch(0o600)
         conf.write_text(
-            SLURMDBD_CONF.format(dir=self.dir, host=socket.gethostname(), dbd_port=dbd_port, sql_port=sql_port, password=password)
+            SLURMDBD_CONF.format(
+                dir=self.dir,
+                host=socket.gethostname(),
+                dbd_port=dbd_port,
+                sql_port=sql_port,
+                password=password,
+            )
         )
         self._run("slurmdbd", env=self.env | {"SLURM_CONF": str(conf)})
         self._wait("slurmdbd", lambda: answers(dbd_port))
@@ -185,7 +227,8 @@ class Cluster:
     def _write_conf(self, ctld_port: int, dbd_port: int, node_ports: list[int]) -> None:
         host, cpus = socket.gethostname(), os.cpu_count()
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{i} Port={port} CPUs={cpus} RealMemory=8000 Gres=gpu:{self.gpus}"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.1.{i} Port={port} CPUs={cpus}"
+            f" RealMemory=8000 Gres=gpu:{self.gpus}"
             for i, (name, port) in enumerate(zip(NODES, node_ports, strict=True), start=1)
         )
         self.conf.write_text(
@@ -199,11 +242,17 @@ class Cluster:
                 names=",".join(NODES),
             )
         )
-        (self.dir / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n" if self.proctrack == "cgroup" else "")
+        (self.dir / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\n" if self.proctrack == "cgroup" else ""
+        )
         for i in range(self.gpus):
-            os.mknod(self.dir / f"gpu{i}", 0o20666, os.makedev(1, 3))  # as /dev/null
-        (self.dir / "gres.conf").write_text("".join(f"Name=gpu File={self.dir}/gpu{i}\n" for i in range(self.gpus)))
-        with HOSTS.open("a") as hosts:  # torchrun and the engines look the nodes up by name
+            # as /dev/null
+            os.mknod(self.dir / f"gpu{i}", 0o20666, os.makedev(1, 3))
+        (self.dir / "gres.conf").write_text(
+            "".join(f"Name=gpu File={self.dir}/gpu{i}\n" for i in range(self.gpus))
+        )
+        # torchrun and the engines look the nodes up by name
+        with HOSTS.open("a") as hosts:
             hosts.writelines(f"127.0.1.{i} {name} {self.mark}\n" for i, name in enumerate(NODES, start=1))
 
     def _run(self, *command: str, env: dict[str, str] | None = None, **options: str) -> None:
@@ -211,7 +260,14 @@ class Cluster:
         log = self.dir / f"start-{command[0]}.log"
         with log.open("ab") as file:
             done = subprocess.run(
-                command, env=env or self.env, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=120, cwd="/", **options
+                command,
+                env=env or self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                timeout=120,
+                cwd="/",
+                **options,
             )
         if done.returncode:
             fail(f"{' '.join(command)}: exit code {done.returncode}\n{log.read_text()[-2000:]}")
@@ -220,7 +276,10 @@ class Cluster:
         end = time.monotonic() + seconds
         while not is_there():
             if time.monotonic() > end:
-                logs = [f"{path.name}: {path.read_text(errors='replace')[-1000:]}" for path in sorted(self.dir.glob("slurm*.log"))]
+                logs = [
+                    f"{path.name}: {path.read_text(errors='replace')[-1000:]}"
+                    for path in sorted(self.dir.glob("slurm*.log"))
+                ]
                 fail("\n".join([f"{what} did not come up in {seconds:.0f} s", *logs]))
             time.sleep(0.1)
 
@@ -237,7 +296,10 @@ class Cluster:
     def status(self) -> int:
         """Print the nodes and jobs; the exit code."""
         nodes = self._ask("sinfo", "--Node", "--long") if self.conf.is_file() else ""
-        print(nodes + self._ask("squeue", "--long") if nodes else f"no Slurm in {self.dir}", end="" if nodes else "\n")
+        print(
+            nodes + self._ask("squeue", "--long") if nodes else f"no Slurm in {self.dir}",
+            end="" if nodes else "\n",
+        )
         return 0 if nodes else 1
 
     def stop(self) -> None:
@@ -249,13 +311,16 @@ class Cluster:
         end_processes(self.processes)
         lines = HOSTS.read_text().splitlines(keepends=True)
         if any(self.mark in line for line in lines):
-            HOSTS.write_text("".join(line for line in lines if self.mark not in line))  # in place: it may be a mount
+            # in place: it may be a mount
+            HOSTS.write_text("".join(line for line in lines if self.mark not in line))
         if self.proctrack == "cgroup" or FREEZER.with_name("slurm_n1").is_dir():
             remove_cgroups()
         shutil.rmtree(self.dir)
 
     def processes(self) -> list[int]:
-        """Ids of its daemons, by what they were started with, and of its jobs' processes, by their environment."""
+        """Ids of its daemons, by what they were started with, and of its jobs' processes, by their
+        environment.
+        """
         found = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal() or int(entry.name) == os.getpid():
@@ -263,12 +328,15 @@ class Cluster:
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 env = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:  # of the kernel, or gone
+            except OSError:
+                # of the kernel, or gone
                 continue
             is_daemon = Path(os.fsdecode(words[0])).name.rstrip(":") in DAEMONS and (
                 any(os.fsencode(f"{self.dir}/") in word for word in words + env)
             )
-            is_job = os.fsencode(f"SLURM_CONF={self.conf}") in env and any(word.startswith(b"SLURM_JOB_ID=") for word in env)
+            is_job = os.fsencode(f"SLURM_CONF={self.conf}") in env and any(
+                word.startswith(b"SLURM_JOB_ID=") for word in env
+            )
             if is_daemon or is_job:
                 found.append(int(entry.name))
         return found
@@ -317,7 +385,8 @@ def run(cluster: Cluster, command: list[str]) -> int:
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
     def on_signal(number: int, frame: FrameType | None) -> NoReturn:
-        for each in numbers:  # the first one ends it; a second must not end the stopping
+        # the first one ends it; a second must not end the stopping
+        for each in numbers:
             signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)
 
@@ -339,7 +408,9 @@ def run(cluster: Cluster, command: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir(), "megasd-slurm"))
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--proctrack", choices=("linuxproc", "cgroup"), default="linuxproc")

@@ -9,14 +9,18 @@ import sys
 import nemo_run as run
 
 from megasd.cluster.launch import nemo
-from megasd.cluster.launch.job import read_job, write_config
+from megasd.cluster.launch.job import read_job, write_job_config
 
 
 def main() -> None:
-    job = read_job(["configs/quickstart.yaml"], ["cluster.gpus_per_node=2", "run.dir=runs/nemo-local", *sys.argv[1:]])
-    write_config(job)
+    job = read_job(
+        ["configs/quickstart.yaml"], ["cluster.gpus_per_node=2", "run.dir=runs/nemo-local", *sys.argv[1:]]
+    )
+    write_job_config(job)
     with run.Experiment("quickstart") as experiment:
-        experiment.add(nemo.local_script(job), executor=nemo.local_executor(job), name="train", tail_logs=True)
+        experiment.add(
+            nemo.local_script(job), executor=nemo.local_executor(job), name="train", tail_logs=True
+        )
         experiment.run()
 
 

@@ -9,13 +9,14 @@ import sys
 import nemo_run as run
 
 from megasd.cluster.launch import nemo
-from megasd.cluster.launch.job import read_job, write_config
+from megasd.cluster.launch.job import read_job, write_job_config
 
 
 def main() -> None:
     job = read_job(["configs/cluster/qwen3_8b_1node.yaml"], sys.argv[1:])
-    executor = nemo.actor_executor(job)  # a nemo_run.SlurmExecutor: change what your cluster wants changed
-    write_config(job)
+    # a nemo_run.SlurmExecutor: change what your cluster wants changed
+    executor = nemo.actor_executor(job)
+    write_job_config(job)
     with run.Experiment(job.config.cluster.job_name) as experiment:
         experiment.add(nemo.train_script(job), executor=executor, name="train")
         experiment.run(detach=True)

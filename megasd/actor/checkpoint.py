@@ -1,8 +1,10 @@
-"""Distributed checkpoints: model, optimizer, EMA teacher, schedule and RNG, by Megatron's dist_checkpointing (torch_dist format).
+"""Distributed checkpoints: model, optimizer, EMA teacher, schedule and RNG, by Megatron's
+dist_checkpointing (torch_dist format).
 
-A checkpoint is written to `<dir>/.writing-step-<n>` and renamed to `<dir>/step-<n>` when whole, so that a killed run leaves
-either a whole checkpoint or none. Tensors are resharded on load: another TP, PP, CP or DP can go on from it. Megatron's
-own container files are pickles: load only checkpoints of runs you trust.
+A checkpoint is written to `<dir>/.writing-step-<n>` and renamed to `<dir>/step-<n>` when whole, so
+that a killed run leaves either a whole checkpoint or none. Tensors are resharded on load: another
+TP, PP, CP or DP can go on from it. Megatron's own container files are pickles: load only
+checkpoints of runs you trust.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from megasd.actor.teacher import SHADOWED, TeacherWeights
 from megasd.types import UserError
 
 MEGATRON_FILES = (".metadata", "metadata.json", "common.pt")
-STATE_FILE = "megasd.json"  # what the left half needs: step, data position, layout
-LEFT_HALF = ("prompts", "memory", "gate")  # of the `state` that a run saves (trainer/trainer.py)
+# what the left half needs: step, data position, layout
+STATE_FILE = "megasd.json"
+# of the `state` that a run saves (trainer/trainer.py)
+ORCHESTRATOR_STATE = ("prompts", "memory", "gate")
 
 
 def save(
@@ -55,7 +59,8 @@ def save(
         writing.mkdir(parents=True)
     dist.barrier()
     sharded = _sharded_state(model, optimizer, teacher, mesh, is_loading=False)
-    # Results of a save that nobody awaits in another process: Megatron would start an interpreter for its queue, seconds on each rank.
+    # Results of a save that nobody awaits in another process: Megatron would start an interpreter
+    # for its queue, seconds on each rank.
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(sharded | {"scheduler": scheduler.state_dict()}, str(writing))
     dist.barrier()
@@ -70,7 +75,8 @@ def save(
         writing.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
         for other in list_checkpoints(directory):
-            if _step_of(other) > step:  # of a branch that a resume from an older checkpoint left behind
+            # of a branch that a resume from an older checkpoint left behind
+            if _step_of(other) > step:
                 shutil.rmtree(other)
         for old in list_checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
@@ -89,8 +95,8 @@ def load(
 ) -> dict:
     """Fill everything in place from a checkpoint of any layout; returns the saved `state` with its "step".
 
-    The RNG state is restored when the layout is the same. UserError when the checkpoint lacks the teacher that the
-    algorithm reads. Collectives: Megatron's load over all ranks.
+    The RNG state is restored when the layout is the same. UserError when the checkpoint lacks the
+    teacher that the algorithm reads. Collectives: Megatron's load over all ranks.
     """
     state = read_state(path, teacher_weights=teacher.config.weights if teacher is not None else "live")
     same_layout = state["layout"] == _layout(mesh)
@@ -120,32 +126,37 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def read_state(path: Path, *, teacher_weights: str) -> dict:
     """The JSON state of a checkpoint.
 
-    UserError when `path` is not a whole one, lacks the teacher that `teacher_weights` needs or holds one of another kind, or comes from a
-    version that did not yet save what methods remember.
+    UserError when `path` is not a whole one, lacks the teacher that `teacher_weights` needs or
+    holds one of another kind, or comes from a version that did not yet save what methods remember.
     """
     for name in (STATE_FILE, *MEGATRON_FILES):
         if not (path / name).is_file():
-            raise UserError(f"run.resume: {path} is not a whole checkpoint (no {name}); give a directory like runs/x/checkpoints/step-100")
+            raise UserError(
+                f"run.resume: {path} is not a whole checkpoint (no {name}); give a directory like"
+                " runs/x/checkpoints/step-100"
+            )
     try:
         state = json.loads((path / STATE_FILE).read_text())
     except ValueError as error:
-        raise UserError(f"run.resume: {path / STATE_FILE} is damaged ({error}); resume from another checkpoint") from error
+        raise UserError(
+            f"run.resume: {path / STATE_FILE} is damaged ({error}); resume from another checkpoint"
+        ) from error
     if teacher_weights in SHADOWED:
         if not state["teacher"]:
             raise UserError(
-                f"run.resume: {path} holds no teacher, and algorithm.teacher.weights={teacher_weights} needs one; set it to live, or "
-                "resume from a checkpoint of a run that had one"
+                f"run.resume: {path} holds no teacher, and algorithm.teacher.weights={teacher_weights} needs"
+                " one; set it to live, or resume from a checkpoint of a run that had one"
             )
         if (saved := state.get("teacher_weights", teacher_weights)) != teacher_weights:
             raise UserError(
-                f"run.resume: {path} holds a teacher of algorithm.teacher.weights={saved}, which cannot go on as {teacher_weights}; set it "
-                f"to {saved}, or start a new run"
+                f"run.resume: {path} holds a teacher of algorithm.teacher.weights={saved}, which cannot go on"
+                f" as {teacher_weights}; set it to {saved}, or start a new run"
             )
-    missing = [name for name in LEFT_HALF if name not in state]
+    missing = [name for name in ORCHESTRATOR_STATE if name not in state]
     if missing:
         raise UserError(
-            f"run.resume: {path / STATE_FILE} has no {missing[0]!r}: an earlier version of megasd wrote it; resume with that version, or "
-            "start a new run from its exported weights (model.path)"
+            f"run.resume: {path / STATE_FILE} has no {missing[0]!r}: an earlier version of megasd wrote it;"
+            " resume with that version, or start a new run from its exported weights (model.path)"
         )
     return state
 
@@ -162,9 +173,17 @@ def _has_shadow(teacher: TeacherWeights | None) -> bool:
     return teacher is not None and bool(teacher.shadow)
 
 
-def _sharded_state(model: Backbone, optimizer: MegatronOptimizer, teacher: TeacherWeights | None, mesh: Mesh, *, is_loading: bool) -> dict:
+def _sharded_state(
+    model: Backbone,
+    optimizer: MegatronOptimizer,
+    teacher: TeacherWeights | None,
+    mesh: Mesh,
+    *,
+    is_loading: bool,
+) -> dict:
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",  # any TP, PP, DP can load it
+        # any TP, PP, DP can load it
+        "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
@@ -195,11 +214,16 @@ def _with_data(entry: object, tensor: torch.Tensor) -> object:
 def _rng_state() -> dict:
     """Plain tensors also where CUDA graphs have the tracker hold generators."""
     states = get_cuda_rng_tracker().get_states()
-    return {"torch": torch.get_rng_state(), "tracker": {name: convert_cuda_rng_state(s) for name, s in states.items()}}
+    return {
+        "torch": torch.get_rng_state(),
+        "tracker": {name: convert_cuda_rng_state(s) for name, s in states.items()},
+    }
 
 
 def _set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     tracker = get_cuda_rng_tracker()
     graphable = getattr(tracker, "use_cudagraphable_rng", False)
-    tracker.set_states({name: convert_cuda_rng_state(s, to_graphable=graphable) for name, s in state["tracker"].items()})
+    tracker.set_states(
+        {name: convert_cuda_rng_state(s, to_graphable=graphable) for name, s in state["tracker"].items()}
+    )

@@ -1,11 +1,14 @@
-"""All that lets megatron-core 0.16 run without CUDA (gloo, CPU tensors). Nothing here acts when a GPU is visible.
+"""All that lets megatron-core 0.16 run without CUDA (gloo, CPU tensors). Nothing here acts when a
+GPU is visible.
 
-Megatron writes "cuda" and torch.cuda.* where it means "the device". On a build of torch without CUDA each function
-replaced here raises, so nothing that worked changes. Literals are swapped in the named functions' code objects, and a
-missing literal raises: a changed Megatron is noticed at start, not in the numbers. Line numbers are of 0.16.1.
+Megatron writes "cuda" and torch.cuda.* where it means "the device". On a build of torch without
+CUDA each function replaced here raises, so nothing that worked changes. Literals are swapped in the
+named functions' code objects, and a missing literal raises: a changed Megatron is noticed at start,
+not in the numbers. Line numbers are of 0.16.1.
 
-Settings that are silently wrong on gloo are set in model.py: batch_p2p_comm=True and deallocate_pipeline_outputs=True
-send buffers that are freed or reordered in flight (wrong loss, exit status 0).
+Settings that are silently wrong on gloo are set in model.py: batch_p2p_comm=True and
+deallocate_pipeline_outputs=True send buffers that are freed or reordered in flight (wrong loss,
+exit status 0).
 """
 
 from __future__ import annotations
@@ -22,29 +25,44 @@ SUPPORTED = "0.16."
 _DEVICE = {"cuda": "cpu"}
 _TYPES = {f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
 
-# (module, function, literals): device="cuda" of small helper tensors, and type names compared with tensor.type().
+# (module, function, literals): device="cuda" of small helper tensors, and type names compared with
+# tensor.type().
 _LITERALS: list[tuple[str, str, dict[str, str]]] = [
-    ("pipeline_parallel.schedules", "forward_backward_no_pipelining", _DEVICE),  # :596 token counter
-    ("pipeline_parallel.schedules", "forward_backward_pipelining_without_interleaving", _DEVICE),  # :2138
-    ("pipeline_parallel.schedules", "forward_backward_pipelining_with_interleaving", _DEVICE),  # :983
-    ("transformer.utils", "get_default_causal_mask", _DEVICE),  # :35
-    ("transformer.utils", "get_sliding_window_causal_mask", _DEVICE),  # :40
-    ("utils", "local_multi_tensor_l2_norm", _DEVICE),  # :1207
-    ("optimizer.clip_grads", "get_grad_norm_fp32", _DEVICE),  # :103
-    ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32", {**_DEVICE, **_TYPES}),  # :167, :174
+    # :596 token counter
+    ("pipeline_parallel.schedules", "forward_backward_no_pipelining", _DEVICE),
+    # :2138
+    ("pipeline_parallel.schedules", "forward_backward_pipelining_without_interleaving", _DEVICE),
+    # :983
+    ("pipeline_parallel.schedules", "forward_backward_pipelining_with_interleaving", _DEVICE),
+    # :35
+    ("transformer.utils", "get_default_causal_mask", _DEVICE),
+    # :40
+    ("transformer.utils", "get_sliding_window_causal_mask", _DEVICE),
+    # :1207
+    ("utils", "local_multi_tensor_l2_norm", _DEVICE),
+    # :103
+    ("optimizer.clip_grads", "get_grad_norm_fp32", _DEVICE),
+    # :167, :174
+    ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32", {**_DEVICE, **_TYPES}),
     ("optimizer.clip_grads", "count_zeros_fp32", _DEVICE),
-    ("optimizer.optimizer", "MixedPrecisionOptimizer.__init__", _DEVICE),  # :481, :485
-    ("optimizer.optimizer", "FP32Optimizer.__init__", _DEVICE),  # :907
-    ("optimizer.optimizer", "Float16OptimizerWithFloat16Params.__init__", _TYPES),  # :671, :690
-    ("optimizer.distrib_optimizer", "DistributedOptimizer.__init__", _TYPES),  # :582
-    ("optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups", _TYPES),  # :361, :420
-    ("dist_checkpointing.exchange_utils", "_get_empty_tensor_for_exchange", _DEVICE),  # fully parallel load
+    # :481, :485
+    ("optimizer.optimizer", "MixedPrecisionOptimizer.__init__", _DEVICE),
+    # :907
+    ("optimizer.optimizer", "FP32Optimizer.__init__", _DEVICE),
+    # :671, :690
+    ("optimizer.optimizer", "Float16OptimizerWithFloat16Params.__init__", _TYPES),
+    # :582
+    ("optimizer.distrib_optimizer", "DistributedOptimizer.__init__", _TYPES),
+    # :361, :420
+    ("optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups", _TYPES),
+    # fully parallel load
+    ("dist_checkpointing.exchange_utils", "_get_empty_tensor_for_exchange", _DEVICE),
 ]
 
 _installed = False
 
 
-def install() -> bool:
+def install_cpu_backend() -> bool:
     """Patch megatron-core for CPU, once. Returns False, untouched, where CUDA is available.
 
     Raises RuntimeError when megatron-core is of another version or a patched literal is gone.
@@ -57,7 +75,10 @@ def install() -> bool:
     import megatron.core
 
     if not megatron.core.__version__.startswith(SUPPORTED):
-        raise RuntimeError(f"megatron-core {megatron.core.__version__}: actor/cpu_backend.py was written for {SUPPORTED}x; review it")
+        raise RuntimeError(
+            f"megatron-core {megatron.core.__version__}: actor/cpu_backend.py was written for {SUPPORTED}x;"
+            " review it"
+        )
     _patch_torch_cuda()
     for module, function, table in _LITERALS:
         _swap_literals(f"megatron.core.{module}", function, table)
@@ -91,7 +112,10 @@ def _swap_literals(module: str, qualified_name: str, table: dict[str, str]) -> N
 
     function.__code__ = swap(function.__code__)
     if not hits:
-        raise RuntimeError(f"{module}.{qualified_name} holds none of {sorted(table)}: megatron-core changed, review actor/cpu_backend.py")
+        raise RuntimeError(
+            f"{module}.{qualified_name} holds none of {sorted(table)}: megatron-core changed, review"
+            " actor/cpu_backend.py"
+        )
 
 
 class _NullEvent:
@@ -129,15 +153,20 @@ class _NullStream:
 
 def _patch_torch_cuda() -> None:
     cuda = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")  # device=torch.cuda.current_device() all over Megatron
-    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # tensor_parallel/random.py seeds the default stream
+    # device=torch.cuda.current_device() all over Megatron
+    cuda.current_device = lambda: torch.device("cpu")
+    # tensor_parallel/random.py seeds the default stream
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    cuda.synchronize = lambda *args, **kwargs: None  # p2p_communication.py:242, variable sequence lengths
-    cuda.Stream, cuda.Event = _NullStream, _NullEvent  # MoE token dispatcher
+    # p2p_communication.py:242, variable sequence lengths
+    cuda.synchronize = lambda *args, **kwargs: None
+    # MoE token dispatcher
+    cuda.Stream, cuda.Event = _NullStream, _NullEvent
     cuda.current_stream = cuda.default_stream = lambda *args: _NullStream()
     cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # language_module.py:244, tied embeddings over PP
+    # language_module.py:244, tied embeddings over PP
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _patch_rng() -> None:
@@ -165,7 +194,8 @@ def _patch_rng() -> None:
                 self.states_[name] = torch.get_rng_state()
                 torch.set_rng_state(outer)
 
-    random.CudaRNGStatesTracker = CpuRNGStatesTracker  # looked up by initialize_rng_tracker()
+    # looked up by initialize_rng_tracker()
+    random.CudaRNGStatesTracker = CpuRNGStatesTracker
 
 
 def _patch_rope() -> None:
@@ -189,7 +219,9 @@ def _patch_moe() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
-    def maybe_move_tensor_to_cpu(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    def maybe_move_tensor_to_cpu(
+        tensor: object, as_numpy: bool = False, record_stream: bool = False
+    ) -> object:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

@@ -1,7 +1,9 @@
-"""Two modules for Megatron's local layer spec: RMSNorm that allows sequence parallelism, and SDPA core attention.
+"""Two modules for Megatron's local layer spec: RMSNorm that allows sequence parallelism, and SDPA
+core attention.
 
-TransformerEngine brings its own on a GPU. Megatron's local DotProductAttention refuses context parallelism and packed
-sequences (dot_product_attention.py:55), and WrappedTorchNorm refuses sequence parallelism (torch_norm.py:32).
+TransformerEngine brings its own on a GPU. Megatron's local DotProductAttention refuses context
+parallelism and packed sequences (dot_product_attention.py:55), and WrappedTorchNorm refuses
+sequence parallelism (torch_norm.py:32).
 
 Shapes: s sequence (local), b batch, h heads (local), d head size, t packed tokens.
 """
@@ -19,7 +21,9 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension. The weight is marked so that its gradient is summed under sequence parallelism."""
+    """x / rms(x) * weight over the last dimension. The weight is marked so that its gradient is
+    summed under sequence parallelism.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__()
@@ -34,10 +38,12 @@ class RMSNorm(torch.nn.Module):
 class SDPAttention(MegatronModule):
     """Causal core attention on torch SDPA: `[s, b, h, d]` with right padding, or `[t, h, d]` packed.
 
-    In a layer with a sliding window (config.window_size, window_attn_skip_freq) a token attends to itself and window_size[0] before it.
+    In a layer with a sliding window (config.window_size, window_attn_skip_freq) a token attends to
+    itself and window_size[0] before it.
 
-    Context parallelism: rank r holds chunks r and 2*cp-1-r of the (each) sequence (Megatron's zig-zag). Keys and values are
-    all-gathered over the context-parallel group (backward: reduce-scatter); the mask carries the global positions.
+    Context parallelism: rank r holds chunks r and 2*cp-1-r of the (each) sequence (Megatron's
+    zig-zag). Keys and values are all-gathered over the context-parallel group (backward:
+    reduce-scatter); the mask carries the global positions.
     """
 
     def __init__(
@@ -54,14 +60,17 @@ class SDPAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.attention_dropout or attention_dropout:
-            raise ValueError("SDPAttention has no dropout: it would fall outside the tensor-parallel RNG tracker")
+            raise ValueError(
+                "SDPAttention has no dropout: it would fall outside the tensor-parallel RNG tracker"
+            )
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.scale = softmax_scale
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] if windowed else None
 
     def _mask(self, length: int, size: int, rank: int) -> Tensor | None:
-        """bool `[queries, keys]`, True = may attend, for the tokens of context-parallel `rank` of `size` in a sequence of `length`.
+        """bool `[queries, keys]`, True = may attend, for the tokens of context-parallel `rank` of
+        `size` in a sequence of `length`.
 
         None = causal: SDPA's own mask is faster.
         """
@@ -71,7 +80,8 @@ class SDPAttention(MegatronModule):
             queries = keys = torch.arange(length)
         else:
             queries, keys = (
-                torch.cat([zigzag_positions(length // (2 * size), size, r) for r in ranks]) for ranks in ((rank,), range(size))
+                torch.cat([zigzag_positions(length // (2 * size), size, r) for r in ranks])
+                for ranks in ((rank,), range(size))
             )
         distance = queries[:, None] - keys[None, :]
         return distance >= 0 if self.window is None else (distance >= 0) & (distance <= self.window)
@@ -79,7 +89,13 @@ class SDPAttention(MegatronModule):
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """`[b, h, s, d]` tensors; mask True = may attend, None = causal."""
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=query.size(1) != key.size(1)
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=query.size(1) != key.size(1),
         )
 
     def forward(
@@ -99,32 +115,44 @@ class SDPAttention(MegatronModule):
             return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
         size, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
         if size > 1:
-            key, value = (gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group) for t in (key, value))
+            key, value = (
+                gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group)
+                for t in (key, value)
+            )
         mask = self._mask(key.size(0), size, rank)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = self._sdpa(query, key, value, mask)
         return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), -1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int]) -> Tensor:
-        """One SDPA call a sequence; `cu_seqlens` counts global tokens, of which each context-parallel rank holds an equal share."""
+        """One SDPA call a sequence; `cu_seqlens` counts global tokens, of which each
+        context-parallel rank holds an equal share.
+        """
         query, key, value = (t.squeeze(1) if t.dim() == 4 else t for t in (query, key, value))
         size, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
         if size > 1:
             # [t, h, d] of each rank, stacked: a sequence's chunks are cut out of every rank's part below
             key, value = (
-                gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group).unflatten(0, (size, -1)) for t in (key, value)
+                gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group).unflatten(
+                    0, (size, -1)
+                )
+                for t in (key, value)
             )
         outputs = []
         for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
             local = slice(start // size, end // size)
             k, v = (t[:, local].flatten(0, 1) if size > 1 else t[local] for t in (key, value))
             mask = self._mask(end - start, size, rank)
-            out = self._sdpa(query[local].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask)
+            out = self._sdpa(
+                query[local].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask
+            )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs).flatten(1)
 
 
 def zigzag_positions(half: int, size: int, rank: int) -> Tensor:
-    """Global positions `[2*half]` that context-parallel `rank` of `size` holds: chunk `rank` and its mirror image."""
+    """Global positions `[2*half]` that context-parallel `rank` of `size` holds: chunk `rank` and
+    its mirror image.
+    """
     low, high = rank * half, (2 * size - 1 - rank) * half
     return torch.cat([torch.arange(low, low + half), torch.arange(high, high + half)])

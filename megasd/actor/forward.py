@@ -1,4 +1,5 @@
-"""Forward and backward passes through Megatron's schedules, and the hidden states that predict response tokens.
+"""Forward and backward passes through Megatron's schedules, and the hidden states that predict
+response tokens.
 
 s sequence, b rows, T response tokens of the microbatch on this context-parallel rank, h hidden.
 """
@@ -38,15 +39,19 @@ def run_microbatches(
 ) -> list:
     """One pass over the microbatches by Megatron's own schedule (no pipelining, or 1F1B).
 
-    On the last stage `on_hidden` gets each microbatch and its response hidden states `[T, h]`; its results are returned in
-    order (an empty list on other stages). With `forward_only` no graph is kept. Otherwise on_hidden returns Megatron's
-    (loss, num_tokens, log) and gradients are summed over DP x CP. Collectives: TP, PP, CP of the model, then the gradient reduction.
-    Any number of microbatches from 1 on suits both schedules, equal over data-parallel ranks (experts' all-to-all, gradient buckets).
-    No wait for the device, but for Megatron's own: shapes between pipeline stages, experts' token counts, rotary tables of packed
-    sequences without actor.apply_rope_fusion.
+    On the last stage `on_hidden` gets each microbatch and its response hidden states `[T, h]`; its
+    results are returned in order (an empty list on other stages). With `forward_only` no graph is
+    kept. Otherwise on_hidden returns Megatron's (loss, num_tokens, log) and gradients are summed
+    over DP x CP. Collectives: TP, PP, CP of the model, then the gradient reduction. Any number of
+    microbatches from 1 on suits both schedules, equal over data-parallel ranks (experts'
+    all-to-all, gradient buckets). No wait for the device, but for Megatron's own: shapes between
+    pipeline stages, experts' token counts, rotary tables of packed sequences without
+    actor.apply_rope_fusion.
     """
     if config.virtual_pipeline_model_parallel_size is not None:
-        raise ValueError("interleaved stages need microbatches in multiples of the stages, which nobody sees to here")
+        raise ValueError(
+            "interleaved stages need microbatches in multiples of the stages, which nobody sees to here"
+        )
     if not microbatches:
         raise ValueError("a schedule needs a microbatch; fill in an empty one")
 
@@ -54,8 +59,9 @@ def run_microbatches(
         microbatch = next(iterator)
         packed = None
         if microbatch.cu_seqlens is not None:
-            # The lengths are the padded ones already. TransformerEngine asks for them twice under context parallelism only; elsewhere
-            # a second copy makes it compare the two on the host in every layer (dot_product_attention.py, pad_between_seqs).
+            # The lengths are the padded ones already. TransformerEngine asks for them twice under
+            # context parallelism only; elsewhere a second copy makes it compare the two on the host
+            # in every layer (dot_product_attention.py, pad_between_seqs).
             padded = microbatch.cu_seqlens if mesh.cp_size > 1 else None
             packed = PackedSeqParams(
                 qkv_format="thd",
@@ -88,7 +94,11 @@ def run_microbatches(
 
 
 def response_hidden(hidden: Tensor, rows: Tensor, mesh: Mesh, config: TransformerConfig) -> Tensor:
-    """Rows `[T, h]` of the last stage's output `[s, b, h]` (`[s / TP, b, h]` under sequence parallelism: gathered over TP)."""
+    """Rows `[T, h]` of the last stage's output `[s, b, h]` (`[s / TP, b, h]` under sequence
+    parallelism: gathered over TP).
+    """
     if config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=mesh.tp_group)
+        hidden = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=mesh.tp_group
+        )
     return hidden.flatten(0, 1)[rows]

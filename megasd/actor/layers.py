@@ -1,4 +1,5 @@
-"""Modules that Megatron does not have and some families need: rotary tables by layer, norms after a linear layer, q/k norms over all heads.
+"""Modules that Megatron does not have and some families need: rotary tables by layer, norms after a
+linear layer, q/k norms over all heads.
 
 They are the same on CPU and GPU; layer_spec.py puts them into Megatron's layer specs. megatron-core 0.16.1.
 
@@ -25,15 +26,21 @@ from megasd.types import UserError
 
 
 class RotaryTables(RotaryEmbedding):
-    """Megatron's rotary embedding with given inverse frequencies: angles `[s, 1, n, d]` of n tables, of which each layer takes one."""
+    """Megatron's rotary embedding with given inverse frequencies: angles `[s, 1, n, d]` of n
+    tables, of which each layer takes one.
+    """
 
     def __init__(self, ropes: tuple[Rope, ...], config: TransformerConfig) -> None:
         super().__init__(config.kv_channels, rotary_percent=1.0, use_cpu_initialization=True)
-        self.inv_freq = torch.tensor([rope.inverse_frequencies for rope in ropes])  # [n, d / 2], float32
+        # [n, d / 2], float32
+        self.inv_freq = torch.tensor([rope.inverse_frequencies for rope in ropes])
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        self.inv_freq = self.inv_freq.to(torch.cuda.current_device())  # as upstream: moved at the first forward
-        positions = torch.arange(offset, offset + max_seq_len, dtype=torch.float32, device=self.inv_freq.device)
+        # as upstream: moved at the first forward
+        self.inv_freq = self.inv_freq.to(torch.cuda.current_device())
+        positions = torch.arange(
+            offset, offset + max_seq_len, dtype=torch.float32, device=self.inv_freq.device
+        )
         angles = positions[:, None, None] * self.inv_freq
         return torch.cat((angles, angles), dim=-1)[:, None]
 
@@ -41,11 +48,18 @@ class RotaryTables(RotaryEmbedding):
 class TableAttention(SelfAttention):
     """Self-attention that takes one of several rotary tables and carries its attention factor.
 
-    Cosines and sines of queries and keys are all multiplied by the factor, so the scores are by its square: softmax_scale does it.
+    Cosines and sines of queries and keys are all multiplied by the factor, so the scores are by its
+    square: softmax_scale does it.
     """
 
     def __init__(
-        self, config: TransformerConfig, submodules: SelfAttentionSubmodules, *args: Any, table: int, attention_factor: float, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        *args: Any,
+        table: int,
+        attention_factor: float,
+        **kwargs: Any,
     ) -> None:
         scale, core = attention_factor**2 / config.kv_channels**0.5, submodules.core_attention
 
@@ -57,7 +71,9 @@ class TableAttention(SelfAttention):
         self.table = table
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[:, :, self.table : self.table + 1].contiguous(), **kwargs)
+        return super().forward(
+            *args, rotary_pos_emb=rotary_pos_emb[:, :, self.table : self.table + 1].contiguous(), **kwargs
+        )
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -77,55 +93,73 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
-    """RMS norm of queries (or keys) over the heads of all tensor-parallel ranks, `[s, b, h, d]`; the weight is this rank's heads' part.
+    """RMS norm of queries (or keys) over the heads of all tensor-parallel ranks, `[s, b, h, d]`;
+    the weight is this rank's heads' part.
 
-    Collectives: one all-reduce of `[s, b]` over TP forward, one backward. The weight's gradient is whole on its rank: nothing may sum it
-    over TP, hence config.qk_layernorm stays False; marked as tensor-parallel, so that the gradient norm counts every rank's part.
+    Collectives: one all-reduce of `[s, b]` over TP forward, one backward. The weight's gradient is
+    whole on its rank: nothing may sum it over TP, hence config.qk_layernorm stays False; marked as
+    tensor-parallel, so that the gradient norm counts every rank's part.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int) -> None:
-        """`hidden_size`: of one head; `num_heads`: of all ranks. UserError when they do not divide over the ranks."""
+        """`hidden_size`: of one head; `num_heads`: of all ranks. UserError when they do not divide
+        over the ranks.
+        """
         super().__init__()
         self.group = parallel_state.get_tensor_model_parallel_group()
         if num_heads % self.group.size():
             raise UserError(
-                f"actor.tensor_model_parallel_size={self.group.size()}: the norm over all {num_heads} query or key heads of this model "
-                "needs a divisor of that number"
+                f"actor.tensor_model_parallel_size={self.group.size()}: the norm over all {num_heads} query"
+                " or key heads of this model needs a divisor of that number"
             )
         self.eps, self.width = eps, num_heads * hidden_size
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         local = self.width // self.group.size()
         self.weight = torch.nn.Parameter(torch.ones(local, dtype=config.params_dtype, device=device))
-        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1
+        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = (
+            True,
+            0,
+            1,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         values = x.float()
         squares = values.pow(2).sum((-2, -1), keepdim=True)
         if self.group.size() > 1:
             squares = _SumOverRanks.apply(squares, self.group)
-        return (values * torch.rsqrt(squares / self.width + self.eps) * self.weight.view(x.shape[-2:])).to(x.dtype)
+        return (values * torch.rsqrt(squares / self.width + self.eps) * self.weight.view(x.shape[-2:])).to(
+            x.dtype
+        )
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """For Megatron's distributed checkpoints; without it they would take one rank's part for the whole."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """For Megatron's distributed checkpoints; without it they would take one rank's part for
+        the whole.
+        """
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {"weight": 0},
             sharded_offsets,
             tp_group=self.group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group") or parallel_state.get_data_parallel_group(with_context_parallel=True),
+            dp_cp_group=(metadata or {}).get("dp_cp_group")
+            or parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
 
 
 @cache
 def post_norm(linear: type, norm: Callable[..., torch.nn.Module]) -> type:
-    """A row-parallel linear layer followed by a norm, before the residual: `linear` with a child `post_layernorm`.
+    """A row-parallel linear layer followed by a norm, before the residual: `linear` with a child
+    `post_layernorm`.
 
     Upstream does the same for Gemma and EXAONE (TERowParallelLinearLayerNorm of Megatron-Bridge).
     """
 
     class PostNormLinear(linear):
-        def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        def __init__(
+            self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+        ) -> None:
             super().__init__(input_size, output_size, config=config, **kwargs)
             self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
 

@@ -1,7 +1,8 @@
-"""Three defects of megatron-core 0.16.1's DistributedOptimizer checkpoints with torch's AdamW (no TransformerEngine, no Apex).
+"""Three defects of megatron-core 0.16.1's DistributedOptimizer checkpoints with torch's AdamW (no
+TransformerEngine, no Apex).
 
-Not a matter of the CPU: they bite wherever FusedAdam is absent. With TransformerEngine installed nothing here is needed
-and `install` does nothing.
+Not a matter of the CPU: they bite wherever FusedAdam is absent. With TransformerEngine installed
+nothing here is needed and `install_megatron_patches` does nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import torch
 _installed = False
 
 
-def install() -> None:
-    """Patch DistributedOptimizer, once, unless Megatron uses a fused Adam that keeps its step in the parameter group."""
+def install_megatron_patches() -> None:
+    """Patch DistributedOptimizer, once, unless Megatron uses a fused Adam that keeps its step in
+    the parameter group.
+    """
     global _installed
     from megatron.core.optimizer import Adam
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -28,11 +31,17 @@ def install() -> None:
                 state = self.optimizer.state[parameter]
                 if not state:
                     state["step"] = torch.tensor(0.0)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    state["exp_avg"], state["exp_avg_sq"] = (
+                        torch.zeros_like(parameter),
+                        torch.zeros_like(parameter),
+                    )
         return state_dict(self)
 
-    @torch.no_grad()  # main parameters are views of leaf parameters
-    def set_main_param_and_optimizer_states(self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict) -> None:
+    # main parameters are views of leaf parameters
+    @torch.no_grad()
+    def set_main_param_and_optimizer_states(
+        self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict
+    ) -> None:
         """distrib_optimizer.py:940 raises KeyError 'step'; torch's step comes from load_state_dict."""
         group, order = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group]["params"][order]
@@ -41,7 +50,9 @@ def install() -> None:
                 target.copy_(tensors[key])
 
     def load_state_dict_with_own_steps(self: DistributedOptimizer, state: dict) -> None:
-        """distrib_optimizer.py:825 gives all parameters ONE step tensor, to which Adam adds in place once per parameter."""
+        """distrib_optimizer.py:825 gives all parameters ONE step tensor, to which Adam adds in
+        place once per parameter.
+        """
         load_state_dict(self, state)
         for parameter_state in self.optimizer.state.values():
             if "step" in parameter_state:

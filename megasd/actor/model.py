@@ -1,4 +1,6 @@
-"""Megatron-core GPTModel from a Hugging Face config: transformer config, model, data-parallel wrapper, optimizer. megatron-core 0.16.1."""
+"""Megatron-core GPTModel from a Hugging Face config: transformer config, model, data-parallel
+wrapper, optimizer. megatron-core 0.16.1.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from megasd.actor.layer_spec import block_spec
 from megasd.actor.layers import RotaryTables
 from megasd.actor.parallel import Mesh
 from megasd.config.schema import ActorConfig, OptimizerConfig
-from megasd.models import tp_layouts as mapping
+from megasd.models import tp_layouts
 from megasd.models.param_table import Family
 from megasd.models.registry import config_from_hf
 
@@ -32,22 +34,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Backbone(GPTModel):
-    """GPTModel whose last stage returns the final hidden states `[s, b, h]`: the loss projects the rows it needs.
+    """GPTModel whose last stage returns the final hidden states `[s, b, h]`: the loss projects the
+    rows it needs.
 
-    Prompt tokens are never projected on the vocabulary, and the teacher's hidden states can be kept (O(h) a token).
+    Prompt tokens are never projected on the vocabulary, and the teacher's hidden states can be kept
+    (O(h) a token).
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.post_process:
-            # The loss reads the output layer's weight without its forward, whose hook waits for the weight (overlap_param_gather).
+            # The loss reads the output layer's weight without its forward, whose hook waits for the
+            # weight (overlap_param_gather).
             for hook in self.output_layer._forward_pre_hooks.values():
                 hook(self.output_layer)
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """The vocabulary shard `[V / TP, h]` of the output layer, on the last stage: in params_dtype under FP8 too, since Megatron makes
-        FP8 parameters inside its TransformerBlock only."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        """The vocabulary shard `[V / TP, h]` of the output layer, on the last stage: in
+        params_dtype under FP8 too, since Megatron makes FP8 parameters inside its TransformerBlock
+        only.
+        """
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
 
 
 def read_hf_config(path: str) -> dict:
@@ -55,10 +66,13 @@ def read_hf_config(path: str) -> dict:
 
 
 def transformer_config(family: Family, actor: ActorConfig, device: torch.device) -> TransformerConfig:
-    """Megatron's TransformerConfig. What is off on the CPU needs TransformerEngine, Apex or CUDA, or is silently wrong on gloo."""
+    """Megatron's TransformerConfig. What is off on the CPU needs TransformerEngine, Apex or CUDA,
+    or is silently wrong on gloo.
+    """
     dtype, gpu = DTYPES[actor.dtype], device.type == "cuda"
     pipelined = actor.pipeline_model_parallel_size > 1
-    # Apex's kernel, which Megatron demands for its own output layer: weight gradients go straight into their fp32 buffers.
+    # Apex's kernel, which Megatron demands for its own output layer: weight gradients go straight
+    # into their fp32 buffers.
     fuses_gradients = gpu and find_spec("fused_weight_gradient_mlp_cuda") is not None
     return TransformerConfig(
         **family.transformer,
@@ -71,9 +85,12 @@ def transformer_config(family: Family, actor: ActorConfig, device: torch.device)
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        variable_seq_lengths=pipelined,  # microbatches differ in length
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it, dense models included
-        calculate_per_token_loss=True,  # loss/normalise.py owns the normaliser, Megatron divides by nothing
+        # microbatches differ in length
+        variable_seq_lengths=pipelined,
+        # variable_seq_lengths asks for it, dense models included
+        moe_token_dispatcher_type="alltoall",
+        # loss/normalise.py owns the normaliser, Megatron divides by nothing
+        calculate_per_token_loss=True,
         tp_comm_overlap=actor.tp_comm_overlap,
         attention_backend=AttnBackend[actor.attention_backend],
         use_cpu_initialization=not gpu,
@@ -83,13 +100,16 @@ def transformer_config(family: Family, actor: ActorConfig, device: torch.device)
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=actor.apply_rope_fusion,
-        batch_p2p_comm=gpu,  # gloo: wrong numbers with interleaved pipelines, exit status 0
-        deallocate_pipeline_outputs=gpu,  # gloo: the send buffer would be freed in flight
+        # gloo: wrong numbers with interleaved pipelines, exit status 0
+        batch_p2p_comm=gpu,
+        # gloo: the send buffer would be freed in flight
+        deallocate_pipeline_outputs=gpu,
         # TransformerEngine's ring of key-value blocks has no sliding window; its exchange of heads has.
         cp_comm_type="a2a" if gpu and "window_size" in family.transformer else None,
         **_recompute(actor),
         **_fp8(actor),
-        **({"cuda_graph_impl": "local", "cuda_graph_scope": []} if actor.cuda_graph else {}),  # an empty scope: whole layers
+        # an empty scope: whole layers
+        **({"cuda_graph_impl": "local", "cuda_graph_scope": []} if actor.cuda_graph else {}),
     )
 
 
@@ -107,8 +127,9 @@ def _recompute(actor: ActorConfig) -> dict[str, Any]:
 
 
 def _fp8(actor: ActorConfig) -> dict[str, Any]:
-    """TransformerConfig's arguments. Delayed scaling by the largest value of 1,024 passes, as TransformerEngine's own default recipe;
-    Megatron's default is that of the last pass."""
+    """TransformerConfig's arguments. Delayed scaling by the largest value of 1,024 passes, as
+    TransformerEngine's own default recipe; Megatron's default is that of the last pass.
+    """
     if actor.fp8 is None:
         return {}
     return {
@@ -125,18 +146,28 @@ def _fp8(actor: ActorConfig) -> dict[str, Any]:
 
 
 def build_model(
-    family: Family, config: TransformerConfig, actor: ActorConfig, mesh: Mesh, vp_stage: int | None = None, *, local_spec: bool = False
+    family: Family,
+    config: TransformerConfig,
+    actor: ActorConfig,
+    mesh: Mesh,
+    vp_stage: int | None = None,
+    *,
+    local_spec: bool = False,
 ) -> Backbone:
-    """This rank's part of the model (its pipeline stage and tensor shard), on its device, weights uninitialised by the checkpoint.
+    """This rank's part of the model (its pipeline stage and tensor shard), on its device, weights
+    uninitialised by the checkpoint.
 
-    `vp_stage`: which of config.virtual_pipeline_model_parallel_size parts of the stage, if it has several. `local_spec`: the layers of the
-    CPU on a GPU too, for comparisons and benchmarks (torch's attention, no FP8).
+    `vp_stage`: which of config.virtual_pipeline_model_parallel_size parts of the stage, if it has
+    several. `local_spec`: the layers of the CPU on a GPU too, for comparisons and benchmarks
+    (torch's attention, no FP8).
     """
     last = None if vp_stage is None else config.virtual_pipeline_model_parallel_size - 1
     model = Backbone(
         config,
         block_spec(family, config, mesh.device.type == "cuda" and not local_spec, vp_stage),
-        vocab_size=mapping.padded_vocab_size(family.vocab_size, actor.make_vocab_size_divisible_by, mesh.tp_size),
+        vocab_size=tp_layouts.padded_vocab_size(
+            family.vocab_size, actor.make_vocab_size_divisible_by, mesh.tp_size
+        ),
         pre_process=mesh.is_first_stage and vp_stage in (None, 0),
         post_process=mesh.is_last_stage and vp_stage == last,
         parallel_output=True,
@@ -147,7 +178,9 @@ def build_model(
     return model.to(mesh.device)
 
 
-def wrap_data_parallel(model: Backbone, config: TransformerConfig, actor: ActorConfig) -> DistributedDataParallel:
+def wrap_data_parallel(
+    model: Backbone, config: TransformerConfig, actor: ActorConfig
+) -> DistributedDataParallel:
     """bf16 wrapper where asked, then Megatron's DDP (gradients are summed over DP x CP in fp32)."""
     module = Float16Module(config, model) if config.bf16 else model
     ddp = DistributedDataParallelConfig(
@@ -156,27 +189,34 @@ def wrap_data_parallel(model: Backbone, config: TransformerConfig, actor: ActorC
         overlap_grad_reduce=actor.overlap_grad_reduce,
         overlap_param_gather=actor.overlap_param_gather,
         fp8_param_gather=actor.fp8_param_gather,
-        check_for_nan_in_grad=False,  # the actor refuses a non-finite gradient norm itself
+        # the actor refuses a non-finite gradient norm itself
+        check_for_nan_in_grad=False,
     )
     wrapped = DistributedDataParallel(config, ddp, module)
     if actor.overlap_grad_reduce:
-        config.no_sync_func = wrapped.no_sync  # only the last microbatch of a step starts the reduction
+        # only the last microbatch of a step starts the reduction
+        config.no_sync_func = wrapped.no_sync
     return wrapped
 
 
 def whole_parameters(model: DistributedDataParallel) -> None:
-    """With overlap_param_gather, wait until every parameter is whole: all readers but a forward pass of the model need it (the teacher's
-    average, a push of weights, a checkpoint). Collectives: all-gathers over DP x CP of what was not yet gathered."""
+    """With overlap_param_gather, wait until every parameter is whole: all readers but a forward
+    pass of the model need it (the teacher's average, a push of weights, a checkpoint). Collectives:
+    all-gathers over DP x CP of what was not yet gathered.
+    """
     if not model.ddp_config.overlap_param_gather:
         return
     model.start_param_sync(force_sync=True)
-    post_all_gather_processing([p for p in model.parameters() if is_float8tensor(p)])  # left out upstream where the gather is forced
+    # left out upstream where the gather is forced
+    post_all_gather_processing([p for p in model.parameters() if is_float8tensor(p)])
 
 
 def build_optimizer(
     model: DistributedDataParallel, config: OptimizerConfig, actor: ActorConfig, num_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Megatron's Adam (fp32 main parameters for bf16 models) and its learning-rate schedule over `num_steps`."""
+    """Megatron's Adam (fp32 main parameters for bf16 models) and its learning-rate schedule over
+    `num_steps`.
+    """
     dtype = DTYPES[actor.dtype]
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -192,7 +232,8 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=actor.use_distributed_optimizer,
             overlap_param_gather=actor.overlap_param_gather,
-            fp8_recipe=actor.fp8_recipe if actor.fp8 else None,  # how main parameters become FP8 ones
+            # how main parameters become FP8 ones
+            fp8_recipe=actor.fp8_recipe if actor.fp8 else None,
         ),
         [model],
     )
@@ -216,7 +257,9 @@ def build_optimizer(
 
 
 def family_of(path: str) -> Family:
-    """Model family of a Hugging Face directory; UserError names what its config.json has that is not supported."""
+    """Model family of a Hugging Face directory; UserError names what its config.json has that is
+    not supported.
+    """
     return config_from_hf(read_hf_config(path))
 
 

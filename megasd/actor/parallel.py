@@ -1,7 +1,7 @@
 """Process groups of the run: torch.distributed under torchrun, then Megatron's TP x CP x EP x DP x PP groups.
 
-Every rank runs the same program. `broadcast_tensors` carries rank 0's batch to the others: a JSON header and raw bytes,
-never a pickle.
+Every rank runs the same program. `broadcast_tensors` carries rank 0's batch to the others: a JSON
+header and raw bytes, never a pickle.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.actor import cpu_backend as cpu
+from megasd.actor import cpu_backend
 from megasd.config.schema import ActorConfig
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the parallel layout. Sizes and ranks are Megatron's; groups are torch process groups."""
+    """This rank's place in the parallel layout. Sizes and ranks are Megatron's; groups are torch
+    process groups.
+    """
 
     device: torch.device
     rank: int
@@ -39,7 +41,8 @@ class Mesh:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup  # without context parallelism
+    # without context parallelism
+    dp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
 
     @property
@@ -54,10 +57,11 @@ class Mesh:
 def init_distributed(timeout_minutes: int = 24 * 60) -> torch.device:
     """Join the torchrun process group (alone if not under torchrun) and pick this rank's device.
 
-    GPU machines get NCCL for CUDA tensors beside gloo for CPU tensors. Ranks wait for rank 0's whole rollout inside a
-    collective, hence the long timeout; a rank that dies closes its sockets and is noticed at once. Collectives: the rendezvous.
+    GPU machines get NCCL for CUDA tensors beside gloo for CPU tensors. Ranks wait for rank 0's
+    whole rollout inside a collective, hence the long timeout; a rank that dies closes its sockets
+    and is noticed at once. Collectives: the rendezvous.
     """
-    cpu.install()
+    cpu_backend.install_cpu_backend()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -65,7 +69,9 @@ def init_distributed(timeout_minutes: int = 24 * 60) -> torch.device:
     if not dist.is_initialized():
         # Alone, no port is opened: torch's TCPStore would listen on all interfaces.
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), **alone)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), **alone
+        )
     return device
 
 
@@ -86,7 +92,8 @@ def init_model_parallel(config: ActorConfig, device: torch.device, seed: int) ->
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=1 if config.expert_model_parallel_size > 1 else None,
     )
-    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=config.cuda_graph, force_reset_rng=True)  # of another layout, too
+    # of another layout, too
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=config.cuda_graph, force_reset_rng=True)
     return Mesh(
         device=device,
         rank=dist.get_rank(),
@@ -112,7 +119,8 @@ def init_model_parallel(config: ActorConfig, device: torch.device, seed: int) ->
 def broadcast_tensors(tensors: dict[str, Tensor] | None, src: int = 0) -> dict[str, Tensor]:
     """Send `src`'s CPU tensors to every rank; the others pass None. Returns CPU tensors.
 
-    Three broadcasts over the world's CPU backend: header length, JSON header (names, dtypes, shapes), one byte buffer.
+    Three broadcasts over the world's CPU backend: header length, JSON header (names, dtypes,
+    shapes), one byte buffer.
     """
     sender = dist.get_rank() == src
     if dist.get_world_size() == 1:
@@ -123,10 +131,17 @@ def broadcast_tensors(tensors: dict[str, Tensor] | None, src: int = 0) -> dict[s
         header = json.dumps(entries).encode()
     length = torch.tensor([len(header)])
     dist.broadcast(length, src)
-    header_bytes = torch.frombuffer(bytearray(header), dtype=torch.uint8) if sender else torch.empty(int(length), dtype=torch.uint8)
+    header_bytes = (
+        torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        if sender
+        else torch.empty(int(length), dtype=torch.uint8)
+    )
     dist.broadcast(header_bytes, src)
     entries = json.loads(bytes(header_bytes.numpy()))
-    sizes = [torch.empty(0, dtype=getattr(torch, dtype)).element_size() * torch.Size(shape).numel() for _, dtype, shape in entries]
+    sizes = [
+        torch.empty(0, dtype=getattr(torch, dtype)).element_size() * torch.Size(shape).numel()
+        for _, dtype, shape in entries
+    ]
     # Each tensor starts at a multiple of 8 bytes, so that it can be viewed in its own dtype.
     starts = [0]
     for size in sizes:

@@ -1,4 +1,5 @@
-"""The teacher's weights, sharded exactly as the model is, and the forward passes that make its final hidden states.
+"""The teacher's weights, sharded exactly as the model is, and the forward passes that make its
+final hidden states.
 
     live           the student's own
     ema            phi <- (1 - r) phi + r theta, fp32, once after each batch (SDPO 2601.20802, 2.3)
@@ -8,7 +9,8 @@
     trust_region   softmax((1 - a) z_start + a z_live), both reading the teacher's context (SDPO 2.3)
     separate       another model of the same vocabulary, frozen (GKD 2306.13649)
 
-A mixture of logits is one projection: of the hidden states side by side on the output weights side by side, so the loss never knows.
+A mixture of logits is one projection: of the hidden states side by side on the output weights side
+by side, so the loss never knows.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh
 from megasd.batch.microbatch import Microbatch
 from megasd.config.schema import ActorConfig, TeacherConfig
-from megasd.models import registry as families
+from megasd.models import registry
 from megasd.models.param_table import global_params
 from megasd.types import UserError
 from megasd.weights.hf_files import read_hf_config
@@ -41,8 +43,10 @@ SHADOWED = ("ema", "frozen", "snapshot", "gated", "trust_region")
 class Refresh:
     """What decides the next copy of a snapshot or gated teacher; JSON-able, saved with a checkpoint."""
 
-    steps: int = 0  # batches since the last copy
-    pass_rate: float | None = None  # of the batch after which it was made; None: not seen yet
+    # batches since the last copy
+    steps: int = 0
+    # of the batch after which it was made; None: not seen yet
+    pass_rate: float | None = None
     copies: int = 0
 
 
@@ -52,13 +56,16 @@ class Pass:
 
     module: torch.nn.Module
     config: TransformerConfig
-    weight_Vh: Callable[[], Tensor]  # the output layer's shard, detached; of the last stage
+    # the output layer's shard, detached; of the last stage
+    weight_Vh: Callable[[], Tensor]
     share: float
     uses_shadow: bool
 
 
 class TeacherWeights:
-    """fp32 copies of this rank's parameters where the teacher is not the live model. Collectives: those of the model's forward alone."""
+    """fp32 copies of this rank's parameters where the teacher is not the live model. Collectives:
+    those of the model's forward alone.
+    """
 
     def __init__(self, model: torch.nn.Module, config: TeacherConfig) -> None:
         self.model, self.config = model, config
@@ -69,7 +76,9 @@ class TeacherWeights:
 
     @torch.no_grad()
     def update(self, *, pass_rate: float | None = None, length_tail: float = 0.0) -> None:
-        """After a batch. pass_rate: its mean; length_tail: its longest response over the mean length (gated teachers)."""
+        """After a batch. pass_rate: its mean; length_tail: its longest response over the mean
+        length (gated teachers).
+        """
         config, state = self.config, self.refresh
         if config.weights == "ema":
             for name, p in self.model.named_parameters():
@@ -96,9 +105,11 @@ class TeacherWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the model with the teacher's weights. The student's storage is only set aside, so optimizer buffers stay valid.
+        """Run the model with the teacher's weights. The student's storage is only set aside, so
+        optimizer buffers stay valid.
 
-        FP8 parameters (actor.fp8_param_gather) get them quantised anew; delayed scaling thereby also sees the teacher's largest weights.
+        FP8 parameters (actor.fp8_param_gather) get them quantised anew; delayed scaling thereby
+        also sees the teacher's largest weights.
         """
         if not self.shadow:
             yield
@@ -106,7 +117,8 @@ class TeacherWeights:
         student = {name: storage(p) for name, p in self.model.named_parameters()}
         try:
             for name, p in self.model.named_parameters():
-                lend(p, self.shadow[name].to(p.dtype))  # no copy when the model is fp32
+                # no copy when the model is fp32
+                lend(p, self.shadow[name].to(p.dtype))
             yield
         finally:
             for name, p in self.model.named_parameters():
@@ -132,20 +144,27 @@ class Teacher:
         actor: ActorConfig,
         mesh: Mesh,
     ) -> None:
-        """module: the wrapped model that the schedules run; model: the Backbone in it. UserError for an unfit teacher.model_path."""
+        """module: the wrapped model that the schedules run; model: the Backbone in it. UserError
+        for an unfit teacher.model_path.
+        """
         self.config, self.mesh = config, mesh
-        self._head: Tensor | None = None  # of the batch that is being learned
+        # of the batch that is being learned
+        self._head: Tensor | None = None
         self.weights = TeacherWeights(model, config)
         if config.weights == "separate":
             other, other_config = _separate_model(config.model_path, actor, mesh)
             other_module = Float16Module(other_config, other) if other_config.bf16 else other
-            self.passes = [Pass(other_module, other_config, lambda: other.output_weight().detach(), 1.0, False)]
+            self.passes = [
+                Pass(other_module, other_config, lambda: other.output_weight().detach(), 1.0, False)
+            ]
             return
         shadow = Pass(module, model_config, lambda: self.weights.tensor_of(model.output_weight()), 1.0, True)
         self.passes = [shadow]
         if config.weights == "trust_region":
             shadow.share = 1 - config.trust_mix
-            self.passes.append(Pass(module, model_config, lambda: model.output_weight().detach(), config.trust_mix, False))
+            self.passes.append(
+                Pass(module, model_config, lambda: model.output_weight().detach(), config.trust_mix, False)
+            )
 
     @property
     def hidden_size(self) -> int:
@@ -153,7 +172,8 @@ class Teacher:
         return sum(p.config.hidden_size for p in self.passes)
 
     def output_weight(self, *, repeats: bool = False) -> Tensor:
-        """[V, hidden_size] of this tensor-parallel rank, on the last stage; one tensor for all passes of a batch.
+        """[V, hidden_size] of this tensor-parallel rank, on the last stage; one tensor for all
+        passes of a batch.
 
         repeats: the student is updated before the last of them is read, so a live teacher's is copied.
         """
@@ -171,12 +191,16 @@ class Teacher:
 
     @torch.no_grad()
     def run(self, microbatches: list[Microbatch], keep: Callable[[Microbatch, Tensor, slice], None]) -> None:
-        """Forward only; keep(microbatch, hidden [T, h] times the pass's share, its columns of hidden_size) on the last stage."""
+        """Forward only; keep(microbatch, hidden [T, h] times the pass's share, its columns of
+        hidden_size) on the last stage.
+        """
         start = 0
         for one in self.passes:
             columns = slice(start, start := start + one.config.hidden_size)
 
-            def read(microbatch: Microbatch, hidden_Th: Tensor, columns: slice = columns, share: float = one.share) -> None:
+            def read(
+                microbatch: Microbatch, hidden_Th: Tensor, columns: slice = columns, share: float = one.share
+            ) -> None:
                 keep(microbatch, hidden_Th if share == 1.0 else hidden_Th * share, columns)
 
             one.module.eval()
@@ -185,7 +209,8 @@ class Teacher:
                     run_microbatches(one.module, microbatches, self.mesh, one.config, read, forward_only=True)
             else:
                 run_microbatches(one.module, microbatches, self.mesh, one.config, read, forward_only=True)
-        if self.config.weights != "separate":  # the same module learns
+        # the same module learns
+        if self.config.weights != "separate":
             self.passes[0].module.train()
 
 
@@ -197,18 +222,22 @@ def _separate_model(path: str, actor: ActorConfig, mesh: Mesh) -> tuple[build.Ba
     params = global_params(
         dict(model.named_parameters()),
         layer_offset=build.layer_offset(config),
-        expert_offset=families.table(hf_config).num_experts // mesh.ep_size * mesh.ep_rank,
+        expert_offset=registry.param_table(hf_config).num_experts // mesh.ep_size * mesh.ep_rank,
     )
-    load_hf(params, path, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, ep_rank=mesh.ep_rank, ep_size=mesh.ep_size)
+    load_hf(
+        params, path, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, ep_rank=mesh.ep_rank, ep_size=mesh.ep_size
+    )
     return model, config
 
 
 def check_vocabulary(student_size: int, config: TeacherConfig) -> None:
-    """UserError unless the separate teacher has the student's vocabulary size; what its ids mean, run.py holds against the tokenizer."""
+    """UserError unless the separate teacher has the student's vocabulary size; what its ids mean,
+    run.py holds against the tokenizer.
+    """
     teacher_path = config.model_path
     size = student_size if config.weights != "separate" else build.family_of(teacher_path).vocab_size
     if size != student_size:
         raise UserError(
-            f"algorithm.teacher.model_path: {teacher_path} has a vocabulary of {size}, the student of {student_size}; "
-            "a teacher must have the student's tokenizer and vocabulary"
+            f"algorithm.teacher.model_path: {teacher_path} has a vocabulary of {size}, the student of"
+            f" {student_size}; a teacher must have the student's tokenizer and vocabulary"
         )

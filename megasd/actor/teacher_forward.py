@@ -1,4 +1,6 @@
-"""The teacher's pass over a share: what distillation keeps of it, and the log-probs and entropies that credit and token weights read."""
+"""The teacher's pass over a rank batch: what distillation keeps of it, and the log-probs and
+entropies that credit and token weights read.
+"""
 
 from __future__ import annotations
 
@@ -9,48 +11,60 @@ import torch
 from torch import Tensor
 
 from megasd.actor.parallel import Mesh
-from megasd.actor.rank_batch import Share
+from megasd.actor.rank_batch import RankBatch
 from megasd.actor.teacher import Teacher
 from megasd.actor.teacher_signal import TeacherSignal
 from megasd.batch.batch import Batch
 from megasd.batch.microbatch import Microbatch
-from megasd.ops.fused_linear_loss import fused_linear_readout, fused_linear_record
-from megasd.ops.vocab_parallel import ReadoutSpec
+from megasd.ops.fused_linear_loss import fused_linear_logprobs, fused_linear_teacher_record
+from megasd.ops.vocab_parallel import LogProbsSpec
 
 
 @dataclass
 class TeacherPass:
-    """Call it with a share, on every rank alike."""
+    """Call it with a rank batch, on every rank alike."""
 
     teacher: Teacher
     mesh: Mesh
     vocab_size: int
-    dtype: torch.dtype  # of kept hidden states: the model's
-    memory_bytes: int  # of a chunk's logits
-    cut: Callable[[Batch, list[list[int]], int], list[Microbatch]]  # (batch, samples of each microbatch, context) -> microbatches
+    # of kept hidden states: the model's
+    dtype: torch.dtype
+    # of a chunk's logits
+    memory_bytes: int
+    # (batch, samples of each microbatch, context) -> microbatches
+    cut: Callable[[Batch, list[list[int]], int], list[Microbatch]]
 
     @torch.no_grad()
-    def __call__(self, share: Share) -> TeacherSignal | None:
+    def __call__(self, rank_batch: RankBatch) -> TeacherSignal | None:
         """Teacher passes, forward only, over the samples that some term asks about.
 
-        For distillation the signal keeps hidden states or records; for credit and confidence weights share.streams get the log-probs of
-        the sampled tokens under each context, and under the first the entropy. Collectives: the model's, those of ops/vocab_parallel.py,
-        and all-reduces over the context-parallel group.
+        For distillation the signal keeps hidden states or records; for credit and confidence
+        weights rank_batch.streams get the log-probs of the sampled tokens under each context, and
+        under the first the entropy. Collectives: the model's, those of ops/vocab_parallel.py, and
+        all-reduces over the context-parallel group.
         """
-        term, pg = share.algorithm.distill, share.algorithm.policy_gradient
-        reads = (pg is not None and pg.credit is not None) or (term is not None and term.token_weight == "confidence")
+        term, pg = rank_batch.algorithm.distill, rank_batch.algorithm.policy_gradient
+        reads = (pg is not None and pg.credit is not None) or (
+            term is not None and term.token_weight == "confidence"
+        )
         signal = None
-        for context in range(len(share.teacher_microbatches)):
+        for context in range(len(rank_batch.teacher_microbatches)):
             keeps = context == 0 and term is not None
-            one = self._pass(share, context, keeps=keeps, reads=reads)
+            one = self._pass(rank_batch, context, keeps=keeps, reads=reads)
             signal = one if keeps else signal
         return signal
 
-    def _pass(self, share: Share, context: int, *, keeps: bool, reads: bool) -> TeacherSignal:
-        """One context of the samples. A teacher of several passes keeps hidden states until the last of them."""
-        batch, mesh, spec = share.batch, self.mesh, share.spec
-        groups, several = share.teacher_microbatches[context], len(self.teacher.passes) > 1
-        record_k = min(spec.top_k, self.vocab_size) if spec.support == "record" and keeps and mesh.is_last_stage else None
+    def _pass(self, rank_batch: RankBatch, context: int, *, keeps: bool, reads: bool) -> TeacherSignal:
+        """One context of the samples. A teacher of several passes keeps hidden states until the
+        last of them.
+        """
+        batch, mesh, spec = rank_batch.batch, self.mesh, rank_batch.spec
+        groups, several = rank_batch.teacher_microbatches[context], len(self.teacher.passes) > 1
+        record_k = (
+            min(spec.top_k, self.vocab_size)
+            if spec.support == "record" and keeps and mesh.is_last_stage
+            else None
+        )
         holds = (keeps or several) and mesh.is_last_stage
         signal = TeacherSignal.empty(
             batch,
@@ -60,24 +74,32 @@ class TeacherPass:
             dtype=self.dtype,
             device=mesh.device,
         )
-        repeats = share.algorithm.minibatches * share.algorithm.epochs > 1
+        repeats = rank_batch.algorithm.minibatches * rank_batch.algorithm.epochs > 1
         weight_Vh = self.teacher.output_weight(repeats=repeats) if mesh.is_last_stage else None
         logp_R, entropy_R = (torch.zeros(len(batch.response_ids), device=mesh.device) for _ in range(2))
 
         def read(index: Tensor, hidden_Th: Tensor) -> None:
-            plain = ReadoutSpec(vocab_size=self.vocab_size, support="none", temperature=spec.teacher_temperature)
-            found = fused_linear_readout(
-                hidden_Th, weight_Vh, share.targets[index], plain, tp_group=mesh.tp_group, memory_bytes=self.memory_bytes
+            plain = LogProbsSpec(
+                vocab_size=self.vocab_size, support="none", temperature=spec.teacher_temperature
+            )
+            found = fused_linear_logprobs(
+                hidden_Th,
+                weight_Vh,
+                rank_batch.targets[index],
+                plain,
+                tp_group=mesh.tp_group,
+                memory_bytes=self.memory_bytes,
             )
             logp_R[index], entropy_R[index] = found.logp_T.float(), found.entropy_T.float()
 
         def keep(microbatch: Microbatch, hidden_Th: Tensor, columns: slice) -> None:
-            if microbatch.is_filler:  # on all tensor-parallel ranks alike, which alone talk to each other below
+            # on all tensor-parallel ranks alike, which alone talk to each other below
+            if microbatch.is_filler:
                 return
             index = microbatch.response_index
             slots, hidden_Th = signal.slot_R[index], hidden_Th.to(self.dtype)
             if record_k is not None:
-                record = fused_linear_record(
+                record = fused_linear_teacher_record(
                     hidden_Th,
                     weight_Vh,
                     record_k,
@@ -103,17 +125,24 @@ class TeacherPass:
             present_R = signal.slot_R >= 0
             if several:
                 read(present_R.nonzero().squeeze(1), signal.hidden_Sh[signal.slot_R[present_R]])
-            elif cp_group is not None:  # each token was read on one context-parallel rank
+            elif cp_group is not None:
+                # each token was read on one context-parallel rank
                 for values_R in (logp_R, entropy_R):
                     torch.distributed.all_reduce(values_R, group=cp_group)
-            self._add_streams(share, context, logp_R, entropy_R, present_R)
+            self._add_streams(rank_batch, context, logp_R, entropy_R, present_R)
         return signal
 
-    def _add_streams(self, share: Share, context: int, logp_R: Tensor, entropy_R: Tensor, present_R: Tensor) -> None:
+    def _add_streams(
+        self, rank_batch: RankBatch, context: int, logp_R: Tensor, entropy_R: Tensor, present_R: Tensor
+    ) -> None:
         if context == 0:
             none = logp_R.new_zeros(0, len(logp_R))
-            share.streams |= {"teacher_logp": logp_R, "teacher_entropy": entropy_R, "taught": present_R}
-            share.streams |= {"contrast_logp": none, "contrast_present": none.bool()}
+            rank_batch.streams |= {
+                "teacher_logp": logp_R,
+                "teacher_entropy": entropy_R,
+                "distilled": present_R,
+            }
+            rank_batch.streams |= {"contrast_logp": none, "contrast_present": none.bool()}
         else:
             for name, row_R in (("contrast_logp", logp_R), ("contrast_present", present_R)):
-                share.streams[name] = torch.cat([share.streams[name], row_R[None]])
+                rank_batch.streams[name] = torch.cat([rank_batch.streams[name], row_R[None]])

@@ -1,17 +1,20 @@
 """How much of the solution the teacher reads, learned while the student learns (ATESD 2605.11458).
 
-A decision is a share alpha of the solution's lines, drawn from Beta(a, b), (a, b) = 1 + softplus(MLP(state)), and held for HOLD steps.
-LOOK_AHEAD steps after it was made it is judged by the falls of the student's loss, g = DISCOUNT:
+A decision is a share alpha of the solution's lines, drawn from Beta(a, b), (a, b) = 1 +
+softplus(MLP(state)), and held for HOLD steps. LOOK_AHEAD steps after it was made it is judged by
+the falls of the student's loss, g = DISCOUNT:
 
     R = sum_{i=1..L} g^(i-1) max(0, loss_{i-1} - loss_i)
 
-loss_0 being the step's before it. The paper adds a tenth of the teacher's log-prob of the reference, which is not here: it would cost a
-pass over the references. BATCH judged decisions make one step of REINFORCE with R whitened over them; entropy of the Beta above
-MAX_ENTROPY is penalised. The first HOLD steps have the configured share, which nothing is learned from: it was not drawn.
+loss_0 being the step's before it. The paper adds a tenth of the teacher's log-prob of the
+reference, which is not here: it would cost a pass over the references. BATCH judged decisions make
+one step of REINFORCE with R whitened over them; entropy of the Beta above MAX_ENTROPY is penalised.
+The first HOLD steps have the configured share, which nothing is learned from: it was not drawn.
 
-UNSURE: every constant below, the optimiser (plain gradient descent), and what the state's mismatch, probe and confidence are; the paper's
-code is not released. Here mismatch is the mean divergence and confidence exp of the mean log-prob of the sampled tokens.
-One alpha for a whole batch, as the paper has it. The only file of algo/ that needs torch (on the CPU, float64).
+UNSURE: every constant below, the optimiser (plain gradient descent), and what the state's mismatch,
+probe and confidence are; the paper's code is not released. Here mismatch is the mean divergence and
+confidence exp of the mean log-prob of the sampled tokens. One alpha for a whole batch, as the paper
+has it. The only file of algo/ that needs torch (on the CPU, float64).
 """
 
 from __future__ import annotations
@@ -26,23 +29,32 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta
 
-HOLD = 2  # H, steps that a decision is held
-LOOK_AHEAD = 6  # L, steps after which it is judged
-DISCOUNT = 0.9  # g
-HIDDEN = 16  # units of the MLP's one hidden layer
-BATCH = 4  # decisions of one controller update
+# H, steps that a decision is held
+HOLD = 2
+# L, steps after which it is judged
+LOOK_AHEAD = 6
+# g
+DISCOUNT = 0.9
+# units of the MLP's one hidden layer
+HIDDEN = 16
+# decisions of one controller update
+BATCH = 4
 LEARNING_RATE = 0.05
-MAX_ENTROPY = -0.2  # nats; Beta(1, 1) has 0, the most there is
+# nats; Beta(1, 1) has 0, the most there is
+MAX_ENTROPY = -0.2
 ENTROPY_WEIGHT = 1.0
-AVERAGE_RATE = 0.2  # share of a new step in the averages of the state
-HORIZON = 100  # steps that progress counts to where the run's length is not known
+# share of a new step in the averages of the state
+AVERAGE_RATE = 0.2
+# steps that progress counts to where the run's length is not known
+HORIZON = 100
 FEATURES = ("progress", "fraction", "loss", "divergence", "confidence")
 
 
-class ExposureController:
-    """The share of the solution to show, `fraction`, after each step's figures; the same for the same seed and figures.
+class PrefixController:
+    """The share of the solution to show, `fraction`, after each step's figures; the same for the
+    same seed and figures.
 
-    controller = ExposureController(seed=1, start=0.5, steps=100)
+    controller = PrefixController(seed=1, start=0.5, steps=100)
     controller.observe({"loss": 0.31, "divergence": 0.31, "logp": -0.4}); controller.fraction
     """
 
@@ -51,15 +63,18 @@ class ExposureController:
         self.seed, self.fraction, self.horizon = seed, start, steps or HORIZON
         self.step, self.decisions, self.updates, self.reward = 0, 0, 0, 0.0
         self.averages: dict[str, float] = {}
-        self.loss: float | None = None  # of the last step
-        self.open: list[dict[str, Any]] = []  # decisions that are not judged yet
+        # of the last step
+        self.loss: float | None = None
+        # decisions that are not judged yet
+        self.open: list[dict[str, Any]] = []
         self.judged: list[dict[str, Any]] = []
         draw = torch.Generator().manual_seed(seed)
         size = len(FEATURES)
         self.weights = [
             torch.randn(size, HIDDEN, generator=draw, dtype=torch.float64) / math.sqrt(size),
             torch.zeros(HIDDEN, dtype=torch.float64),
-            torch.zeros(HIDDEN, 2, dtype=torch.float64),  # the first draws come from one Beta around 0.5, whatever the state
+            # the first draws come from one Beta around 0.5, whatever the state
+            torch.zeros(HIDDEN, 2, dtype=torch.float64),
             torch.zeros(2, dtype=torch.float64),
         ]
 
@@ -92,17 +107,28 @@ class ExposureController:
     def figures(self) -> dict[str, float]:
         """The share in use, the mean of the present Beta, updates made, mean reward of the last of them."""
         a, b = self.beta()
-        return {"fraction": self.fraction, "mean": a / (a + b), "updates": float(self.updates), "reward": self.reward}
+        return {
+            "fraction": self.fraction,
+            "mean": a / (a + b),
+            "updates": float(self.updates),
+            "reward": self.reward,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
         names = ("fraction", "step", "decisions", "updates", "reward", "averages", "loss", "open", "judged")
-        return deepcopy({name: getattr(self, name) for name in names}) | {"weights": [w.tolist() for w in self.weights]}
+        return deepcopy({name: getattr(self, name) for name in names}) | {
+            "weights": [w.tolist() for w in self.weights]
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of state_dict; seed, start and steps stay those of the constructor."""
         for name, value in deepcopy(dict(state)).items():
-            setattr(self, name, [torch.tensor(w, dtype=torch.float64) for w in value] if name == "weights" else value)
+            setattr(
+                self,
+                name,
+                [torch.tensor(w, dtype=torch.float64) for w in value] if name == "weights" else value,
+            )
 
     def _average(self, metrics: Mapping[str, float], loss: float) -> None:
         seen = {"fraction": self.fraction, "loss": loss, "divergence": metrics.get("divergence", 0.0)}
@@ -129,13 +155,17 @@ class ExposureController:
         """One step of REINFORCE."""
         rewards_B = torch.tensor([d["reward"] for d in decisions], dtype=torch.float64)
         whitened_B = (rewards_B - rewards_B.mean()) / (rewards_B.std() + 1e-8)
-        fractions_B = torch.tensor([d["fraction"] for d in decisions], dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+        fractions_B = torch.tensor([d["fraction"] for d in decisions], dtype=torch.float64).clamp(
+            1e-6, 1 - 1e-6
+        )
         self.weights = [w.detach().requires_grad_() for w in self.weights]
         policy = Beta(*self._beta(torch.tensor([d["state"] for d in decisions], dtype=torch.float64)).T)
         excess_B = (policy.entropy() - MAX_ENTROPY).clamp(min=0.0)
         loss = (ENTROPY_WEIGHT * excess_B - whitened_B * policy.log_prob(fractions_B)).mean()
         gradients = torch.autograd.grad(loss, self.weights)
-        self.weights = [(w - LEARNING_RATE * g).detach() for w, g in zip(self.weights, gradients, strict=True)]
+        self.weights = [
+            (w - LEARNING_RATE * g).detach() for w, g in zip(self.weights, gradients, strict=True)
+        ]
         self.updates, self.reward = self.updates + 1, float(rewards_B.mean())
 
 

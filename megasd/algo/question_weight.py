@@ -1,7 +1,8 @@
 """Question weights from pass rates: how much a question teaches, judged by how often it was solved.
 
-Raw weights: loss/normalise.py divides them by what question_weight.normaliser says, so a constant factor is felt where that is "none"
-alone. A question that no verifier could score has no pass rate (None) and the weight 0, except where every question has the same.
+Raw weights: loss/normalise.py divides them by what question_weight.normaliser says, so a constant
+factor is felt where that is "none" alone. A question that no verifier could score has no pass rate
+(None) and the weight 0, except where every question has the same.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from collections.abc import Callable
 from megasd.config.schema import QuestionWeightConfig
 
 QuestionWeight = Callable[[float | None], float]
-Rule = Callable[[float, QuestionWeightConfig], float]  # of a pass rate that is known
-LEAST = 2.0**-30  # a smaller weight is 0: an averaged rate comes ever closer to 0 or 1, and loss/normalise.py adds weights up on a grid
+# of a pass rate that is known
+WeightRule = Callable[[float, QuestionWeightConfig], float]
+# a smaller weight is 0: an averaged rate comes ever closer to 0 or 1, and loss/normalise.py adds
+# weights up on a grid
+LEAST = 2.0**-30
 
 
 def sqrt_pq(pass_rate: float, config: QuestionWeightConfig) -> float:
-    """sqrt(p (1 - p)): the residual question-level scale of group-normalised GRPO (SC-SDPO 2605.27765, alpha = 1/2)."""
+    """sqrt(p (1 - p)): the residual question-level scale of group-normalised GRPO (SC-SDPO
+    2605.27765, alpha = 1/2).
+    """
     return math.sqrt(pass_rate * (1.0 - pass_rate))
 
 
@@ -41,25 +47,36 @@ def band(pass_rate: float, config: QuestionWeightConfig) -> float:
     return float(config.low <= pass_rate <= config.high)
 
 
-RULES: dict[str, Rule] = {"sqrt_pq": sqrt_pq, "pq": pq, "four_pq": four_pq, "power": power, "band": band}
+QUESTION_WEIGHTS: dict[str, WeightRule] = {
+    "sqrt_pq": sqrt_pq,
+    "pq": pq,
+    "four_pq": four_pq,
+    "power": power,
+    "band": band,
+}
 
 
 def question_weight(config: QuestionWeightConfig) -> QuestionWeight:
-    """Raw (not normalised) weight of a question as a function of its pass rate (None: not known), config.scale included; 0 below 2^-30.
+    """Raw (not normalised) weight of a question as a function of its pass rate (None: not known),
+    config.scale included; 0 below 2^-30.
 
     ValueError for an unknown kind, and, from the function, for a rate outside [0, 1].
     """
     if config.kind == "none" or (config.kind == "power" and config.a == config.b == 0):
         return lambda pass_rate: config.scale
-    if config.kind not in RULES:
-        raise ValueError(f"question_weight.kind must be one of none, {', '.join(RULES)}, got {config.kind!r}")
-    rule = RULES[config.kind]
+    if config.kind not in QUESTION_WEIGHTS:
+        raise ValueError(
+            f"question_weight.kind must be one of none, {', '.join(QUESTION_WEIGHTS)}, got {config.kind!r}"
+        )
+    rule = QUESTION_WEIGHTS[config.kind]
 
     def weight(pass_rate: float | None) -> float:
         if pass_rate is None:
             return 0.0
         if not 0.0 <= pass_rate <= 1.0:
-            raise ValueError(f"a pass rate lies in [0, 1], got {pass_rate}; map shaped rewards to success or failure first")
+            raise ValueError(
+                f"a pass rate lies in [0, 1], got {pass_rate}; map shaped rewards to success or failure first"
+            )
         raw = config.scale * rule(pass_rate, config)
         return raw if raw >= LEAST else 0.0
 

@@ -1,13 +1,15 @@
 """The algorithm as it stands at one step: stages entered so far, and numbers that change with time.
 
-A stage is a text of algorithm.stages, "START: key=value key=value": START a step, counted from 0, or a share of run.steps in percent, the
-keys those of the algorithm section. Later stages add to earlier ones. Values are split as a shell does it, so quote one with spaces.
+A stage is a text of algorithm.stages, "START: key=value key=value": START a step, counted from 0,
+or a share of run.steps in percent, the keys those of the algorithm section. Later stages add to
+earlier ones. Values are split as a shell does it, so quote one with spaces.
 
     stages: ["50%: source=rollout distill.beta=1.0"]      forward KL on references, then reverse KL on samples (PACED 2603.11178)
 
-Numbers: credit.lam falls to lam_end over lam_steps (RLSD 2604.03128); distill.coefficient rises over warmup_steps and falls from decay_from
-on over decay_steps (SDPG's trapezoid). Their steps are those of the run, whatever stage they stand in.
-"""
+Numbers: credit.lam falls to lam_end over lam_steps (RLSD 2604.03128); distill.coefficient rises
+over warmup_steps and falls from decay_from on over decay_steps (SDPG's trapezoid). Their steps are
+those of the run, whatever stage they stand in.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -25,17 +27,29 @@ from megasd.config.validate_algorithm import check_algorithm, check_read
 
 STAGE = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*:(.*)", re.DOTALL)
 # What is built once, before the first step.
-BUILT_ONCE = ("weights", "ema_rate", "refresh_every", "gate_gain", "gate_length", "trust_mix", "model_path", "adaptive_prefix")
+BUILT_ONCE = (
+    "weights",
+    "ema_rate",
+    "refresh_every",
+    "gate_gain",
+    "gate_length",
+    "trust_mix",
+    "model_path",
+    "adaptive_prefix",
+)
 
-_known: dict[tuple[str, int], AlgorithmConfig] = {}  # reading a stage takes milliseconds, and every step asks several times
+# reading a stage takes milliseconds, and every step asks several times
+_known: dict[tuple[str, int], AlgorithmConfig] = {}
 
 
 @dataclass(frozen=True)
 class Stage:
     """One text of algorithm.stages, read."""
 
-    where: str  # for errors
-    start: float  # a step, or percent of the run
+    # for errors
+    where: str
+    # a step, or percent of the run
+    start: float
     is_share: bool
     changes: list[str]
 
@@ -45,9 +59,11 @@ class Stage:
 
 
 def at(algorithm: AlgorithmConfig, step: int, steps: int) -> AlgorithmConfig:
-    """The algorithm of a step (from 0) of a run of `steps`: stages applied, credit.lam and distill.coefficient as they are then.
+    """The algorithm of a step (from 0) of a run of `steps`: stages applied, credit.lam and
+    distill.coefficient as they are then.
 
-    The first step of a warm-up has 1 / warmup_steps of the coefficient, not 0, as with the learning rate. ConfigError for a bad stage.
+    The first step of a warm-up has 1 / warmup_steps of the coefficient, not 0, as with the learning
+    rate. ConfigError for a bad stage.
     """
     begun = takewhile(lambda stage: stage.first_step(steps) <= step, _stages(algorithm))
     algorithm = _after(algorithm, sum(1 for _ in begun))
@@ -56,26 +72,36 @@ def at(algorithm: AlgorithmConfig, step: int, steps: int) -> AlgorithmConfig:
         algorithm = replace(algorithm, distill=replace(term, coefficient=_coefficient(term, step)))
     if pg is not None and pg.credit is not None and pg.credit.lam_end is not None:
         lam = _lam(pg.credit, step)
-        gone = lam == 0.0 and pg.credit.kind in ("rlsd", "cepo")  # the advantage alone is left, and the teacher need not run
-        algorithm = replace(algorithm, policy_gradient=replace(pg, credit=None if gone else replace(pg.credit, lam=lam)))
+        # the advantage alone is left, and the teacher need not run
+        gone = lam == 0.0 and pg.credit.kind in ("rlsd", "cepo")
+        algorithm = replace(
+            algorithm, policy_gradient=replace(pg, credit=None if gone else replace(pg.credit, lam=lam))
+        )
     return algorithm
 
 
 def variants(algorithm: AlgorithmConfig) -> list[AlgorithmConfig]:
-    """The algorithm before its first stage, in its first one, and so on; scheduled numbers as configured. ConfigError for a bad stage."""
+    """The algorithm before its first stage, in its first one, and so on; scheduled numbers as
+    configured. ConfigError for a bad stage.
+    """
     return [_after(algorithm, count) for count in range(len(algorithm.stages) + 1)]
 
 
 def reads_solutions(algorithm: AlgorithmConfig) -> bool:
-    """Whether every training row must bring a solution, in some stage. teacher.fallback=solution does without where a row has none."""
+    """Whether every training row must bring a solution, in some stage. teacher.fallback=solution
+    does without where a row has none.
+    """
     stages = variants(algorithm)
     learned = any(one.source != "rollout" for one in stages)
-    return learned or any(one.teacher is not None and one.teacher.context in ("solution", "prefix") for one in stages)
+    return learned or any(
+        one.teacher is not None and one.teacher.context in ("solution", "prefix") for one in stages
+    )
 
 
 def check_stages(config: Config, world_size: int | None = None) -> None:
-    """Refuse stages that cannot be read, are out of order, never begin in run.steps, or ask for what cannot run on `world_size` ranks
-    (None: the number that `megasd train` starts). The start is held to the same rules. Raises ConfigError.
+    """Refuse stages that cannot be read, are out of order, never begin in run.steps, or ask for
+    what cannot run on `world_size` ranks (None: the number that `megasd train` starts). The start
+    is held to the same rules. Raises ConfigError.
     """
     algorithm, steps = config.algorithm, config.run.steps
     stages, found, last = _stages(algorithm), variants(algorithm), 0
@@ -84,9 +110,14 @@ def check_stages(config: Config, world_size: int | None = None) -> None:
     for stage, before, after in zip(stages, found, found[1:], strict=False):
         first = stage.first_step(steps)
         if first < last:
-            raise ConfigError(f"{stage.where}: begins before the stage in front of it; write stages in their order")
+            raise ConfigError(
+                f"{stage.where}: begins before the stage in front of it; write stages in their order"
+            )
         if first >= steps and not stage.is_share:
-            raise ConfigError(f"{stage.where}: never begins in run.steps={steps}; give a smaller step, a share such as 50%, or more steps")
+            raise ConfigError(
+                f"{stage.where}: never begins in run.steps={steps}; give a smaller step, a share such as 50%,"
+                " or more steps"
+            )
         try:
             check_algorithm(config, after, data_parallel)
         except ConfigError as error:
@@ -96,7 +127,10 @@ def check_stages(config: Config, world_size: int | None = None) -> None:
     check_read(config, found)
     rates = sorted({one.question_weight.ema_rate for one in found if averages(one)})
     if len(rates) > 1:
-        raise ConfigError(f"algorithm.question_weight.ema_rate: pass rates are averaged once for all stages; take {rates[0]} or {rates[1]}")
+        raise ConfigError(
+            "algorithm.question_weight.ema_rate: pass rates are averaged once for all stages; take"
+            f" {rates[0]} or {rates[1]}"
+        )
 
 
 def averages(algorithm: AlgorithmConfig) -> bool:
@@ -108,8 +142,14 @@ def _check_built(where: str, start: AlgorithmConfig, before: AlgorithmConfig, af
     """What the run has built from the first stage, the later ones find as it is."""
     if after.teacher is not None:
         if start.teacher is None:
-            raise ConfigError(f"{where}: the teacher is built before the first step; give algorithm.teacher from the start")
-        changed = [f"teacher.{name}" for name in BUILT_ONCE if getattr(start.teacher, name) != getattr(after.teacher, name)]
+            raise ConfigError(
+                f"{where}: the teacher is built before the first step; give algorithm.teacher from the start"
+            )
+        changed = [
+            f"teacher.{name}"
+            for name in BUILT_ONCE
+            if getattr(start.teacher, name) != getattr(after.teacher, name)
+        ]
     else:
         changed = []
     changed += [name for name in ("recipe", "stages") if attrgetter(name)(before) != attrgetter(name)(after)]
@@ -126,7 +166,10 @@ def _check_built(where: str, start: AlgorithmConfig, before: AlgorithmConfig, af
         if weight.normaliser == "dataset" and weight != first:
             changed += ["question_weight"]
     if changed:
-        raise ConfigError(f"{where}: algorithm.{changed[0]} is built before the first step and cannot change; set it outside of stages")
+        raise ConfigError(
+            f"{where}: algorithm.{changed[0]} is built before the first step and cannot change; set it"
+            " outside of stages"
+        )
 
 
 def _stages(algorithm: AlgorithmConfig) -> list[Stage]:
@@ -140,7 +183,9 @@ def _read(text: str, where: str) -> Stage:
     except ValueError as error:
         raise ConfigError(f"{where}: {text!r}: {error}; close the quotes") from error
     if not changes:
-        raise ConfigError(f'{where}: {text!r} is not a stage; write "50%: key=value" or "100: key=value key=value"')
+        raise ConfigError(
+            f'{where}: {text!r} is not a stage; write "50%: key=value" or "100: key=value key=value"'
+        )
     start, is_share = float(found[1]), found[2] == "%"
     if is_share and start > 100 or not is_share and start != int(start):
         raise ConfigError(f"{where}: {text!r}: starts at a whole step or at 0% to 100%")
@@ -162,7 +207,9 @@ def _after(algorithm: AlgorithmConfig, count: int) -> AlgorithmConfig:
 
 def _coefficient(term: DistillTerm, step: int) -> float:
     rise = min(1.0, (step + 1) / term.warmup_steps) if term.warmup_steps else 1.0
-    fall = 1.0 if term.decay_from is None else max(0.0, 1.0 - max(0, step - term.decay_from) / term.decay_steps)
+    fall = (
+        1.0 if term.decay_from is None else max(0.0, 1.0 - max(0, step - term.decay_from) / term.decay_steps)
+    )
     return term.coefficient * rise * fall
 
 

@@ -1,9 +1,11 @@
-"""What rank 0 remembers between steps: pass rates by question, successes, moments of rewards, the exposure controller.
+"""What rank 0 remembers between steps: pass rates by question, successes, moments of rewards, the
+exposure controller.
 
     memory = Memory(config.algorithm, seed=1, steps=100)
     memory.pass_rate(group, algorithm.question_weight); memory.observe(groups); memory.after_step(metrics)
 
-Only what some stage of the algorithm reads is kept. Plain Python, and torch where a share of the solution is learned.
+Only what some stage of the algorithm reads is kept. Plain Python, and torch where a share of the
+solution is learned.
 """
 
 from __future__ import annotations
@@ -18,33 +20,40 @@ from megasd.config.schema import AlgorithmConfig, QuestionWeightConfig
 from megasd.types import Group, Prompt, UserError, Verdict
 
 if TYPE_CHECKING:
-    from megasd.algo.prefix_controller import ExposureController
+    from megasd.algo.prefix_controller import PrefixController
 
 
-class Memory:
+class AlgorithmState:
     """One per run.
 
     seed       the run's
-    buffer     prompt id -> text of the latest right sample of an earlier step (DRIFT 2606.30345); None where nothing reads it
+    buffer     prompt id -> text of the latest right sample of an earlier step (DRIFT 2606.30345);
+               None where nothing reads it
     whitener   moments of rewards (EGRSD 2605.13255); None where nothing reads them
     """
 
     def __init__(self, algorithm: AlgorithmConfig, *, seed: int, steps: int | None = None) -> None:
-        """algorithm: as configured, stages included. steps: of the run, for the exposure controller's progress."""
+        """algorithm: as configured, stages included. steps: of the run, for the exposure
+        controller's progress.
+        """
         self.algorithm, self.seed = algorithm, seed
         stages = variants(algorithm)
         teachers = [one.teacher for one in stages if one.teacher is not None]
         self.averaged: dict[str, float] | None = {} if any(averages(one) for one in stages) else None
         self.frozen: dict[str, float | None] | None = None
-        self.buffer: dict[str, str] | None = {} if any(teacher.fallback == "buffer" for teacher in teachers) else None
-        whitens = any(one.policy_gradient is not None and one.policy_gradient.advantage == "whitened" for one in stages)
+        self.buffer: dict[str, str] | None = (
+            {} if any(teacher.fallback == "buffer" for teacher in teachers) else None
+        )
+        whitens = any(
+            one.policy_gradient is not None and one.policy_gradient.advantage == "whitened" for one in stages
+        )
         self.whitener = Whitener() if whitens else None
-        self.exposure: ExposureController | None = None
+        self.exposure: PrefixController | None = None
         adaptive = [teacher for teacher in teachers if teacher.adaptive_prefix]
         if adaptive:
-            from megasd.algo.prefix_controller import ExposureController
+            from megasd.algo.prefix_controller import PrefixController
 
-            self.exposure = ExposureController(seed=seed, start=adaptive[0].prefix_fraction, steps=steps)
+            self.exposure = PrefixController(seed=seed, start=adaptive[0].prefix_fraction, steps=steps)
 
     # ---- pass rates ----
 
@@ -54,14 +63,18 @@ class Memory:
         return self.frozen is not None
 
     def set_frozen(self, rates: Mapping[str, float | None]) -> None:
-        """The start model's pass rates by prompt id, None where no verifier could score (PACED 2603.11178)."""
+        """The start model's pass rates by prompt id, None where no verifier could score (PACED
+        2603.11178).
+        """
         self.frozen = dict(rates)
 
     def pass_rate(self, group: Group, weight: QuestionWeightConfig | None = None) -> float | None:
-        """The rate that the question's weight goes by, in [0, 1]; None where it is not known. Asking changes nothing.
+        """The rate that the question's weight goes by, in [0, 1]; None where it is not known.
+        Asking changes nothing.
 
-        weight: the algorithm's of this step; None: as configured. step: of these samples; frozen: the row's own, else set_frozen's;
-        ema: the average over earlier visits and this one, an unscored visit leaving it as it is.
+        weight: the algorithm's of this step; None: as configured. step: of these samples; frozen:
+        the row's own, else set_frozen's; ema: the average over earlier visits and this one, an
+        unscored visit leaving it as it is.
         """
         weight = weight or self.algorithm.question_weight
         if weight.kind == "none" or weight.pass_rate == "step":
@@ -71,7 +84,8 @@ class Memory:
         return self._average(group, weight.ema_rate)
 
     def dataset_mean(self, prompts: Iterable[Prompt]) -> float | None:
-        """Mean raw weight of all training rows by their frozen rates (PACED arm of SC-SDPO 2605.27765); None unless normaliser=dataset.
+        """Mean raw weight of all training rows by their frozen rates (PACED arm of SC-SDPO
+        2605.27765); None unless normaliser=dataset.
 
         UserError where it is 0: nothing would be learned.
         """
@@ -83,8 +97,8 @@ class Memory:
         mean = sum(weights) / len(weights) if weights else 0.0
         if mean == 0.0:
             raise UserError(
-                f"algorithm.question_weight.kind={config.kind}: the start model's pass rates give all {len(weights)} training rows the "
-                "weight 0; take other rows, or kind=none"
+                f"algorithm.question_weight.kind={config.kind}: the start model's pass rates give all"
+                f" {len(weights)} training rows the weight 0; take other rows, or kind=none"
             )
         return mean
 
@@ -92,7 +106,9 @@ class Memory:
         if prompt.pass_rate is not None:
             return prompt.pass_rate
         if self.frozen is None or prompt.id not in self.frozen:
-            raise ValueError(f"row {prompt.id!r} has no pass rate of the start model; estimate it before the first step")
+            raise ValueError(
+                f"row {prompt.id!r} has no pass rate of the start model; estimate it before the first step"
+            )
         return self.frozen[prompt.id]
 
     def _average(self, group: Group, rate: float) -> float | None:
@@ -149,10 +165,15 @@ class Memory:
         """Plain JSON-able values."""
         parts = {"whitener": self.whitener, "exposure": self.exposure}
         state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
-        return state | {name: None if (held := getattr(self, name)) is None else dict(held) for name in ("averaged", "frozen", "buffer")}
+        return state | {
+            name: None if (held := getattr(self, name)) is None else dict(held)
+            for name in ("averaged", "frozen", "buffer")
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict; what the run's algorithm no longer reads is left out, what it reads anew starts empty."""
+        """The inverse of state_dict; what the run's algorithm no longer reads is left out, what it
+        reads anew starts empty.
+        """
         self.frozen = state["frozen"]
         for name in ("averaged", "buffer"):
             if getattr(self, name) is not None:

@@ -1,15 +1,22 @@
-"""Which data-parallel rank computes which samples, and in which microbatches. Plain Python: every rank works it out for itself.
+"""Which data-parallel rank computes which samples, and in which microbatches. Plain Python: every
+rank works it out for itself.
 
-`by_count`: a fixed number of samples a microbatch, dealt by length. `by_tokens`: a token budget; pack first, distribute second:
+`by_count`: a fixed number of samples a microbatch, dealt by length. `by_tokens`: a token budget;
+pack first, distribute second:
 
-1. Microbatches. A packed one takes the sum of its lengths, a padded one its longest length for each sample; neither exceeds the budget.
-   Packed: the fewest are found by first-fit in falling length, their number is made a multiple of the ranks, and the samples are spread
-   over that many so that the costs come out even (greedy, costliest first). Padded: neighbours in length share one, cut so that
-   padding is the least; the costliest are cut in two until their number is a multiple of the ranks.
-2. Ranks. The microbatches are put on ranks by the balanced largest-differencing method (Karmarkar and Karp; equal numbers: Michiels et al.
+1. Microbatches. A packed one takes the sum of its lengths, a padded one its longest length for each
+   sample; neither exceeds the budget.
+   Packed: the fewest are found by first-fit in falling length, their number is made a multiple of
+   the ranks, and the samples are spread over that many so that the costs come out even (greedy,
+   costliest first). Padded: neighbours in length share one, cut so that padding is the least; the
+   costliest are cut in two until their number is a multiple of the ranks.
+2. Ranks. The microbatches are put on ranks by the balanced largest-differencing method (Karmarkar
+   and Karp; equal numbers: Michiels et al.
    2003): blocks of one microbatch a rank, the two widest spreads joined against each other until one is left.
-3. Samples move or change places between the costliest and the cheapest rank while that evens them out and the budget holds (packed).
-4. Is a rank still above the mean by more than `GOAL`, one more microbatch a rank is opened, and so on; the best is taken.
+3. Samples move or change places between the costliest and the cheapest rank while that evens them
+   out and the budget holds (packed).
+4. Is a rank still above the mean by more than `GOAL`, one more microbatch a rank is opened, and so
+   on; the best is taken.
 
 Equal inputs give equal parts: ties fall by index. No rank asks another.
 """
@@ -22,19 +29,26 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-GOAL = 1.02  # largest cost of a rank over the mean at which no more microbatches are opened
-STEP = 0.005  # by which another microbatch a rank has to better that
-FEE = 1 / 32  # of the budget, in tokens: what a padded microbatch must save in padding to be worth its launch
-MORE = 8  # microbatches a rank that are tried beyond the fewest
-MOVES = 200  # samples moved at most
+# largest cost of a rank over the mean at which no more microbatches are opened
+GOAL = 1.02
+# by which another microbatch a rank has to better that
+STEP = 0.005
+# of the budget, in tokens: what a padded microbatch must save in padding to be worth its launch
+FEE = 1 / 32
+# microbatches a rank that are tried beyond the fewest
+MORE = 8
+# samples moved at most
+MOVES = 200
 
 
 @dataclass
 class Part:
     """What one data-parallel rank is given."""
 
-    microbatches: list[list[int]]  # samples that need a forward, as many microbatches on every rank; an empty one is filler
-    idle: list[int] = field(default_factory=list)  # samples of weight zero: counted, not computed
+    # samples that need a forward, as many microbatches on every rank; an empty one is filler
+    microbatches: list[list[int]]
+    # samples of weight zero: counted, not computed
+    idle: list[int] = field(default_factory=list)
 
     @property
     def samples(self) -> list[int]:
@@ -43,12 +57,17 @@ class Part:
 
 
 def by_count(lengths: Sequence[int], active: Sequence[bool], ranks: int, size: int) -> list[Part]:
-    """`size` samples a microbatch. Long samples first, dealt there and back (0 1 2 2 1 0 0 ...), the inactive after the active."""
+    """`size` samples a microbatch. Long samples first, dealt there and back (0 1 2 2 1 0 0 ...),
+    the inactive after the active.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (not active[i], -lengths[i], i))
     mine = [[i for k, i in enumerate(order) if _dealt_to(k, ranks) == rank] for rank in range(ranks)]
     computed = [[i for i in one if active[i]] for one in mine]
     count = max(1, -(-max(map(len, computed)) // size))
-    return [Part(chunks(one, size, count), [i for i in whole if not active[i]]) for one, whole in zip(computed, mine, strict=True)]
+    return [
+        Part(chunks(one, size, count), [i for i in whole if not active[i]])
+        for one, whole in zip(computed, mine, strict=True)
+    ]
 
 
 def chunks(samples: Sequence[int], size: int, count: int) -> list[list[int]]:
@@ -63,13 +82,18 @@ def _dealt_to(k: int, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What is known of the samples before they are computed; sequences by sample."""
 
-    tokens: Sequence[int]  # padded length of the student's sequence
-    cost: Sequence[float]  # FLOPs of the passes over it
-    other: Sequence[float]  # FLOPs of passes over other sequences of the sample (the teacher's), which get microbatches of their own
-    budget: int  # tokens of a microbatch
+    # padded length of the student's sequence
+    tokens: Sequence[int]
+    # FLOPs of the passes over it
+    cost: Sequence[float]
+    # FLOPs of passes over other sequences of the sample (the teacher's), which get microbatches of
+    # their own
+    other: Sequence[float]
+    # tokens of a microbatch
+    budget: int
     packing: bool
 
     def total(self, i: int) -> float:
@@ -88,7 +112,9 @@ def bin_cost(cost: Sequence[float], samples: Sequence[int], *, packing: bool) ->
 
 
 def pack(tokens: Sequence[int], samples: Sequence[int], budget: int, *, packing: bool) -> list[list[int]]:
-    """The given samples in few microbatches within `budget`; a longer one is alone in its own. tokens: padded length of every sample."""
+    """The given samples in few microbatches within `budget`; a longer one is alone in its own.
+    tokens: padded length of every sample.
+    """
     order = sorted(samples, key=lambda i: (-tokens[i], i))
     if not packing:
         return _neighbours(tokens, order, budget)
@@ -106,13 +132,17 @@ def pack(tokens: Sequence[int], samples: Sequence[int], budget: int, *, packing:
 
 
 def _neighbours(tokens: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
-    """Samples in falling length, cut where the tokens computed, with a fee of `FEE` of the budget for each microbatch, are the fewest."""
-    price, first = [0.0], [0]  # of the first n samples; where the last microbatch of them begins
+    """Samples in falling length, cut where the tokens computed, with a fee of `FEE` of the budget
+    for each microbatch, are the fewest.
+    """
+    # of the first n samples; where the last microbatch of them begins
+    price, first = [0.0], [0]
     for end in range(1, len(order) + 1):
         best, at = math.inf, end - 1
         for start in range(end - 1, -1, -1):
             taken = tokens[order[start]] * (end - start)
-            if taken > budget and start < end - 1:  # grows as the microbatch reaches back to longer samples
+            # grows as the microbatch reaches back to longer samples
+            if taken > budget and start < end - 1:
                 break
             if price[start] + taken < best:
                 best, at = price[start] + taken, start
@@ -126,11 +156,12 @@ def _neighbours(tokens: Sequence[int], order: Sequence[int], budget: int) -> lis
     return bins[::-1]
 
 
-def by_tokens(work: Work, active: Sequence[bool], ranks: int, *, least: int = 1) -> list[Part]:
+def by_tokens(work: Workload, active: Sequence[bool], ranks: int, *, least: int = 1) -> list[Part]:
     """One part a rank, with equal numbers of microbatches, costs balanced.
 
-    least: microbatches a rank at least, as long as there are samples for them (a pipeline of n stages idles with fewer than n).
-    Every rank gets a sample when there are as many samples as ranks.
+    least: microbatches a rank at least, as long as there are samples for them (a pipeline of n
+    stages idles with fewer than n). Every rank gets a sample when there are as many samples as
+    ranks.
     """
     samples = [i for i in range(len(work.tokens)) if active[i]]
     tight = pack(work.tokens, samples, work.budget, packing=work.packing)
@@ -151,14 +182,17 @@ def by_tokens(work: Work, active: Sequence[bool], ranks: int, *, least: int = 1)
     return _with_idle(best[1], [i for i in range(len(work.tokens)) if not active[i]])
 
 
-def _spread(work: Work, samples: Sequence[int], count: int) -> list[list[int]] | None:
-    """`count` microbatches of even cost: the costliest sample goes to the cheapest microbatch with room. None where one finds no room."""
+def _spread(work: Workload, samples: Sequence[int], count: int) -> list[list[int]] | None:
+    """`count` microbatches of even cost: the costliest sample goes to the cheapest microbatch with
+    room. None where one finds no room.
+    """
     bins: list[list[int]] = [[] for _ in range(count)]
     room = [work.budget] * count
     heap = [(0.0, k) for k in range(count)]
     for i in sorted(samples, key=lambda i: (-work.total(i), i)):
         full = []
-        while heap and bins[heap[0][1]] and room[heap[0][1]] < work.tokens[i]:  # an empty one takes any sample
+        # an empty one takes any sample
+        while heap and bins[heap[0][1]] and room[heap[0][1]] < work.tokens[i]:
             full.append(heapq.heappop(heap))
         if not heap:
             return None
@@ -170,8 +204,10 @@ def _spread(work: Work, samples: Sequence[int], count: int) -> list[list[int]] |
     return bins
 
 
-def _split(work: Work, bins: list[list[int]], count: int) -> list[list[int]]:
-    """`count` microbatches: the costliest of several samples is cut in two until there are enough, then empty ones are added."""
+def _split(work: Workload, bins: list[list[int]], count: int) -> list[list[int]]:
+    """`count` microbatches: the costliest of several samples is cut in two until there are enough,
+    then empty ones are added.
+    """
     bins = [list(one) for one in bins if one]
     while len(bins) < count:
         several = [k for k, one in enumerate(bins) if len(one) > 1]
@@ -182,8 +218,9 @@ def _split(work: Work, bins: list[list[int]], count: int) -> list[list[int]]:
     return bins
 
 
-def _halves(work: Work, one: list[int]) -> list[list[int]]:
-    if not work.packing:  # neighbours in length stay together
+def _halves(work: Workload, one: list[int]) -> list[list[int]]:
+    # neighbours in length stay together
+    if not work.packing:
         order = sorted(one, key=lambda i: (-work.tokens[i], i))
         return [order[: len(order) // 2], order[len(order) // 2 :]]
     halves: list[list[int]] = [[], []]
@@ -202,7 +239,9 @@ def _difference(bins: list[list[int]], costs: list[float], ranks: int) -> list[l
     for first in range(0, len(order), ranks):
         block = order[first : first + ranks]
         loads = [costs[k] for k in block]
-        heap.append((-(max(loads) - min(loads)), first, [(load, [k]) for load, k in zip(loads, block, strict=True)]))
+        heap.append(
+            (-(max(loads) - min(loads)), first, [(load, [k]) for load, k in zip(loads, block, strict=True)])
+        )
     heapq.heapify(heap)
     while len(heap) > 1:
         _, first, one = heapq.heappop(heap)
@@ -215,12 +254,15 @@ def _difference(bins: list[list[int]], costs: list[float], ranks: int) -> list[l
     return [[bins[k] for k in part] for _, part in heap[0][2]]
 
 
-def _even_out(work: Work, dealt: list[list[list[int]]]) -> None:
+def _even_out(work: Workload, dealt: list[list[list[int]]]) -> None:
     """Move samples, or let two change places, from the costliest rank to the cheapest, in place."""
     loads = [sum(work.of(one) for one in rank) for rank in dealt]
     mean = sum(loads) / len(loads)
     for _ in range(MOVES):
-        high, low = max(range(len(loads)), key=lambda k: (loads[k], -k)), min(range(len(loads)), key=lambda k: (loads[k], k))
+        high, low = (
+            max(range(len(loads)), key=lambda k: (loads[k], -k)),
+            min(range(len(loads)), key=lambda k: (loads[k], k)),
+        )
         if loads[high] <= mean * (1 + (GOAL - 1) / 2):
             return
         found = _exchange(work, dealt[high], dealt[low], loads[high] - loads[low])
@@ -238,16 +280,19 @@ def _even_out(work: Work, dealt: list[list[list[int]]]) -> None:
 
 
 def _exchange(
-    work: Work, high: list[list[int]], low: list[list[int]], gap: float
+    work: Workload, high: list[list[int]], low: list[list[int]], gap: float
 ) -> tuple[tuple[list[int], int], tuple[list[int], int | None]] | None:
-    """The sample of `high` that goes to a microbatch of `low`, and the one that comes back (None: none), nearest to half the gap."""
+    """The sample of `high` that goes to a microbatch of `low`, and the one that comes back (None:
+    none), nearest to half the gap.
+    """
     used = {id(one): sum(work.tokens[i] for i in one) for one in (*high, *low)}
     # cost of what comes back, sample, its microbatch; nothing comes back: each microbatch of `low` once
     back: list[tuple[float, int, list[int]]] = [(0.0, -1, one) for one in low]
     back += [(work.total(j), j, one) for one in low for j in one]
     back.sort(key=lambda entry: entry[:2])
     costs = [entry[0] for entry in back]
-    best, chosen = gap * 0.499, None  # how far from half the gap; an exchange must lower the larger of the two
+    # how far from half the gap; an exchange must lower the larger of the two
+    best, chosen = gap * 0.499, None
     for source in high:
         for i in source:
             at = bisect_left(costs, work.total(i) - gap / 2)

@@ -1,7 +1,7 @@
 """The meeting point of the two halves: a step's samples as flat tensors with named streams.
 
-Left of it plain Python over groups, right of it tensors on every rank. N samples, R response tokens of all samples one
-after the other.
+Left of it plain Python over groups, right of it tensors on every rank. N samples, R response tokens
+of all samples one after the other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megasd.algo.advantage import Whitener, advantages, shaped_rewards
 from megasd.algo.question_weight import question_weight
-from megasd.algo.state import Memory
+from megasd.algo.state import AlgorithmState
 from megasd.algo.teacher_context import teacher_contexts, with_solution
 from megasd.config.schema import AlgorithmConfig
 from megasd.data.chat import Chat
@@ -25,44 +25,74 @@ TERMS = ("distill", "policy_gradient", "nll")
 
 @dataclass
 class Batch:
-    """N samples on the CPU, the samples of a question side by side. Every rank holds the whole batch of a step and takes its part of it."""
+    """N samples on the CPU, the samples of a question side by side. Every rank holds the whole
+    batch of a step and takes its part of it.
+    """
 
-    prompt_ids: Tensor  # int64, prompts one after the other
-    prompt_lens: Tensor  # int64 [N]
-    context_ids: Tensor  # int64, the teacher prompts of sample 0, of sample 1, ...
-    context_lens: Tensor  # int64 [N, C]; column 0 the teacher's, the others those it is contrasted with; 0 = the sample has none
-    response_ids: Tensor  # int64 [R]
-    response_lens: Tensor  # int64 [N], each at least 1
-    question_weight: Tensor  # float64 [N], raw (not normalised) weight of the sample's question
-    question_size: Tensor  # int64 [N], samples of the sample's question in the whole batch
-    scored: Tensor  # bool [N], False where the verifier gave no verdict
-    right: Tensor | None = None  # bool [N]; None: not known
-    masks: dict[str, Tensor] = field(default_factory=dict)  # term -> bool [N], samples that take part; see `mask`
-    streams: dict[str, Tensor] = field(default_factory=dict)  # float32 [R] each: "rollout_logp", "advantage"
+    # int64, prompts one after the other
+    prompt_ids: Tensor
+    # int64 [N]
+    prompt_lens: Tensor
+    # int64, the teacher prompts of sample 0, of sample 1, ...
+    context_ids: Tensor
+    # int64 [N, C]; column 0 the teacher's, the others those it is contrasted with; 0 = the sample
+    # has none
+    context_lens: Tensor
+    # int64 [R]
+    response_ids: Tensor
+    # int64 [N], each at least 1
+    response_lens: Tensor
+    # float64 [N], raw (not normalised) weight of the sample's question
+    question_weight: Tensor
+    # int64 [N], samples of the sample's question in the whole batch
+    question_size: Tensor
+    # bool [N], False where the verifier gave no verdict
+    scored: Tensor
+    # bool [N]; None: not known
+    right: Tensor | None = None
+    # term -> bool [N], samples that take part; see `mask`
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    # float32 [R] each: "rollout_logp", "advantage"
+    streams: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if int(self.response_lens.min()) < 1:
             raise ValueError("a sample without response tokens cannot be trained on")
         if self.right is None:
             self.right = torch.zeros_like(self.scored)
-        for name, lens in (("prompt_ids", "prompt_lens"), ("context_ids", "context_lens"), ("response_ids", "response_lens")):
+        for name, lens in (
+            ("prompt_ids", "prompt_lens"),
+            ("context_ids", "context_lens"),
+            ("response_ids", "response_lens"),
+        ):
             if len(getattr(self, name)) != int(getattr(self, lens).sum()):
-                raise ValueError(f"{name} holds {len(getattr(self, name))} tokens, {lens} sums to {int(getattr(self, lens).sum())}")
+                raise ValueError(
+                    f"{name} holds {len(getattr(self, name))} tokens, {lens} sums to"
+                    f" {int(getattr(self, lens).sum())}"
+                )
         for name, stream in self.streams.items():
             if len(stream) != len(self.response_ids):
-                raise ValueError(f"stream {name} has {len(stream)} values for {len(self.response_ids)} response tokens")
+                raise ValueError(
+                    f"stream {name} has {len(stream)} values for {len(self.response_ids)} response tokens"
+                )
 
     def __len__(self) -> int:
         return len(self.response_lens)
 
     @property
-    def taught(self) -> Tensor:
+    def distilled(self) -> Tensor:
         """bool [N]: the sample has a teacher context."""
         return self.context_lens[:, 0] > 0
 
     def mask(self, term: str) -> Tensor:
-        """bool [N]: the samples that take part in a term. Without a mask of its own: the taught, the scored, all."""
-        defaults = {"distill": self.taught, "policy_gradient": self.scored, "nll": torch.ones_like(self.scored)}
+        """bool [N]: the samples that take part in a term. Without a mask of its own: the taught,
+        the scored, all.
+        """
+        defaults = {
+            "distill": self.distilled,
+            "policy_gradient": self.scored,
+            "nll": torch.ones_like(self.scored),
+        }
         return self.masks.get(term, defaults[term])
 
     def context_parts(self, context: int) -> list[Tensor]:
@@ -78,9 +108,13 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Batch:
-        streams = {name.removeprefix("stream:"): t for name, t in tensors.items() if name.startswith("stream:")}
+        streams = {
+            name.removeprefix("stream:"): t for name, t in tensors.items() if name.startswith("stream:")
+        }
         masks = {name.removeprefix("mask:"): t for name, t in tensors.items() if name.startswith("mask:")}
-        return cls(**{name: t for name, t in tensors.items() if ":" not in name}, streams=streams, masks=masks)
+        return cls(
+            **{name: t for name, t in tensors.items() if ":" not in name}, streams=streams, masks=masks
+        )
 
     def select(self, indices: list[int]) -> Batch:
         """The given samples, in that order."""
@@ -98,7 +132,15 @@ class Batch:
             masks={name: mask[index] for name, mask in self.masks.items()},
             **{
                 name: getattr(self, name)[index]
-                for name in ("prompt_lens", "context_lens", "response_lens", "question_weight", "question_size", "scored", "right")
+                for name in (
+                    "prompt_lens",
+                    "context_lens",
+                    "response_lens",
+                    "question_weight",
+                    "question_size",
+                    "scored",
+                    "right",
+                )
             },
         )
 
@@ -113,24 +155,28 @@ class Batch:
         if count > len(questions):
             raise ValueError(f"{len(questions)} questions cannot be cut into {count} minibatches")
         bounds = [len(questions) * k // count for k in range(count + 1)]
-        return [self.select([i for q in questions[low:high] for i in q]) for low, high in zip(bounds, bounds[1:], strict=False)]
+        return [
+            self.select([i for q in questions[low:high] for i in q])
+            for low, high in zip(bounds, bounds[1:], strict=False)
+        ]
 
 
 def build_batch(
     groups: list[Group],
     algorithm: AlgorithmConfig,
     chat: Chat,
-    memory: Memory,
+    memory: AlgorithmState,
     *,
     step: int,
     max_length: int,
     room: int,
     answer_of: Callable[[str], str | None],
 ) -> tuple[Batch, dict[str, float]]:
-    """Scored groups -> the batch of a step, and figures about it. room: rollout.max_response_tokens; answer_of: the verifier's reading.
+    """Scored groups -> the batch of a step, and figures about it. room:
+    rollout.max_response_tokens; answer_of: the verifier's reading.
 
-    A teacher sequence longer than `max_length` tokens leaves its sample untaught (a contrast: unseen); they are counted in
-    "untaught_too_long".
+    A teacher sequence longer than `max_length` tokens leaves its sample untaught (a contrast:
+    unseen); they are counted in "untaught_too_long".
     """
     weight_of, pg = question_weight(algorithm.question_weight), algorithm.policy_gradient
     samples, weights, advantages_N, contexts = [], [], [], []
@@ -142,7 +188,12 @@ def build_batch(
         if algorithm.teacher is not None:
             seed = f"{memory.seed}/{step}/{group.prompt.id}"
             found = teacher_contexts(
-                group, algorithm.teacher, seed=seed, prefix_fraction=memory.prefix_fraction, buffer=memory.buffer, answer_of=answer_of
+                group,
+                algorithm.teacher,
+                seed=seed,
+                prefix_fraction=memory.prefix_fraction,
+                buffer=memory.buffer,
+                answer_of=answer_of,
             )
         contexts += [encoder.encode(one, sample) for one, sample in zip(found, group.samples, strict=True)]
         advantages_G = [0.0] * len(group.samples)
@@ -169,13 +220,19 @@ def build_batch(
         },
     )
     batch.masks = sample_masks(batch, groups, algorithm)
-    taught = batch.taught & (batch.question_weight > 0)
+    taught = batch.distilled & (batch.question_weight > 0)
     tokens = int(batch.prompt_lens.sum() + batch.response_lens.sum())
-    figures = {"taught_samples": float(taught.sum()), "untaught_too_long": float(encoder.too_long), "batch_tokens": float(tokens)}
+    figures = {
+        "taught_samples": float(taught.sum()),
+        "untaught_too_long": float(encoder.too_long),
+        "batch_tokens": float(tokens),
+    }
     return batch, figures | {f"{term}_samples": float(mask.sum()) for term, mask in batch.masks.items()}
 
 
-def _advantages(group: Group, algorithm: AlgorithmConfig, whitener: Whitener | None, room: int) -> list[float]:
+def _advantages(
+    group: Group, algorithm: AlgorithmConfig, whitener: Whitener | None, room: int
+) -> list[float]:
     pg = algorithm.policy_gradient
     advantages_G = advantages(group, pg, shaped_rewards(group, algorithm, room=room), whitener)
     bonus_G = [pg.right_bonus if s.verdict is Verdict.RIGHT else 0.0 for s in group.samples]
@@ -191,7 +248,9 @@ class _ContextEncoder:
         self.known: dict[str, list[int]] = {}
 
     def encode(self, contexts: list[TeacherContext], sample: Sample) -> list[list[int]]:
-        """Ids of the teacher's and of the contrasting prompts; empty where one with the response is too long."""
+        """Ids of the teacher's and of the contrasting prompts; empty where one with the response is
+        too long.
+        """
         found = []
         for context in contexts:
             key = repr(context.messages)
@@ -208,8 +267,9 @@ def sample_masks(batch: Batch, groups: list[Group], algorithm: AlgorithmConfig) 
     masks = {}
     distill, pg, nll = (getattr(algorithm, term) for term in TERMS)
     if distill is not None:
-        mask = batch.taught.clone()
-        if distill.samples == "wrong":  # one whose verifier failed is taught like a wrong one
+        mask = batch.distilled.clone()
+        # one whose verifier failed is taught like a wrong one
+        if distill.samples == "wrong":
             mask &= ~batch.right
         elif distill.samples == "positive":
             mask &= _first_tokens(batch, "advantage") > 0
@@ -246,13 +306,23 @@ def _longest_wrong(groups: list[Group]) -> Tensor:
     return torch.tensor(chosen)
 
 
-def dataset_groups(prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat, with_context: list[bool]) -> list[Group]:
-    """One sample a row: the row's own solution, its prompt carrying that solution where `with_context` says so. UserError without one."""
+def dataset_groups(
+    prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat, with_context: list[bool]
+) -> list[Group]:
+    """One sample a row: the row's own solution, its prompt carrying that solution where
+    `with_context` says so. UserError without one.
+    """
     groups = []
     for prompt, context in zip(prompts, with_context, strict=True):
         if not prompt.solution:
-            raise UserError(f'row {prompt.id!r}: algorithm.source=dataset learns the row\'s "solution"; add one')
-        messages = with_solution(prompt.messages, prompt.solution, template=algorithm.nll.template) if context else prompt.messages
+            raise UserError(
+                f'row {prompt.id!r}: algorithm.source=dataset learns the row\'s "solution"; add one'
+            )
+        messages = (
+            with_solution(prompt.messages, prompt.solution, template=algorithm.nll.template)
+            if context
+            else prompt.messages
+        )
         response = chat.encode_response(prompt.solution)
         groups.append(
             Group(
@@ -263,7 +333,8 @@ def dataset_groups(prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat
                         index=0,
                         prompt_ids=chat.encode_prompt(messages),
                         response_ids=response,
-                        response_logps=[],  # nothing sampled it
+                        # nothing sampled it
+                        response_logps=[],
                         text=prompt.solution,
                         finish_reason="stop",
                         version=0,
@@ -277,7 +348,9 @@ def dataset_groups(prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat
 
 def _rollout_logps(sample: Sample) -> Tensor:
     """NaN for a response that no engine sampled."""
-    return torch.tensor(sample.response_logps or [float("nan")] * len(sample.response_ids), dtype=torch.float32)
+    return torch.tensor(
+        sample.response_logps or [float("nan")] * len(sample.response_ids), dtype=torch.float32
+    )
 
 
 def _flat(lists: list[list[int]]) -> Tensor:

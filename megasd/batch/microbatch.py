@@ -1,8 +1,10 @@
-"""The microbatches of a rank as the tensors that Megatron's schedules run; which samples share one is balance.py's matter.
+"""The microbatches of a rank as the tensors that Megatron's schedules run; which samples share one
+is balance.py's matter.
 
-b rows, s padded length, t packed tokens, T response tokens of one microbatch that this context-parallel rank holds. A sequence is a prompt
-and the response: the student's prompt, or one of the sample's teacher contexts. The response is the same tail of all of them, and
-`response_index` names its tokens in each, so a teacher's hidden state can never meet another token than its own.
+b rows, s padded length, t packed tokens, T response tokens of one microbatch that this
+context-parallel rank holds. A sequence is a prompt and the response: the student's prompt, or one
+of the sample's teacher contexts. The response is the same tail of all of them, and `response_index`
+names its tokens in each, so a teacher's hidden state can never meet another token than its own.
 """
 
 from __future__ import annotations
@@ -19,21 +21,36 @@ from megasd.batch.batch import Batch
 class Microbatch:
     """What one forward reads on one context-parallel rank."""
 
-    tokens: Tensor  # int64 [b, s / cp] padded, or [1, t / cp] packed
-    position_ids: Tensor  # int64, like tokens
-    cu_seqlens: Tensor | None  # int32 [b + 1] for packed microbatches: global (all context ranks) padded lengths
+    # int64 [b, s / cp] padded, or [1, t / cp] packed
+    tokens: Tensor
+    # int64, like tokens
+    position_ids: Tensor
+    # int32 [b + 1] for packed microbatches: global (all context ranks) padded lengths
+    cu_seqlens: Tensor | None
     max_seqlen: int
-    rows: Tensor  # int64 [T]: rows of hidden [s * b, h] whose logits predict a response token
-    response_index: Tensor  # int64 [T]: the predicted token, an index into the local batch's response_ids and streams
-    valid: Tensor  # bool [T]: all True, or one False where there is nothing to predict (a rank must not run with T = 0)
-    is_filler: bool  # the latter, known without asking the device
+    # int64 [T]: rows of hidden [s * b, h] whose logits predict a response token
+    rows: Tensor
+    # int64 [T]: the predicted token, an index into the local batch's response_ids and streams
+    response_index: Tensor
+    # bool [T]: all True, or one False where there is nothing to predict (a rank must not run with T
+    # = 0)
+    valid: Tensor
+    # the latter, known without asking the device
+    is_filler: bool
 
     def to(self, device: torch.device) -> Microbatch:
-        """A copy on the device. To a GPU from pinned memory, so that nobody waits for it; on the CPU itself."""
+        """A copy on the device. To a GPU from pinned memory, so that nobody waits for it; on the
+        CPU itself.
+        """
         if device.type == "cpu":
             return self
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Microbatch(**{k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return Microbatch(
+            **{
+                k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, Tensor) else v
+                for k, v in moved.items()
+            }
+        )
 
 
 def make_microbatches(
@@ -50,30 +67,41 @@ def make_microbatches(
     """One microbatch of each group of samples of the local batch; an empty group gives filler of weight zero.
 
     context: None for the student's prompts, 0 for the teacher's, k for the k-th that it is contrasted with.
-    Sequences are right-padded to a multiple of `multiple` (2 * cp_size under context parallelism, times TP under sequence
-    parallelism), each on its own when packed. Causal attention never lets a real token see the padding.
+    Sequences are right-padded to a multiple of `multiple` (2 * cp_size under context parallelism,
+    times TP under sequence parallelism), each on its own when packed. Causal attention never lets a
+    real token see the padding.
     """
-    prompt_parts = batch.prompt_ids.split(batch.prompt_lens.tolist()) if context is None else batch.context_parts(context)
+    prompt_parts = (
+        batch.prompt_ids.split(batch.prompt_lens.tolist())
+        if context is None
+        else batch.context_parts(context)
+    )
     response_parts = batch.response_ids.split(batch.response_lens.tolist())
     response_starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
     if any(len(prompt_parts[i]) == 0 for chosen in groups for i in chosen):
         raise ValueError(f"a sample without teacher context {context} was asked for")
     microbatches = []
-    for chosen in groups:  # two tokens stand in for nothing
-        pairs = [(prompt_parts[i], response_parts[i], response_starts[i]) for i in chosen] or [(response_parts[0][:1],) * 2 + (0,)]
+    # two tokens stand in for nothing
+    for chosen in groups:
+        pairs = [(prompt_parts[i], response_parts[i], response_starts[i]) for i in chosen] or [
+            (response_parts[0][:1],) * 2 + (0,)
+        ]
         sequences = [torch.cat([prompt, response]) for prompt, response, _ in pairs]
         lengths = [-(-len(s) // multiple) * multiple for s in sequences]
         if not packing:
             lengths = [max(lengths)] * len(sequences)
         tokens, positions, rows, index = [], [], [], []
         local_start = 0
-        for row, ((prompt, response, start), sequence, length) in enumerate(zip(pairs, sequences, lengths, strict=True)):
+        for row, ((prompt, response, start), sequence, length) in enumerate(
+            zip(pairs, sequences, lengths, strict=True)
+        ):
             held = _held_positions(length, cp_rank, cp_size)
             padded = torch.full((length,), pad_id, dtype=torch.int64)
             padded[: len(sequence)] = sequence
             tokens.append(padded[held])
             positions.append(held)
-            # The logits at position q predict token q + 1: response tokens sit at len(prompt) .. len(sequence) - 1.
+            # The logits at position q predict token q + 1: response tokens sit at len(prompt) ..
+            # len(sequence) - 1.
             offset = held + 1 - len(prompt)
             predicts = ((offset >= 0) & (offset < len(response))).nonzero().squeeze(1)
             rows.append(local_start + predicts if packing else predicts * len(pairs) + row)

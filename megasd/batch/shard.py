@@ -1,5 +1,6 @@
-"""Which samples this rank computes, in which microbatches, student's and teacher's, and what that costs. No collective: every data-parallel
-rank works out the whole deal from the batch of the step, which all hold, and takes its own row.
+"""Which samples this rank computes, in which microbatches, student's and teacher's, and what that
+costs. No collective: every data-parallel rank works out the whole deal from the batch of the step,
+which all hold, and takes its own row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasd.batch import balance as partition
+from megasd.batch import balance
 from megasd.batch.batch import Batch
 from megasd.config.schema import ActorConfig, AlgorithmConfig, Config
 from megasd.config.validate_actor import sequence_multiple
@@ -23,10 +24,13 @@ from megasd.weights.hf_files import read_hf_config
 class Costs:
     """What a sequence costs in FLOPs, and what it is padded to."""
 
-    student: Mapping[str, Any]  # config.json
-    teachers: list[Mapping[str, Any]]  # config.json of each pass of the teacher
+    # config.json
+    student: Mapping[str, Any]
+    # config.json of each pass of the teacher
+    teachers: list[Mapping[str, Any]]
     actor: ActorConfig
-    multiple: int  # tokens; validate_actor.sequence_multiple
+    # tokens; validate_actor.sequence_multiple
+    multiple: int
 
     def padded(self, length: int) -> int:
         return -(-length // self.multiple) * self.multiple
@@ -47,39 +51,51 @@ class Sequences:
     """The sequences that one kind of pass runs over, by sample of the whole batch."""
 
     asked: list[bool]
-    lengths: list[int]  # tokens
+    # tokens
+    lengths: list[int]
     padded: list[int]
-    flops: list[float]  # of the sequence as it is
-    cost: list[float]  # with its own padding and recomputation; 0 where it is not asked for
+    # of the sequence as it is
+    flops: list[float]
+    # with its own padding and recomputation; 0 where it is not asked for
+    cost: list[float]
 
 
 @dataclass
-class Deal:
+class RankPlan:
     """A rank's samples (indices into the whole batch) and its microbatches (indices into those)."""
 
     samples: list[int]
     microbatches: list[list[int]]
-    teacher_microbatches: list[list[list[int]]]  # of each context that is read
-    figures: dict[str, float]  # of all ranks together; see `_figures`
+    # of each context that is read
+    teacher_microbatches: list[list[list[int]]]
+    # of all ranks together; see `_figures`
+    metrics: dict[str, float]
 
 
 def make_costs(config: Config, student: Mapping[str, Any], passes: int) -> Costs:
     """student: its config.json; passes: forwards of the teacher over a sequence, 0 without one."""
-    path = config.algorithm.teacher.model_path if passes and config.algorithm.teacher.weights == "separate" else None
+    path = (
+        config.algorithm.teacher.model_path
+        if passes and config.algorithm.teacher.weights == "separate"
+        else None
+    )
     teachers = [read_hf_config(path) if path is not None else student] * passes
     return Costs(student, teachers, config.actor, sequence_multiple(config))
 
 
 def contexts_read(algorithm: AlgorithmConfig, columns: int) -> int:
-    """How many of a batch's teacher contexts are run: none without a term that asks, the first alone for distillation, else all."""
+    """How many of a batch's teacher contexts are run: none without a term that asks, the first
+    alone for distillation, else all.
+    """
     term, pg = algorithm.distill, algorithm.policy_gradient
     credit = pg.credit if pg is not None else None
-    if algorithm.teacher is None or (term is None and credit is None):  # a stage without them, or a credit that has faded out
+    # a stage without them, or a credit that has faded out
+    if algorithm.teacher is None or (term is None and credit is None):
         return 0
     return columns if credit is not None or (term is not None and term.token_weight == "confidence") else 1
 
 
-def asked_samples(batch: Batch, algorithm: AlgorithmConfig, active: Tensor, context: int) -> Tensor:
+def teacher_samples(batch: Batch, algorithm: AlgorithmConfig, active: Tensor, context: int) -> Tensor:
     """bool [N]: active samples that some term asks the teacher about, and that have the context."""
     asked, pg = torch.zeros(len(batch), dtype=torch.bool), algorithm.policy_gradient
     if algorithm.distill is not None:
@@ -89,41 +105,62 @@ def asked_samples(batch: Batch, algorithm: AlgorithmConfig, active: Tensor, cont
     return asked & active & (batch.context_lens[:, context] > 0)
 
 
-def deal(batch: Batch, active: Tensor, algorithm: AlgorithmConfig, costs: Costs, ranks: int) -> list[Deal]:
-    """One a data-parallel rank. The batch must hold at least as many samples as there are ranks: each gets one."""
+def plan_ranks(
+    batch: Batch, active: Tensor, algorithm: AlgorithmConfig, costs: Costs, ranks: int
+) -> list[RankPlan]:
+    """One a data-parallel rank. The batch must hold at least as many samples as there are ranks:
+    each gets one.
+    """
     actor, responses = costs.actor, batch.response_lens.tolist()
     student = _sequences(active.tolist(), batch.prompt_lens.tolist(), responses, costs, teacher=False)
     read = contexts_read(algorithm, batch.context_lens.shape[1])
     teacher = [
-        _sequences(asked_samples(batch, algorithm, active, k).tolist(), batch.context_lens[:, k].tolist(), responses, costs, teacher=True)
+        _sequences(
+            teacher_samples(batch, algorithm, active, k).tolist(),
+            batch.context_lens[:, k].tolist(),
+            responses,
+            costs,
+            teacher=True,
+        )
         for k in range(read)
     ]
     if actor.max_tokens_per_microbatch is None:
-        lengths = (torch.maximum(batch.prompt_lens, batch.context_lens.amax(1)) + batch.response_lens).tolist()
-        parts = partition.by_count(lengths, student.asked, ranks, actor.micro_batch_size)
+        lengths = (
+            torch.maximum(batch.prompt_lens, batch.context_lens.amax(1)) + batch.response_lens
+        ).tolist()
+        parts = balance.by_count(lengths, student.asked, ranks, actor.micro_batch_size)
     else:
         other = [sum(one) for one in zip(*(t.cost for t in teacher), strict=True)] or [0.0] * len(batch)
-        work = partition.Work(student.padded, student.cost, other, actor.max_tokens_per_microbatch, actor.packing)
-        parts = partition.by_tokens(work, student.asked, ranks, least=actor.pipeline_model_parallel_size)
+        work = balance.Workload(
+            student.padded, student.cost, other, actor.max_tokens_per_microbatch, actor.packing
+        )
+        parts = balance.by_tokens(work, student.asked, ranks, least=actor.pipeline_model_parallel_size)
     packed = [_teacher_microbatches(parts, one, actor) for one in teacher]
     figures, found = _figures(parts, student, teacher, packed, costs), []
     for rank, part in enumerate(parts):
         place = {i: k for k, i in enumerate(part.samples)}
-        cuts = [[[place[i] for i in one] for one in microbatches] for microbatches in (part.microbatches, *(one[rank] for one in packed))]
-        found.append(Deal(part.samples, cuts[0], cuts[1:], figures))
+        cuts = [
+            [[place[i] for i in one] for one in microbatches]
+            for microbatches in (part.microbatches, *(one[rank] for one in packed))
+        ]
+        found.append(RankPlan(part.samples, cuts[0], cuts[1:], figures))
     return found
 
 
-def in_order(batch: Batch, costs: Costs) -> list[list[int]]:
-    """All samples of a batch in microbatches, for a pass that is not shared out: as they come, or as many as the token budget holds."""
+def microbatches_in_order(batch: Batch, costs: Costs) -> list[list[int]]:
+    """All samples of a batch in microbatches, for a pass that is not shared out: as they come, or
+    as many as the token budget holds.
+    """
     actor, samples = costs.actor, range(len(batch))
     if actor.max_tokens_per_microbatch is None:
-        return partition.chunks(samples, actor.micro_batch_size, -(-len(batch) // actor.micro_batch_size))
+        return balance.chunks(samples, actor.micro_batch_size, -(-len(batch) // actor.micro_batch_size))
     tokens = [costs.padded(n) for n in (batch.prompt_lens + batch.response_lens).tolist()]
-    return partition.pack(tokens, samples, actor.max_tokens_per_microbatch, packing=actor.packing)
+    return balance.pack(tokens, samples, actor.max_tokens_per_microbatch, packing=actor.packing)
 
 
-def _sequences(asked: list[bool], prompts: list[int], responses: list[int], costs: Costs, *, teacher: bool) -> Sequences:
+def _sequences(
+    asked: list[bool], prompts: list[int], responses: list[int], costs: Costs, *, teacher: bool
+) -> Sequences:
     lengths = [p + r for p, r in zip(prompts, responses, strict=True)]
     padded = [costs.padded(length) for length in lengths]
     of = costs.of_teacher if teacher else costs.of_student
@@ -141,28 +178,43 @@ def _sequences(asked: list[bool], prompts: list[int], responses: list[int], cost
     return Sequences(asked, lengths, padded, exact, cost)
 
 
-def _teacher_microbatches(parts: list[partition.Part], teacher: Sequences, actor: ActorConfig) -> list[list[list[int]]]:
-    """Rank -> microbatches of its samples that are asked for: packed anew, since a context has another length; as many on every rank."""
+def _teacher_microbatches(
+    parts: list[balance.Part], teacher: Sequences, actor: ActorConfig
+) -> list[list[list[int]]]:
+    """Rank -> microbatches of its samples that are asked for: packed anew, since a context has
+    another length; as many on every rank.
+    """
     asked = [[i for one in part.microbatches for i in one if teacher.asked[i]] for part in parts]
     budget = actor.max_tokens_per_microbatch
     if budget is None:
-        return [partition.chunks(one, actor.micro_batch_size, len(parts[0].microbatches)) for one in asked]
-    packed = [partition.pack(teacher.padded, one, budget, packing=actor.packing) for one in asked]
+        return [balance.chunks(one, actor.micro_batch_size, len(parts[0].microbatches)) for one in asked]
+    packed = [balance.pack(teacher.padded, one, budget, packing=actor.packing) for one in asked]
     count = max(1, max(map(len, packed)))
     return [one + [[] for _ in range(count - len(one))] for one in packed]
 
 
 def _figures(
-    parts: list[partition.Part], student: Sequences, teacher: list[Sequences], packed: list[list[list[list[int]]]], costs: Costs
+    parts: list[balance.Part],
+    student: Sequences,
+    teacher: list[Sequences],
+    packed: list[list[list[list[int]]]],
+    costs: Costs,
 ) -> dict[str, float]:
-    """microbatches: of a rank; padding_share, teacher_padding_share: tokens computed that are padding over tokens computed; flops_balance:
-    FLOPs (padding and recomputation included) of the costliest rank over their mean; over_budget: microbatches above the budget, each a
-    single sample; student_tflops (forward and backward), recompute_tflops, teacher_tflops: of the tokens without padding."""
+    """microbatches: of a rank; padding_share, teacher_padding_share: tokens computed that are
+    padding over tokens computed; flops_balance: FLOPs (padding and recomputation included) of the
+    costliest rank over their mean; over_budget: microbatches above the budget, each a single
+    sample; student_tflops (forward and backward), recompute_tflops, teacher_tflops: of the tokens
+    without padding.
+    """
     packing, budget = costs.actor.packing, costs.actor.max_tokens_per_microbatch
     ranks = [part.microbatches for part in parts]
     passes = [(student, ranks), *zip(teacher, packed, strict=True)]
     loads = [
-        sum(partition.bin_cost(one.cost, group, packing=packing) for one, dealt in passes for group in dealt[rank])
+        sum(
+            balance.bin_cost(one.cost, group, packing=packing)
+            for one, dealt in passes
+            for group in dealt[rank]
+        )
         for rank in range(len(parts))
     ]
     shares = [_tokens(one, dealt, packing=packing) for one, dealt in passes]
@@ -173,19 +225,27 @@ def _figures(
         "student_tflops": sum(student.flops) / 1e12,
     }
     if teacher:
-        figures |= {"teacher_padding_share": _padding(shares[1:]), "teacher_tflops": sum(sum(one.flops) for one in teacher) / 1e12}
+        figures |= {
+            "teacher_padding_share": _padding(shares[1:]),
+            "teacher_tflops": sum(sum(one.flops) for one in teacher) / 1e12,
+        }
     if costs.actor.recompute_granularity is not None:
-        figures["recompute_tflops"] = sum(costs.of_recompute(n) for n, a in zip(student.lengths, student.asked, strict=True) if a) / 1e12
+        figures["recompute_tflops"] = (
+            sum(costs.of_recompute(n) for n, a in zip(student.lengths, student.asked, strict=True) if a)
+            / 1e12
+        )
     if budget is not None:
         groups = [(one, group) for one, dealt in passes for rank in dealt for group in rank]
-        figures["over_budget"] = float(sum(partition.computed_tokens(one.padded, [g], packing=packing) > budget for one, g in groups))
+        figures["over_budget"] = float(
+            sum(balance.computed_tokens(one.padded, [g], packing=packing) > budget for one, g in groups)
+        )
     return figures
 
 
 def _tokens(sequences: Sequences, dealt: list[list[list[int]]], *, packing: bool) -> tuple[int, int]:
     """(real, computed) over all ranks."""
     real = sum(length for length, asked in zip(sequences.lengths, sequences.asked, strict=True) if asked)
-    return real, sum(partition.computed_tokens(sequences.padded, rank, packing=packing) for rank in dealt)
+    return real, sum(balance.computed_tokens(sequences.padded, rank, packing=packing) for rank in dealt)
 
 
 def _padding(shares: list[tuple[int, int]]) -> float:

@@ -1,9 +1,10 @@
-"""`megasd data check`: what data/check.py finds in a file, printed for a reader and, with --json, for a program.
+"""`megasd data check`: what data/check.py finds in a file, printed for a reader and, with --json,
+for a program.
 
     megasd data check train.jsonl --against eval.jsonl --model /models/Qwen3-8B --max-prompt-tokens 2048
 
-Exit codes: 0 no errors, 1 errors, 2 unusable arguments. With --json the last line of stdout is one JSON object, {"errors": [{"file",
-"line", "kind", "message"}], "warnings": [...], ...}.
+Exit codes: 0 no errors, 1 errors, 2 unusable arguments. With --json the last line of stdout is one
+JSON object, {"errors": [{"file", "line", "kind", "message"}], "warnings": [...], ...}.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ from megasd.algo.recipes import RECIPES
 from megasd.algo.stages import reads_solutions, variants
 from megasd.algo.teacher_context import with_solution
 from megasd.config.schema import DEFAULT_TEMPLATE, AlgorithmConfig, RolloutConfig
-from megasd.data.check import CHARACTERS_A_TOKEN, Report, Rules, check
+from megasd.data.check import CHARACTERS_A_TOKEN, CheckReport, CheckRules, check_file
 from megasd.types import Message, Prompt, UserError
 
-MAX_PRINTED = 50  # errors and warnings printed, each; --json lists them all
-BARS = 10  # of the histogram
+# errors and warnings printed, each; --json lists them all
+MAX_PRINTED = 50
+# of the histogram
+BARS = 10
 UNKNOWN_SUCCESS = "[here stands a right answer that the model has sampled]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check args.file and print what was found. UserError for arguments that cannot be used. Returns the exit code."""
+    """Check args.file and print what was found. UserError for arguments that cannot be used.
+    Returns the exit code.
+    """
     algorithm = RECIPES[args.recipe] if args.recipe else None
     chat, limit = None, CHARACTERS_A_TOKEN * RolloutConfig().max_prompt_tokens
     if args.model:
@@ -42,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--max-prompt-tokens: counts with a model's tokenizer; give --model DIR too")
     if args.against and Path(args.against).resolve() == Path(args.file).resolve():
         raise UserError(f"--against {args.against}: is the file itself; give the held-out one")
-    rules = Rules(
+    rules = CheckRules(
         mapping=args.mapping,
         max_row_bytes=args.max_row_bytes,
         require_solution=algorithm is not None and reads_solutions(algorithm),
@@ -51,8 +56,13 @@ def run(args: argparse.Namespace) -> int:
     )
     held_out = None
     if args.against:
-        theirs = replace(rules, mapping=args.against_mapping or args.mapping, require_solution=False, max_prompt_length=None)
-        held_out = check(args.against, theirs, num_shown=0)
+        theirs = replace(
+            rules,
+            mapping=args.against_mapping or args.mapping,
+            require_solution=False,
+            max_prompt_length=None,
+        )
+        held_out = check_file(args.against, theirs, num_shown=0)
     if chat is not None:
         rules = replace(
             rules,
@@ -60,16 +70,16 @@ def run(args: argparse.Namespace) -> int:
             text_length=lambda text: len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]),
             unit="tokens",
         )
-    report = check(args.file, replace(rules, held_out=held_out), num_shown=args.show)
+    report = check_file(args.file, replace(rules, held_out=held_out), num_shown=args.show)
     render = chat_text(chat) if chat is not None else plain_text
     print("\n".join(text_of(report, held_out, algorithm, render)))
     errors = len(report.errors) + (len(held_out.errors) if held_out is not None else 0)
     if args.json:
-        print(json.dumps(figures(report, held_out)))
+        print(json.dumps(check_metrics(report, held_out)))
     return 1 if errors else 0
 
 
-def figures(report: Report, held_out: Report | None) -> dict[str, Any]:
+def check_metrics(report: CheckReport, held_out: CheckReport | None) -> dict[str, Any]:
     """The report as JSON values."""
     found: dict[str, Any] = {
         "errors": [vars_of(fault) for fault in report.errors],
@@ -84,7 +94,11 @@ def figures(report: Report, held_out: Report | None) -> dict[str, Any]:
         "solution_lengths": summary(report.solution_lengths),
     }
     if held_out is not None:
-        found["against"] = {"path": held_out.path, "rows": held_out.rows, "errors": [vars_of(fault) for fault in held_out.errors]}
+        found["against"] = {
+            "path": held_out.path,
+            "rows": held_out.rows,
+            "errors": [vars_of(fault) for fault in held_out.errors],
+        }
     return found
 
 
@@ -94,7 +108,9 @@ def vars_of(fault: Any) -> dict[str, Any]:
 
 
 def summary(lengths: list[int]) -> dict[str, Any]:
-    """Quantiles (nearest rank), mean, and a histogram of equal bins, [from, to, count] with both ends included."""
+    """Quantiles (nearest rank), mean, and a histogram of equal bins, [from, to, count] with both
+    ends included.
+    """
     if not lengths:
         return {"count": 0, "histogram": []}
     ordered = sorted(lengths)
@@ -102,15 +118,31 @@ def summary(lengths: list[int]) -> dict[str, Any]:
     low, high = ordered[0], ordered[-1]
     width = max(1, -(-(high - low + 1) // BARS))
     counts = Counter((length - low) // width for length in ordered)
-    bins = [[low + i * width, min(high, low + (i + 1) * width - 1), counts[i]] for i in range((high - low) // width + 1)]
-    return {"count": len(ordered), "min": low, "mean": sum(ordered) / len(ordered), **quantile, "max": high, "histogram": bins}
+    bins = [
+        [low + i * width, min(high, low + (i + 1) * width - 1), counts[i]]
+        for i in range((high - low) // width + 1)
+    ]
+    return {
+        "count": len(ordered),
+        "min": low,
+        "mean": sum(ordered) / len(ordered),
+        **quantile,
+        "max": high,
+        "histogram": bins,
+    }
 
 
 def text_of(
-    report: Report, held_out: Report | None, algorithm: AlgorithmConfig | None, render: Callable[[list[Message]], str]
+    report: CheckReport,
+    held_out: CheckReport | None,
+    algorithm: AlgorithmConfig | None,
+    render: Callable[[list[Message]], str],
 ) -> list[str]:
     """The report in lines for a reader."""
-    lines = [f"{report.path}: {report.rows} rows, {report.prompts} prompts, {len(report.errors)} errors, {len(report.warnings)} warnings"]
+    lines = [
+        f"{report.path}: {report.rows} rows, {report.prompts} prompts, {len(report.errors)} errors,"
+        f" {len(report.warnings)} warnings"
+    ]
     if report.left_out:
         lines.append(f"left out by the rules of the mapping: {report.left_out}")
     for name, lengths in (("prompt", report.lengths), ("solution", report.solution_lengths)):
@@ -119,14 +151,18 @@ def text_of(
         lines += ["", f"--- row {prompt.id!r}: student reads", render(prompt.messages)]
         teacher = teacher_messages(prompt, algorithm)
         lines += [f"--- row {prompt.id!r}: teacher reads", render(teacher)] if teacher else []
-        lines += [f"--- row {prompt.id!r}: answer", prompt.answer] if len(prompt.answer) < 500 or i == 0 else []
+        lines += (
+            [f"--- row {prompt.id!r}: answer", prompt.answer] if len(prompt.answer) < 500 or i == 0 else []
+        )
     for what, found in (
         ("errors", report.errors),
         ("warnings", report.warnings),
         ("errors of the held-out file", held_out.errors if held_out else []),
     ):
         lines += ["", f"{len(found)} {what}", *map(str, found[:MAX_PRINTED])] if found else []
-        lines += [f"... and {len(found) - MAX_PRINTED} more; --json lists all"] if len(found) > MAX_PRINTED else []
+        lines += (
+            [f"... and {len(found) - MAX_PRINTED} more; --json lists all"] if len(found) > MAX_PRINTED else []
+        )
     return lines
 
 
@@ -134,23 +170,38 @@ def length_lines(name: str, unit: str, found: dict[str, Any]) -> list[str]:
     """A histogram of lengths."""
     note = "" if unit == "tokens" else " (--model DIR counts tokens)"
     lines = [
-        f"{name} length in {unit}{note}: min {found['min']}, mean {found['mean']:.1f}, p50 {found['p50']}, p90 {found['p90']}, "
-        f"p99 {found['p99']}, max {found['max']}"
+        f"{name} length in {unit}{note}: min {found['min']}, mean {found['mean']:.1f}, p50 {found['p50']},"
+        f" p90 {found['p90']}, p99 {found['p99']}, max {found['max']}"
     ]
     most = max(count for _, _, count in found["histogram"])
-    return lines + [f"{low:>8} - {high:<8} {count:>8} {'#' * math.ceil(40 * count / most)}" for low, high, count in found["histogram"]]
+    return lines + [
+        f"{low:>8} - {high:<8} {count:>8} {'#' * math.ceil(40 * count / most)}"
+        for low, high, count in found["histogram"]
+    ]
 
 
 def teacher_messages(prompt: Prompt, algorithm: AlgorithmConfig | None) -> list[Message] | None:
-    """What the self-teacher would read: the row's solution, its answer, or a stand-in for a sampled success. None without a teacher."""
-    teachers = [stage.teacher for stage in variants(algorithm) if stage.teacher is not None] if algorithm is not None else []
+    """What the self-teacher would read: the row's solution, its answer, or a stand-in for a sampled
+    success. None without a teacher.
+    """
+    teachers = (
+        [stage.teacher for stage in variants(algorithm) if stage.teacher is not None]
+        if algorithm is not None
+        else []
+    )
     teacher = teachers[0] if teachers else None
     if algorithm is not None and teacher is None:
         return None
     context = teacher.context if teacher is not None else "solution"
     if context == "prompt":
         return prompt.messages
-    privileged = prompt.answer if context == "answer" else prompt.solution if context in ("solution", "prefix") else None
+    privileged = (
+        prompt.answer
+        if context == "answer"
+        else prompt.solution
+        if context in ("solution", "prefix")
+        else None
+    )
     template = teacher.template if teacher is not None else DEFAULT_TEMPLATE
     return with_solution(prompt.messages, privileged or UNKNOWN_SUCCESS, template=template)
 

@@ -1,13 +1,15 @@
 """`megasd eval`: sample answers of a model, score them, keep them, and say every figure with its interval.
 
-The model is a Hugging Face directory, a run's Megatron checkpoint (converted for the while), or a running engine as it stands. Written to
---out: samples.jsonl (every sample, as a run's rollouts), eval.json (how they were made), metrics.json, engine.log. `--recompute DIR` reads
-the first two again and needs no model.
+The model is a Hugging Face directory, a run's Megatron checkpoint (converted for the while), or a
+running engine as it stands. Written to --out: samples.jsonl (every sample, as a run's rollouts),
+eval.json (how they were made), metrics.json, engine.log. `--recompute DIR` reads the first two
+again and needs no model.
 
-What is reproducible: with temperature 0 every answer, as far as the engine computes alike for other batches (fp32 on a CPU did). Otherwise
-the prompts, their order and the engine's --random-seed are fixed, but SGLang draws from one stream as requests arrive: figures repeat
-within their intervals, answers do not. --deterministic gives each sample its own seed and the engine --enable-deterministic-inference: GPU
-only, because SGLang 0.5.23 ignores sampling_seed on a CPU.
+What is reproducible: with temperature 0 every answer, as far as the engine computes alike for other
+batches (fp32 on a CPU did). Otherwise the prompts, their order and the engine's --random-seed are
+fixed, but SGLang draws from one stream as requests arrive: figures repeat within their intervals,
+answers do not. --deterministic gives each sample its own seed and the engine
+--enable-deterministic-inference: GPU only, because SGLang 0.5.23 ignores sampling_seed on a CPU.
 """
 
 from __future__ import annotations
@@ -29,17 +31,19 @@ from megasd.config.schema import EngineConfig, RewardConfig, RolloutConfig
 from megasd.data.chat import Chat
 from megasd.data.prompts import load_prompts
 from megasd.data.rollout_log import load_groups, save_groups
-from megasd.evaluation.engine_for import Guest
-from megasd.evaluation.estimators import COVERAGE, NUM_RESAMPLES, default_ks, figures
+from megasd.evaluation.engine_for import EvalSampler
+from megasd.evaluation.estimators import COVERAGE, NUM_RESAMPLES, default_ks, metrics_with_intervals
 from megasd.evaluation.presets import PRESETS
 from megasd.rewards.verifiers import RewardPool, extract_answer
 from megasd.types import Group, Prompt, UserError, Verdict
 from megasd.weights.hf_files import read_hf_config
 
 SAMPLES, SETTINGS, METRICS = "samples.jsonl", "eval.json", "metrics.json"
-DEFAULT_RESPONSE_TOKENS = 8192  # or what the model has room for, where that is less
+# or what the model has room for, where that is less
+DEFAULT_RESPONSE_TOKENS = 8192
 NOT_SCORED = "not scored yet"
-NO_VOTE = ("code", "rubric")  # verifiers whose answers are texts of which no two are alike
+# verifiers whose answers are texts of which no two are alike
+NO_VOTE = ("code", "rubric")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,7 +51,10 @@ def run(args: argparse.Namespace) -> None:
     if args.recompute:
         return recompute(args)
     if not args.source:
-        raise UserError("eval: no SOURCE; give a Hugging Face directory, a Megatron checkpoint or an engine URL, or --recompute DIR")
+        raise UserError(
+            "eval: no SOURCE; give a Hugging Face directory, a Megatron checkpoint or an engine URL, or"
+            " --recompute DIR"
+        )
     if args.harness:
         from megasd.commands.lm_eval import run_harness
 
@@ -58,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     out = Path(args.out)
     if (out / SAMPLES).exists() and not args.overwrite:
-        raise UserError(f"--out: {out} holds an evaluation; give another directory, --overwrite, or --recompute {out}")
+        raise UserError(
+            f"--out: {out} holds an evaluation; give another directory, --overwrite, or --recompute {out}"
+        )
     prompts = load_prompts(args.data, **({} if args.mapping is None else {"mapping": args.mapping}))
     prompts = prompts[: args.limit or None]
     decoding = decoding_of(args)
@@ -71,24 +80,35 @@ def run(args: argparse.Namespace) -> None:
             _print_plan(args, prompts, decoding, reward)
             return
         settings = {
-            "source": args.source, "data": args.data, "verifier": asdict(reward), "decoding": decoding, "preset": args.preset,
-            "num_samples": args.num_samples, "seed": args.seed, "deterministic": args.deterministic,
-        }  # fmt: skip
+            "source": args.source,
+            "data": args.data,
+            "verifier": asdict(reward),
+            "decoding": decoding,
+            "preset": args.preset,
+            "num_samples": args.num_samples,
+            "seed": args.seed,
+            "deterministic": args.deterministic,
+        }
         _write_json(out / SETTINGS, settings)
         for sample in (s for g in groups for s in g.samples):
             sample.verdict, sample.detail = Verdict.ERROR, NOT_SCORED
-        save_groups(out / SAMPLES, groups)  # a verifier that is stopped loses no sample: --recompute scores them
+        # a verifier that is stopped loses no sample: --recompute scores them
+        save_groups(out / SAMPLES, groups)
         rewards.score(groups)
     save_groups(out / SAMPLES, groups)
-    report(out, groups, settings, ks_of(args, args.num_samples), time.perf_counter() - started)
+    write_results(out, groups, settings, ks_of(args, args.num_samples), time.perf_counter() - started)
 
 
 def recompute(args: argparse.Namespace) -> None:
-    """Figures of kept samples; with --verifier their verdicts too. Written to --out, or where the samples are."""
+    """Figures of kept samples; with --verifier their verdicts too. Written to --out, or where the
+    samples are.
+    """
     directory = Path(args.recompute)
     for name in (SAMPLES, SETTINGS):
         if not (directory / name).is_file():
-            raise UserError(f"--recompute: {directory / name} is missing; give the --out directory of an evaluation")
+            raise UserError(
+                f"--recompute: {directory / name} is missing; give the --out directory of an evaluation"
+            )
     started = time.perf_counter()
     settings = json.loads((directory / SETTINGS).read_text())
     groups = load_groups(directory / SAMPLES)
@@ -104,14 +124,16 @@ def recompute(args: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / SETTINGS, settings)
         save_groups(out / SAMPLES, groups)
-    report(out, groups, settings, ks_of(args, settings["num_samples"]), time.perf_counter() - started)
+    write_results(out, groups, settings, ks_of(args, settings["num_samples"]), time.perf_counter() - started)
 
 
 # ---- what is asked ----
 
 
 def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
-    """temperature, top_p, top_k, max_response_tokens (None: what the model has room for), thinking: the preset's, then the options'."""
+    """temperature, top_p, top_k, max_response_tokens (None: what the model has room for), thinking:
+    the preset's, then the options'.
+    """
     preset = PRESETS[args.preset] if args.preset else None
     found = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_response_tokens": None, "thinking": None}
     for name in found:
@@ -119,14 +141,24 @@ def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
             found[name] = getattr(preset, name)
         if getattr(args, name) is not None:
             found[name] = getattr(args, name)
-    if found["temperature"] < 0 or not 0 < found["top_p"] <= 1 or (found["top_k"] < 1 and found["top_k"] != -1):
-        raise UserError("eval: --temperature must be 0 or more, --top-p within (0, 1], --top-k 1 or more (-1: off)")
+    if (
+        found["temperature"] < 0
+        or not 0 < found["top_p"] <= 1
+        or (found["top_k"] < 1 and found["top_k"] != -1)
+    ):
+        raise UserError(
+            "eval: --temperature must be 0 or more, --top-p within (0, 1], --top-k 1 or more (-1: off)"
+        )
     return found
 
 
 def reward_config(args: argparse.Namespace) -> RewardConfig:
     config = RewardConfig(verifier=args.verifier)
-    for option, name in (("verifier_workers", "workers"), ("verifier_timeout", "timeout"), ("rubric_threshold", "rubric_threshold")):
+    for option, name in (
+        ("verifier_workers", "workers"),
+        ("verifier_timeout", "timeout"),
+        ("rubric_threshold", "rubric_threshold"),
+    ):
         if getattr(args, option) is not None:
             setattr(config, name, getattr(args, option))
     return config
@@ -147,10 +179,15 @@ def ks_of(args: argparse.Namespace, num_samples: int) -> list[int]:
 
 @contextlib.contextmanager
 def model_directory(source: str, model: str | None, *, convert: bool = True) -> Iterator[Path | None]:
-    """The Hugging Face directory of SOURCE: itself, --model of a URL, or a conversion that lives as long as this. None if not `convert`."""
+    """The Hugging Face directory of SOURCE: itself, --model of a URL, or a conversion that lives as
+    long as this. None if not `convert`.
+    """
     if is_url(source):
         if model is None:
-            raise UserError(f"{source}: give --model DIR, the Hugging Face directory whose model it serves (for the tokenizer)")
+            raise UserError(
+                f"{source}: give --model DIR, the Hugging Face directory whose model it serves (for the"
+                " tokenizer)"
+            )
         yield Path(model) if convert else None
         return
     if model is not None:
@@ -162,12 +199,12 @@ def model_directory(source: str, model: str | None, *, convert: bool = True) -> 
     if not convert or not megatron:
         yield path if convert else None
         return
-    from megasd.convert.common import Options, Progress
+    from megasd.convert.common import ConversionOptions, ConversionProgress
     from megasd.convert.megatron_to_hf import to_hf
 
     with tempfile.TemporaryDirectory(prefix="megasd-eval-", dir=os.environ.get("TMPDIR")) as folder:
         target = Path(folder) / "hf"
-        to_hf(path, target, Options(), Progress())
+        to_hf(path, target, ConversionOptions(), ConversionProgress())
         yield target
 
 
@@ -178,17 +215,25 @@ def is_url(source: str) -> bool:
 # ---- sampling ----
 
 
-def _sample(args: argparse.Namespace, model: Path, prompts: list[Prompt], decoding: dict[str, Any], out: Path) -> list[Group]:
+def _sample(
+    args: argparse.Namespace, model: Path, prompts: list[Prompt], decoding: dict[str, Any], out: Path
+) -> list[Group]:
     """Groups without verdicts. Settles decoding["max_response_tokens"]."""
     chat = Chat(model, enable_thinking=decoding["thinking"])
     prompt_ids = [chat.encode_prompt(prompt.messages) for prompt in prompts]
     _fit(decoding, model, prompts, prompt_ids)
     out.mkdir(parents=True, exist_ok=True)
-    with open_engine(args, model, chat, decoding, out) as engine:
+    with open_eval_engine(args, model, chat, decoding, out) as engine:
         return engine.generate(
-            prompts, prompt_ids, chat.decode, step=0, num_samples=args.num_samples,
-            temperature=decoding["temperature"], top_p=decoding["top_p"], max_response_tokens=decoding["max_response_tokens"],
-        )  # fmt: skip
+            prompts,
+            prompt_ids,
+            chat.decode,
+            step=0,
+            num_samples=args.num_samples,
+            temperature=decoding["temperature"],
+            top_p=decoding["top_p"],
+            max_response_tokens=decoding["max_response_tokens"],
+        )
 
 
 def _fit(decoding: dict[str, Any], model: Path, prompts: list[Prompt], prompt_ids: list[list[int]]) -> None:
@@ -197,22 +242,31 @@ def _fit(decoding: dict[str, Any], model: Path, prompts: list[Prompt], prompt_id
     row = max(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
     room = longest - len(prompt_ids[row])
     if decoding["max_response_tokens"] is None:
-        decoding["max_response_tokens"] = max(1, min(DEFAULT_RESPONSE_TOKENS, room - 2))  # SGLang keeps two positions for itself
+        # SGLang keeps two positions for itself
+        decoding["max_response_tokens"] = max(1, min(DEFAULT_RESPONSE_TOKENS, room - 2))
     elif decoding["max_response_tokens"] > room:
         raise UserError(
-            f"--max-response-tokens {decoding['max_response_tokens']}: row {prompts[row].id!r} has {len(prompt_ids[row])} prompt tokens "
-            f"and the model's max_position_embeddings is {longest}; give {max(room, 0)} or less"
+            f"--max-response-tokens {decoding['max_response_tokens']}: row {prompts[row].id!r} has"
+            f" {len(prompt_ids[row])} prompt tokens and the model's max_position_embeddings is {longest};"
+            f" give {max(room, 0)} or less"
         )
 
 
-def open_engine(args: argparse.Namespace, model: Path, chat: Chat, decoding: dict[str, Any], out: Path) -> Guest:
-    """The given URL as it stands, or a server started on `model`, in the dtype of its config.json (fp32 for fp32, else bfloat16)."""
+def open_eval_engine(
+    args: argparse.Namespace, model: Path, chat: Chat, decoding: dict[str, Any], out: Path
+) -> EvalSampler:
+    """The given URL as it stands, or a server started on `model`, in the dtype of its config.json
+    (fp32 for fp32, else bfloat16).
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     url = is_url(args.source)
     if args.deterministic and device == "cpu" and not url:
-        raise UserError("--deterministic: SGLang 0.5.23 ignores sampling seeds on a CPU; leave it out, or use --temperature 0")
+        raise UserError(
+            "--deterministic: SGLang 0.5.23 ignores sampling seeds on a CPU; leave it out, or use"
+            " --temperature 0"
+        )
     hf = read_hf_config(str(model))
     float32 = "float32" in (hf.get("dtype"), hf.get("torch_dtype"))
     engine = EngineConfig(
@@ -222,16 +276,26 @@ def open_engine(args: argparse.Namespace, model: Path, chat: Chat, decoding: dic
         extra_args=["--enable-deterministic-inference"] if args.deterministic and not url else [],
     )
     config = RolloutConfig(top_k=decoding["top_k"], max_concurrency=args.max_concurrency, engine=engine)
-    return (Seeded if args.deterministic else Guest)(
-        config, model_path=str(model), device=device, dtype="float32" if float32 else "bfloat16", run_dir=out, seed=args.seed,
-        stop_token_ids=chat.eos_token_ids, vocab_size=chat.vocab_size,
-    )  # fmt: skip
+    return (SeededSampler if args.deterministic else EvalSampler)(
+        config,
+        model_path=str(model),
+        device=device,
+        dtype="float32" if float32 else "bfloat16",
+        run_dir=out,
+        seed=args.seed,
+        stop_token_ids=chat.eos_token_ids,
+        vocab_size=chat.vocab_size,
+    )
 
 
-class Seeded(Guest):
-    """Gives every request its own sampling_seed: of the run's seed, the prompt, and how often that prompt was asked before."""
+class SeededSampler(EvalSampler):
+    """Gives every request its own sampling_seed: of the run's seed, the prompt, and how often that
+    prompt was asked before.
+    """
 
-    def _body(self, batch_ids: list[list[int]], sampling_params: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    def _body(
+        self, batch_ids: list[list[int]], sampling_params: dict[str, Any], **fields: Any
+    ) -> dict[str, Any]:
         if not hasattr(self, "_asked"):
             self._asked: Counter[str] = Counter()
             self._seed = self.engines[0].seed
@@ -241,14 +305,24 @@ class Seeded(Guest):
             digest = hashlib.sha256(f"{self._seed}/{self._asked[name]}/{name}".encode()).digest()
             params.append(sampling_params | {"sampling_seed": int.from_bytes(digest[:4], "big") >> 1})
             self._asked[name] += 1
-        return super()._body(batch_ids, params, **fields)  # SGLang takes one dict a request, too
+        # SGLang takes one dict a request, too
+        return super()._body(batch_ids, params, **fields)
 
 
-def _print_plan(args: argparse.Namespace, prompts: list[Prompt], decoding: dict[str, Any], reward: RewardConfig) -> None:
+def _print_plan(
+    args: argparse.Namespace, prompts: list[Prompt], decoding: dict[str, Any], reward: RewardConfig
+) -> None:
     kind = "engine" if is_url(args.source) else "started on"
     print(f"model     {args.source} ({kind}{f', tokenizer of {args.model}' if args.model else ''})")
-    print(f"data      {args.data}: {len(prompts)} questions x {args.num_samples} samples = {len(prompts) * args.num_samples}")
-    print("decoding  " + ", ".join(f"{name} {value}" for name, value in decoding.items()) + f"; seed {args.seed}")
+    print(
+        f"data      {args.data}: {len(prompts)} questions x {args.num_samples} samples ="
+        f" {len(prompts) * args.num_samples}"
+    )
+    print(
+        "decoding  "
+        + ", ".join(f"{name} {value}" for name, value in decoding.items())
+        + f"; seed {args.seed}"
+    )
     print(f"verifier  {reward.verifier}, {reward.timeout:g} s a check, {reward.workers} at once")
     print(f"writes    {args.out}: {SAMPLES}, {SETTINGS}, {METRICS}, engine.log")
 
@@ -256,16 +330,20 @@ def _print_plan(args: argparse.Namespace, prompts: list[Prompt], decoding: dict[
 # ---- figures ----
 
 
-def report(out: Path, groups: list[Group], settings: dict[str, Any], ks: list[int], seconds: float) -> None:
+def write_results(
+    out: Path, groups: list[Group], settings: dict[str, Any], ks: list[int], seconds: float
+) -> None:
     """metrics.json, and the table on standard output."""
-    result = measure(groups, settings, ks)
+    result = measure_groups(groups, settings, ks)
     _write_json(out / METRICS, settings | result | {"seconds": round(seconds, 1)})
-    print(table(result, settings["num_samples"]))
+    print(results_table(result, settings["num_samples"]))
     print(f"{seconds:.1f} s; everything is in {out}")
 
 
-def measure(groups: list[Group], settings: dict[str, Any], ks: list[int]) -> dict[str, Any]:
-    """{"questions", "verdicts", "no_answer", "truncated", "mean_response_tokens", "mean_score", "metrics", ...} of scored groups."""
+def measure_groups(groups: list[Group], settings: dict[str, Any], ks: list[int]) -> dict[str, Any]:
+    """{"questions", "verdicts", "no_answer", "truncated", "mean_response_tokens", "mean_score",
+    "metrics", ...} of scored groups.
+    """
     verifier, seed = settings["verifier"]["verifier"], settings["seed"]
     samples = [s for g in groups for s in g.samples]
     answer_of: Callable[[str], str | None] = lambda text: extract_answer(verifier, text)  # noqa: E731
@@ -279,11 +357,17 @@ def measure(groups: list[Group], settings: dict[str, Any], ks: list[int]) -> dic
         "mean_response_tokens": sum(len(s.response_ids) for s in samples) / max(1, len(samples)),
         "mean_score": sum(scores) / len(scores) if scores else None,
         "interval": {"coverage": COVERAGE, "resamples": NUM_RESAMPLES, "over": "questions", "seed": seed},
-        "metrics": figures(groups, None if verifier in NO_VOTE else answer_of, ks=ks, num_samples=settings["num_samples"], seed=seed),
+        "metrics": metrics_with_intervals(
+            groups,
+            None if verifier in NO_VOTE else answer_of,
+            ks=ks,
+            num_samples=settings["num_samples"],
+            seed=seed,
+        ),
     }
 
 
-def table(result: dict[str, Any], num_samples: int) -> str:
+def results_table(result: dict[str, Any], num_samples: int) -> str:
     """Plain text: a line a figure, then what was left out of which and why."""
     lines = [f"{'figure':<18}{'value':>9}{'95% interval':>19}{'questions':>11}"]
     notes = []
@@ -295,11 +379,15 @@ def table(result: dict[str, Any], num_samples: int) -> str:
             notes.append((len(row["left_out"]), name))
     verdicts = result["verdicts"]
     counts = ", ".join(f"{verdicts.get(name, 0)} {name}" for name in ("right", "wrong", "error", "timeout"))
-    lines.append(f"{result['samples']} samples: {counts}; {result['no_answer']} without an answer, {result['truncated']} cut off")
+    lines.append(
+        f"{result['samples']} samples: {counts}; {result['no_answer']} without an answer,"
+        f" {result['truncated']} cut off"
+    )
     for count in sorted({count for count, _ in notes}):
         names = ", ".join(name for number, name in notes if number == count)
         lines.append(
-            f"{count} of {result['questions']} questions are left out of {names}: too few of their {num_samples} samples were scored"
+            f"{count} of {result['questions']} questions are left out of {names}: too few of their"
+            f" {num_samples} samples were scored"
         )
     if result["mean_score"] is not None:
         lines.append(f"mean score {result['mean_score']:.4f}")

@@ -1,6 +1,8 @@
-"""`megasd eval --harness lm-eval`: a model's Hugging Face directory through EleutherAI's lm-evaluation-harness, in a process of its own.
+"""`megasd eval --harness lm-eval`: a model's Hugging Face directory through EleutherAI's
+lm-evaluation-harness, in a process of its own.
 
-The harness is not a dependency: it is run where it is installed (`pip install 'megasd[eval]'`), and named in one line where it is not.
+The harness is not a dependency: it is run where it is installed (`pip install 'megasd[eval]'`), and
+named in one line where it is not.
 """
 
 from __future__ import annotations
@@ -20,11 +22,16 @@ from megasd.types import UserError
 HARNESSES = {"lm-eval": ("lm_eval", "pip install 'megasd[eval]' (lm-eval)", ["--model", "hf"])}
 
 
-def run_harness(args: argparse.Namespace, model_directory: Callable[..., AbstractContextManager[Path]]) -> None:
+def run_harness(
+    args: argparse.Namespace, model_directory: Callable[..., AbstractContextManager[Path]]
+) -> None:
     """Prepare the directory and run the harness on --tasks; UserError when it is not installed or fails."""
     module, install, _ = HARNESSES[args.harness]
     if args.source.startswith(("http://", "https://")):
-        raise UserError("--harness reads a directory; give a Hugging Face directory or a Megatron checkpoint, not an engine URL")
+        raise UserError(
+            "--harness reads a directory; give a Hugging Face directory or a Megatron checkpoint, not an"
+            " engine URL"
+        )
     if not args.tasks:
         raise UserError("--harness: give --tasks, such as --tasks gsm8k")
     if not args.dry_run and importlib.util.find_spec(module) is None:
@@ -39,7 +46,18 @@ def run_harness(args: argparse.Namespace, model_directory: Callable[..., Abstrac
 def harness_command(args: argparse.Namespace, model: Path) -> list[str]:
     """The harness's own command line for that directory; --harness-args at its end win."""
     module, _, fixed = HARNESSES[args.harness]
-    command = [sys.executable, "-m", module, *fixed, "--model_args", f"pretrained={model}", "--tasks", args.tasks, "--seed", str(args.seed)]
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        *fixed,
+        "--model_args",
+        f"pretrained={model}",
+        "--tasks",
+        args.tasks,
+        "--seed",
+        str(args.seed),
+    ]
     command += ["--output_path", args.out] if args.out else []
     command += ["--limit", str(args.limit)] if args.limit else []
     return command + shlex.split(args.harness_args or "")

@@ -1,4 +1,6 @@
-"""`megasd plan`: tables of memory, time and layouts, or one JSON object; exit code 2 and a key to change where a job does not fit."""
+"""`megasd plan`: tables of memory, time and layouts, or one JSON object; exit code 2 and a key to
+change where a job does not fit.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from typing import Any
 
 from megasd.algo.recipes import RECIPES
 from megasd.cluster.planner.hardware import gpu_kind
-from megasd.cluster.planner.job import MEAN_PROMPT, MEAN_RESPONSE, Job, headline
-from megasd.cluster.planner.layouts import Plan, differences, plan, refusal, search
+from megasd.cluster.planner.job import MEAN_PROMPT, MEAN_RESPONSE, PlannedRun, headline
+from megasd.cluster.planner.layouts import LayoutPlan, differences, plan_layout, refusal, search
 from megasd.cluster.planner.memory import GIB
 from megasd.cluster.planner.shapes import Model
 from megasd.config.load import load_config
@@ -22,7 +24,8 @@ from megasd.config.schema import Config
 from megasd.types import UserError
 
 FITS, REFUSED = 0, 2
-MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"  # of a checkout
+# of a checkout
+MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
 
 
 def run(args: argparse.Namespace, items: Sequence[str]) -> int:
@@ -30,12 +33,14 @@ def run(args: argparse.Namespace, items: Sequence[str]) -> int:
     overrides = [item for item in items if re.match(r"[\w.]+=", item)]
     files = [item for item in items if item not in overrides]
     config = load_config(files, overrides, RECIPES)
-    job, source = make_job(config, files, gpus=args.gpus, gpu=args.gpu, model_config=args.model_config)
-    own, found = plan(job), search(job)
+    job, source = read_planned_run(
+        config, files, gpus=args.gpus, gpu=args.gpu, model_config=args.model_config
+    )
+    own, found = plan_layout(job), search(job)
     if args.json:
         print(json.dumps(as_json(own, found[: args.top], source), indent=2))
     else:
-        print("\n".join(report(own, found[: args.top], len(found), source)))
+        print("\n".join(plan_text(own, found[: args.top], len(found), source)))
     if own.fits:
         return FITS
     sys.stdout.flush()
@@ -43,10 +48,17 @@ def run(args: argparse.Namespace, items: Sequence[str]) -> int:
     return REFUSED
 
 
-def make_job(
-    config: Config, files: Sequence[str], *, gpus: int | None = None, gpu: str | None = None, model_config: str | None = None
-) -> tuple[Job, str]:
-    """The job of a config, and which config.json was read. gpus: those that train; engines' own come on top."""
+def read_planned_run(
+    config: Config,
+    files: Sequence[str],
+    *,
+    gpus: int | None = None,
+    gpu: str | None = None,
+    model_config: str | None = None,
+) -> tuple[PlannedRun, str]:
+    """The job of a config, and which config.json was read. gpus: those that train; engines' own
+    come on top.
+    """
     cluster = config.cluster
     kind = gpu_kind(gpu, "--gpu") if gpu else gpu_kind(cluster.gpu)
     hf, source = read_model(config.model.path, files, model_config)
@@ -54,14 +66,22 @@ def make_job(
     if path is not None:
         teacher = Model.of(read_model(path, files, None, "algorithm.teacher.model_path")[0])
     count = gpus or cluster.actor_nodes * cluster.gpus_per_node
-    if count < cluster.gpus_per_node:  # a part of one node
+    # a part of one node
+    if count < cluster.gpus_per_node:
         config = replace(config, cluster=replace(cluster, gpus_per_node=count))
-    return Job(config, Model.of(hf), kind, count, cluster.engine_nodes * cluster.gpus_per_node, teacher), source
+    return (
+        PlannedRun(config, Model.of(hf), kind, count, cluster.engine_nodes * cluster.gpus_per_node, teacher),
+        source,
+    )
 
 
-def read_model(path: str, files: Sequence[str], given: str | None, key: str = "model.path") -> tuple[dict[str, Any], str]:
-    """config.json of the model and where it lay: `given`, the model's directory, or <name>.json in a folder `model` beside the folder of a
-    YAML file or in configs/model of this checkout, for a laptop that does not have the model."""
+def read_model(
+    path: str, files: Sequence[str], given: str | None, key: str = "model.path"
+) -> tuple[dict[str, Any], str]:
+    """config.json of the model and where it lay: `given`, the model's directory, or <name>.json in
+    a folder `model` beside the folder of a YAML file or in configs/model of this checkout, for a
+    laptop that does not have the model.
+    """
     name = f"{Path(path).name}.json"
     places = [Path(given)] if given else [Path(path) / "config.json"]
     if not given:
@@ -70,7 +90,10 @@ def read_model(path: str, files: Sequence[str], given: str | None, key: str = "m
         places.append(MODELS / name)
     place = next((place for place in places if place.is_file()), None)
     if place is None:
-        raise UserError(f"{key}={path}: no config.json there and no {name} in {places[-1].parent}; give one with --model-config FILE")
+        raise UserError(
+            f"{key}={path}: no config.json there and no {name} in {places[-1].parent}; give one with"
+            " --model-config FILE"
+        )
     try:
         hf = json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -83,7 +106,7 @@ def read_model(path: str, files: Sequence[str], given: str | None, key: str = "m
 # ---- output ----
 
 
-def as_json(own: Plan, found: Sequence[Plan], source: str) -> dict[str, Any]:
+def as_json(own: LayoutPlan, found: Sequence[LayoutPlan], source: str) -> dict[str, Any]:
     """Whole figures: bytes and seconds."""
     job = own.job
     return {
@@ -95,11 +118,14 @@ def as_json(own: Plan, found: Sequence[Plan], source: str) -> dict[str, Any]:
         "own": _plan_json(own),
         "refusal": None if own.fits else refusal(own),
         # changes: the keys of the config that a layout needs otherwise
-        "layouts": [_plan_json(one) | {"changes": {fix.key: fix.new for fix in differences(job, one.job)}} for one in found],
+        "layouts": [
+            _plan_json(one) | {"changes": {fix.key: fix.new for fix in differences(job, one.job)}}
+            for one in found
+        ],
     }
 
 
-def _plan_json(one: Plan) -> dict[str, Any]:
+def _plan_json(one: LayoutPlan) -> dict[str, Any]:
     layout = dict(zip(COLUMNS, _layout(one.job), strict=False))
     if one.refused:
         return {"layout": layout, "fits": False, "refused": one.refused}
@@ -107,7 +133,13 @@ def _plan_json(one: Plan) -> dict[str, Any]:
     return {
         "layout": layout,
         "fits": one.fits,
-        "memory": {"stage": memory.stage, "limit": memory.limit, "peak": memory.peak, "worst": memory.worst, "phases": memory.phases},
+        "memory": {
+            "stage": memory.stage,
+            "limit": memory.limit,
+            "peak": memory.peak,
+            "worst": memory.worst,
+            "phases": memory.phases,
+        },
         "time": {
             "seconds": time.seconds,
             "phases": {phase.name: phase.parts for phase in time.phases},
@@ -118,7 +150,7 @@ def _plan_json(one: Plan) -> dict[str, Any]:
     }
 
 
-def report(own: Plan, found: Sequence[Plan], count: int, source: str) -> list[str]:
+def plan_text(own: LayoutPlan, found: Sequence[LayoutPlan], count: int, source: str) -> list[str]:
     """The tables."""
     job = own.job
     lines = [headline(job, job.model.hf), f"config.json read: {source}", ""]
@@ -128,37 +160,49 @@ def report(own: Plan, found: Sequence[Plan], count: int, source: str) -> list[st
     return lines
 
 
-def memory_table(own: Plan) -> list[str]:
+def memory_table(own: LayoutPlan) -> list[str]:
     memory = own.memory
     names = list(dict.fromkeys(name for causes in memory.phases.values() for name in causes))
-    rows = [[name, *(f"{causes[name] / GIB:.2f}" if name in causes else "" for causes in memory.phases.values())] for name in names]
+    rows = [
+        [name, *(f"{causes[name] / GIB:.2f}" if name in causes else "" for causes in memory.phases.values())]
+        for name in names
+    ]
     rows.append(["in all", *(f"{memory.total(phase) / GIB:.2f}" for phase in memory.phases)])
     title = (
-        f"GiB of the worst rank (pipeline stage {memory.stage}), every sequence of {own.job.longest} tokens; room: {memory.limit / GIB:.2f}"
+        f"GiB of the worst rank (pipeline stage {memory.stage}), every sequence of {own.job.longest} tokens;"
+        f" room: {memory.limit / GIB:.2f}"
     )
     return [title, *_aligned([["memory", *memory.phases], *rows])]
 
 
-def time_table(own: Plan) -> list[str]:
+def time_table(own: LayoutPlan) -> list[str]:
     time, job = own.time, own.job
     rows = [["phase", "seconds", "waits for", "of which"]]
     for phase in time.phases:
-        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in sorted(phase.parts.items(), key=lambda item: -item[1]))
+        parts = ", ".join(
+            f"{name} {seconds:.2f}"
+            for name, seconds in sorted(phase.parts.items(), key=lambda item: -item[1])
+        )
         rows.append([phase.name, f"{phase.seconds:.2f}", phase.cause, parts])
     rows.append(["step", f"{time.seconds:.2f}", "", ""])
     worst = time.bottleneck
     return [
-        f"seconds of a step, prompts of {job.mean_prompt:.0f} and responses of {job.mean_response:.0f} tokens (assumed: {MEAN_PROMPT:g} "
-        f"and {MEAN_RESPONSE:g} of the longest)",
+        (
+            f"seconds of a step, prompts of {job.mean_prompt:.0f} and responses of {job.mean_response:.0f}"
+            f" tokens (assumed: {MEAN_PROMPT:g} and {MEAN_RESPONSE:g} of the longest)"
+        ),
         *_aligned(rows, left=(0, 2, 3)),
-        f"bottleneck: {worst.name}, by {worst.cause}; {time.tokens_per_gpu:.0f} tokens/s/GPU, MFU {100 * time.mfu:.0f} % while it trains",
+        (
+            f"bottleneck: {worst.name}, by {worst.cause}; {time.tokens_per_gpu:.0f} tokens/s/GPU, MFU"
+            f" {100 * time.mfu:.0f} % while it trains"
+        ),
     ]
 
 
 COLUMNS = ("TP", "PP", "CP", "EP", "DP", "recompute", "microbatch", "engines")
 
 
-def _layout(job: Job) -> list[Any]:
+def _layout(job: PlannedRun) -> list[Any]:
     actor, engine = job.config.actor, job.config.rollout.engine
     size = f"{actor.micro_batch_size} x {job.longest}"
     if actor.max_tokens_per_microbatch is not None:
@@ -168,13 +212,24 @@ def _layout(job: Job) -> list[Any]:
     return [job.tp, job.pp, job.cp, job.ep, dp, actor.recompute_granularity or "none", size, engines]
 
 
-def layout_table(own: Plan, found: Sequence[Plan]) -> list[str]:
-    head = ["", *COLUMNS, "peak GiB", "in", "step s", "sampling", "training", "tokens/s/GPU", "MFU %", "bottleneck"]
+def layout_table(own: LayoutPlan, found: Sequence[LayoutPlan]) -> list[str]:
+    head = [
+        "",
+        *COLUMNS,
+        "peak GiB",
+        "in",
+        "step s",
+        "sampling",
+        "training",
+        "tokens/s/GPU",
+        "MFU %",
+        "bottleneck",
+    ]
     rows = [_row("*", own)] + [_row(str(number), one) for number, one in enumerate(found, 1)]
     return _aligned([head, *rows], left=(0, 6, 7, 8, 10, 16))
 
 
-def _row(mark: str, one: Plan) -> list[str]:
+def _row(mark: str, one: LayoutPlan) -> list[str]:
     cells = [mark, *map(str, _layout(one.job))]
     if one.refused:
         return [*cells, "", "", "", "", "", "", "", "cannot be split so"]
@@ -182,12 +237,24 @@ def _row(mark: str, one: Plan) -> list[str]:
     sampling = sum(phase.seconds for phase in time.phases if phase.name == "sampling")
     rest = sum(phase.seconds for phase in time.phases if phase.name != "sampling")
     what = f"{time.bottleneck.name}, {time.bottleneck.cause}" if one.fits else "does not fit"
-    cells += [f"{memory.peak / GIB:.1f}", memory.worst, f"{time.seconds:.1f}", f"{sampling:.1f}", f"{rest:.1f}"]
+    cells += [
+        f"{memory.peak / GIB:.1f}",
+        memory.worst,
+        f"{time.seconds:.1f}",
+        f"{sampling:.1f}",
+        f"{rest:.1f}",
+    ]
     return [*cells, f"{time.tokens_per_gpu:.0f}", f"{100 * time.mfu:.0f}", what]
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> list[str]:
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    cells = [[cell.ljust(w) if k in left else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))] for row in rows]
+    cells = [
+        [
+            cell.ljust(w) if k in left else cell.rjust(w)
+            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    ]
     rule = ["-" * width for width in widths]
     return ["| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]]

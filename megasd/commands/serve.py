@@ -1,7 +1,9 @@
-"""megasd serve CONFIG...: rollout engines on this machine for a run on others (rollout.engine.served; engine/remote.py: how they meet).
+"""megasd serve CONFIG...: rollout engines on this machine for a run on others
+(rollout.engine.served; engine/remote.py: how they meet).
 
-Starts as many as fit, announces each when it answers, starts a dead or condemned one anew, and ends, closing all, when the run does, when
-its sign of life stops for PATIENCE seconds, or on SIGTERM. SIGUSR1 is not for engines: the run saves, leaves, and then they end.
+Starts as many as fit, announces each when it answers, starts a dead or condemned one anew, and
+ends, closing all, when the run does, when its sign of life stops for PATIENCE seconds, or on
+SIGTERM. SIGUSR1 is not for engines: the run saves, leaves, and then they end.
 """
 
 from __future__ import annotations
@@ -25,16 +27,27 @@ from megasd.config.load import load_config
 from megasd.config.schema import LOOPBACK, Config, EngineConfig, engine_dtype
 from megasd.config.validate import default_world_size, validate_values
 from megasd.engine.auth import VARIABLE, engine_key
-from megasd.engine.client import Engine, EngineError
-from megasd.engine.remote import CLOSED, POLL, TRAINER, engine_name, job_token, read, write
+from megasd.engine.client import EngineClient, EngineError
+from megasd.engine.remote import (
+    CLOSED,
+    POLL,
+    TRAINER,
+    engine_name,
+    job_token,
+    read_announcement,
+    write_announcement,
+)
 from megasd.types import UserError
 
-PATIENCE = 180.0  # seconds; a shared file system may show a new file a minute late
+# seconds; a shared file system may show a new file a minute late
+PATIENCE = 180.0
 WILDCARDS = ("0.0.0.0", "::")
 
 
 def run(args: argparse.Namespace, items: list[str]) -> int:
-    """The command; 0 when the run has ended or this was told to, 1 when the run went silent. UserError for what cannot be served."""
+    """The command; 0 when the run has ended or this was told to, 1 when the run went silent.
+    UserError for what cannot be served.
+    """
     overrides = [item for item in items if re.match(r"[\w.]+=", item)]
     config = load_config([item for item in items if item not in overrides], overrides, RECIPES)
     validate_values(config, default_world_size(config))
@@ -42,35 +55,49 @@ def run(args: argparse.Namespace, items: list[str]) -> int:
     return asyncio.run(serve(engines, Path(config.run.dir) / "engines"))
 
 
-def make_engines(config: Config, *, host: str, count: int | None) -> list[Engine]:
+def make_engines(config: Config, *, host: str, count: int | None) -> list[EngineClient]:
     """This machine's engines, not started. count None: as many as its GPUs hold; 1 on a machine without."""
     if host not in LOOPBACK and engine_key() is None:
-        raise UserError(f"--host {host}: SGLang lets in whoever reaches it; set {VARIABLE} here and where the run starts")
+        raise UserError(
+            f"--host {host}: SGLang lets in whoever reaches it; set {VARIABLE} here and where the run starts"
+        )
     model_path = config.rollout.engine.model_path or config.model.path
     if not (Path(model_path) / "config.json").is_file():
-        raise UserError(f"model.path={model_path}: holds no config.json on this machine; give a Hugging Face directory that it sees")
+        raise UserError(
+            f"model.path={model_path}: holds no config.json on this machine; give a Hugging Face directory"
+            " that it sees"
+        )
     settings: EngineConfig = replace(config.rollout.engine, host=host, urls=[], served=0)
     size, gpus = settings.tensor_parallel_size, torch.cuda.device_count()
     count = count or max(1, gpus // size)
     if gpus and count * size > gpus:
         raise UserError(
-            f"--engines {count}: with rollout.engine.tensor_parallel_size={size} they take {count * size} of {gpus} GPUs; lower one"
+            f"--engines {count}: with rollout.engine.tensor_parallel_size={size} they take {count * size} of"
+            f" {gpus} GPUs; lower one"
         )
     node, logs = socket.gethostname(), Path(config.run.dir) / "engines"
-    seed = config.run.seed + zlib.crc32(node.encode())  # machines must not sample alike
+    # machines must not sample alike
+    seed = config.run.seed + zlib.crc32(node.encode())
     return [
-        Engine(
-            settings, index=index, model_path=model_path, device="cuda" if gpus else "cpu", dtype=engine_dtype(config),
-            log_path=logs / f"{node}-{index}.log", seed=seed, need_text=bool(config.rollout.stop),
+        EngineClient(
+            settings,
+            index=index,
+            model_path=model_path,
+            device="cuda" if gpus else "cpu",
+            dtype=engine_dtype(config),
+            log_path=logs / f"{node}-{index}.log",
+            seed=seed,
+            need_text=bool(config.rollout.stop),
         )
         for index in range(count)
-    ]  # fmt: skip
+    ]
 
 
-async def serve(engines: list[Engine], directory: Path) -> int:
+async def serve(engines: list[EngineClient], directory: Path) -> int:
     """Until the run ends or goes silent or a signal comes; the exit code.
 
-    StartError, EngineError when no engine can be kept up, when one has never answered, or one is lost before the run is there.
+    StartError, EngineError when no engine can be kept up, when one has never answered, or one is
+    lost before the run is there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -85,7 +112,8 @@ async def serve(engines: list[Engine], directory: Path) -> int:
             for task in [task for task in tasks if task.done() and task not in lost]:
                 lost.add(task)
                 if tasks[task].answers_as is None or watch.heard is None or len(lost) == len(tasks):
-                    await task  # raises
+                    # raises
+                    await task
                 print(f"megasd: {task.exception()}; the others go on", flush=True)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), POLL)
@@ -99,7 +127,7 @@ async def serve(engines: list[Engine], directory: Path) -> int:
             await engine.close()
 
 
-async def keep(engine: Engine, directory: Path, say: Callable[..., None]) -> None:
+async def keep(engine: EngineClient, directory: Path, say: Callable[..., None]) -> None:
     """Start an engine, announce it, and start it anew whenever it dies, at most max_restarts times."""
     token, node, reason = job_token(), socket.gethostname(), ""
     for _ in range(engine.config.max_restarts + 1):
@@ -110,7 +138,9 @@ async def keep(engine: Engine, directory: Path, say: Callable[..., None]) -> Non
         host = node if engine.config.host in WILDCARDS else engine.config.host
         paths = directory / f"{node}-{port}.json", directory / f"{engine.name}.condemned"
         try:
-            write(paths[0], {"url": f"http://{host}:{port}", "name": engine.name, "token": token})
+            write_announcement(
+                paths[0], {"url": f"http://{host}:{port}", "name": engine.name, "token": token}
+            )
             say(f"megasd: engine {engine.index} answers at http://{host}:{port}", flush=True)
             while (reason := died(engine, paths[1])) is None:
                 await asyncio.sleep(POLL)
@@ -120,14 +150,17 @@ async def keep(engine: Engine, directory: Path, say: Callable[..., None]) -> Non
         say(f"megasd: engine {engine.index} died ({reason}); starting it again", flush=True)
         engine.kill()
     limit = f"rollout.engine.max_restarts={engine.config.max_restarts}"
-    raise EngineError(f"engine {engine.index} died again after {limit}: {reason}; {engine.last_error()} (log: {engine.log_path})")
+    raise EngineError(
+        f"engine {engine.index} died again after {limit}: {reason}; {engine.last_error()} (log:"
+        f" {engine.log_path})"
+    )
 
 
-def died(engine: Engine, condemned: Path) -> str | None:
+def died(engine: EngineClient, condemned: Path) -> str | None:
     """Why it is to be started anew, None while it is not."""
     if engine.exit_code() is not None:
         return f"exit status {engine.exit_code()}"
-    found = read(condemned)
+    found = read_announcement(condemned)
     return None if found is None else f"the run says: {found.get('reason')}"
 
 
@@ -136,17 +169,26 @@ class Watch:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.token = directory, job_token()
-        self.closed_before, self.beat = read(directory / CLOSED), None
+        self.closed_before, self.beat = read_announcement(directory / CLOSED), None
         self.silent = False
-        self.heard: float | None = None  # when its sign of life last changed; None before the run has begun
+        # when its sign of life last changed; None before the run has begun
+        self.heard: float | None = None
 
     def ended(self) -> str | None:
         """Why, None while it is not."""
-        closed, trainer = read(self.directory / CLOSED), read(self.directory / TRAINER)
-        if closed is not None and closed.get("token") == self.token and (self.token or closed != self.closed_before):
+        closed, trainer = (
+            read_announcement(self.directory / CLOSED),
+            read_announcement(self.directory / TRAINER),
+        )
+        if (
+            closed is not None
+            and closed.get("token") == self.token
+            and (self.token or closed != self.closed_before)
+        ):
             return "the run has ended"
         if trainer is not None and trainer.get("token") == self.token and trainer.get("beat") != self.beat:
-            if self.beat is not None or self.token:  # what lay there before may be an earlier run's
+            # what lay there before may be an earlier run's
+            if self.beat is not None or self.token:
                 self.heard = time.monotonic()
             self.beat = trainer.get("beat")
         if self.heard is not None and time.monotonic() - self.heard > PATIENCE:

@@ -96,13 +96,25 @@ RULES: dict[str, Rule] = {
     "rollout.top_k": ("must be -1 (off) or greater than 0", lambda v: v == -1 or v > 0),
     "rollout.max_concurrency": POSITIVE,
     "rollout.max_retries": NOT_NEGATIVE,
-    "rollout.engine.urls": ("each must be http://HOST:PORT", lambda v: all(re.fullmatch(r"https?://[^/\s]+/?", url) for url in v)),
+    "rollout.engine.urls": (
+        "each must be http://HOST:PORT",
+        lambda v: all(re.fullmatch(r"https?://[^/\s]+/?", url) for url in v),
+    ),
     "rollout.engine.model_path": NOT_EMPTY,
-    "rollout.engine.host": ("must be a loopback address (127.0.0.1); `megasd serve --host` binds others", lambda v: v in LOOPBACK),
-    "rollout.engine.port": ("must be 0 (a free port) or lie in [1024, 65535]", lambda v: v == 0 or 1024 <= v <= 65535),
+    "rollout.engine.host": (
+        "must be a loopback address (127.0.0.1); `megasd serve --host` binds others",
+        lambda v: v in LOOPBACK,
+    ),
+    "rollout.engine.port": (
+        "must be 0 (a free port) or lie in [1024, 65535]",
+        lambda v: v == 0 or 1024 <= v <= 65535,
+    ),
     "rollout.engine.num_engines": POSITIVE,
     "rollout.engine.served": NOT_NEGATIVE,
-    "rollout.engine.router": ("must be http://HOST:PORT", lambda v: bool(re.fullmatch(r"https?://[^/\s]+/?", v))),
+    "rollout.engine.router": (
+        "must be http://HOST:PORT",
+        lambda v: bool(re.fullmatch(r"https?://[^/\s]+/?", v)),
+    ),
     "rollout.engine.mem_fraction_static": ("must lie in (0, 1)", lambda v: 0 < v < 1),
     "rollout.engine.tensor_parallel_size": POSITIVE,
     "rollout.engine.max_total_tokens": POSITIVE,
@@ -154,21 +166,31 @@ RULES: dict[str, Rule] = {
     "cluster.actor_nodes": POSITIVE,
     "cluster.engine_nodes": NOT_NEGATIVE,
     "cluster.job_name": ("must be letters, digits, . _ or -", lambda v: bool(re.fullmatch(r"[\w.-]+", v))),
-    "cluster.time": ("must be hh:mm:ss or days-hh:mm:ss", lambda v: bool(re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", v))),
+    "cluster.time": (
+        "must be hh:mm:ss or days-hh:mm:ss",
+        lambda v: bool(re.fullmatch(r"(\d+-)?\d{1,3}:\d\d:\d\d", v)),
+    ),
     "cluster.signal_seconds": ("must lie in [1, 65535]", lambda v: 1 <= v <= 65535),
     "cluster.max_requeues": NOT_NEGATIVE,
-    "cluster.container_mounts": ("each must be HOST:CONTAINER", lambda v: all(re.fullmatch(r"[^:\s]+:[^\s]+", mount) for mount in v)),
+    "cluster.container_mounts": (
+        "each must be HOST:CONTAINER",
+        lambda v: all(re.fullmatch(r"[^:\s]+:[^\s]+", mount) for mount in v),
+    ),
     "cluster.env": (
         "each must be the name of a variable; values come from the submitting shell",
         lambda v: all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in v),
     ),
-    "cluster.sbatch": ("each must begin with --", lambda v: all(re.fullmatch(r"--[^\n]+", option) for option in v)),
+    "cluster.sbatch": (
+        "each must begin with --",
+        lambda v: all(re.fullmatch(r"--[^\n]+", option) for option in v),
+    ),
 }
 
 
 def check_values(config: Any, origin: Mapping[str, str] | None = None, prefix: str = "") -> None:
-    """Hold every value against RULES; `origin` names the source of a key for the error. `prefix`: the section that `config` is, if it is
-    not the whole. Raises ConfigError."""
+    """Hold every value against RULES; `origin` names the source of a key for the error. `prefix`:
+    the section that `config` is, if it is not the whole. Raises ConfigError.
+    """
     for key, value in walk(config, prefix):
         where = (origin or {}).get(key, "config")
         if isinstance(value, float) and not math.isfinite(value):
@@ -178,7 +200,9 @@ def check_values(config: Any, origin: Mapping[str, str] | None = None, prefix: s
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted key, value) below a dataclass instance; an optional term that is off yields its own key and None."""
+    """Every (dotted key, value) below a dataclass instance; an optional term that is off yields its
+    own key and None.
+    """
     for item in fields(config):
         value = getattr(config, item.name)
         if is_dataclass(value):

@@ -18,19 +18,29 @@ def outline(config: Config, world_size: int) -> list[str]:
     elif engine.urls:
         where = f"SGLang at {', '.join(engine.urls)}"
     elif engine.served:
-        where = f"{engine.served} of SGLang that `megasd serve` starts elsewhere and announces in {run.dir}/engines"
+        where = (
+            f"{engine.served} of SGLang that `megasd serve` starts elsewhere and announces in"
+            f" {run.dir}/engines"
+        )
     else:
         dtype = actor.dtype if engine.dtype == "auto" else engine.dtype
         port = engine.port or "a free port"
         several = f"{engine.num_engines} x " if engine.num_engines > 1 else ""
-        where = several + (
-            f"SGLang started on {engine.host}, {port}; TP {engine.tensor_parallel_size}, {dtype}, {engine.max_total_tokens} KV tokens"
+        where = (
+            several + f"SGLang started on {engine.host}, {port}; TP {engine.tensor_parallel_size}, {dtype},"
+            f" {engine.max_total_tokens} KV tokens"
         )
     lines = [
-        f"ranks        {world_size} = TP {actor.tensor_model_parallel_size} x PP {actor.pipeline_model_parallel_size} x "
-        f"CP {actor.context_parallel_size} x DP {data_parallel} (experts: EP {actor.expert_model_parallel_size})",
+        (
+            f"ranks        {world_size} = TP {actor.tensor_model_parallel_size} x PP"
+            f" {actor.pipeline_model_parallel_size} x CP {actor.context_parallel_size} x DP {data_parallel}"
+            f" (experts: EP {actor.expert_model_parallel_size})"
+        ),
         f"step         {samples} samples, at most {samples * tokens} tokens of prompt and response",
-        f"rank         {local} samples a step{_microbatches(config, local)}; sequences padded to {sequence_multiple(config)}",
+        (
+            f"rank         {local} samples a step{_microbatches(config, local)}; sequences padded to"
+            f" {sequence_multiple(config)}"
+        ),
         f"run          {run.steps} steps, {run.steps * samples} samples; resume: {run.resume}",
         f"algorithm    {config.algorithm.recipe}: {_terms(config)}",
         f"engine       {where}",
@@ -39,16 +49,21 @@ def outline(config: Config, world_size: int) -> list[str]:
         lines.append(f"router       samples are asked of {engine.router}")
     if rollout.overlap:
         lines.append(
-            "overlap      the next batch is sampled while one is learned: samples are of weights one step old, but for the first batch"
+            "overlap      the next batch is sampled while one is learned: samples are of weights one step"
+            " old, but for the first batch"
         )
     lines += [f"stage        {stage}" for stage in config.algorithm.stages]
     teacher = config.algorithm.teacher
     if teacher:
         longest = tokens + rollout.max_response_tokens
-        about = f"; a sequence of about {longest} tokens at most" if teacher.context.endswith("_success") else ""
+        about = (
+            f"; a sequence of about {longest} tokens at most" if teacher.context.endswith("_success") else ""
+        )
         lines.append(f"teacher      {teacher.weights} weights, reads {teacher.context}{about}")
     every = f"every {config.evaluation.every} steps, " if config.evaluation.every else ""
-    lines.append(f"evaluation   {f'{every}before and after, {config.data.eval}' if config.data.eval else 'none'}")
+    lines.append(
+        f"evaluation   {f'{every}before and after, {config.data.eval}' if config.data.eval else 'none'}"
+    )
     files = ["config.yaml", "metrics.jsonl", "summary.json"]
     files += ["tensorboard/"] if run.tensorboard else []
     files += ["rollouts/"] if needs_engine(config) else []
@@ -61,10 +76,17 @@ def _microbatches(config: Config, local: int) -> str:
     actor = config.actor
     if actor.max_tokens_per_microbatch is None:
         return f" = {local // actor.micro_batch_size} microbatches of {actor.micro_batch_size}"
-    return f" or so, microbatches of at most {actor.max_tokens_per_microbatch} tokens{', packed' if actor.packing else ''}"
+    return (
+        f" or so, microbatches of at most {actor.max_tokens_per_microbatch}"
+        f" tokens{', packed' if actor.packing else ''}"
+    )
 
 
 def _terms(config: Config) -> str:
     algorithm = config.algorithm
-    names = [f"{n} x {t.coefficient}" for n in ("distill", "policy_gradient", "nll") if (t := getattr(algorithm, n))]
+    names = [
+        f"{n} x {t.coefficient}"
+        for n in ("distill", "policy_gradient", "nll")
+        if (t := getattr(algorithm, n))
+    ]
     return f"{' + '.join(names)}; question weight {algorithm.question_weight.kind}, {algorithm.aggregation}"

@@ -22,17 +22,22 @@ COMMAND_LINE = "command line"
 
 
 def load_config(files: list[str], overrides: list[str], recipes: Mapping[str, AlgorithmConfig]) -> Config:
-    """Merge defaults <- recipe row <- YAML `files` in order <- `overrides` ("optimizer.lr=1e-6") into real dataclasses.
+    """Merge defaults <- recipe row <- YAML `files` in order <- `overrides` ("optimizer.lr=1e-6")
+    into real dataclasses.
 
-    An override of a string key is taken as it is written; any other value is YAML. `null` switches an optional term off, and a
-    key below one that is off builds it from its defaults. `${other.key}` refers to another key.
-    Raises ConfigError for anything that is not exactly a key, a type and a value of the dataclasses above.
+    An override of a string key is taken as it is written; any other value is YAML. `null` switches
+    an optional term off, and a key below one that is off builds it from its defaults.
+    `${other.key}` refers to another key. Raises ConfigError for anything that is not exactly a key,
+    a type and a value of the dataclasses above.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    sources = [(path, _read_yaml(path)) for path in files] + [(COMMAND_LINE, _parse_override(text)) for text in overrides]
-    origin: dict[str, str] = {}  # dotted key -> the source that set it last
+    sources = [(path, _read_yaml(path)) for path in files] + [
+        (COMMAND_LINE, _parse_override(text)) for text in overrides
+    ]
+    # dotted key -> the source that set it last
+    origin: dict[str, str] = {}
     for source, tree in sources:
         _check_tree(tree, Config, "", source, origin)
 
@@ -57,13 +62,17 @@ def load_config(files: list[str], overrides: list[str], recipes: Mapping[str, Al
     if config is None:
         key = min(missing)
         where = origin.get(key, files[-1] if files else COMMAND_LINE)
-        raise ConfigError(f"{where}: {key}: is mandatory; set it in a file or add {key}=... to the command line")
+        raise ConfigError(
+            f"{where}: {key}: is mandatory; set it in a file or add {key}=... to the command line"
+        )
     check_values(config, origin)
     return config
 
 
 def override(algorithm: AlgorithmConfig, changes: list[str], source: str) -> AlgorithmConfig:
-    """The algorithm with dotted `changes` such as "distill.beta=1", read and checked as `load_config` does; errors name `source`."""
+    """The algorithm with dotted `changes` such as "distill.beta=1", read and checked as
+    `load_config` does; errors name `source`.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -106,7 +115,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: cannot be read as a YAML mapping: {_first_line(error)}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold a mapping of sections ({', '.join(_types(Config))}), not a {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: must hold a mapping of sections ({', '.join(_types(Config))}), not a"
+            f" {type(tree).__name__}"
+        )
     return tree
 
 
@@ -122,12 +134,18 @@ def _parse_override(text: str, source: str = COMMAND_LINE) -> dict[str, Any]:
     kind, optional = _type_at(parts)
     if kind is str or get_origin(kind) is Literal:
         # Taken as written, so that no, on, 1e5 and 0123 stay strings.
-        value = None if optional and raw in ("null", "~", "") else re.sub(r"""^(['"])(.*)\1$""", r"\2", raw, flags=re.DOTALL)
+        value = (
+            None
+            if optional and raw in ("null", "~", "")
+            else re.sub(r"""^(['"])(.*)\1$""", r"\2", raw, flags=re.DOTALL)
+        )
     else:
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)["value"]
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"{source}: {key}: {raw!r} is not a YAML value: {_first_line(error)}") from error
+            raise ConfigError(
+                f"{source}: {key}: {raw!r} is not a YAML value: {_first_line(error)}"
+            ) from error
     tree = value
     for part in reversed(parts):
         tree = {part: tree}
@@ -135,7 +153,9 @@ def _parse_override(text: str, source: str = COMMAND_LINE) -> dict[str, Any]:
 
 
 def _check_tree(tree: dict[Any, Any], cls: type, prefix: str, source: str, origin: dict[str, str]) -> None:
-    """Hold a mapping against a dataclass, strictly: OmegaConf alone would read `false` into a string and 1 into a bool."""
+    """Hold a mapping against a dataclass, strictly: OmegaConf alone would read `false` into a
+    string and 1 into a bool.
+    """
     types = _types(cls)
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -157,12 +177,18 @@ def _check_tree(tree: dict[Any, Any], cls: type, prefix: str, source: str, origi
 
 
 def _type_error(value: Any, kind: Any) -> str | None:
-    """Why `value` is not of `kind`, or None when it is. References (`${...}`) are judged after they are resolved."""
+    """Why `value` is not of `kind`, or None when it is. References (`${...}`) are judged after they
+    are resolved.
+    """
     if isinstance(value, str) and "${" in value:
         return None
     if get_origin(kind) is Literal:
         choices = get_args(kind)
-        return None if value in choices and isinstance(value, str) else f"must be one of {', '.join(choices)}{_nearest(value, choices, '')}"
+        return (
+            None
+            if value in choices and isinstance(value, str)
+            else f"must be one of {', '.join(choices)}{_nearest(value, choices, '')}"
+        )
     if get_origin(kind) is list:
         if not isinstance(value, list):
             return "must be a list, as in [a, b]"
@@ -174,7 +200,11 @@ def _type_error(value: Any, kind: Any) -> str | None:
         return None if isinstance(value, int) and not isinstance(value, bool) else "must be an integer"
     if kind is float:
         return None if isinstance(value, int | float) and not isinstance(value, bool) else "must be a number"
-    return None if isinstance(value, str) else f"must be a string, and YAML reads it as {type(value).__name__}; quote it"
+    return (
+        None
+        if isinstance(value, str)
+        else f"must be a string, and YAML reads it as {type(value).__name__}; quote it"
+    )
 
 
 @cache
@@ -183,7 +213,9 @@ def _types(cls: type) -> dict[str, tuple[Any, bool]]:
     found: dict[str, tuple[Any, bool]] = {}
     for name, hint in get_type_hints(cls).items():
         optional = get_origin(hint) is Union and type(None) in get_args(hint)
-        found[name] = (next(a for a in get_args(hint) if a is not type(None)), True) if optional else (hint, False)
+        found[name] = (
+            (next(a for a in get_args(hint) if a is not type(None)), True) if optional else (hint, False)
+        )
     return found
 
 
@@ -205,7 +237,9 @@ def _all_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def _suggest(name: Any, prefix: str, types: Mapping[str, Any]) -> str:
-    """The nearest valid key: in the same section, else a key of the same or a similar name elsewhere, else the section's keys."""
+    """The nearest valid key: in the same section, else a key of the same or a similar name
+    elsewhere, else the section's keys.
+    """
     if not isinstance(name, str):
         return f"; YAML reads it as {type(name).__name__}, and keys are strings"
     near = [prefix + match for match in difflib.get_close_matches(name, types, n=1)]

@@ -1,7 +1,8 @@
-"""What the values of an algorithm may be together, and in the run it is part of. Stdlib only, as validate.py, which asks it of the start;
-algo/stages.py asks it of every stage.
+"""What the values of an algorithm may be together, and in the run it is part of. Stdlib only, as
+validate.py, which asks it of the start; algo/stages.py asks it of every stage.
 
-What would run and do nothing is refused too: a reader of a config should find in it what the run does. All raise ConfigError, one line.
+What would run and do nothing is refused too: a reader of a config should find in it what the run
+does. All raise ConfigError, one line.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from collections.abc import Sequence
 
 from megasd.config.schema import AlgorithmConfig, Config, ConfigError, QuestionWeightConfig
 
-SIBLINGS = ("first_success", "random_success", "shortest_success")  # contexts that show other samples of the group
-CONTRASTING = ("rlcsd", "cepo")  # credits of two teachers
-ADDING = ("antisd", "log_ratio", "return", "margin")  # credits that teach without a reward's advantage
+# contexts that show other samples of the group
+SIBLINGS = ("first_success", "random_success", "shortest_success")
+# credits of two teachers
+CONTRASTING = ("rlcsd", "cepo")
+# credits that teach without a reward's advantage
+ADDING = ("antisd", "log_ratio", "return", "margin")
 
 
 def check_algorithm(config: Config, algorithm: AlgorithmConfig, data_parallel: int) -> None:
-    """Refuse an algorithm, that of the start or of a stage, that this run cannot take on `data_parallel` ranks."""
+    """Refuse an algorithm, that of the start or of a stage, that this run cannot take on
+    `data_parallel` ranks.
+    """
     check_terms(algorithm)
     _check_rollout(config, algorithm)
     _check_alone(config, algorithm)
@@ -24,16 +30,18 @@ def check_algorithm(config: Config, algorithm: AlgorithmConfig, data_parallel: i
 
 
 def check_read(config: Config, stages: Sequence[AlgorithmConfig]) -> None:
-    """Refuse what is built for the whole run and read in no stage of it. stages: the algorithm before the first one included."""
+    """Refuse what is built for the whole run and read in no stage of it. stages: the algorithm
+    before the first one included.
+    """
     if any(one.teacher for one in stages) and not any(one.teacher and _reads_teacher(one) for one in stages):
         raise ConfigError(
-            "algorithm.teacher: no term reads the teacher; set algorithm.teacher=null or give algorithm.distill or "
-            "algorithm.policy_gradient.credit"
+            "algorithm.teacher: no term reads the teacher; set algorithm.teacher=null or give"
+            " algorithm.distill or algorithm.policy_gradient.credit"
         )
     if config.rollout.dynamic_sampling and all(one.source != "rollout" for one in stages):
         raise ConfigError(
-            f"rollout.dynamic_sampling: asks for samples of every question, and algorithm.source={stages[0].source} brings rows; set it to "
-            "false"
+            "rollout.dynamic_sampling: asks for samples of every question, and"
+            f" algorithm.source={stages[0].source} brings rows; set it to false"
         )
 
 
@@ -47,11 +55,20 @@ def check_terms(algorithm: AlgorithmConfig) -> None:
     distill, pg, nll, teacher = algorithm.distill, algorithm.policy_gradient, algorithm.nll, algorithm.teacher
     credit = pg.credit if pg is not None else None
     if distill is None and pg is None and nll is None:
-        raise ConfigError("algorithm: no term to train on; give algorithm.distill, algorithm.policy_gradient or algorithm.nll")
+        raise ConfigError(
+            "algorithm: no term to train on; give algorithm.distill, algorithm.policy_gradient or"
+            " algorithm.nll"
+        )
     if distill and teacher is None:
-        raise ConfigError("algorithm.teacher: algorithm.distill reads a teacher; give one, as in algorithm.teacher.weights=ema")
+        raise ConfigError(
+            "algorithm.teacher: algorithm.distill reads a teacher; give one, as in"
+            " algorithm.teacher.weights=ema"
+        )
     if credit and teacher is None:
-        raise ConfigError("algorithm.teacher: algorithm.policy_gradient.credit reads a teacher; give one, or set the credit to null")
+        raise ConfigError(
+            "algorithm.teacher: algorithm.policy_gradient.credit reads a teacher; give one, or set the credit"
+            " to null"
+        )
     _check_source(algorithm)
     if distill:
         _check_distill(algorithm)
@@ -62,7 +79,9 @@ def check_terms(algorithm: AlgorithmConfig) -> None:
     if algorithm.tis_mode == "mask" and algorithm.tis_clip is None:
         raise ConfigError("algorithm.tis_mode=mask: needs an upper bound; set algorithm.tis_clip")
     if algorithm.tis_clip is not None and algorithm.tis_low >= algorithm.tis_clip:
-        raise ConfigError(f"algorithm.tis_low={algorithm.tis_low}: must be below algorithm.tis_clip={algorithm.tis_clip}")
+        raise ConfigError(
+            f"algorithm.tis_low={algorithm.tis_low}: must be below algorithm.tis_clip={algorithm.tis_clip}"
+        )
     _check_question_weight(algorithm)
 
 
@@ -71,55 +90,77 @@ def _check_question_weight(algorithm: AlgorithmConfig) -> None:
     if weight.kind == "none":
         return
     if weight.normaliser == "dataset" and weight.pass_rate != "frozen":
-        raise ConfigError("algorithm.question_weight.normaliser=dataset: asks for the rates of all rows; set pass_rate=frozen")
+        raise ConfigError(
+            "algorithm.question_weight.normaliser=dataset: asks for the rates of all rows; set"
+            " pass_rate=frozen"
+        )
     if weight.kind == "band" and weight.low > weight.high:
-        raise ConfigError(f"algorithm.question_weight.low={weight.low}: exceeds high={weight.high}; exchange them")
+        raise ConfigError(
+            f"algorithm.question_weight.low={weight.low}: exceeds high={weight.high}; exchange them"
+        )
     if weight.terms == "distill" and algorithm.distill is None:
-        raise ConfigError("algorithm.question_weight.terms=distill: there is no algorithm.distill to weigh; set it to all, or kind to none")
+        raise ConfigError(
+            "algorithm.question_weight.terms=distill: there is no algorithm.distill to weigh; set it to all,"
+            " or kind to none"
+        )
 
 
 def _check_policy_gradient(algorithm: AlgorithmConfig) -> None:
     pg, teacher = algorithm.policy_gradient, algorithm.teacher
     credit = pg.credit
     if pg.samples == "undistilled" and algorithm.distill is None:
-        raise ConfigError("algorithm.policy_gradient.samples=undistilled: there is no algorithm.distill to leave samples; set it to scored")
+        raise ConfigError(
+            "algorithm.policy_gradient.samples=undistilled: there is no algorithm.distill to leave samples;"
+            " set it to scored"
+        )
     if pg.advantage == "none" and (credit is None or credit.kind not in ADDING):
         raise ConfigError(
-            "algorithm.policy_gradient.advantage=none: nothing is left to learn from; give a reward's advantage, or a credit that adds one"
+            "algorithm.policy_gradient.advantage=none: nothing is left to learn from; give a reward's"
+            " advantage, or a credit that adds one"
         )
     if pg.dual_clip is not None and pg.surrogate not in ("ppo", "gspo"):
-        raise ConfigError(f"algorithm.policy_gradient.dual_clip: is of ppo and gspo, and the surrogate is {pg.surrogate}; set it to null")
+        raise ConfigError(
+            f"algorithm.policy_gradient.dual_clip: is of ppo and gspo, and the surrogate is {pg.surrogate};"
+            " set it to null"
+        )
     if credit and credit.kind in CONTRASTING:
         if teacher.contrast == "none":
             raise ConfigError(
-                f"algorithm.teacher.contrast: credit {credit.kind} contrasts two teachers; set it to failures or wrong_answer"
+                f"algorithm.teacher.contrast: credit {credit.kind} contrasts two teachers; set it to failures"
+                " or wrong_answer"
             )
         if teacher.context == "prompt":
             raise ConfigError(
-                f"algorithm.teacher.context=prompt: shows nothing for credit {credit.kind} to contrast; take answer, solution or a success"
+                f"algorithm.teacher.context=prompt: shows nothing for credit {credit.kind} to contrast; take"
+                " answer, solution or a success"
             )
 
 
 def _check_source(algorithm: AlgorithmConfig) -> None:
     if algorithm.source == "rollout":
         if algorithm.nll and algorithm.nll.context_fraction:
-            raise ConfigError("algorithm.nll.context_fraction: needs the rows' solutions; set it to 0 or algorithm.source=dataset")
+            raise ConfigError(
+                "algorithm.nll.context_fraction: needs the rows' solutions; set it to 0 or"
+                " algorithm.source=dataset"
+            )
         return
     if algorithm.policy_gradient:
         has = "has none" if algorithm.source == "dataset" else "has rows among them"
         raise ConfigError(
-            f"algorithm.policy_gradient: learns from sampled responses, and algorithm.source={algorithm.source} {has}; "
-            "set algorithm.policy_gradient=null or algorithm.source=rollout"
+            "algorithm.policy_gradient: learns from sampled responses, and"
+            f" algorithm.source={algorithm.source} {has}; set algorithm.policy_gradient=null or"
+            " algorithm.source=rollout"
         )
     weight = algorithm.question_weight
     if weight.kind != "none" and weight.pass_rate != "frozen":
         raise ConfigError(
-            f"algorithm.question_weight.kind={weight.kind}: algorithm.source={algorithm.source} has rows without pass rates; "
-            "set it to none, or algorithm.question_weight.pass_rate=frozen"
+            f"algorithm.question_weight.kind={weight.kind}: algorithm.source={algorithm.source} has rows"
+            " without pass rates; set it to none, or algorithm.question_weight.pass_rate=frozen"
         )
     if algorithm.tis_clip is not None:
         raise ConfigError(
-            f"algorithm.tis_clip: algorithm.source={algorithm.source} has rows that no engine sampled, so there is no ratio; set it to null"
+            f"algorithm.tis_clip: algorithm.source={algorithm.source} has rows that no engine sampled, so"
+            " there is no ratio; set it to null"
         )
 
 
@@ -127,23 +168,31 @@ def _check_distill(algorithm: AlgorithmConfig) -> None:
     distill, teacher = algorithm.distill, algorithm.teacher
     if teacher.transport == "record" and distill.support != "teacher":
         raise ConfigError(
-            f"algorithm.teacher.transport=record: holds the teacher's own top tokens, which algorithm.distill.support="
-            f"{distill.support} does not ask for; set the support to teacher or the transport to hidden"
+            "algorithm.teacher.transport=record: holds the teacher's own top tokens, which"
+            f" algorithm.distill.support={distill.support} does not ask for; set the support to teacher or"
+            " the transport to hidden"
         )
     if teacher.transport == "record" and distill.token_weight == "confidence":
-        raise ConfigError("algorithm.teacher.transport=record: holds no entropy for token_weight=confidence; set the transport to hidden")
+        raise ConfigError(
+            "algorithm.teacher.transport=record: holds no entropy for token_weight=confidence; set the"
+            " transport to hidden"
+        )
     if distill.divergence == "adaptive" and (distill.support == "full" or distill.tail == "raw"):
         raise ConfigError(
-            "algorithm.distill.divergence=adaptive: weighs buckets that sum to one; take support student, teacher or union with tail "
-            "bucket or renormalise"
+            "algorithm.distill.divergence=adaptive: weighs buckets that sum to one; take support student,"
+            " teacher or union with tail bucket or renormalise"
         )
     if distill.divergence == "adaptive" and distill.pointwise_clip is not None:
         raise ConfigError("algorithm.distill.pointwise_clip: is of divergence=mixture; set it to null")
     if distill.samples == "positive" and algorithm.policy_gradient is None:
-        raise ConfigError("algorithm.distill.samples=positive: there is no algorithm.policy_gradient to give advantages; set it to taught")
+        raise ConfigError(
+            "algorithm.distill.samples=positive: there is no algorithm.policy_gradient to give advantages;"
+            " set it to taught"
+        )
     if distill.max_tokens is not None and distill.skip_tokens >= distill.max_tokens:
         raise ConfigError(
-            f"algorithm.distill.skip_tokens={distill.skip_tokens}: leaves nothing of the first max_tokens={distill.max_tokens}; lower it"
+            f"algorithm.distill.skip_tokens={distill.skip_tokens}: leaves nothing of the first"
+            f" max_tokens={distill.max_tokens}; lower it"
         )
 
 
@@ -151,26 +200,35 @@ def _check_teacher(algorithm: AlgorithmConfig) -> None:
     teacher = algorithm.teacher
     if (teacher.weights == "separate") != (teacher.model_path is not None):
         raise ConfigError(
-            f"algorithm.teacher.model_path={teacher.model_path}: goes with algorithm.teacher.weights=separate and with it alone; give both"
+            f"algorithm.teacher.model_path={teacher.model_path}: goes with algorithm.teacher.weights=separate"
+            " and with it alone; give both"
         )
     if teacher.context == "prompt" and teacher.system is None and teacher.weights == "live":
         raise ConfigError(
-            "algorithm.teacher.context=prompt: a live teacher that reads the student's own prompt is the student; give "
-            "algorithm.teacher.system, other weights or another context"
+            "algorithm.teacher.context=prompt: a live teacher that reads the student's own prompt is the"
+            " student; give algorithm.teacher.system, other weights or another context"
         )
     if teacher.adaptive_prefix and teacher.context != "prefix":
-        raise ConfigError("algorithm.teacher.adaptive_prefix: moves the share shown by context=prefix; set that, or adaptive_prefix=false")
+        raise ConfigError(
+            "algorithm.teacher.adaptive_prefix: moves the share shown by context=prefix; set that, or"
+            " adaptive_prefix=false"
+        )
     if teacher.transport == "record" and algorithm.policy_gradient and algorithm.policy_gradient.credit:
-        raise ConfigError("algorithm.teacher.transport=record: credit needs hidden states; set algorithm.teacher.transport=hidden")
+        raise ConfigError(
+            "algorithm.teacher.transport=record: credit needs hidden states; set"
+            " algorithm.teacher.transport=hidden"
+        )
     if teacher.transport == "record" and teacher.weights == "trust_region":
         raise ConfigError(
-            "algorithm.teacher.transport=record: is of one model's logits, and weights=trust_region mixes two; set the transport to hidden"
+            "algorithm.teacher.transport=record: is of one model's logits, and weights=trust_region mixes"
+            " two; set the transport to hidden"
         )
     pg = algorithm.policy_gradient
     contrasts = pg is not None and pg.credit is not None and pg.credit.kind in CONTRASTING
     if teacher.contrast != "none" and _reads_teacher(algorithm) and not contrasts:
         raise ConfigError(
-            f"algorithm.teacher.contrast={teacher.contrast}: only the credits {' and '.join(CONTRASTING)} read it; set it to none"
+            f"algorithm.teacher.contrast={teacher.contrast}: only the credits {' and '.join(CONTRASTING)}"
+            " read it; set it to none"
         )
 
 
@@ -178,20 +236,20 @@ def _check_rollout(config: Config, algorithm: AlgorithmConfig) -> None:
     rollout, others = config.rollout, algorithm.distill or algorithm.policy_gradient
     if algorithm.nll and others and algorithm.source != "dataset" and rollout.temperature != 1:
         raise ConfigError(
-            f"algorithm.nll: a likelihood is one at temperature 1, the other terms are at rollout.temperature={rollout.temperature}; "
-            "set that to 1, or drop one of the terms"
+            "algorithm.nll: a likelihood is one at temperature 1, the other terms are at"
+            f" rollout.temperature={rollout.temperature}; set that to 1, or drop one of the terms"
         )
     if algorithm.overlong_buffer >= rollout.max_response_tokens:
         raise ConfigError(
-            f"algorithm.overlong_buffer={algorithm.overlong_buffer}: must be smaller than rollout.max_response_tokens="
-            f"{rollout.max_response_tokens}"
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer}: must be smaller than"
+            f" rollout.max_response_tokens={rollout.max_response_tokens}"
         )
     if algorithm.source == "mixed" and rollout.replay_dir is not None:
         raise ConfigError("algorithm.source=mixed: cannot be replayed; set rollout.replay_dir=null")
     if algorithm.tis_clip is not None and (rollout.top_p < 1 or rollout.top_k > 0):
         raise ConfigError(
-            "algorithm.tis_clip: the engine's log-probs are those before top-p and top-k, so the ratio to what was sampled is unknown; "
-            "set it to null, or rollout.top_p=1 and rollout.top_k=-1"
+            "algorithm.tis_clip: the engine's log-probs are those before top-p and top-k, so the ratio to"
+            " what was sampled is unknown; set it to null, or rollout.top_p=1 and rollout.top_k=-1"
         )
 
 
@@ -202,37 +260,47 @@ def _check_alone(config: Config, algorithm: AlgorithmConfig) -> None:
     why = "algorithm.source=dataset" if algorithm.source == "dataset" else "rollout.num_samples=1"
     teacher, weight = algorithm.teacher, algorithm.question_weight
     if teacher and _reads_teacher(algorithm):
-        others = teacher.context in SIBLINGS and teacher.exclude_self and teacher.fallback == "none" and teacher.feedback == "never"
+        others = (
+            teacher.context in SIBLINGS
+            and teacher.exclude_self
+            and teacher.fallback == "none"
+            and teacher.feedback == "never"
+        )
         if others:
             raise ConfigError(
-                f"algorithm.teacher.context={teacher.context}: reads other samples of a question, and with {why} there are none; "
-                "take solution or answer, or give a fallback"
+                f"algorithm.teacher.context={teacher.context}: reads other samples of a question, and with"
+                f" {why} there are none; take solution or answer, or give a fallback"
             )
         if teacher.contrast == "failures":
             raise ConfigError(
-                f"algorithm.teacher.contrast=failures: reads other samples of a question, and with {why} there are none; take wrong_answer"
+                f"algorithm.teacher.contrast=failures: reads other samples of a question, and with {why}"
+                " there are none; take wrong_answer"
             )
     if weight.pass_rate == "step" and _is_nothing_at_0_and_1(weight):
         raise ConfigError(
-            f"algorithm.question_weight.kind={weight.kind}: is 0 for the pass rates 0 and 1, and with {why} a step has no others; "
-            "set pass_rate to ema or frozen, or kind to none"
+            f"algorithm.question_weight.kind={weight.kind}: is 0 for the pass rates 0 and 1, and with {why} a"
+            " step has no others; set pass_rate to ema or frozen, or kind to none"
         )
 
 
 def _is_nothing_at_0_and_1(weight: QuestionWeightConfig) -> bool:
     if weight.kind == "band":
         return weight.low > 0 and weight.high < 1
-    return weight.kind in ("sqrt_pq", "pq", "four_pq") or (weight.kind == "power" and weight.a > 0 and weight.b > 0)
+    return weight.kind in ("sqrt_pq", "pq", "four_pq") or (
+        weight.kind == "power" and weight.a > 0 and weight.b > 0
+    )
 
 
 def _check_minibatches(config: Config, algorithm: AlgorithmConfig, data_parallel: int) -> None:
     """Every data-parallel rank gets a sample of every minibatch."""
     rollout, count = config.rollout, algorithm.minibatches
     if count > rollout.num_prompts:
-        raise ConfigError(f"algorithm.minibatches={count}: exceeds the rollout.num_prompts={rollout.num_prompts} of a batch")
+        raise ConfigError(
+            f"algorithm.minibatches={count}: exceeds the rollout.num_prompts={rollout.num_prompts} of a batch"
+        )
     smallest = rollout.num_prompts // count * (rollout.num_samples if algorithm.source == "rollout" else 1)
     if smallest < data_parallel:
         raise ConfigError(
-            f"algorithm.minibatches={count}: leaves {smallest} samples in the smallest, fewer than the {data_parallel} data-parallel "
-            "ranks; lower it, or raise rollout.num_prompts"
+            f"algorithm.minibatches={count}: leaves {smallest} samples in the smallest, fewer than the"
+            f" {data_parallel} data-parallel ranks; lower it, or raise rollout.num_prompts"
         )

@@ -1,4 +1,6 @@
-"""Logits of a Megatron checkpoint beside those of transformers: does the model that was converted still compute the same?"""
+"""Logits of a Megatron checkpoint beside those of transformers: does the model that was converted
+still compute the same?
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from megasd.actor import cpu_backend as cpu
-from megasd.actor import parallel
+from megasd.actor import cpu_backend, parallel
 from megasd.config.schema import ActorConfig
-from megasd.convert import torch_dist_keys as keys
+from megasd.convert import torch_dist_keys
 from megasd.convert.megatron_source import open_checkpoint
-from megasd.models import tp_layouts as mapping
+from megasd.models import tp_layouts
 from megasd.models.param_table import global_params
 
 TOKENS = 24
-TOLERANCE = 1e-3  # of the largest logit, float32
+# of the largest logit, float32
+TOLERANCE = 1e-3
 
 
 def bytes_needed(parameters: int) -> int:
@@ -25,29 +27,35 @@ def bytes_needed(parameters: int) -> int:
 
 
 @torch.no_grad()
-def logits_difference(checkpoint_dir: Path, hf_dir: Path, dtype: torch.dtype | None = None) -> tuple[float, float]:
-    """Largest difference and largest logit over TOKENS fixed tokens, both models in float32 and one after the other.
+def logits_difference(
+    checkpoint_dir: Path, hf_dir: Path, dtype: torch.dtype | None = None
+) -> tuple[float, float]:
+    """Largest difference and largest logit over TOKENS fixed tokens, both models in float32 and one
+    after the other.
 
-    The GPTModel is filled by the conversion's own reader, from values rounded to `dtype` as the other side's are. Joins a process group
-    of one rank if there is none. Collectives: none beyond it.
+    The GPTModel is filled by the conversion's own reader, from values rounded to `dtype` as the
+    other side's are. Joins a process group of one rank if there is none. Collectives: none beyond
+    it.
     """
-    cpu.install()
+    cpu_backend.install_cpu_backend()
     device = parallel.init_distributed()
     from megasd.actor import model as build
 
     actor = ActorConfig(dtype="float32")
     mesh = parallel.init_model_parallel(actor, device, seed=0)
     family = build.family_of(str(hf_dir))
-    ids = torch.randint(0, family.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(0, family.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     model = build.build_model(family, build.transformer_config(family, actor, device), actor, mesh).eval()
     params = global_params(dict(model.named_parameters()))
     with ExitStack() as stack:
         checkpoint = open_checkpoint(checkpoint_dir, hf_dir, stack)
-        for name in keys.names(checkpoint.table):
+        for name in torch_dist_keys.names(checkpoint.table):
             rule = checkpoint.table.rule(name)
-            values = checkpoint.read(name, 0, keys.shape_of(rule)[0])
+            values = checkpoint.read(name, 0, torch_dist_keys.shape_of(rule)[0])
             param = params[name]
-            if rule.layout is mapping.vocab:
+            if rule.layout is tp_layouts.vocab:
                 param.zero_()
             param[: len(values)].copy_(values if dtype is None else values.to(dtype))
     hidden = model(ids, torch.arange(TOKENS, device=device)[None], None)
@@ -57,6 +65,10 @@ def logits_difference(checkpoint_dir: Path, hf_dir: Path, dtype: torch.dtype | N
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    reference = AutoModelForCausalLM.from_pretrained(hf_dir, local_files_only=True, dtype=dtype or "auto").float().eval()
+    reference = (
+        AutoModelForCausalLM.from_pretrained(hf_dir, local_files_only=True, dtype=dtype or "auto")
+        .float()
+        .eval()
+    )
     wanted = reference(ids.cpu()).logits[0]
     return float((found - wanted).abs().max()), float(wanted.abs().max())

@@ -9,40 +9,53 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megasd.models import registry as families
-from megasd.models.param_table import Table
+from megasd.models import registry
+from megasd.models.param_table import ParamTable
 from megasd.types import UserError
 from megasd.weights.hf_files import Source, read_hf_config
 from megasd.weights.load import check_hf, check_names
-from megasd.weights.safetensors_io import DTYPE_NAMES, INDEX, Place, RawShards
+from megasd.weights.safetensors_io import DTYPE_NAMES, INDEX, RawShards, TensorLocation
 
 
 def open_source(hf_dir: Path, stack: ExitStack, *, allow_pickle: bool = False) -> RawShards | PickleShards:
-    """Tensors to read by rows. UserError for a broken, incomplete or unsupported directory, and for pickles unless they are allowed."""
-    if not any((hf_dir / name).is_file() for name in ("model.safetensors", INDEX)) and any(hf_dir.glob("pytorch_model*.bin")):
+    """Tensors to read by rows. UserError for a broken, incomplete or unsupported directory, and for
+    pickles unless they are allowed.
+    """
+    if not any((hf_dir / name).is_file() for name in ("model.safetensors", INDEX)) and any(
+        hf_dir.glob("pytorch_model*.bin")
+    ):
         if not allow_pickle:
             raise UserError(
-                f"{hf_dir}: holds pickled weights (pytorch_model.bin), and unpickling can run code; take safetensors, or give "
-                "--allow-pickle if you trust whoever made it (it is then read with torch's weights_only)"
+                f"{hf_dir}: holds pickled weights (pytorch_model.bin), and unpickling can run code; take"
+                " safetensors, or give --allow-pickle if you trust whoever made it (it is then read with"
+                " torch's weights_only)"
             )
-        return PickleShards(hf_dir, families.table(read_hf_config(hf_dir)))
+        return PickleShards(hf_dir, registry.param_table(read_hf_config(hf_dir)))
     check_hf(hf_dir)
     listed = Source(hf_dir, stack).file_of
     shards = RawShards(hf_dir, set(listed.values()), stack)
     for name, file in shards.file_of.items():
         if listed.get(name) != file:
             says = f"says that it lies in {listed[name]}" if name in listed else "does not name it"
-            raise UserError(f"{hf_dir / file}: holds tensor {name}, but {INDEX} {says}; fetch the directory again")
+            raise UserError(
+                f"{hf_dir / file}: holds tensor {name}, but {INDEX} {says}; fetch the directory again"
+            )
     return shards
 
 
 class PickleShards:
-    """pytorch_model.bin, one or many, with torch.load(weights_only=True, mmap=True); one file is open at a time."""
+    """pytorch_model.bin, one or many, with torch.load(weights_only=True, mmap=True); one file is
+    open at a time.
+    """
 
-    def __init__(self, hf_dir: Path, table: Table) -> None:
+    def __init__(self, hf_dir: Path, table: ParamTable) -> None:
         index = hf_dir / "pytorch_model.bin.index.json"
         try:
-            listed = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
+            listed = (
+                sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                if index.is_file()
+                else ["pytorch_model.bin"]
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not an index ({error!r}); fetch the directory again") from error
         self.directory, self.places, self.file_of = hf_dir, {}, {}
@@ -52,20 +65,32 @@ class PickleShards:
                 raise UserError(f"{index}: file {file!r} lies outside the directory")
             for name, tensor in self._load(file).items():
                 if isinstance(tensor, Tensor) and tensor.dtype in DTYPE_NAMES:
-                    self.file_of[name], self.places[name] = file, Place(0, tensor.dtype, tuple(tensor.shape))
+                    self.file_of[name], self.places[name] = (
+                        file,
+                        TensorLocation(0, tensor.dtype, tuple(tensor.shape)),
+                    )
         check_names(self.places, table, hf_dir)
         for name, shape in table.expected_tensors().items():
             if self.places[name].shape != shape:
-                raise UserError(f"{hf_dir / self.file_of[name]}: {name} has shape {self.places[name].shape}, config.json asks for {shape}")
+                raise UserError(
+                    f"{hf_dir / self.file_of[name]}: {name} has shape {self.places[name].shape}, config.json"
+                    f" asks for {shape}"
+                )
 
     def _load(self, file: str) -> dict[str, Tensor]:
         if self._last[0] != file:
             self._last = ("", {})
             try:
-                self._last = (file, torch.load(self.directory / file, map_location="cpu", weights_only=True, mmap=True))
-            except Exception as error:  # torch raises several kinds for damaged files and refused classes
+                self._last = (
+                    file,
+                    torch.load(self.directory / file, map_location="cpu", weights_only=True, mmap=True),
+                )
+            except Exception as error:
+                # torch raises several kinds for damaged files and refused classes
                 reason = str(error).partition("\n")[0]
-                raise UserError(f"{self.directory / file}: cannot be read as plain weights ({reason}); fetch it again") from error
+                raise UserError(
+                    f"{self.directory / file}: cannot be read as plain weights ({reason}); fetch it again"
+                ) from error
         return self._last[1]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:

@@ -2,7 +2,8 @@
 
     to_megatron(Path("Qwen3-8B"), Path("qwen3-8b-megatron"), Options())
 
-All names, shapes, dtypes and the free disk are checked before the first byte is written. Writing is resumable (work.py).
+All names, shapes, dtypes and the free disk are checked before the first byte is written. Writing is
+resumable (work.py).
 """
 
 from __future__ import annotations
@@ -17,59 +18,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megasd.convert import torch_dist_keys as keys
+from megasd.convert import torch_dist_keys
 from megasd.convert.common import (
-    Options,
-    Progress,
-    Result,
+    ConversionOptions,
+    ConversionProgress,
+    ConversionResult,
     cast_checked,
     dtype_names,
-    fingerprint,
     hf_rows,
     parameter_rows,
     parts_of,
     row_blocks,
     same_bytes,
     say_resumed,
+    source_fingerprint,
     write_facts,
 )
 from megasd.convert.hf_source import PickleShards, open_source
 from megasd.convert.megatron_source import open_checkpoint
-from megasd.convert.resumable_dir import Work
+from megasd.convert.resumable_dir import ResumableDir
 from megasd.convert.torch_dist import Item, no_extra_state, write_chunk, write_metadata
-from megasd.models import registry as families
-from megasd.models.param_table import Table
+from megasd.models import registry
+from megasd.models.param_table import ParamTable
 from megasd.models.tp_layouts import Shape
 from megasd.types import UserError
-from megasd.weights.hf_files import copy_side_files, read_hf_config, write_config
+from megasd.weights.hf_files import copy_side_files, read_hf_config, write_hf_config
 from megasd.weights.safetensors_io import RawShards
 
-CHUNK_BYTES = 64 << 20  # of one chunk of the checkpoint; what a conversion holds in memory
-Pieces = dict[str, list[tuple[str, int, int, int]]]  # file -> chunks: parameter, rows [start, stop), bytes
+# of one chunk of the checkpoint; what a conversion holds in memory
+CHUNK_BYTES = 64 << 20
+# file -> chunks: parameter, rows [start, stop), bytes
+Pieces = dict[str, list[tuple[str, int, int, int]]]
 
 
-def to_megatron(hf_dir: Path, out_dir: Path, options: Options, progress: Progress | None = None) -> Result:
-    """Write a torch_dist directory that megatron.core.dist_checkpointing.load fills a GPTModel of any TP, PP, EP, VPP from.
+def to_megatron(
+    hf_dir: Path, out_dir: Path, options: ConversionOptions, progress: ConversionProgress | None = None
+) -> ConversionResult:
+    """Write a torch_dist directory that megatron.core.dist_checkpointing.load fills a GPTModel of
+    any TP, PP, EP, VPP from.
 
-    `<out_dir>/hf` holds config.json and the tokenizer, for the way back. UserError for whatever is refused.
+    `<out_dir>/hf` holds config.json and the tokenizer, for the way back. UserError for whatever is
+    refused.
     """
-    progress = progress or Progress()
+    progress = progress or ConversionProgress()
     hf = read_hf_config(hf_dir)
     with ExitStack() as stack:
         source = open_source(hf_dir, stack, allow_pickle=options.allow_pickle)
-        table = families.table(hf)
+        table = registry.param_table(hf)
         tensors = _global_tensors(table, source, options.dtype, hf_dir)
         files = _plan_files(table, tensors, options.file_bytes)
         sizes = {name: sum(nbytes for *_, nbytes in pieces) for name, pieces in files.items()}
-        job = {"to": "megatron", "dtype": str(options.dtype), "file_bytes": options.file_bytes, "source": fingerprint(hf_dir)}
+        job = {
+            "to": "megatron",
+            "dtype": str(options.dtype),
+            "file_bytes": options.file_bytes,
+            "source": source_fingerprint(hf_dir),
+        }
         progress.start(f"{hf_dir} -> {out_dir}", sum(sizes.values()))
-        with Work(out_dir, job, sizes, overwrite=options.overwrite, advance=progress.advance) as work:
+        with ResumableDir(out_dir, job, sizes, overwrite=options.overwrite, advance=progress.advance) as work:
             resumed = say_resumed(work, progress)
             for file in work.left:
                 with work.file(file) as sink:
                     sink.record["items"] = items = []
                     for name, start, stop, _ in files[file]:
-                        slot, rule = keys.slot(name, table), table.rule(name)
+                        slot, rule = torch_dist_keys.slot(name, table), table.rule(name)
                         dtype, shape = tensors[slot.key]
 
                         def read(values: Tensor, part: str, dtype: torch.dtype = dtype) -> Tensor:
@@ -89,30 +101,33 @@ def to_megatron(hf_dir: Path, out_dir: Path, options: Options, progress: Progres
                 _check_megatron(work.partial, hf_dir, source, table, tensors, progress)
             nbytes = sum(record["bytes"] for record in work.records.values())
             work.publish()
-    return Result(out_dir, hf_dir, parameters, nbytes, len(files), resumed)
+    return ConversionResult(out_dir, hf_dir, parameters, nbytes, len(files), resumed)
 
 
 def _global_tensors(
-    table: Table, source: RawShards | PickleShards, dtype: torch.dtype | None, where: Path
+    table: ParamTable, source: RawShards | PickleShards, dtype: torch.dtype | None, where: Path
 ) -> dict[str, tuple[torch.dtype, Shape]]:
     """dtype and shape of every tensor of the checkpoint. One global tensor has one dtype."""
     tensors: dict[str, tuple[torch.dtype, Shape]] = {}
-    for name in keys.names(table):
-        slot, rule = keys.slot(name, table), table.rule(name)
+    for name in torch_dist_keys.names(table):
+        slot, rule = torch_dist_keys.slot(name, table), table.rule(name)
         for part in rule.parts:
             found = dtype or source.places[part].dtype
-            known, _ = tensors.setdefault(slot.key, (found, (*slot.stack, *keys.shape_of(rule))))
+            known, _ = tensors.setdefault(slot.key, (found, (*slot.stack, *torch_dist_keys.shape_of(rule))))
             if found != known:
-                raise UserError(f"{where}: {part} is {found}, other parts of {slot.key} are {known}; give one --dtype for all")
+                raise UserError(
+                    f"{where}: {part} is {found}, other parts of {slot.key} are {known}; give one --dtype"
+                    " for all"
+                )
     return tensors
 
 
-def _plan_files(table: Table, tensors: dict[str, tuple[torch.dtype, Shape]], file_bytes: int) -> Pieces:
+def _plan_files(table: ParamTable, tensors: dict[str, tuple[torch.dtype, Shape]], file_bytes: int) -> Pieces:
     """In the model's order."""
     files: list[list[tuple[str, int, int, int]]] = [[]]
     size = 0
-    for name in keys.names(table):
-        slot = keys.slot(name, table)
+    for name in torch_dist_keys.names(table):
+        slot = torch_dist_keys.slot(name, table)
         dtype, shape = tensors[slot.key]
         rows, row_bytes = shape[len(slot.stack)], prod(shape[len(slot.stack) + 1 :]) * dtype.itemsize
         for start, stop in row_blocks(rows, row_bytes, CHUNK_BYTES):
@@ -126,21 +141,28 @@ def _plan_files(table: Table, tensors: dict[str, tuple[torch.dtype, Shape]], fil
 
 
 def _finish_megatron(
-    work: Work, hf_dir: Path, table: Table, tensors: dict[str, tuple[torch.dtype, Shape]], options: Options, parameters: int
+    work: ResumableDir,
+    hf_dir: Path,
+    table: ParamTable,
+    tensors: dict[str, tuple[torch.dtype, Shape]],
+    options: ConversionOptions,
+    parameters: int,
 ) -> None:
     """Everything but the chunks: extra states, .metadata, config and tokenizer, facts."""
     items = {file: [Item(*map(_tupled, item)) for item in work.records[file]["items"]] for file in work.sizes}
     tensors = dict(tensors)
-    if table.num_experts:  # one stored chunk under two keys
-        for key, alias in keys.ALIASES.items():
+    # one stored chunk under two keys
+    if table.num_experts:
+        for key, alias in torch_dist_keys.ALIASES.items():
             tensors[alias] = tensors[key]
             for chunks in items.values():
                 chunks += [item._replace(key=alias) for item in chunks if item.key == key]
-    state = no_extra_state()  # one for all modules
+    # one for all modules
+    state = no_extra_state()
     states = f"__0_{len(work.sizes)}.distcp"
     (work.partial / states).write_bytes(state)
     objects = {}
-    for key, stack in keys.modules_with_state(table).items():
+    for key, stack in torch_dist_keys.modules_with_state(table).items():
         for offset in product(*(range(n) for n in stack)):
             unique = f"{key}/shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, stack))}"
             objects[unique] = Item(unique, (), (), 0, len(state))
@@ -148,7 +170,13 @@ def _finish_megatron(
     beside = work.partial / "hf"
     _copy_hf(hf_dir, beside, options.dtype)
     write_facts(
-        work, {"direction": "Hugging Face to Megatron", "source": str(hf_dir), "dtype": dtype_names(tensors), "parameters": parameters}
+        work,
+        {
+            "direction": "Hugging Face to Megatron",
+            "source": str(hf_dir),
+            "dtype": dtype_names(tensors),
+            "parameters": parameters,
+        },
     )
 
 
@@ -158,12 +186,13 @@ def _tupled(value: Any) -> Any:
 
 def _copy_hf(hf_dir: Path, out_dir: Path, dtype: torch.dtype | None) -> None:
     out_dir.mkdir(exist_ok=True)
-    for path in out_dir.iterdir():  # of a stopped conversion
+    # of a stopped conversion
+    for path in out_dir.iterdir():
         path.unlink() if path.is_file() else shutil.rmtree(path)
     if dtype is None:
         (out_dir / "config.json").write_bytes((hf_dir / "config.json").read_bytes())
     else:
-        write_config(hf_dir, out_dir, dtype)
+        write_hf_config(hf_dir, out_dir, dtype)
     copy_side_files(hf_dir, out_dir)
 
 
@@ -171,19 +200,24 @@ def _check_megatron(
     partial: Path,
     hf_dir: Path,
     source: RawShards | PickleShards,
-    table: Table,
+    table: ParamTable,
     tensors: dict[str, tuple[torch.dtype, Shape]],
-    progress: Progress,
+    progress: ConversionProgress,
 ) -> None:
-    """Read the directory back as Hugging Face tensors and compare every byte with the source. UserError names the first that differs."""
+    """Read the directory back as Hugging Face tensors and compare every byte with the source.
+    UserError names the first that differs.
+    """
     with ExitStack() as stack:
         written = open_checkpoint(partial, hf_dir, stack)
         progress.start("check", sum(prod(shape) * dtype.itemsize for dtype, shape in tensors.values()))
-        for name in keys.names(table):
+        for name in torch_dist_keys.names(table):
             for part, rows in parts_of(table.rule(name)).items():
                 for start, values in hf_rows(written, name, rows):
                     wanted = source.read(part, start, start + len(values)).to(values.dtype)
                     if not same_bytes(values, wanted):
-                        raise UserError(f"{partial}: {part} does not come back as it is in {hf_dir}; the target was not made, run again")
+                        raise UserError(
+                            f"{partial}: {part} does not come back as it is in {hf_dir}; the target was not"
+                            " made, run again"
+                        )
                     progress.advance(values.nbytes)
     progress.say("check: every value comes back from the Megatron directory bit for bit")

@@ -1,4 +1,5 @@
-"""A directory that is made file by file beside its place, and renamed to it when whole: stopped anywhere, the same command goes on.
+"""A directory that is made file by file beside its place, and renamed to it when whole: stopped
+anywhere, the same command goes on.
 
     with Work(out_dir, job={"source": ..., "dtype": ...}, sizes={"a.bin": 1000}) as work:
         for name in work.left:
@@ -7,8 +8,9 @@
             ...
         work.publish()
 
-`<out_dir>.partial` holds what is there; a file counts when its record (bytes, CRC-32) lies in `.done/`, written after the file was synced.
-A record is believed only after the file has been read again. Another job's partial directory is never mixed in.
+`<out_dir>.partial` holds what is there; a file counts when its record (bytes, CRC-32) lies in
+`.done/`, written after the file was synced. A record is believed only after the file has been read
+again. Another job's partial directory is never mixed in.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from typing import Any, Self
 from megasd.types import UserError
 from megasd.weights.hf_files import put_in_place, sync_directory
 
-SPARE_BYTES = 64 << 20  # left free on the disk
+# left free on the disk
+SPARE_BYTES = 64 << 20
 _BLOCK = 16 << 20
 
 
@@ -37,8 +40,10 @@ class Sink:
 
     def __init__(self, file: Any, advance: Callable[[int], None]) -> None:
         self.file, self.advance, self.nbytes, self.crc = file, advance, 0, 0
-        self.record: dict[str, Any] = {}  # what else its record shall say
-        self.error: OSError | None = None  # torch.save turns it into an error of its own
+        # what else its record shall say
+        self.record: dict[str, Any] = {}
+        # torch.save turns it into an error of its own
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         data = memoryview(data).cast("B")
@@ -56,8 +61,10 @@ class Sink:
         self.file.flush()
 
 
-class Work:
-    """One conversion's partial directory. UserError when the target is there, cannot be written, has no room, or is being made already."""
+class ResumableDir:
+    """One conversion's partial directory. UserError when the target is there, cannot be written,
+    has no room, or is being made already.
+    """
 
     def __init__(
         self,
@@ -68,26 +75,38 @@ class Work:
         overwrite: bool = False,
         advance: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
-        """`job`: JSON-able; equal jobs write equal files. `sizes`: about how many bytes each file will have. `advance`: told bytes done."""
-        self.out_dir, self.job, self.sizes, self.advance = out_dir, json.loads(json.dumps(job)), dict(sizes), advance
+        """`job`: JSON-able; equal jobs write equal files. `sizes`: about how many bytes each file
+        will have. `advance`: told bytes done.
+        """
+        self.out_dir, self.job, self.sizes, self.advance = (
+            out_dir,
+            json.loads(json.dumps(job)),
+            dict(sizes),
+            advance,
+        )
         self.partial = out_dir.with_name(out_dir.name + ".partial")
         self.records: dict[str, dict[str, Any]] = {}
         if out_dir.exists() and not overwrite:
             raise UserError(f"{out_dir}: is there already; give another target, or --overwrite")
-        if out_dir.exists() and not (out_dir.is_dir() and (not any(out_dir.iterdir()) or _is_weights(out_dir))):
+        if out_dir.exists() and not (
+            out_dir.is_dir() and (not any(out_dir.iterdir()) or _is_weights(out_dir))
+        ):
             raise UserError(f"{out_dir}: is no directory of weights; --overwrite replaces nothing else")
         try:
             (self.partial / ".done").mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(
-                f"{self.partial}: cannot be written ({error.strerror}); give a target in a directory that you may write"
+                f"{self.partial}: cannot be written ({error.strerror}); give a target in a directory that you"
+                " may write"
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise UserError(f"{self.partial}: another conversion is writing it; wait for it, or stop it") from error
+            raise UserError(
+                f"{self.partial}: another conversion is writing it; wait for it, or stop it"
+            ) from error
         try:
             self._resume(overwrite)
             self._check_room()
@@ -100,8 +119,8 @@ class Work:
         if path.exists() and _read(path) != self.job:
             if not overwrite:
                 raise UserError(
-                    f"{self.partial}: holds another conversion (other options, or the source has changed since); finish that one, "
-                    "or remove the directory, or give --overwrite"
+                    f"{self.partial}: holds another conversion (other options, or the source has changed"
+                    " since); finish that one, or remove the directory, or give --overwrite"
                 )
             for entry in self.partial.iterdir():
                 if entry.name not in (".lock", ".done"):
@@ -122,13 +141,21 @@ class Work:
 
     def _check_room(self) -> None:
         needed = sum(self.sizes[name] for name in self.left) + SPARE_BYTES
-        free = shutil.disk_usage(self.partial).free + sum(p.stat().st_size for p in self.partial.glob("*.tmp"))  # a stopped file's
+        # a stopped file's
+        free = shutil.disk_usage(self.partial).free + sum(
+            p.stat().st_size for p in self.partial.glob("*.tmp")
+        )
         if free < needed:
-            raise UserError(f"{self.out_dir}: needs {needed / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free; make room first")
+            raise UserError(
+                f"{self.out_dir}: needs {needed / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free;"
+                " make room first"
+            )
 
     @contextmanager
     def file(self, name: str) -> Iterator[Sink]:
-        """Write one file. It appears under its name, with its record, when the block ends without an error."""
+        """Write one file. It appears under its name, with its record, when the block ends without
+        an error.
+        """
         path, beside, sink = self.partial / name, self.partial / f"{name}.tmp", None
         try:
             with beside.open("wb") as file:
@@ -147,7 +174,9 @@ class Work:
                 raise
             beside.unlink(missing_ok=True)
             again = " after making room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            raise UserError(f"{path}: {error.strerror or error}; the same command{again} goes on from the last whole file") from error
+            raise UserError(
+                f"{path}: {error.strerror or error}; the same command{again} goes on from the last whole file"
+            ) from error
 
     def publish(self) -> None:
         """Rename the partial directory to its place."""
@@ -164,7 +193,9 @@ class Work:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._lock)
 
 

@@ -1,7 +1,8 @@
 """Where each parameter lies in a Megatron checkpoint, and which rows of Hugging Face tensors it is made of.
 
-A checkpoint knows no ranks: its tensors are global, layers (and experts) are stacked, and a fused tensor has the row order that it has on
-one tensor-parallel rank. So every parameter is a list of row ranges of Hugging Face tensors, in both directions.
+A checkpoint knows no ranks: its tensors are global, layers (and experts) are stacked, and a fused
+tensor has the row order that it has on one tensor-parallel rank. So every parameter is a list of
+row ranges of Hugging Face tensors, in both directions.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from megasd.models import tp_layouts as mapping
-from megasd.models.param_table import Rule, Table
+from megasd.models import tp_layouts
+from megasd.models.param_table import ParamRule, ParamTable
 from megasd.models.tp_layouts import Shape
 from megasd.types import UserError
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
-_NORMS = {  # Megatron saves the norms of its local layers under TransformerEngine's names (sharded_state_dict_keys_map)
+# Megatron saves the norms of its local layers under TransformerEngine's names
+# (sharded_state_dict_keys_map)
+_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
@@ -24,11 +27,15 @@ _MLP_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
 # Experts do not begin with a norm: TransformerEngine's layers have it apart, under its own name.
 ALIASES = {_MLP_NORM: "decoder.layers.pre_mlp_layernorm.weight"}
 # What a run's checkpoint holds besides the model.
-NOT_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|teacher\.|rng\b|rng_state|opt_param_scheduler|rerun_state")
+NOT_THE_MODEL = re.compile(
+    r"(chained_\d+\.)?optimizer\.|teacher\.|rng\b|rng_state|opt_param_scheduler|rerun_state"
+)
 
 
 class Slot(NamedTuple):
-    """One parameter in a checkpoint: `tensor key`[*prefix], where the key's tensor has the shape (*stack, rows, ...)."""
+    """One parameter in a checkpoint: `tensor key`[*prefix], where the key's tensor has the shape
+    (*stack, rows, ...).
+    """
 
     key: str
     prefix: Shape
@@ -36,7 +43,9 @@ class Slot(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """`part[start : start + length]` of a Hugging Face tensor lies at rows [offset, offset + length) of the parameter."""
+    """`part[start : start + length]` of a Hugging Face tensor lies at rows [offset, offset +
+    length) of the parameter.
+    """
 
     part: str
     start: int
@@ -44,7 +53,7 @@ class Rows(NamedTuple):
     offset: int
 
 
-def slot(name: str, table: Table) -> Slot:
+def slot(name: str, table: ParamTable) -> Slot:
     """Where the parameter of this global name lies."""
     layer = _LAYER.fullmatch(name)
     if layer is None:
@@ -52,35 +61,45 @@ def slot(name: str, table: Table) -> Slot:
     index, suffix = int(layer[1]), _NORMS.get(layer[2], layer[2])
     expert = _EXPERT.fullmatch(suffix)
     if expert is not None:
-        return Slot(f"decoder.layers.mlp.experts.experts.{expert[2]}", (index, int(expert[1])), (table.num_layers, table.num_experts))
+        return Slot(
+            f"decoder.layers.mlp.experts.experts.{expert[2]}",
+            (index, int(expert[1])),
+            (table.num_layers, table.num_experts),
+        )
     return Slot(f"decoder.layers.{suffix}", (index,), (table.num_layers,))
 
 
-def names(table: Table) -> list[str]:
+def names(table: ParamTable) -> list[str]:
     """Global names of what a checkpoint holds: a tied model's output layer is its embedding."""
     return [name for name in table.names() if not (table.tied and name == "output_layer.weight")]
 
 
-def shape_of(rule: Rule) -> Shape:
+def shape_of(rule: ParamRule) -> Shape:
     """The whole parameter's shape, without vocabulary padding."""
     shapes = tuple(rule.parts.values())
-    return shapes[0] if rule.layout is mapping.vocab else tuple(rule.layout(shapes, 0, 1).shape)
+    return shapes[0] if rule.layout is tp_layouts.vocab else tuple(rule.layout(shapes, 0, 1).shape)
 
 
-def rows_of(rule: Rule) -> list[Rows]:
+def rows_of(rule: ParamRule) -> list[Rows]:
     """The row ranges that make up the whole parameter, in its order."""
     parts = list(rule.parts)
-    if rule.layout is mapping.vocab:
+    if rule.layout is tp_layouts.vocab:
         return [Rows(parts[0], 0, shape_of(rule)[0], 0)]
     rows = []
     for s in rule.layout(tuple(rule.parts.values()), 0, 1).segments:
         # Cut along dimension 1 on several ranks, whole on one: all rows.
-        rows.append(Rows(parts[s.part], s.start, s.length, s.offset) if s.dim == 0 else Rows(parts[s.part], 0, shape_of(rule)[0], 0))
+        rows.append(
+            Rows(parts[s.part], s.start, s.length, s.offset)
+            if s.dim == 0
+            else Rows(parts[s.part], 0, shape_of(rule)[0], 0)
+        )
     return sorted(rows, key=lambda r: r.offset)
 
 
-def modules_with_state(table: Table) -> dict[str, Shape]:
-    """`<key>._extra_state` -> the dimensions it is stacked over, of every module that Megatron or TransformerEngine may ask it of."""
+def modules_with_state(table: ParamTable) -> dict[str, Shape]:
+    """`<key>._extra_state` -> the dimensions it is stacked over, of every module that Megatron or
+    TransformerEngine may ask it of.
+    """
     found: dict[str, Shape] = {}
     for name in names(table):
         place = slot(name, table)
@@ -92,23 +111,45 @@ def modules_with_state(table: Table) -> dict[str, Shape]:
     return found
 
 
-def check_keys(found: dict[str, Shape], table: Table, where: str, prefix: str = "") -> dict[str, str]:
-    """UserError naming the first key that is missing, unknown or of another shape; gives the key that was found for each that is wanted."""
+def check_keys(found: dict[str, Shape], table: ParamTable, where: str, prefix: str = "") -> dict[str, str]:
+    """UserError naming the first key that is missing, unknown or of another shape; gives the key
+    that was found for each that is wanted.
+    """
     chosen: dict[str, str] = {}
     for name in names(table):
         place, rule = slot(name, table), table.rule(name)
         if place.key in chosen:
             continue
-        key = next((prefix + k for k in (place.key, ALIASES.get(place.key)) if k is not None and prefix + k in found), None)
+        key = next(
+            (
+                prefix + k
+                for k in (place.key, ALIASES.get(place.key))
+                if k is not None and prefix + k in found
+            ),
+            None,
+        )
         if key is None:
-            raise UserError(f"{where}: tensor {prefix + place.key} is missing, which config.json asks for (for {', '.join(rule.parts)})")
+            raise UserError(
+                f"{where}: tensor {prefix + place.key} is missing, which config.json asks for (for"
+                f" {', '.join(rule.parts)})"
+            )
         wanted, shape = (*place.stack, *shape_of(rule)), tuple(found[key])
-        padded = rule.layout is mapping.vocab and len(shape) == len(wanted) and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
+        padded = (
+            rule.layout is tp_layouts.vocab
+            and len(shape) == len(wanted)
+            and shape[0] >= wanted[0]
+            and shape[1:] == wanted[1:]
+        )
         if shape != wanted and not padded:
-            raise UserError(f"{where}: {key} has shape {shape}, config.json asks for {wanted}; is it this model's config.json?")
+            raise UserError(
+                f"{where}: {key} has shape {shape}, config.json asks for {wanted}; is it this model's"
+                " config.json?"
+            )
         chosen[place.key] = key
     known = set(chosen.values()) | {prefix + alias for alias in ALIASES.values()}
     for key in sorted(found):
         if key.startswith(prefix) and key not in known and not (not prefix and NOT_THE_MODEL.match(key)):
-            raise UserError(f"{where}: tensor {key} belongs to no part of this model; is it this model's config.json?")
+            raise UserError(
+                f"{where}: tensor {key} belongs to no part of this model; is it this model's config.json?"
+            )
     return chosen

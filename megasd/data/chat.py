@@ -1,4 +1,6 @@
-"""Messages to token ids and back, through the model's own tokenizer and chat template. Reads local files only; runs no remote code."""
+"""Messages to token ids and back, through the model's own tokenizer and chat template. Reads local
+files only; runs no remote code.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,24 @@ from typing import Any
 
 from megasd.types import Message, UserError
 
-PROBE = "probe"  # an assistant turn with this text shows how the template ends a turn
+# an assistant turn with this text shows how the template ends a turn
+PROBE = "probe"
 
 
 class Chat:
     """The tokenizer of a Hugging Face directory.
 
     tokenizer       the transformers tokenizer itself
-    eos_token_ids   ids that end a response: the template's end of turn first, then those of generation_config, config, tokenizer
+    eos_token_ids   ids that end a response: the template's end of turn first, then those of
+                    generation_config, config, tokenizer
     vocab_size      rows of the model's embedding; at least the number of tokenizer ids
 
         chat = Chat("out/model")
         chat.decode(chat.encode_response("15")) == "15"
 
-    `enable_thinking` goes to the template when it is not None (Qwen3: False writes an empty thinking block into the prompt).
-    UserError: no tokenizer, no chat template, a tokenizer that does not fit the model, a template without an end of turn.
+    `enable_thinking` goes to the template when it is not None (Qwen3: False writes an empty
+    thinking block into the prompt). UserError: no tokenizer, no chat template, a tokenizer that
+    does not fit the model, a template without an end of turn.
     """
 
     def __init__(self, model_path: str | Path, *, enable_thinking: bool | None = None) -> None:
@@ -31,36 +36,51 @@ class Chat:
         config = self._read_json("config.json", required=True)
         self.tokenizer = self._load_tokenizer()
         if not self.tokenizer.chat_template:
-            raise UserError(f"{self.path}: the tokenizer has no chat template; use an instruct model or add chat_template.jinja")
+            raise UserError(
+                f"{self.path}: the tokenizer has no chat template; use an instruct model or add"
+                " chat_template.jinja"
+            )
         self.vocab_size = self._model_vocab_size(config)
         if len(self.tokenizer) > self.vocab_size:
             raise UserError(
-                f"{self.path}: the tokenizer has {len(self.tokenizer)} ids and the model's vocabulary {self.vocab_size}; "
-                "put the model's own tokenizer there"
+                f"{self.path}: the tokenizer has {len(self.tokenizer)} ids and the model's vocabulary"
+                f" {self.vocab_size}; put the model's own tokenizer there"
             )
         self._end_of_turn = self._find_end_of_turn()
         self.eos_token_ids = self._collect_eos(config)
 
     def encode_prompt(self, messages: list[Message], *, enable_thinking: bool | None = None) -> list[int]:
-        """Token ids of the conversation and the generation prompt: what the engine continues. UserError when the template refuses it.
+        """Token ids of the conversation and the generation prompt: what the engine continues.
+        UserError when the template refuses it.
 
-        enable_thinking: other than the model's own setting (a teacher that thinks beside a student that does not); None: the same.
+        enable_thinking: other than the model's own setting (a teacher that thinks beside a student
+        that does not); None: the same.
         """
-        return self._encode(self._render(messages, add_generation_prompt=True, enable_thinking=enable_thinking))
+        return self._encode(
+            self._render(messages, add_generation_prompt=True, enable_thinking=enable_thinking)
+        )
 
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of an assistant turn after encode_prompt, as the template writes it, the end-of-turn id last.
+        """Token ids of an assistant turn after encode_prompt, as the template writes it, the
+        end-of-turn id last.
 
-        Text that the template puts after the end of turn (Qwen's newline) is no part of the response: no model samples it. What it
-        puts before the text and the generation prompt does not hold (Qwen3: an empty thinking block) is part of it.
+        Text that the template puts after the end of turn (Qwen's newline) is no part of the
+        response: no model samples it. What it puts before the text and the generation prompt does
+        not hold (Qwen3: an empty thinking block) is part of it.
         """
         continuation = self._continuation(text)
-        if continuation is None:  # the template's generation prompt says more than its finished turns (an opened <think>)
+        # the template's generation prompt says more than its finished turns (an opened <think>)
+        if continuation is None:
             return self._encode(text) + [self._end_of_turn]
         ids = self._encode(continuation)
-        last = max((position for position, token in enumerate(ids) if token == self._end_of_turn), default=None)
+        last = max(
+            (position for position, token in enumerate(ids) if token == self._end_of_turn), default=None
+        )
         if last is None:
-            raise UserError(f"{self.path}: the chat template wrote no end of turn after {_short(text)}; check chat_template.jinja")
+            raise UserError(
+                f"{self.path}: the chat template wrote no end of turn after {_short(text)}; check"
+                " chat_template.jinja"
+            )
         return ids[: last + 1]
 
     def decode(self, ids: list[int]) -> str:
@@ -68,21 +88,32 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the special tokens already
+        # the template has written the special tokens already
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool, enable_thinking: bool | None = None) -> str:
+    def _render(
+        self, messages: list[Message], *, add_generation_prompt: bool, enable_thinking: bool | None = None
+    ) -> str:
         import jinja2
 
         options = self._template_options if enable_thinking is None else {"enable_thinking": enable_thinking}
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options)
-        except jinja2.TemplateError as error:  # raise_exception of a template, or a template that is broken
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )
+        except jinja2.TemplateError as error:
+            # raise_exception of a template, or a template that is broken
             roles = ", ".join(message["role"] for message in messages)
             reason = str(error).replace("\n", " ")
-            raise UserError(f"{self.path}: the chat template refuses messages with roles {roles}: {reason}; change the rows") from error
+            raise UserError(
+                f"{self.path}: the chat template refuses messages with roles {roles}: {reason}; change the"
+                " rows"
+            ) from error
 
     def _continuation(self, text: str) -> str | None:
-        """What the template writes for an assistant turn after the generation prompt; None when the two do not share that prefix."""
+        """What the template writes for an assistant turn after the generation prompt; None when the
+        two do not share that prefix.
+        """
         question: list[Message] = [{"role": "user", "content": PROBE}]
         prefix = self._render(question, add_generation_prompt=True)
         whole = self._render([*question, {"role": "assistant", "content": text}], add_generation_prompt=False)
@@ -91,13 +122,17 @@ class Chat:
     def _find_end_of_turn(self) -> int:
         """The first special token after an assistant's text."""
         whole = self._render(
-            [{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}], add_generation_prompt=False
+            [{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}],
+            add_generation_prompt=False,
         )
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         for token in self._encode(whole.rpartition(PROBE)[2]):
             if token in special:
                 return token
-        raise UserError(f"{self.path}: the chat template ends an assistant turn with no special token; responses could never stop")
+        raise UserError(
+            f"{self.path}: the chat template ends an assistant turn with no special token; responses could"
+            " never stop"
+        )
 
     def _collect_eos(self, config: dict[str, Any]) -> list[int]:
         candidates: list[Any] = [self._end_of_turn]
@@ -110,26 +145,40 @@ class Chat:
         ids = list(dict.fromkeys(token for token in candidates if token is not None))
         for token in ids:
             if not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise UserError(f"{self.path}: eos_token_id {token!r} is no id of the model's vocabulary ({self.vocab_size}); correct it")
+                raise UserError(
+                    f"{self.path}: eos_token_id {token!r} is no id of the model's vocabulary"
+                    f" ({self.vocab_size}); correct it"
+                )
         return ids
 
     def _model_vocab_size(self, config: dict[str, Any]) -> int:
         size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
         if not isinstance(size, int):
-            raise UserError(f"{self.path}/config.json: no vocab_size; take the config.json of the checkpoint's own repository")
+            raise UserError(
+                f"{self.path}/config.json: no vocab_size; take the config.json of the checkpoint's own"
+                " repository"
+            )
         return size
 
     def _load_tokenizer(self) -> Any:
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         if not any((self.path / name).exists() for name in names):
-            raise UserError(f"{self.path}: no tokenizer ({', '.join(names)}); copy the model's tokenizer files there")
+            raise UserError(
+                f"{self.path}: no tokenizer ({', '.join(names)}); copy the model's tokenizer files there"
+            )
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever the damaged file makes it raise
+            return AutoTokenizer.from_pretrained(
+                str(self.path), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            # transformers raises whatever the damaged file makes it raise
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.path}: the tokenizer does not load ({type(error).__name__}: {reason}); copy its files again") from error
+            raise UserError(
+                f"{self.path}: the tokenizer does not load ({type(error).__name__}: {reason}); copy its files"
+                " again"
+            ) from error
 
     def _read_json(self, name: str, *, required: bool) -> dict[str, Any]:
         path = self.path / name

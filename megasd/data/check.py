@@ -1,7 +1,9 @@
-"""`megasd data check` without its printing: every row of a data file, every bad one named by file and line, none of them stopping it.
+"""`megasd data check` without its printing: every row of a data file, every bad one named by file
+and line, none of them stopping it.
 
     report = check("train.jsonl")
-    report.errors      # [Fault("train.jsonl", 17, "conflict", "same prompt as line 3, with another answer ...")]
+    # [Fault("train.jsonl", 17, "conflict", "same prompt as line 3, with another answer ...")]
+    report.errors
 
 Errors, at most one a row (a row with several faults shows the next when the first is mended):
 
@@ -13,12 +15,14 @@ Errors, at most one a row (a row with several faults shows the next when the fir
     length template                        more prompt tokens than allowed; messages that the chat template refuses
     answer shown solution                  an answer that no verifier reads; one that the prompt gives away; one that the solution denies
 
-Prompts are the same when their texts are, but for case, spacing, typographic variants and a final mark. Questions are compared without
-system turn and without sentences that say how to answer. The later of two rows is the one named. Warnings: nearly the same question
-(only punctuation, spacing or words such as "please compute" differ); a solution that math-verify could not compare.
+Prompts are the same when their texts are, but for case, spacing, typographic variants and a final
+mark. Questions are compared without system turn and without sentences that say how to answer. The
+later of two rows is the one named. Warnings: nearly the same question (only punctuation, spacing or
+words such as "please compute" differ); a solution that math-verify could not compare.
 
-Rows are read one at a time; kept are 16-byte digests of prompts. Plain Python; answers are compared in the verifier's own worker processes.
-"""
+Rows are read one at a time; kept are 16-byte digests of prompts. Plain Python; answers are compared
+in the verifier's own worker processes.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megasd.config.schema import RewardConfig
-from megasd.data import check_text as faults
+from megasd.data import check_text
 from megasd.data.columns import DROPS_REPEATS, MAPPINGS
 from megasd.data.prompts import no_solution, read_prompts, used_id
 from megasd.data.rows import DataError, Row, row_files
@@ -41,10 +45,13 @@ VERIFIER_OF = {
     "dapo_math": "math", "math500": "math", "aime": "math",
     "sciknoweval": "multiple_choice", "toolalpaca": "tool_use", "livecodebench": "code",
 }  # fmt: skip
-# A habit of the file, such as solutions that end on the answer, is a rule when so many rows keep it, and at least so many of them
+# A habit of the file, such as solutions that end on the answer, is a rule when so many rows keep
+# it, and at least so many of them
 HABIT_SHARE, HABIT_ROWS = 0.95, 20
-MATHS = re.compile(r"[\d\\$^=<>|{}]")  # an answer without any of these is words
-CHARACTERS_A_TOKEN = 8  # more than any tokenizer's on text; used where none is given
+# an answer without any of these is words
+MATHS = re.compile(r"[\d\\$^=<>|{}]")
+# more than any tokenizer's on text; used where none is given
+CHARACTERS_A_TOKEN = 8
 SAME = str.maketrans(
     {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
     | dict.fromkeys("‐‑‒–—―−", "-")
@@ -53,13 +60,15 @@ SAME = str.maketrans(
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", "")
 )
 VARIANT = re.compile(f"[{''.join(map(chr, SAME))}]")
-HOW_TO_ANSWER = re.compile(r"\\boxed|</?answer>|step[ -]by[ -]step|final answer|\$answer|\"answer:\"")  # of text in small letters
+# of text in small letters
+HOW_TO_ANSWER = re.compile(r"\\boxed|</?answer>|step[ -]by[ -]step|final answer|\$answer|\"answer:\"")
 DIGIT = re.compile(r"\d")
 SENTENCE = re.compile(r"(?<=[.?!:])\s+|\n+")
 ROUND_SYMBOLS = re.compile(r" (?=[^\w\s])|(?<=[^\w\s]) ")
 TOKEN = re.compile(r"\w+|[^\w\s]")
 FILLER = set(
-    ". , ; : ? ! ' \" ` please what whats is are s the a an of find compute calculate evaluate determine solve give me work out".split()
+    ". , ; : ? ! ' \" ` please what whats is are s the a an of find compute calculate evaluate determine"
+    " solve give me work out".split()
 )
 
 
@@ -82,39 +91,47 @@ def count_characters(messages: list[Message]) -> int:
 
 
 @dataclass(frozen=True)
-class Rules:
+class CheckRules:
     """What a file is held against.
 
-    `prompt_length` and `text_length` measure messages and a solution, in `unit`; a UserError of the former is an error of the row (kind
-    template). `verifier`: what will read the answers; None: that of the mapping, and for auto what holds for all of them.
+    `prompt_length` and `text_length` measure messages and a solution, in `unit`; a UserError of the
+    former is an error of the row (kind template). `verifier`: what will read the answers; None:
+    that of the mapping, and for auto what holds for all of them.
     """
 
     mapping: str = "auto"
     max_row_bytes: int = 262144
     require_solution: bool = False
     verifier: str | None = None
-    held_out: Report | None = None  # of the evaluation file, none of whose questions may occur
+    # of the evaluation file, none of whose questions may occur
+    held_out: CheckReport | None = None
     prompt_length: Callable[[list[Message]], int] = count_characters
     text_length: Callable[[str], int] = len
-    max_prompt_length: int | None = None  # in unit
+    # in unit
+    max_prompt_length: int | None = None
     unit: str = "characters"
 
 
 @dataclass
-class Report:
-    """What a check found. `lengths` has a number for each prompt that reads and repeats none, in `unit`; `solution_lengths` likewise."""
+class CheckReport:
+    """What a check found. `lengths` has a number for each prompt that reads and repeats none, in
+    `unit`; `solution_lengths` likewise.
+    """
 
     path: str
     unit: str
     rows: int = 0
     prompts: int = 0
-    left_out: int = 0  # by the rules of the mapping
+    # by the rules of the mapping
+    left_out: int = 0
     errors: list[Fault] = field(default_factory=list)
     warnings: list[Fault] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     solution_lengths: list[int] = field(default_factory=list)
-    shown: list[Prompt] = field(default_factory=list)  # the first good ones
-    questions: dict[bytes, str] = field(default_factory=dict)  # digest -> row, for leaks into another file
+    # the first good ones
+    shown: list[Prompt] = field(default_factory=list)
+    # digest -> row, for leaks into another file
+    questions: dict[bytes, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,17 +139,23 @@ class _Seen:
     """What earlier rows held."""
 
     ids: dict[str, Row] = field(default_factory=dict)
-    prompts: dict[bytes, tuple[Row, str, str]] = field(default_factory=dict)  # row, answer, id
+    # row, answer, id
+    prompts: dict[bytes, tuple[Row, str, str]] = field(default_factory=dict)
     nearly: dict[bytes, Row] = field(default_factory=dict)
-    doubts: list[tuple[Row, str, str]] = field(default_factory=list)  # row, answer, what its solution ends on
-    habits: Counter[tuple[str, str]] = field(default_factory=Counter)  # (name, "rows" that could keep one | "kept")
-    breaches: dict[str, list[tuple[Row, str, str]]] = field(default_factory=dict)  # name of a habit -> row, kind, message
+    # row, answer, what its solution ends on
+    doubts: list[tuple[Row, str, str]] = field(default_factory=list)
+    # (name, "rows" that could keep one | "kept")
+    habits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    # name of a habit -> row, kind, message
+    breaches: dict[str, list[tuple[Row, str, str]]] = field(default_factory=dict)
 
 
-def check(path: str | Path, rules: Rules | None = None, *, num_shown: int = 2) -> Report:
-    """Go through every row of a file or directory. `num_shown`: good prompts to keep. DataError: no such file or mapping."""
-    rules = rules or Rules()
-    report, seen = Report(str(path), rules.unit), _Seen()
+def check_file(path: str | Path, rules: CheckRules | None = None, *, num_shown: int = 2) -> CheckReport:
+    """Go through every row of a file or directory. `num_shown`: good prompts to keep. DataError: no
+    such file or mapping.
+    """
+    rules = rules or CheckRules()
+    report, seen = CheckReport(str(path), rules.unit), _Seen()
     files = row_files(path)
     last = Row(files[0][0], 0, None)
     try:
@@ -143,7 +166,11 @@ def check(path: str | Path, rules: Rules | None = None, *, num_shown: int = 2) -
                 _add(report.errors, row, _finding(found, row))
                 continue
             findings = [_judge(row, prompt, rules, seen, report) for prompt in found]
-            good = [prompt for prompt, finding in zip(found, findings, strict=True) if prompt is not None and finding is None]
+            good = [
+                prompt
+                for prompt, finding in zip(found, findings, strict=True)
+                if prompt is not None and finding is None
+            ]
             report.shown += good[: num_shown - len(report.shown)] if len(report.shown) < num_shown else []
             _add(report.errors, row, next((finding for finding in findings if finding), None))
     except DataError as error:
@@ -160,25 +187,29 @@ def check(path: str | Path, rules: Rules | None = None, *, num_shown: int = 2) -
     return report
 
 
-def _judge(row: Row, prompt: Prompt | None, rules: Rules, seen: _Seen, report: Report) -> faults.Finding:
+def _judge(
+    row: Row, prompt: Prompt | None, rules: CheckRules, seen: _Seen, report: CheckReport
+) -> check_text.TextFinding:
     """The first thing that is wrong with a prompt that reads."""
     if prompt is None or (rules.mapping in DROPS_REPEATS and _is_known_repeat(prompt, seen)):
         report.left_out += 1
         return None
     report.prompts += 1
-    finding = faults.damaged_text(prompt) or faults.odd_turns(prompt)
+    finding = check_text.damaged_text(prompt) or check_text.odd_turns(prompt)
     if finding is None and rules.require_solution and prompt.solution is None:
         finding = _finding(no_solution(row), row)
-    finding = finding or _repeated(row, prompt, seen, report, rules.held_out) or _measured(prompt, rules, report)
+    finding = (
+        finding or _repeated(row, prompt, seen, report, rules.held_out) or _measured(prompt, rules, report)
+    )
     if finding is not None:
         return finding
     verifier = rules.verifier or VERIFIER_OF.get(rules.mapping)
-    labels = faults.options(prompt) or faults.listed_options(row.values)
-    finding = faults.unreadable_answer(prompt, verifier, labels) or faults.shown_answer(prompt)
+    labels = check_text.options(prompt) or check_text.listed_options(row.values)
+    finding = check_text.unreadable_answer(prompt, verifier, labels) or check_text.shown_answer(prompt)
     return finding or _denied(row, prompt, verifier, labels, seen)
 
 
-def _measured(prompt: Prompt, rules: Rules, report: Report) -> faults.Finding:
+def _measured(prompt: Prompt, rules: CheckRules, report: CheckReport) -> check_text.TextFinding:
     """Notes the lengths of a prompt and its solution, and says when the prompt is too long."""
     try:
         length = rules.prompt_length(prompt.messages)
@@ -191,11 +222,14 @@ def _measured(prompt: Prompt, rules: Rules, report: Report) -> faults.Finding:
         return None
     what = "raise rollout.max_prompt_tokens or drop the row"
     if rules.unit != "tokens":
-        what = f"rollout.max_prompt_tokens={rules.max_prompt_length // CHARACTERS_A_TOKEN} cannot hold them; count with --model DIR"
+        what = (
+            f"rollout.max_prompt_tokens={rules.max_prompt_length // CHARACTERS_A_TOKEN} cannot hold them;"
+            " count with --model DIR"
+        )
     return "length", f"{length} prompt {rules.unit}, more than {rules.max_prompt_length}; {what}"
 
 
-def _add(found: list[Fault], row: Row, finding: faults.Finding) -> None:
+def _add(found: list[Fault], row: Row, finding: check_text.TextFinding) -> None:
     if finding is not None:
         found.append(Fault(str(row.path), row.number, *finding))
 
@@ -206,20 +240,31 @@ def _finding(error: DataError, row: Row) -> tuple[str, str]:
 
 def _is_known_repeat(prompt: Prompt, seen: _Seen) -> bool:
     known = seen.prompts.get(prompt_digest(prompt.messages))
-    return known is not None and known[1:] == (faults.normal(prompt.answer), prompt.id)
+    return known is not None and known[1:] == (check_text.normal(prompt.answer), prompt.id)
 
 
-def _repeated(row: Row, prompt: Prompt, seen: _Seen, report: Report, held_out: Report | None) -> faults.Finding:
-    """What this row has in common with an earlier one or with the held-out file; enters it among the earlier ones."""
-    place = Row(row.path, row.number, None)  # without its values
+def _repeated(
+    row: Row, prompt: Prompt, seen: _Seen, report: CheckReport, held_out: CheckReport | None
+) -> check_text.TextFinding:
+    """What this row has in common with an earlier one or with the held-out file; enters it among
+    the earlier ones.
+    """
+    # without its values
+    place = Row(row.path, row.number, None)
     asked = question_of(prompt.messages)
     question = _digest(asked)
     report.questions.setdefault(question, row.where)
     known_id = seen.ids.setdefault(prompt.id, place)
-    whole, answer = prompt_digest(prompt.messages), faults.normal(prompt.answer)
+    whole, answer = prompt_digest(prompt.messages), check_text.normal(prompt.answer)
     known, known_answer, _ = seen.prompts.setdefault(whole, (place, answer, prompt.id))
     if held_out is not None and question in held_out.questions:
-        return "leak", f"the same question as {held_out.questions[question]}, which is held out; take it out of one of the two files"
+        return (
+            "leak",
+            (
+                f"the same question as {held_out.questions[question]}, which is held out; take it out of one"
+                " of the two files"
+            ),
+        )
     if known is not place:
         there = f"line {known.number}" if known.path == row.path else known.where
         same_id = ", and the same id" if known_id is not place else ""
@@ -228,15 +273,21 @@ def _repeated(row: Row, prompt: Prompt, seen: _Seen, report: Report, held_out: R
         return "conflict", f"the same prompt as {there}{same_id}, with another answer; keep the right one"
     if known_id is not place:
         return _finding(used_id(row, prompt.id, known_id), row)
-    nearly = seen.nearly.setdefault(_digest(" ".join(token for token in TOKEN.findall(asked) if token not in FILLER)), place)
+    nearly = seen.nearly.setdefault(
+        _digest(" ".join(token for token in TOKEN.findall(asked) if token not in FILLER)), place
+    )
     if nearly is not place:
         there = f"line {nearly.number}" if nearly.path == row.path else nearly.where
         _add(report.warnings, row, ("near", f"nearly the question of {there}; drop one if they are the same"))
     return None
 
 
-def _denied(row: Row, prompt: Prompt, verifier: str | None, labels: list[str], seen: _Seen) -> faults.Finding:
-    """A solution that ends on another answer than the row's. What cannot be told here is left to _judge_habits and _judge_doubts."""
+def _denied(
+    row: Row, prompt: Prompt, verifier: str | None, labels: list[str], seen: _Seen
+) -> check_text.TextFinding:
+    """A solution that ends on another answer than the row's. What cannot be told here is left to
+    _judge_habits and _judge_doubts.
+    """
     if labels and verifier in (None, "multiple_choice"):
         _note_habit(
             seen,
@@ -247,27 +298,41 @@ def _denied(row: Row, prompt: Prompt, verifier: str | None, labels: list[str], s
             "is none of the options that its prompt lists, unlike the file's others",
         )
     elif verifier in (None, "math"):
-        keeps = faults.number(prompt.answer) is not None or (None if MATHS.search(prompt.answer) else False)
-        message = f'"answer" is {faults.short(prompt.answer)}, and nearly all others of the file are numbers; correct it'
+        keeps = check_text.number(prompt.answer) is not None or (
+            None if MATHS.search(prompt.answer) else False
+        )
+        message = (
+            f'"answer" is {check_text.short(prompt.answer)}, and nearly all others of the file are numbers;'
+            " correct it"
+        )
         _note_habit(seen, row, "numbers", keeps, "answer", message)
     if prompt.solution is None or verifier in ("code", "tool_use"):
         return None
-    ends_on, broken = faults.final_answer(prompt.solution)
+    ends_on, broken = check_text.stated_answer(prompt.solution)
     if broken:
         return "solution", f'"solution" {broken}; correct it'
     if ends_on is None:
-        gold, last = faults.number(prompt.answer), faults.last_number(prompt.solution)
+        gold, last = check_text.number(prompt.answer), check_text.last_number(prompt.solution)
         if gold is not None and last is not None:
-            message = f'"solution" ends on {faults.short(str(last))}, and "answer" is {faults.short(prompt.answer)}; correct one of them'
+            message = (
+                f'"solution" ends on {check_text.short(str(last))}, and "answer" is'
+                f" {check_text.short(prompt.answer)}; correct one of them"
+            )
             _note_habit(seen, row, "last number", gold == last, "solution", message)
         return None
-    mine, other = faults.normal(prompt.answer), faults.normal(ends_on)
+    mine, other = check_text.normal(prompt.answer), check_text.normal(ends_on)
     if mine.casefold() == other.casefold():
         return None
-    numbers = faults.number(mine), faults.number(other)
+    numbers = check_text.number(mine), check_text.number(other)
     letters = len(mine) == len(other) == 1 and mine.isalpha() and other.isalpha() and mine in labels
     if (None not in numbers and numbers[0] != numbers[1]) or letters:
-        return "solution", f'"solution" ends on {faults.short(ends_on)}, and "answer" is {faults.short(prompt.answer)}; correct one of them'
+        return (
+            "solution",
+            (
+                f'"solution" ends on {check_text.short(ends_on)}, and "answer" is'
+                f" {check_text.short(prompt.answer)}; correct one of them"
+            ),
+        )
     if None in numbers and not labels:
         seen.doubts.append((Row(row.path, row.number, None), prompt.answer, ends_on))
     return None
@@ -281,7 +346,7 @@ def _note_habit(seen: _Seen, row: Row, habit: str, keeps: bool | None, kind: str
         seen.breaches.setdefault(habit, []).append((Row(row.path, row.number, None), kind, message))
 
 
-def _judge_habits(report: Report, seen: _Seen) -> None:
+def _judge_habits(report: CheckReport, seen: _Seen) -> None:
     """Rows that break what nearly all of the file does."""
     named = {(fault.file, fault.line) for fault in report.errors}
     for habit, breaches in seen.breaches.items():
@@ -293,7 +358,7 @@ def _judge_habits(report: Report, seen: _Seen) -> None:
                     _add(report.errors, row, (kind, message))
 
 
-def _judge_doubts(report: Report, seen: _Seen) -> None:
+def _judge_doubts(report: CheckReport, seen: _Seen) -> None:
     """Answers and ends of solutions that differ as texts, held against each other by math-verify."""
     if not seen.doubts:
         return
@@ -307,7 +372,7 @@ def _judge_doubts(report: Report, seen: _Seen) -> None:
         pool.score(groups)
     for (row, answer, ends_on), group in zip(seen.doubts, groups, strict=True):
         verdict = group.samples[0].verdict
-        said = f'"solution" ends on {faults.short(ends_on)}, and "answer" is {faults.short(answer)}'
+        said = f'"solution" ends on {check_text.short(ends_on)}, and "answer" is {check_text.short(answer)}'
         if verdict is Verdict.WRONG:
             _add(report.errors, row, ("solution", f"{said}; correct one of them"))
         elif verdict is not Verdict.RIGHT:
@@ -315,8 +380,12 @@ def _judge_doubts(report: Report, seen: _Seen) -> None:
 
 
 def prompt_digest(messages: list[Message]) -> bytes:
-    """16 bytes that two prompts share when they are the same: case, spacing, typographic variants and a final mark aside."""
-    return _digest("\x1e".join(f"{message['role']}\x1f{same_text(message['content'])}" for message in messages))
+    """16 bytes that two prompts share when they are the same: case, spacing, typographic variants
+    and a final mark aside.
+    """
+    return _digest(
+        "\x1e".join(f"{message['role']}\x1f{same_text(message['content'])}" for message in messages)
+    )
 
 
 def same_text(text: str) -> str:
@@ -328,7 +397,9 @@ def same_text(text: str) -> str:
 
 
 def question_of(messages: list[Message]) -> str:
-    """What the user turns ask, as same_text has it, without sentences on how to answer; all of it when nothing else is left."""
+    """What the user turns ask, as same_text has it, without sentences on how to answer; all of it
+    when nothing else is left.
+    """
     text = "\n".join(message["content"] for message in messages if message["role"] == "user").lower()
     if ("boxed" in text or "answer" in text or "step" in text) and HOW_TO_ANSWER.search(text):
         kept = [part for part in SENTENCE.split(text) if not HOW_TO_ANSWER.search(part) or DIGIT.search(part)]

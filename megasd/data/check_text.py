@@ -1,9 +1,11 @@
-"""What can be wrong with a prompt that reads well: damaged text, an answer that no verifier reads, one that the prompt gives away.
+"""What can be wrong with a prompt that reads well: damaged text, an answer that no verifier reads,
+one that the prompt gives away.
 
-    fault(Prompt("a", [{"role": "user", "content": "7+8="}], "\\\\frac{1}{"))     # ("answer", "the answer ... braces ...")
+    # ("answer", "the answer ... braces ...")
+    fault(Prompt("a", [{"role": "user", "content": "7+8="}], "\\\\frac{1}{"))
 
-Each finding is (kind, message) or None. Rules are kept to what is wrong whatever the task; what may be meant is a warning or nothing.
-Plain Python, a few regular expressions a row.
+Each finding is (kind, message) or None. Rules are kept to what is wrong whatever the task; what may
+be meant is a warning or nothing. Plain Python, a few regular expressions a row.
 """
 
 from __future__ import annotations
@@ -20,13 +22,32 @@ from megasd.rewards import rubric, tool_use
 from megasd.rewards.verifiers import MAX_ANSWER_CHARACTERS, last_boxed
 from megasd.types import Prompt, UserError
 
-Finding = tuple[str, str] | None
+TextFinding = tuple[str, str] | None
 
 DAMAGED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufeff\ufffd\ufffe\uffff]")
-LOST_BACKSLASH = re.compile(r"\t(?=imes\b|ext\{|heta\b|frac\b)|\r(?=ight\b|angle\b)|\n(?=abla\b)|[\x08\x0c](?=[a-z])")
-# UTF-8 read as Latin-1 or Windows-1252: é, typographic quotes and dashes, a replacement character, a byte order mark
+LOST_BACKSLASH = re.compile(
+    r"\t(?=imes\b|ext\{|heta\b|frac\b)|\r(?=ight\b|angle\b)|\n(?=abla\b)|[\x08\x0c](?=[a-z])"
+)
+# UTF-8 read as Latin-1 or Windows-1252: é, typographic quotes and dashes, a replacement character,
+# a byte order mark
 MOJIBAKE = re.compile("[ÂÃ][\u00a0-\u00bf‰œ]|â€[\u0080-\u00ff–—‘-„†-•…‰‹›€™œŸ¦]|ï¿½|ï»¿")
-NO_VALUE = {"nan", "null", "n/a", "#n/a", "<na>", "todo", "tbd", "[object object]", "-", "--", "?", "???", "...", "…", "—"}
+NO_VALUE = {
+    "nan",
+    "null",
+    "n/a",
+    "#n/a",
+    "<na>",
+    "todo",
+    "tbd",
+    "[object object]",
+    "-",
+    "--",
+    "?",
+    "???",
+    "...",
+    "…",
+    "—",
+}
 CHAT_MARK = re.compile(r"<\|[A-Za-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]")
 INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\u00ad]")
 UNFILLED = re.compile(r"\{\{?\s*[A-Za-z_]{4,}\s*\}?\}|\$\{\w+\}|<[a-z_]{4,}>|%\(\w+\)s")
@@ -42,8 +63,10 @@ FRACTION = re.compile(r"([+-]?)\\frac\{?(\d+)\}?\{?(\d+)\}?")
 LAST_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-def damaged_text(prompt: Prompt) -> Finding:
-    """Characters that no text is meant to hold, text decoded with the wrong table, and values that stand for none."""
+def damaged_text(prompt: Prompt) -> TextFinding:
+    """Characters that no text is meant to hold, text decoded with the wrong table, and values that
+    stand for none.
+    """
     texts = [(f'"{message["role"]}" text', message["content"]) for message in prompt.messages]
     texts += [('"answer"', prompt.answer), ('"solution"', prompt.solution or ""), ('"id"', prompt.id)]
     for name, text in texts:
@@ -52,12 +75,24 @@ def damaged_text(prompt: Prompt) -> Finding:
         if found := LOST_BACKSLASH.search(text):
             return (
                 "encoding",
-                f"{name} holds {short(text[found.start() : found.start() + 8])}, LaTeX that lost its backslash; write \\\\ in JSON",
+                (
+                    f"{name} holds {short(text[found.start() : found.start() + 8])}, LaTeX that lost its"
+                    " backslash; write \\\\ in JSON"
+                ),
             )
         if found := DAMAGED.search(text):
-            return "encoding", f"{name} holds the character U+{ord(found[0]):04X}, damage from an earlier conversion; restore the text"
+            return (
+                "encoding",
+                (
+                    f"{name} holds the character U+{ord(found[0]):04X}, damage from an earlier conversion;"
+                    " restore the text"
+                ),
+            )
         if found := MOJIBAKE.search(text):
-            return "encoding", f"{name} holds {short(found[0])}, UTF-8 that was read as another encoding; decode it again"
+            return (
+                "encoding",
+                f"{name} holds {short(found[0])}, UTF-8 that was read as another encoding; decode it again",
+            )
     if found := INVISIBLE.search(prompt.answer):
         return "encoding", f'"answer" holds the invisible character U+{ord(found[0]):04X}; remove it'
     for name, text in ((texts[len(prompt.messages) - 1]), *texts[-3:-1]):
@@ -67,7 +102,7 @@ def damaged_text(prompt: Prompt) -> Finding:
     return None
 
 
-def odd_turns(prompt: Prompt) -> Finding:
+def odd_turns(prompt: Prompt) -> TextFinding:
     """Turns out of order, and messages or a rendered template that stand in the text of a turn."""
     roles = [message["role"] for message in prompt.messages if message["role"] != "system"]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
@@ -75,7 +110,10 @@ def odd_turns(prompt: Prompt) -> Finding:
     for message in prompt.messages:
         text = message["content"]
         if found := CHAT_MARK.search(text):
-            return "template", f"the text holds {short(found[0])}, a mark of a chat template; give the messages without it"
+            return (
+                "template",
+                f"the text holds {short(found[0])}, a mark of a chat template; give the messages without it",
+            )
         if text.lstrip()[:1] in "[{" and '"role"' in text and '"content"' in text and _json(text) is not None:
             return "messages", "the text is JSON of messages; give the messages themselves"
     text = prompt.messages[-1]["content"]
@@ -84,8 +122,10 @@ def odd_turns(prompt: Prompt) -> Finding:
     return None
 
 
-def unreadable_answer(prompt: Prompt, verifier: str | None, labels: list[str]) -> Finding:
-    """An answer that the verifier could never find in a response; of any verifier, when none is named. `labels`: of the options."""
+def unreadable_answer(prompt: Prompt, verifier: str | None, labels: list[str]) -> TextFinding:
+    """An answer that the verifier could never find in a response; of any verifier, when none is
+    named. `labels`: of the options.
+    """
     answer = prompt.answer.strip()
     is_json = answer[0] in "[{"
     if verifier == "code" or (verifier is None and is_json and '"inputs"' in answer):
@@ -98,17 +138,38 @@ def unreadable_answer(prompt: Prompt, verifier: str | None, labels: list[str]) -
     if verifier not in (None, "math", "multiple_choice"):
         return None
     if len(answer) > MAX_ANSWER_CHARACTERS:
-        return "answer", f'"answer" has {len(answer)} characters, and verifiers read {MAX_ANSWER_CHARACTERS}; give the final answer only'
+        return (
+            "answer",
+            (
+                f'"answer" has {len(answer)} characters, and verifiers read {MAX_ANSWER_CHARACTERS}; give the'
+                " final answer only"
+            ),
+        )
     if "####" in answer:
-        return "answer", '"answer" holds "####", a whole solution as in GSM8K; keep what follows the mark, and the rest as "solution"'
+        return (
+            "answer",
+            (
+                '"answer" holds "####", a whole solution as in GSM8K; keep what follows the mark, and the'
+                ' rest as "solution"'
+            ),
+        )
     if labels and (finding := _bad_choice(answer, labels, verifier)):
         return finding
     if verifier == "multiple_choice":
         return (
-            None if len(answer) <= 3 else ("answer", f'"answer" is {short(answer)}, and multiple_choice compares letters; give the letter')
+            None
+            if len(answer) <= 3
+            else (
+                "answer",
+                f'"answer" is {short(answer)}, and multiple_choice compares letters; give the letter',
+            )
         )
     reason = broken_latex(answer)
-    return ("answer", f'"answer" {reason}, so that no verifier can read {short(answer)}; correct it') if reason else None
+    return (
+        ("answer", f'"answer" {reason}, so that no verifier can read {short(answer)}; correct it')
+        if reason
+        else None
+    )
 
 
 def options(prompt: Prompt) -> list[str]:
@@ -126,32 +187,54 @@ def options(prompt: Prompt) -> list[str]:
 
 
 def listed_options(values: dict[str, Any] | None) -> list[str]:
-    """Labels of options that a row lists in a column "choices" or "options": a list of texts, {"label": [...]}, or {"A": text, ...}."""
+    """Labels of options that a row lists in a column "choices" or "options": a list of texts,
+    {"label": [...]}, or {"A": text, ...}.
+    """
     for name in ("choices", "options"):
         listed = (values or {}).get(name)
         if isinstance(listed, dict):
             labels = listed.get("label", list(listed))
-            if isinstance(labels, list) and len(labels) > 1 and all(isinstance(label, str) and len(label) == 1 for label in labels):
+            if (
+                isinstance(labels, list)
+                and len(labels) > 1
+                and all(isinstance(label, str) and len(label) == 1 for label in labels)
+            ):
                 return labels
-        elif isinstance(listed, list) and 1 < len(listed) <= 26 and all(isinstance(text, str) for text in listed):
+        elif (
+            isinstance(listed, list)
+            and 1 < len(listed) <= 26
+            and all(isinstance(text, str) for text in listed)
+        ):
             return [chr(ord("A") + i) for i in range(len(listed))]
     return []
 
 
-def _bad_choice(answer: str, labels: list[str], verifier: str | None) -> Finding:
+def _bad_choice(answer: str, labels: list[str], verifier: str | None) -> TextFinding:
     bare = LABELLED.fullmatch(answer)
     if bare and bare[1] in labels:
         return "answer", f'"answer" is {short(answer)}, and verifiers compare letters; give {bare[1]} alone'
     letter = bare[1] if bare and len(answer) <= 3 else answer
     # small letters also number the parts of a question, whose answer may be a variable
-    is_letter = len(letter) == 1 and letter.isalpha() and (labels[0] == "A" or (len(labels) > 2 and letter in "abcdefghij"))
+    is_letter = (
+        len(letter) == 1
+        and letter.isalpha()
+        and (labels[0] == "A" or (len(labels) > 2 and letter in "abcdefghij"))
+    )
     if answer not in labels and (is_letter or verifier == "multiple_choice"):
-        return "answer", f'"answer" is {short(answer)}, which is not among the options {labels[0]} to {labels[-1]}; correct it'
+        return (
+            "answer",
+            (
+                f'"answer" is {short(answer)}, which is not among the options {labels[0]} to {labels[-1]};'
+                " correct it"
+            ),
+        )
     return None
 
 
 def broken_latex(text: str) -> str | None:
-    """What keeps LaTeX or a bare expression from being read ("has unbalanced braces"); None when nothing is seen."""
+    """What keeps LaTeX or a bare expression from being read ("has unbalanced braces"); None when
+    nothing is seen.
+    """
     if "\\boxed" in text:
         inside = last_boxed(text)
         if inside is None:
@@ -195,7 +278,9 @@ def _closes_early(text: str) -> bool:
 
 
 def _has_arguments(text: str, position: int, count: int) -> bool:
-    """Whether `count` arguments that hold something follow: a group in braces, a command, or one character. Braces are balanced."""
+    """Whether `count` arguments that hold something follow: a group in braces, a command, or one
+    character. Braces are balanced.
+    """
     for _ in range(count):
         rest = text[position:]
         found = re.match(r"\s*(\\[A-Za-z]+|\\.|[^\s{}$&])", rest)
@@ -222,7 +307,7 @@ def _json(text: str) -> object:
         return None
 
 
-def _refused(read: Callable[[], object]) -> Finding:
+def _refused(read: Callable[[], object]) -> TextFinding:
     """What a verifier's own reader says to an answer or a rubric."""
     try:
         read()
@@ -231,23 +316,33 @@ def _refused(read: Callable[[], object]) -> Finding:
     return None
 
 
-def shown_answer(prompt: Prompt) -> Finding:
+def shown_answer(prompt: Prompt) -> TextFinding:
     """A prompt that ends on its own answer, boxes it, or holds the whole solution."""
     text, answer = prompt.messages[-1]["content"].strip(), normal(prompt.answer)
     lines = text.splitlines()
     if len(text) <= len(prompt.answer) + 20 and normal(text) == answer:
         return "shown", "the prompt is its own answer; correct one of them"
-    if "nswer" in lines[-1].lower() and (line := ANSWER_LINE.search(lines[-1])) and normal(line[1].strip("\"'*` .")) == answer:
+    if (
+        "nswer" in lines[-1].lower()
+        and (line := ANSWER_LINE.search(lines[-1]))
+        and normal(line[1].strip("\"'*` .")) == answer
+    ):
         return "shown", f"the prompt ends on its answer ({short(line[0])}); take it out"
-    if text.count("\\boxed{") == 1 and len(answer) + answer.isdigit() > 1 and normal(last_boxed(text) or "") == answer:
+    if (
+        text.count("\\boxed{") == 1
+        and len(answer) + answer.isdigit() > 1
+        and normal(last_boxed(text) or "") == answer
+    ):
         return "shown", "the prompt holds its answer in \\boxed{}; take it out"
     if prompt.solution and len(prompt.solution.strip()) >= 16 and prompt.solution.strip() in text:
         return "shown", "the prompt holds its whole solution; take it out"
     return None
 
 
-def final_answer(solution: str) -> tuple[str | None, str | None]:
-    """(what the solution ends on, None), or (None, what is wrong with it): the last box, else what follows GSM8K's last "####"."""
+def stated_answer(solution: str) -> tuple[str | None, str | None]:
+    """(what the solution ends on, None), or (None, what is wrong with it): the last box, else what
+    follows GSM8K's last "####".
+    """
     if "\\boxed" in solution:
         inside = last_boxed(solution)
         if inside is None and "\\boxed{" in solution:
@@ -264,7 +359,13 @@ def normal(text: str) -> str:
     text = (last_boxed(text) or text) if "\\boxed{" in text else text
     text = re.sub(r"\\(?:left|right|displaystyle|!|,|;|:| |quad)(?![a-z])|\\[()\[\]]|[$\s]", "", text)
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
-    text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("\\%", "%").replace("{,}", ",").rstrip(".")
+    text = (
+        text.replace("dfrac", "frac")
+        .replace("tfrac", "frac")
+        .replace("\\%", "%")
+        .replace("{,}", ",")
+        .rstrip(".")
+    )
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 

@@ -1,21 +1,29 @@
-"""From the columns of a row to the fields of a prompt: the names in common use, and those of published data sets as they are published.
+"""From the columns of a row to the fields of a prompt: the names in common use, and those of
+published data sets as they are published.
 
-    auto            prompt (text or messages), messages (a last assistant turn is the solution), question, problem; answer, label,
+    auto            prompt (text or messages), messages (a last assistant turn is the solution),
+                    question, problem; answer, label,
                     reward_model.ground_truth (verl); solution; id, pass_rate, rubric. Two columns for one thing must agree.
-    dapo_math       DAPO-Math-17k (arXiv 2503.14476): its instruction to end on an "Answer:" line gives way to a boxed answer, as in
+    dapo_math       DAPO-Math-17k (arXiv 2503.14476): its instruction to end on an "Answer:" line
+                    gives way to a boxed answer, as in
                     Kim et al. (arXiv 2603.24472), since the math verifier reads boxes. Its repeats of a row are left out, and counted.
-    sciknoweval     SciKnowEval (arXiv 2406.09098), multiple choice of level 3; the letter is asked for in <answer>. Other rows are left
+    sciknoweval     SciKnowEval (arXiv 2406.09098), multiple choice of level 3; the letter is asked
+                    for in <answer>. Other rows are left
                     out, and counted.
-    toolalpaca      ToolAlpaca (arXiv 2306.05301): a tool per row (`jq -c '.[]'` of its files), or a request per row
-    livecodebench   code_generation_lite (arXiv 2403.07974): public and private tests. Train and test share problems upstream.
+    toolalpaca      ToolAlpaca (arXiv 2306.05301): a tool per row (`jq -c '.[]'` of its files), or a
+                    request per row
+    livecodebench   code_generation_lite (arXiv 2403.07974): public and private tests. Train and
+                    test share problems upstream.
     math500, aime   MATH-500 and the AIME sets under their several column names; a boxed answer is asked for
 
-Answers are text. Of livecodebench it is JSON, {"inputs": [str], "outputs": [str], "fn_name": str or null, "time_limit": seconds}: a program
-is given an input on stdin, or, with a name, a function one JSON value per line as its arguments; outputs alike. Of toolalpaca it is JSON,
-[{"action": str, "action_input": object}], the calls in their order.
+Answers are text. Of livecodebench it is JSON, {"inputs": [str], "outputs": [str], "fn_name": str or
+null, "time_limit": seconds}: a program is given an input on stdin, or, with a name, a function one
+JSON value per line as its arguments; outputs alike. Of toolalpaca it is JSON, [{"action": str,
+"action_input": object}], the calls in their order.
 
-A mapping takes (row, where) and gives a list: a Mapped for each prompt of the row, None for what it leaves out by the rules above.
-"""
+A mapping takes (row, where) and gives a list: a Mapped for each prompt of the row, None for what it
+leaves out by the rules above.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -35,18 +43,32 @@ from megasd.data.rows import DataError, kind_name, short
 FIELDS = ("id", "prompt", "answer", "solution", "pass_rate", "rubric")
 QUESTION_COLUMNS = ("prompt", "messages", "question", "problem")
 KNOWN_COLUMNS = (*FIELDS, *QUESTION_COLUMNS[1:], "label", "reward_model", "extra_info")
-BOXED = "Please reason step by step, and put your final answer within \\boxed{}."  # the wording of Kim et al. and of Qwen's model cards
-DAPO_HEAD = re.compile(r"\s*Solve the following math problem step by step\..*?\$Answer is the answer to the problem\.\s*", re.DOTALL)
+# the wording of Kim et al. and of Qwen's model cards
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+DAPO_HEAD = re.compile(
+    r"\s*Solve the following math problem step by step\..*?\$Answer is the answer to the problem\.\s*",
+    re.DOTALL,
+)
 DAPO_TAIL = re.compile(r'\s*Remember to put your answer on its own line after "Answer:"\.?\s*$')
-CHOICE = "Reason step by step. Then write the letter of the right option, and nothing else, between <answer> and </answer>."
+CHOICE = (
+    "Reason step by step. Then write the letter of the right option, and nothing else, between <answer> and"
+    " </answer>."
+)
 CALLS = (
     "Call the functions that the request needs. Write each call as two lines, the input as a JSON object:\n"
     "Action: name of the function\nAction Input: {...}"
 )
-PROGRAM = "Write a Python program that reads its input from stdin and prints its output. Give the whole program in one ```python block."
-FUNCTION = "Complete this Python code. Give the whole of it in one ```python block.\n\n```python\n{starter}\n```"
-TIME_LIMIT = 6  # seconds a test, LiveCodeBench's own
-MAX_TESTS_BYTES = 1 << 28  # of one problem's tests, unpacked
+PROGRAM = (
+    "Write a Python program that reads its input from stdin and prints its output. Give the whole program in"
+    " one ```python block."
+)
+FUNCTION = (
+    "Complete this Python code. Give the whole of it in one ```python block.\n\n```python\n{starter}\n```"
+)
+# seconds a test, LiveCodeBench's own
+TIME_LIMIT = 6
+# of one problem's tests, unpacked
+MAX_TESTS_BYTES = 1 << 28
 TEXT_PICKLE = {
     "PROTO",
     "FRAME",
@@ -73,7 +95,9 @@ Mapping = Callable[[dict[str, Any], str], list[Mapped | None]]
 
 
 def auto(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """The names in common use. DataError for a name that looks like one of them, and for two columns that disagree."""
+    """The names in common use. DataError for a name that looks like one of them, and for two
+    columns that disagree.
+    """
     for key in row:
         if close := look_alike(key):
             raise DataError(f"{where}: unknown key {short(key)}; did you mean {close!r}? Rename it", "key")
@@ -88,25 +112,40 @@ def auto(row: dict[str, Any], where: str) -> list[Mapped | None]:
     answers = {key: row[key] for key in ("answer", "label") if row.get(key) is not None}
     if (reward := row.get("reward_model")) is not None:
         if not isinstance(reward, dict):
-            raise DataError(f'{where}: "reward_model" is a JSON {kind_name(reward)}, not an object; rewrite it', "type")
-        answers |= {"reward_model.ground_truth": reward["ground_truth"]} if reward.get("ground_truth") is not None else {}
+            raise DataError(
+                f'{where}: "reward_model" is a JSON {kind_name(reward)}, not an object; rewrite it', "type"
+            )
+        answers |= (
+            {"reward_model.ground_truth": reward["ground_truth"]}
+            if reward.get("ground_truth") is not None
+            else {}
+        )
     for field, found in (("prompt", questions), ("answer", answers), ("solution", solutions)):
         if found:
             values[field], names[field] = _agreed(found, where)
         elif field in row and field != "solution":
-            values[field] = row[field]  # null: for the error
+            # null: for the error
+            values[field] = row[field]
     return [Mapped(values, names)]
 
 
 def dapo_math(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """{"prompt": [one user message], "reward_model": {"ground_truth"}, "extra_info": {"index"}}; a plain text prompt is taken too."""
+    """{"prompt": [one user message], "reward_model": {"ground_truth"}, "extra_info": {"index"}}; a
+    plain text prompt is taken too.
+    """
     prompt = row.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
         prompt = prompt[0].get("content")
     if not isinstance(prompt, str):
-        raise DataError(f'{where}: "prompt" must be text or one user message, as DAPO-Math-17k has it; check data.mapping', "type")
+        raise DataError(
+            f'{where}: "prompt" must be text or one user message, as DAPO-Math-17k has it; check'
+            " data.mapping",
+            "type",
+        )
     values = {"prompt": f"{DAPO_TAIL.sub('', DAPO_HEAD.sub('', prompt, count=1)).strip()}\n{BOXED}"}
-    values["answer"] = _column(_object(row, "reward_model", where), where, "ground_truth", within="reward_model.")
+    values["answer"] = _column(
+        _object(row, "reward_model", where), where, "ground_truth", within="reward_model."
+    )
     index = row["extra_info"].get("index") if isinstance(row.get("extra_info"), dict) else None
     values |= {"id": str(index)} if index is not None else {}
     return [Mapped(values, {"answer": "reward_model.ground_truth"})]
@@ -121,31 +160,52 @@ def sciknoweval(row: dict[str, Any], where: str) -> list[Mapped | None]:
     texts, labels = choices.get("text"), choices.get("label")
     is_list = isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 1
     if not is_list or not all(isinstance(value, str) and value.strip() for value in texts + labels):
-        raise DataError(f'{where}: "choices" must hold "text" and "label", two lists of as many strings; rewrite it', "type")
+        raise DataError(
+            f'{where}: "choices" must hold "text" and "label", two lists of as many strings; rewrite it',
+            "type",
+        )
     key = _column(row, where, "answerKey")
     if len(set(labels)) < len(labels) or key not in labels:
-        raise DataError(f'{where}: "answerKey" is {short(key)}, which is not one of the options {", ".join(labels)}; correct it', "answer")
+        raise DataError(
+            f'{where}: "answerKey" is {short(key)}, which is not one of the options {", ".join(labels)};'
+            " correct it",
+            "answer",
+        )
     options = "\n".join(f"{label}: {text}" for label, text in zip(labels, texts, strict=True))
-    return [Mapped({"prompt": f"{_column(row, where, 'question')}\n\n{options}\n\n{CHOICE}", "answer": key}, {})]
+    return [
+        Mapped({"prompt": f"{_column(row, where, 'question')}\n\n{options}\n\n{CHOICE}", "answer": key}, {})
+    ]
 
 
 def toolalpaca(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """A tool with its Instructions and Golden_Answers, or its Instances; or one request: {"prompt", "golden_answer", ("system")}.
+    """A tool with its Instructions and Golden_Answers, or its Instances; or one request: {"prompt",
+    "golden_answer", ("system")}.
 
     Left out: instances without a call, or with getDetails, which asks the user something.
     """
     if "prompt" in row:
-        name = next((name for name in ("golden_answer", "answer") if row.get(name) is not None), "golden_answer")
+        name = next(
+            (name for name in ("golden_answer", "answer") if row.get(name) is not None), "golden_answer"
+        )
         prompt = row["prompt"]
         if isinstance(prompt, str) and isinstance(row.get("system"), str) and row["system"].strip():
             prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}]
-        values = {"prompt": prompt, "answer": _calls(_column(row, where, name, kinds=(str, list)), where, name)}
+        values = {
+            "prompt": prompt,
+            "answer": _calls(_column(row, where, name, kinds=(str, list)), where, name),
+        }
         return [Mapped(values | ({"id": row["id"]} if "id" in row else {}), {})]
     tool, name = _column(row, where, "NLDocumentation"), _column(row, where, "Name")
     if "Golden_Answers" in row:
-        requests, answers = _column(row, where, "Instructions", kinds=(list,)), _column(row, where, "Golden_Answers", kinds=(list,))
+        requests, answers = (
+            _column(row, where, "Instructions", kinds=(list,)),
+            _column(row, where, "Golden_Answers", kinds=(list,)),
+        )
         if len(requests) != len(answers):
-            raise DataError(f'{where}: {len(requests)} "Instructions" and {len(answers)} "Golden_Answers"; correct them', "type")
+            raise DataError(
+                f'{where}: {len(requests)} "Instructions" and {len(answers)} "Golden_Answers"; correct them',
+                "type",
+            )
         pairs = [(request, answer) for request, answer in zip(requests, answers, strict=True)]
     else:
         pairs = [_instance(instance, where) for instance in _column(row, where, "Instances", kinds=(list,))]
@@ -155,41 +215,67 @@ def toolalpaca(row: dict[str, Any], where: str) -> list[Mapped | None]:
             raise DataError(f"{where}: request {i} is not a text; rewrite it", "type")
         prompt = f"Functions of {name}:\n\n{tool.strip()}\n\nRequest: {request}\n\n{CALLS}"
         values = {"id": f"{name}-{i}", "prompt": prompt}
-        mapped.append(None if answer is None else Mapped({**values, "answer": _calls(answer, where, f"request {i}")}, {}))
+        mapped.append(
+            None
+            if answer is None
+            else Mapped({**values, "answer": _calls(answer, where, f"request {i}")}, {})
+        )
     return mapped
 
 
 def livecodebench(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """{"question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata": {"func_name"}, "question_id"}."""
+    """{"question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata":
+    {"func_name"}, "question_id"}.
+    """
     metadata = _decoded(row.get("metadata") or "{}", where, "metadata")
     name = metadata.get("func_name") if isinstance(metadata, dict) else None
     tests = [*_tests(row, where, "public_test_cases"), *_tests(row, where, "private_test_cases")]
     kinds = {test["testtype"] for test in tests}
     if not tests or kinds != {"functional" if name else "stdin"}:
         found = " and ".join(sorted(map(str, kinds))) or "no"
-        raise DataError(f'{where}: {found} tests, and "metadata" {"names" if name else "names no"} function; correct the row', "answer")
+        raise DataError(
+            f'{where}: {found} tests, and "metadata" {"names" if name else "names no"} function; correct'
+            " the row",
+            "answer",
+        )
     inputs, outputs = [test["input"] for test in tests], [test["output"] for test in tests]
     starter = row.get("starter_code") or ""
     task = FUNCTION.format(starter=starter.rstrip()) if starter.strip() else PROGRAM
     values = {"prompt": f"{_column(row, where, 'question_content').strip()}\n\n{task}"}
-    values["answer"] = json.dumps({"inputs": inputs, "outputs": outputs, "fn_name": name or None, "time_limit": TIME_LIMIT})
-    return [Mapped(values | ({"id": str(row["question_id"])} if row.get("question_id") is not None else {}), {})]
+    values["answer"] = json.dumps(
+        {"inputs": inputs, "outputs": outputs, "fn_name": name or None, "time_limit": TIME_LIMIT}
+    )
+    return [
+        Mapped(values | ({"id": str(row["question_id"])} if row.get("question_id") is not None else {}), {})
+    ]
 
 
 def math500(row: dict[str, Any], where: str) -> list[Mapped | None]:
     """{"problem", "solution", "answer", "unique_id"}."""
-    values = {"prompt": f"{_column(row, where, 'problem').strip()}\n{BOXED}", "answer": _column(row, where, "answer")}
+    values = {
+        "prompt": f"{_column(row, where, 'problem').strip()}\n{BOXED}",
+        "answer": _column(row, where, "answer"),
+    }
     values |= {"solution": row["solution"]} if row.get("solution") is not None else {}
     return [Mapped(values | ({"id": str(row["unique_id"])} if row.get("unique_id") is not None else {}), {})]
 
 
 def aime(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """{"problem", "answer": 0 to 999 as number or text, ("solution", "id")}, in capitals or not; the id may be ID or problem_idx."""
+    """{"problem", "answer": 0 to 999 as number or text, ("solution", "id")}, in capitals or not;
+    the id may be ID or problem_idx.
+    """
     lower = {key.lower(): value for key, value in row.items()}
     answer = _column(lower, where, "answer", kinds=(str, int))
     if not re.fullmatch(r"\s*0*\d{1,3}\s*", str(answer)):
-        raise DataError(f'{where}: "answer" is {short(answer)}, and answers of the AIME are numbers from 0 to 999; correct it', "answer")
-    values: dict[str, Any] = {"prompt": f"{_column(lower, where, 'problem').strip()}\n{BOXED}", "answer": str(int(answer))}
+        raise DataError(
+            f'{where}: "answer" is {short(answer)}, and answers of the AIME are numbers from 0 to 999;'
+            " correct it",
+            "answer",
+        )
+    values: dict[str, Any] = {
+        "prompt": f"{_column(lower, where, 'problem').strip()}\n{BOXED}",
+        "answer": str(int(answer)),
+    }
     values |= {"solution": lower["solution"]} if lower.get("solution") is not None else {}
     name = next((name for name in ("id", "problem_idx") if lower.get(name) is not None), None)
     return [Mapped(values | ({"id": str(lower[name])} if name else {}), {})]
@@ -204,20 +290,31 @@ MAPPINGS: dict[str, Mapping] = {
     "math500": math500,
     "aime": aime,
 }
-DROPS_REPEATS = ("dapo_math",)  # published with every row about a hundred times
+# published with every row about a hundred times
+DROPS_REPEATS = ("dapo_math",)
 
 
 @lru_cache(maxsize=4096)
 def look_alike(key: str) -> str | None:
-    """The known column that an unknown key was probably meant to be: "Answer", "solutoin", "pass-rate"; None for metadata."""
+    """The known column that an unknown key was probably meant to be: "Answer", "solutoin",
+    "pass-rate"; None for metadata.
+    """
     if key in KNOWN_COLUMNS:
         return None
     plain = re.sub(r"[\W_]", "", key).lower()
     for known in KNOWN_COLUMNS:
         if plain in (known.replace("_", ""), known.replace("_", "") + "s"):
             return known
-    affixed = any(key.lower().startswith(f"{known}_") or key.lower().endswith(f"_{known}") for known in KNOWN_COLUMNS)
-    near = [] if affixed else difflib.get_close_matches(key.lower(), [known for known in KNOWN_COLUMNS if len(known) > 2], n=1, cutoff=0.8)
+    affixed = any(
+        key.lower().startswith(f"{known}_") or key.lower().endswith(f"_{known}") for known in KNOWN_COLUMNS
+    )
+    near = (
+        []
+        if affixed
+        else difflib.get_close_matches(
+            key.lower(), [known for known in KNOWN_COLUMNS if len(known) > 2], n=1, cutoff=0.8
+        )
+    )
     return near[0] if near else None
 
 
@@ -234,23 +331,36 @@ def _agreed(found: dict[str, Any], where: str) -> tuple[Any, str]:
     (first, value), *others = found.items()
     for name, other in others:
         if _comparable(other) != _comparable(value):
-            raise DataError(f'{where}: "{first}" and "{name}" disagree ({short(value)}, {short(other)}); keep one of them', "columns")
+            raise DataError(
+                f'{where}: "{first}" and "{name}" disagree ({short(value)}, {short(other)}); keep one of'
+                " them",
+                "columns",
+            )
     return value, first
 
 
 def _comparable(value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "user":
+    if (
+        isinstance(value, list)
+        and len(value) == 1
+        and isinstance(value[0], dict)
+        and value[0].get("role") == "user"
+    ):
         value = value[0].get("content")
     return value.strip() if isinstance(value, str) else value
 
 
-def _column(row: dict[str, Any], where: str, name: str, *, kinds: tuple[type, ...] = (str,), within: str = "") -> Any:
+def _column(
+    row: dict[str, Any], where: str, name: str, *, kinds: tuple[type, ...] = (str,), within: str = ""
+) -> Any:
     value = row.get(name)
     if value is None:
         raise DataError(f'{where}: no "{within}{name}"; add it, or choose another data.mapping', "missing")
     if not isinstance(value, kinds) or isinstance(value, bool):
         wanted = " or ".join({str: "text", list: "a list", int: "a number"}[kind] for kind in kinds)
-        raise DataError(f'{where}: "{within}{name}" is a JSON {kind_name(value)}, not {wanted}; rewrite it', "type")
+        raise DataError(
+            f'{where}: "{within}{name}" is a JSON {kind_name(value)}, not {wanted}; rewrite it', "type"
+        )
     if isinstance(value, str) and not value.strip():
         raise DataError(f'{where}: "{within}{name}" is empty; fill it in or drop the row', "empty")
     return value
@@ -283,45 +393,65 @@ def _calls(value: Any, where: str, name: str) -> str:
         action, given = lower.get("action"), lower.get("action_input", {})
         given = _decoded(given or "{}", where, f"{name}: Action_Input") if isinstance(given, str) else given
         if not isinstance(action, str) or not action.strip() or not isinstance(given, dict):
-            raise DataError(f'{where}: "{name}": a call needs "Action" and a JSON object "Action_Input", not {short(call)}', "answer")
+            raise DataError(
+                f'{where}: "{name}": a call needs "Action" and a JSON object "Action_Input", not'
+                f" {short(call)}",
+                "answer",
+            )
         found.append({"action": action.strip(), "action_input": given})
     return json.dumps(found)
 
 
 def _instance(instance: Any, where: str) -> tuple[Any, list[dict[str, Any]] | None]:
-    """Request and calls of one of ToolAlpaca's simulated conversations; its steps are [[action, input, thought], observation]."""
+    """Request and calls of one of ToolAlpaca's simulated conversations; its steps are [[action,
+    input, thought], observation].
+    """
     if not isinstance(instance, dict):
         raise DataError(f'{where}: "Instances" must hold objects; rewrite it', "type")
     try:
-        calls = [{"Action": step[0][0], "Action_Input": step[0][1]} for step in instance.get("intermediate_steps") or []]
+        calls = [
+            {"Action": step[0][0], "Action_Input": step[0][1]}
+            for step in instance.get("intermediate_steps") or []
+        ]
     except (TypeError, IndexError, KeyError) as error:
-        raise DataError(f'{where}: "intermediate_steps" must hold [[action, input, thought], observation]; rewrite it', "type") from error
+        raise DataError(
+            f'{where}: "intermediate_steps" must hold [[action, input, thought], observation]; rewrite it',
+            "type",
+        ) from error
     request = instance.get("input")
     request = request.rsplit("\nHint: ", 1)[0] if isinstance(request, str) else request
     return request, None if not calls or any(call["Action"] == "getDetails" for call in calls) else calls
 
 
 def _tests(row: dict[str, Any], where: str, name: str) -> list[dict[str, str]]:
-    """A column of tests: JSON, or LiveCodeBench's base64 of zlib of a pickled JSON text, of which nothing but a text is read."""
+    """A column of tests: JSON, or LiveCodeBench's base64 of zlib of a pickled JSON text, of which
+    nothing but a text is read.
+    """
     value = _column(row, where, name, kinds=(str, list))
     if isinstance(value, str) and value.lstrip()[:1] != "[":
         try:
             value = _unpacked(value)
         except (ValueError, zlib.error, binascii.Error) as error:
             raise DataError(
-                f'{where}: "{name}" is neither JSON nor the packed text of LiveCodeBench ({str(error)[:80]}); '
-                "write it as JSON, [{input, output, testtype}]",
+                f'{where}: "{name}" is neither JSON nor the packed text of LiveCodeBench ({str(error)[:80]});'
+                " write it as JSON, [{input, output, testtype}]",
                 "answer",
             ) from error
     tests = _decoded(value, where, name)
     keys = ("input", "output", "testtype")
-    if not isinstance(tests, list) or not all(isinstance(t, dict) and all(isinstance(t.get(key), str) for key in keys) for t in tests):
-        raise DataError(f'{where}: "{name}" must list tests of {", ".join(keys)}, all text; correct it', "answer")
+    if not isinstance(tests, list) or not all(
+        isinstance(t, dict) and all(isinstance(t.get(key), str) for key in keys) for t in tests
+    ):
+        raise DataError(
+            f'{where}: "{name}" must list tests of {", ".join(keys)}, all text; correct it', "answer"
+        )
     return tests
 
 
 def _unpacked(packed: str) -> str:
-    """The text in base64(zlib(pickle(text))), or base64(zlib(text)). ValueError for a pickle of anything else: nothing is unpickled."""
+    """The text in base64(zlib(pickle(text))), or base64(zlib(text)). ValueError for a pickle of
+    anything else: nothing is unpickled.
+    """
     unzip = zlib.decompressobj()
     data = unzip.decompress(base64.b64decode(packed, validate=True), MAX_TESTS_BYTES)
     if unzip.unconsumed_tail:

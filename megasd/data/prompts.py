@@ -3,10 +3,11 @@
     {"id": "gsm-17", "prompt": "7+8=", "answer": "15", "solution": "7+8=15"}
     {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7+8="}], "answer": "15", "pass_rate": 0.25}
 
-A prompt and an answer are required; `id` defaults to "<file stem>-<row number from 0>". `pass_rate` is the start model's (the frozen rate
-of PACED, arXiv 2603.11178), `rubric` a list of criteria. Other columns are metadata and are left alone, except look-alikes of the known
-ones (a "solutoin" would silently be no solution). Files are read by data/rows.py, columns by data/columns.py.
-"""
+A prompt and an answer are required; `id` defaults to "<file stem>-<row number from 0>". `pass_rate`
+is the start model's (the frozen rate of PACED, arXiv 2603.11178), `rubric` a list of criteria.
+Other columns are metadata and are left alone, except look-alikes of the known ones (a "solutoin"
+would silently be no solution). Files are read by data/rows.py, columns by data/columns.py.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -27,12 +28,15 @@ ROLES = ("system", "user", "assistant")
 logger = logging.getLogger(__name__)
 
 
-def load_prompts(path: str | Path, *, max_row_bytes: int = 262144, require_solution: bool = False, mapping: str = "auto") -> list[Prompt]:
-    """Every prompt of a file or directory, in its order. DataError names the first bad row; nothing is trimmed or guessed.
+def load_prompts(
+    path: str | Path, *, max_row_bytes: int = 262144, require_solution: bool = False, mapping: str = "auto"
+) -> list[Prompt]:
+    """Every prompt of a file or directory, in its order. DataError names the first bad row; nothing
+    is trimmed or guessed.
 
-    `max_row_bytes` bounds a row's size in bytes, its newline excluded. `require_solution` refuses rows without one
-    (teacher context "solution", and NLL on the rows' own solutions). `mapping`: a name of data/columns.py; what that one leaves out by its
-    rules is counted in a logged warning.
+    `max_row_bytes` bounds a row's size in bytes, its newline excluded. `require_solution` refuses
+    rows without one (teacher context "solution", and NLL on the rows' own solutions). `mapping`: a
+    name of data/columns.py; what that one leaves out by its rules is counted in a logged warning.
     """
     prompts: list[Prompt] = []
     first: dict[str, tuple[Row, Prompt]] = {}
@@ -41,7 +45,9 @@ def load_prompts(path: str | Path, *, max_row_bytes: int = 262144, require_solut
         if isinstance(found, DataError):
             raise found
         for prompt in found:
-            if prompt is None or (mapping in DROPS_REPEATS and prompt.id in first and is_repeat(prompt, first[prompt.id][1])):
+            if prompt is None or (
+                mapping in DROPS_REPEATS and prompt.id in first and is_repeat(prompt, first[prompt.id][1])
+            ):
                 left_out += 1
                 continue
             if require_solution and prompt.solution is None:
@@ -53,14 +59,25 @@ def load_prompts(path: str | Path, *, max_row_bytes: int = 262144, require_solut
     if not prompts and not left_out:
         raise DataError(f"{path}: no rows; write one JSON object per line")
     if not prompts:
-        raise DataError(f"{path}: none of its {left_out} rows is one that mapping {mapping} takes; check data.mapping")
+        raise DataError(
+            f"{path}: none of its {left_out} rows is one that mapping {mapping} takes; check data.mapping"
+        )
     if left_out:
-        logger.warning("%s: mapping %s took %d prompts and left %d out, as its rules say", path, mapping, len(prompts), left_out)
+        logger.warning(
+            "%s: mapping %s took %d prompts and left %d out, as its rules say",
+            path,
+            mapping,
+            len(prompts),
+            left_out,
+        )
     return prompts
 
 
-def read_prompts(path: str | Path, *, max_row_bytes: int, mapping: str = "auto") -> Iterator[tuple[Row, list[Prompt | None] | DataError]]:
-    """Every row with its prompts (None for what the mapping leaves out), or with what is wrong with it. DataError for a bad file.
+def read_prompts(
+    path: str | Path, *, max_row_bytes: int, mapping: str = "auto"
+) -> Iterator[tuple[Row, list[Prompt | None] | DataError]]:
+    """Every row with its prompts (None for what the mapping leaves out), or with what is wrong with
+    it. DataError for a bad file.
 
     Ids are not held against each other here.
     """
@@ -73,20 +90,30 @@ def read_prompts(path: str | Path, *, max_row_bytes: int, mapping: str = "auto")
             continue
         try:
             default_id = f"{row.path.stem}-{row.number - 1}"
-            yield row, [None if m is None else _to_prompt(m, row.where, default_id) for m in read(row.values, row.where)]
+            yield (
+                row,
+                [
+                    None if m is None else _to_prompt(m, row.where, default_id)
+                    for m in read(row.values, row.where)
+                ],
+            )
         except DataError as error:
             yield row, error
 
 
 def no_solution(row: Row) -> DataError:
     """The refusal of a row without a reference solution."""
-    return DataError(f'{row.where}: no "solution", which this algorithm reads; add one or drop the row', "missing")
+    return DataError(
+        f'{row.where}: no "solution", which this algorithm reads; add one or drop the row', "missing"
+    )
 
 
 def used_id(row: Row, used: str, earlier: Row) -> DataError:
     """The refusal of a row whose id an earlier one has."""
     there = f"on line {earlier.number}" if earlier.path == row.path else f"in {earlier.where}"
-    return DataError(f'{row.where}: id {short(used)} was used {there}; make every "id" unique or drop them all', "id")
+    return DataError(
+        f'{row.where}: id {short(used)} was used {there}; make every "id" unique or drop them all', "id"
+    )
 
 
 def is_repeat(one: Prompt, other: Prompt) -> bool:
@@ -100,7 +127,11 @@ def _to_prompt(mapped: Mapped, where: str, default_id: str) -> Prompt:
         id=_text(values, "id", where) if "id" in values else default_id,
         messages=_messages(values, where, names.get("prompt", "prompt")),
         answer=_text(values, "answer", where, name=names.get("answer")),
-        solution=_text(values, "solution", where, name=names.get("solution")) if values.get("solution") is not None else None,
+        solution=(
+            _text(values, "solution", where, name=names.get("solution"))
+            if values.get("solution") is not None
+            else None
+        ),
         pass_rate=_pass_rate(values, where),
         rubric=_rubric(values, where),
     )
@@ -109,26 +140,44 @@ def _to_prompt(mapped: Mapped, where: str, default_id: str) -> Prompt:
 def _messages(values: dict[str, Any], where: str, name: str) -> list[Message]:
     prompt = values.get("prompt")
     if not isinstance(prompt, list):
-        return [{"role": "user", "content": _text(values, "prompt", where, name=name, wanted="a string or a list of messages")}]
+        return [
+            {
+                "role": "user",
+                "content": _text(values, "prompt", where, name=name, wanted="a string or a list of messages"),
+            }
+        ]
     if not prompt:
         raise DataError(f'{where}: "{name}" is an empty list; give at least one user message', "messages")
     messages: list[Message] = []
     for i, message in enumerate(prompt):
         place = f"{name}[{i}]"
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise DataError(f'{where}: "{place}" must be an object with exactly "role" and "content"; rewrite it', "messages")
+            raise DataError(
+                f'{where}: "{place}" must be an object with exactly "role" and "content"; rewrite it',
+                "messages",
+            )
         role = message["role"]
         if role not in ROLES:
-            raise DataError(f'{where}: "{place}" has role {short(role)}; use one of {", ".join(ROLES)}', "role")
+            raise DataError(
+                f'{where}: "{place}" has role {short(role)}; use one of {", ".join(ROLES)}', "role"
+            )
         if role == "system" and i > 0:
-            raise DataError(f'{where}: "{place}" is a system message; only the first message may be one, move it', "role")
+            raise DataError(
+                f'{where}: "{place}" is a system message; only the first message may be one, move it', "role"
+            )
         messages.append({"role": role, "content": _text(message, "content", where, name=f"{place}.content")})
     if messages[-1]["role"] != "user":
-        raise DataError(f'{where}: the last message of "{name}" has role {messages[-1]["role"]!r}; end with a user message', "role")
+        raise DataError(
+            f'{where}: the last message of "{name}" has role {messages[-1]["role"]!r}; end with a user'
+            " message",
+            "role",
+        )
     return messages
 
 
-def _text(values: dict[str, Any], key: str, where: str, *, name: str | None = None, wanted: str = "a string") -> str:
+def _text(
+    values: dict[str, Any], key: str, where: str, *, name: str | None = None, wanted: str = "a string"
+) -> str:
     """values[key] as a string that holds something."""
     name = name or key
     if key not in values:
@@ -143,8 +192,11 @@ def _text(values: dict[str, Any], key: str, where: str, *, name: str | None = No
         raise DataError(f'{where}: "{name}" holds a NUL character; remove it', "encoding")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair; UTF-8 cannot
-        message = f'{where}: "{name}" holds half of a surrogate pair (\\ud800-\\udfff); write the character itself'
+    except UnicodeEncodeError as error:
+        # JSON may spell half of a surrogate pair; UTF-8 cannot
+        message = (
+            f'{where}: "{name}" holds half of a surrogate pair (\\ud800-\\udfff); write the character itself'
+        )
         raise DataError(message, "encoding") from error
     return value
 
@@ -165,9 +217,13 @@ def _rubric(values: dict[str, Any], where: str) -> list[dict[str, str | float]] 
     if not isinstance(rubric, list) or not rubric:
         raise DataError(f'{where}: "rubric" must be a list of criteria; rewrite it or leave it out', "field")
     for i, criterion in enumerate(rubric):
-        is_flat = isinstance(criterion, dict) and all(isinstance(value, (str, int, float)) for value in criterion.values())
+        is_flat = isinstance(criterion, dict) and all(
+            isinstance(value, (str, int, float)) for value in criterion.values()
+        )
         if not is_flat or not criterion:
-            raise DataError(f'{where}: "rubric[{i}]" must be an object of strings and numbers; rewrite it', "field")
+            raise DataError(
+                f'{where}: "rubric[{i}]" must be an object of strings and numbers; rewrite it', "field"
+            )
     return rubric
 
 
@@ -176,10 +232,12 @@ def _is_number(value: object) -> bool:
 
 
 class PromptIterator:
-    """Batches of distinct prompts without end; each epoch visits every prompt once, in an order drawn from (seed, epoch).
+    """Batches of distinct prompts without end; each epoch visits every prompt once, in an order
+    drawn from (seed, epoch).
 
-    A batch that reaches the end of an epoch is filled from the next one, so no prompt is dropped. The prompts it already took
-    are put behind those it still takes, hence no prompt stands twice in a batch.
+    A batch that reaches the end of an epoch is filled from the next one, so no prompt is dropped.
+    The prompts it already took are put behind those it still takes, hence no prompt stands twice in
+    a batch.
 
         batches = PromptIterator(prompts, batch_size=32, seed=1, shuffle=True)
         batches.next()                                          # list[Prompt], 32 of them
@@ -190,7 +248,10 @@ class PromptIterator:
         if batch_size < 1:
             raise DataError(f"rollout.num_prompts={batch_size}: must be at least 1")
         if batch_size > len(prompts):
-            raise DataError(f"rollout.num_prompts={batch_size} is more than the {len(prompts)} rows of data.train; lower it or add rows")
+            raise DataError(
+                f"rollout.num_prompts={batch_size} is more than the {len(prompts)} rows of data.train; lower"
+                " it or add rows"
+            )
         self.prompts = prompts
         self.batch_size = batch_size
         self.seed = seed
@@ -210,10 +271,13 @@ class PromptIterator:
         return [self.prompts[i] for i in batch]
 
     def _start_epoch(self, *, epoch: int, carried: list[int], num_filling: int) -> None:
-        """Draw the epoch's order. `carried`: row numbers that end the last epoch, in a batch that takes `num_filling` of this one."""
+        """Draw the epoch's order. `carried`: row numbers that end the last epoch, in a batch that
+        takes `num_filling` of this one.
+        """
         order = list(range(len(self.prompts)))
         if self.shuffle:
-            random.Random(f"{self.seed}:{epoch}").shuffle(order)  # a string seed is hashed with SHA-512, the same on every machine
+            # a string seed is hashed with SHA-512, the same on every machine
+            random.Random(f"{self.seed}:{epoch}").shuffle(order)
         taken = set(carried)
         filling = [i for i in order if i not in taken][:num_filling]
         chosen = set(filling)
@@ -242,15 +306,22 @@ class PromptIterator:
         ):
             if state[key] != mine:
                 raise DataError(
-                    f"cannot resume the prompt order: {what} ({state[key]!r} in the checkpoint, {mine!r} now); restore it or start anew"
+                    f"cannot resume the prompt order: {what} ({state[key]!r} in the checkpoint, {mine!r}"
+                    " now); restore it or start anew"
                 )
-        self._start_epoch(epoch=state["epoch"], carried=list(state["carried"]), num_filling=state["num_filling"])
+        self._start_epoch(
+            epoch=state["epoch"], carried=list(state["carried"]), num_filling=state["num_filling"]
+        )
         self.position = state["position"]
 
 
 def _fingerprint(prompts: list[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        extra = [] if prompt.pass_rate is None and prompt.rubric is None else [prompt.pass_rate, prompt.rubric]
-        digest.update(json.dumps([prompt.id, prompt.messages, prompt.answer, prompt.solution, *extra]).encode())
+        extra = (
+            [] if prompt.pass_rate is None and prompt.rubric is None else [prompt.pass_rate, prompt.rubric]
+        )
+        digest.update(
+            json.dumps([prompt.id, prompt.messages, prompt.answer, prompt.solution, *extra]).encode()
+        )
     return digest.hexdigest()[:16]

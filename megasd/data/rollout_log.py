@@ -1,4 +1,6 @@
-"""Scored groups on disk, one JSON object a sample, one file a step: the record of what was trained on, and its replay."""
+"""Scored groups on disk, one JSON object a sample, one file a step: the record of what was trained
+on, and its replay.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,14 @@ def save_groups(path: Path, groups: list[Group]) -> None:
 
 
 def load_groups(path: Path) -> list[Group]:
-    """The groups of a step as `save_groups` wrote them; UserError names the file and line that is missing or broken."""
+    """The groups of a step as `save_groups` wrote them; UserError names the file and line that is
+    missing or broken.
+    """
     if not path.is_file():
-        raise UserError(f"{path}: no such rollout file; rollout.replay_dir must be the run.dir of a run with at least this many steps")
+        raise UserError(
+            f"{path}: no such rollout file; rollout.replay_dir must be the run.dir of a run with at least"
+            " this many steps"
+        )
     groups: dict[str, Group] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -38,5 +45,7 @@ def load_groups(path: Path) -> list[Group]:
             row.pop("reward")
             groups.setdefault(prompt.id, Group(prompt)).samples.append(Sample(**row, verdict=verdict))
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: not a rollout row ({error}); replay a file that a run wrote") from error
+            raise UserError(
+                f"{path}:{number}: not a rollout row ({error}); replay a file that a run wrote"
+            ) from error
     return list(groups.values())

@@ -1,16 +1,19 @@
-"""Rows of data files, one at a time: JSONL, parquet, Arrow, and directories of them. Plain Python, and pyarrow where a file asks for it.
+"""Rows of data files, one at a time: JSONL, parquet, Arrow, and directories of them. Plain Python,
+and pyarrow where a file asks for it.
 
     for row in read_rows("train.jsonl", max_row_bytes=262144):
         row.values                       # {"prompt": "7+8=", "answer": "15"}, or None and then
         row.error                        # DataError: "train.jsonl:3: blank line; remove it"
 
-    FILE                     by its suffix, else by its first bytes: .parquet, .arrow, otherwise one JSON object per line
+    FILE                     by its suffix, else by its first bytes: .parquet, .arrow, otherwise one
+                             JSON object per line
     DIR of `datasets`        what Dataset.save_to_disk wrote: state.json and Arrow streams, in the order that it states
     DIR of shards            *.jsonl, *.parquet or *.arrow of one kind and one split, in the order of their names
 
-A row is named file:number, from 1: the line of a JSONL file, the row of another. Of a parquet or Arrow row, null means absent. Nothing is
-unpickled: pyarrow alone reads these files, `datasets` is not needed.
-"""
+A row is named file:number, from 1: the line of a JSONL file, the row of another. Of a parquet or
+Arrow row, null means absent. Nothing is unpickled: pyarrow alone reads these files, `datasets` is
+not needed.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -24,17 +27,27 @@ from typing import Any
 from megasd.config.validate import ROW_SUFFIXES
 from megasd.types import UserError
 
-BATCH_ROWS = 128  # of a parquet or Arrow file, turned into Python objects at a time
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})$")  # the names that Hugging Face gives to shards
+# of a parquet or Arrow file, turned into Python objects at a time
+BATCH_ROWS = 128
+# the names that Hugging Face gives to shards
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})$")
 MAGIC = {
-    b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow",
-    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
-}  # fmt: skip
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "arrow",
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+}
 HINT = "give a JSONL, parquet or Arrow file, or a directory of them"
 
 
 class DataError(UserError):
-    """A bad row or data file: "path:line: reason; what to do", one line. `kind` is one word for it, as `megasd data check` reports it."""
+    """A bad row or data file: "path:line: reason; what to do", one line. `kind` is one word for it,
+    as `megasd data check` reports it.
+    """
 
     def __init__(self, message: str, kind: str = "file") -> None:
         super().__init__(message)
@@ -46,7 +59,8 @@ class Row:
     """A row as it stands in its file: `values`, or the error that keeps it from being read."""
 
     path: Path
-    number: int  # from 1
+    # from 1
+    number: int
     values: dict[str, Any] | None
     error: DataError | None = None
 
@@ -57,7 +71,8 @@ class Row:
 
 
 def read_rows(path: str | Path, *, max_row_bytes: int) -> Iterator[Row]:
-    """Every row, in order, at most a batch of them in memory. A bad row has an error; a file that cannot be read raises DataError.
+    """Every row, in order, at most a batch of them in memory. A bad row has an error; a file that
+    cannot be read raises DataError.
 
     `max_row_bytes` bounds a row's size: its line without the newline, or its Arrow values.
     """
@@ -66,22 +81,28 @@ def read_rows(path: str | Path, *, max_row_bytes: int) -> Iterator[Row]:
             yield from _jsonl(file, max_row_bytes) if kind == "jsonl" else _arrow(file, kind, max_row_bytes)
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split())[:200]
-            raise DataError(f"{file}: cannot be read ({reason}); check its permissions, or copy the file again") from error
+            raise DataError(
+                f"{file}: cannot be read ({reason}); check its permissions, or copy the file again"
+            ) from error
 
 
 def row_files(path: str | Path) -> list[tuple[Path, str]]:
-    """The files that hold the rows, and their kinds: jsonl | parquet | arrow. DataError when there are none, or more than one set."""
+    """The files that hold the rows, and their kinds: jsonl | parquet | arrow. DataError when there
+    are none, or more than one set.
+    """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file; give the path of a JSONL file")
     if path.is_file():
         return [(path, _kind_of(path))]
-    if not path.is_dir():  # a pipe would block
+    # a pipe would block
+    if not path.is_dir():
         raise DataError(f"{path}: not a regular file; {HINT}")
     if (path / "dataset_dict.json").is_file():
         splits = _read_json(path / "dataset_dict.json").get("splits", [])
         raise DataError(
-            f"{path}: holds the splits {', '.join(map(str, splits))}; give one of them, as {path / str((splits or ['train'])[0])}"
+            f"{path}: holds the splits {', '.join(map(str, splits))}; give one of them, as"
+            f" {path / str((splits or ['train'])[0])}"
         )
     if (path / "state.json").is_file():
         return [(file, "arrow") for file in _saved_files(path)]
@@ -106,38 +127,67 @@ def _saved_files(directory: Path) -> list[Path]:
     """The Arrow files of Dataset.save_to_disk, as its state.json lists them."""
     state = _read_json(directory / "state.json")
     if state.get("_indices_data_files"):
-        raise DataError(f"{directory}: holds a selection by indices; save it again after dataset.flatten_indices()")
+        raise DataError(
+            f"{directory}: holds a selection by indices; save it again after dataset.flatten_indices()"
+        )
     listed = state.get("_data_files")
-    names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    names = (
+        [entry.get("filename") for entry in listed if isinstance(entry, dict)]
+        if isinstance(listed, list)
+        else []
+    )
     if not names or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{directory / 'state.json'}: lists no _data_files; save the dataset again with Dataset.save_to_disk")
+        raise DataError(
+            f"{directory / 'state.json'}: lists no _data_files; save the dataset again with"
+            " Dataset.save_to_disk"
+        )
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
-            raise DataError(f"{directory / 'state.json'}: names {name!r}, which is not in the directory; copy the dataset again")
+            raise DataError(
+                f"{directory / 'state.json'}: names {name!r}, which is not in the directory; copy the dataset"
+                " again"
+            )
     return [directory / name for name in names]
 
 
 def _shards(directory: Path) -> list[Path]:
-    """Files of rows directly below the directory, in the order of their names; of one kind and one split, none of them missing."""
-    files = sorted(file for file in directory.iterdir() if file.suffix in ROW_SUFFIXES and file.is_file() and file.name[0] not in "._")
+    """Files of rows directly below the directory, in the order of their names; of one kind and one
+    split, none of them missing.
+    """
+    files = sorted(
+        file
+        for file in directory.iterdir()
+        if file.suffix in ROW_SUFFIXES and file.is_file() and file.name[0] not in "._"
+    )
     if not files:
-        raise DataError(f"{directory}: not a regular file, and the directory holds no {' or '.join(ROW_SUFFIXES)} file; {HINT}")
+        raise DataError(
+            f"{directory}: not a regular file, and the directory holds no {' or '.join(ROW_SUFFIXES)} file;"
+            f" {HINT}"
+        )
     suffixes = sorted({file.suffix for file in files})
     if len(suffixes) > 1:
-        raise DataError(f"{directory}: holds {' and '.join(suffixes)} files; give one of them, or a directory of one kind")
+        raise DataError(
+            f"{directory}: holds {' and '.join(suffixes)} files; give one of them, or a directory of one kind"
+        )
     named = [SHARD.match(file.stem) for file in files]
     splits = sorted({match[1] if match else file.stem for match, file in zip(named, files, strict=True)})
     if any(named):
         if len(splits) > 1:
             raise DataError(
-                f"{directory}: holds more than one split ({', '.join(splits)}); give the files of one, in a directory of their own"
+                f"{directory}: holds more than one split ({', '.join(splits)}); give the files of one, in a"
+                " directory of their own"
             )
         count = int(named[0][3])
         missing = sorted(set(range(count)) - {int(match[2]) for match in named if match})
         if missing:
-            raise DataError(f"{directory}: shard {splits[0]}-{missing[0]:05d}-of-{count:05d} is missing; copy the dataset again")
+            raise DataError(
+                f"{directory}: shard {splits[0]}-{missing[0]:05d}-of-{count:05d} is missing; copy the dataset"
+                " again"
+            )
     elif {"train", "test"} <= set(splits) or {"train", "validation"} <= set(splits):
-        raise DataError(f"{directory}: holds more than one split ({', '.join(splits)}); give one of the files")
+        raise DataError(
+            f"{directory}: holds more than one split ({', '.join(splits)}); give one of the files"
+        )
     return files
 
 
@@ -154,37 +204,54 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _jsonl(path: Path, max_row_bytes: int) -> Iterator[Row]:
     with path.open("rb") as file:
         number = 0
-        while line := file.readline(max_row_bytes + 2):  # at most one row in memory, however long it is
+        # at most one row in memory, however long it is
+        while line := file.readline(max_row_bytes + 2):
             number += 1
             try:
                 yield Row(path, number, _parse(line, f"{path}:{number}", max_row_bytes))
             except DataError as error:
                 while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
-                    pass  # the rest of a row that is too long
+                    # the rest of a row that is too long
+                    pass
                 yield Row(path, number, None, error)
 
 
 def _parse(line: bytes, where: str, max_row_bytes: int) -> dict[str, Any]:
     row_bytes = line.rstrip(b"\r\n")
     if len(row_bytes) > max_row_bytes:
-        raise DataError(f"{where}: row is longer than data.max_row_bytes={max_row_bytes}; shorten it or raise the limit", "size")
+        raise DataError(
+            f"{where}: row is longer than data.max_row_bytes={max_row_bytes}; shorten it or raise the limit",
+            "size",
+        )
     if row_bytes.startswith(b"\xef\xbb\xbf"):
-        raise DataError(f"{where}: starts with a byte order mark; save the file as UTF-8 without BOM", "encoding")
+        raise DataError(
+            f"{where}: starts with a byte order mark; save the file as UTF-8 without BOM", "encoding"
+        )
     try:
         text = row_bytes.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8", "encoding") from error
+        raise DataError(
+            f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8", "encoding"
+        ) from error
     if "\0" in text:
-        raise DataError(f"{where}: holds a NUL byte; the file is damaged or not UTF-8 text, write it again", "encoding")
+        raise DataError(
+            f"{where}: holds a NUL byte; the file is damaged or not UTF-8 text, write it again", "encoding"
+        )
     if not text.strip():
         raise DataError(f"{where}: blank line; remove it", "blank")
     try:
         row = STRICT.decode(text)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not valid JSON ({reason}); write one JSON object per line", "json") from error
+        raise DataError(
+            f"{where}: not valid JSON ({reason}); write one JSON object per line", "json"
+        ) from error
     if not isinstance(row, dict):
-        raise DataError(f'{where}: the row is a JSON {kind_name(row)}, not an object; write {{"prompt": ..., "answer": ...}}', "type")
+        raise DataError(
+            f'{where}: the row is a JSON {kind_name(row)}, not an object; write {{"prompt": ..., "answer":'
+            " ...}",
+            "type",
+        )
     return row
 
 
@@ -214,11 +281,15 @@ def _arrow(path: Path, kind: str, max_row_bytes: int) -> Iterator[Row]:
                     yield row
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: cannot be read as {kind} after row {number} ({reason}); copy the file again") from error
+        raise DataError(
+            f"{path}: cannot be read as {kind} after row {number} ({reason}); copy the file again"
+        ) from error
 
 
 def _batches(path: Path, kind: str) -> Iterator[Any]:
-    """Record batches of the file, without columns of dates, which no mapping reads and not every machine can spell."""
+    """Record batches of the file, without columns of dates, which no mapping reads and not every
+    machine can spell.
+    """
     import pyarrow as pa
 
     if kind == "parquet":
@@ -231,7 +302,8 @@ def _batches(path: Path, kind: str) -> Iterator[Any]:
         try:
             reader = pa.ipc.open_stream(source)
             batches: Iterator[Any] = iter(reader)
-        except pa.ArrowInvalid:  # not the stream of `datasets`: Arrow's file format (Feather)
+        except pa.ArrowInvalid:
+            # not the stream of `datasets`: Arrow's file format (Feather)
             reader = pa.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         yield from _select(reader.schema, batches, path)
@@ -249,7 +321,9 @@ def _select(schema: Any, batches: Iterator[Any], path: Path) -> Iterator[Any]:
 
 
 def _batch_rows(path: Path, done: int, batch: Any, max_row_bytes: int) -> Iterator[Row]:
-    """Rows done + 1, done + 2, ... One by one when a row may be too long or its text is no UTF-8, which Arrow does not check."""
+    """Rows done + 1, done + 2, ... One by one when a row may be too long or its text is no UTF-8,
+    which Arrow does not check.
+    """
     rows = None
     if batch.nbytes <= max_row_bytes:
         try:
@@ -262,13 +336,23 @@ def _batch_rows(path: Path, done: int, batch: Any, max_row_bytes: int) -> Iterat
             yield Row(path, number, _without_nulls(rows[i]))
         elif batch.slice(i, 1).nbytes > max_row_bytes:
             yield Row(
-                path, number, None, DataError(f"{where}: row is longer than data.max_row_bytes={max_row_bytes}; raise the limit", "size")
+                path,
+                number,
+                None,
+                DataError(
+                    f"{where}: row is longer than data.max_row_bytes={max_row_bytes}; raise the limit", "size"
+                ),
             )
         else:
             try:
                 yield Row(path, number, _without_nulls(batch.slice(i, 1).to_pylist()[0]))
             except UnicodeDecodeError as error:
-                yield Row(path, number, None, DataError(f"{where}: not UTF-8 ({error.reason}); write the file again", "encoding"))
+                yield Row(
+                    path,
+                    number,
+                    None,
+                    DataError(f"{where}: not UTF-8 ({error.reason}); write the file again", "encoding"),
+                )
 
 
 def _without_nulls(value: Any) -> Any:
@@ -282,7 +366,15 @@ def _without_nulls(value: Any) -> Any:
 
 def kind_name(value: object) -> str:
     """What JSON calls the value."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    names = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
 
 

@@ -1,7 +1,9 @@
-"""The key that protects engines: the environment's MEGASD_ENGINE_KEY, on both sides. No config, no argument and no file holds it.
+"""The key that protects engines: the environment's MEGASD_ENGINE_KEY, on both sides. No config, no
+argument and no file holds it.
 
-An engine that is started where the variable is set answers only who sends it (`Authorization: Bearer`); the client sends it to all.
-It travels as plain HTTP: it keeps other users of a cluster's network out, not who can read that network.
+An engine that is started where the variable is set answers only who sends it (`Authorization:
+Bearer`); the client sends it to all. It travels as plain HTTP: it keeps other users of a cluster's
+network out, not who can read that network.
 """
 
 from __future__ import annotations
@@ -24,19 +26,24 @@ class Secret(str):
 
 
 def engine_key() -> Secret | None:
-    """The key, None where the variable is not set or empty. UserError, which does not quote it, for one that HTTP cannot carry."""
+    """The key, None where the variable is not set or empty. UserError, which does not quote it, for
+    one that HTTP cannot carry.
+    """
     found = os.environ.get(VARIABLE, "")
     if not found:
         return None
     if len(found) < SHORTEST or not re.fullmatch(r"[!-~]+", found):
         raise UserError(
-            f"environment: {VARIABLE} must be {SHORTEST} or more visible ASCII characters without spaces, as openssl rand -hex 32 gives"
+            f"environment: {VARIABLE} must be {SHORTEST} or more visible ASCII characters without spaces, as"
+            " openssl rand -hex 32 gives"
         )
     return Secret(found)
 
 
 def protect(server_args: Any) -> None:
-    """In the server's process: SGLang's `api_key` from the environment. Its argument vector and its log stay without."""
+    """In the server's process: SGLang's `api_key` from the environment. Its argument vector and its
+    log stay without.
+    """
     key = engine_key()
     if key is not None:
         server_args.api_key = key

@@ -1,14 +1,17 @@
-"""One SGLang server over HTTP: know whether it is alive, ask it, give it weights. HTTP only; sglang is never imported here.
+"""One SGLang server over HTTP: know whether it is alive, ask it, give it weights. HTTP only; sglang
+is never imported here.
 
     engine = Engine(config, model_path="runs/q/model", device="cpu", dtype="float32", log_path=Path("runs/q/engine.log"), seed=1)
     engine.launch()                                   # a process on loopback; output in runs/q/engine.log
     await engine.wait_ready()                         # until it has generated a token
     await engine.load_weights("runs/q/weights/3", 3)  # and /model_info says 3
-    engine.kill()                                     # the whole process tree; also when the trainer is killed
+    # the whole process tree; also when the trainer is killed
+    engine.kill()
 
-An engine is dead when its process has exited, when it refuses connections repeatedly, or when requests wait in it and none has finished
-nor grown by a token for `progress_timeout` seconds: SGLang's own /health goes on answering for a while in each of these cases.
-"""
+An engine is dead when its process has exited, when it refuses connections repeatedly, or when
+requests wait in it and none has finished nor grown by a token for `progress_timeout` seconds:
+SGLang's own /health goes on answering for a while in each of these cases.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -24,13 +27,17 @@ import aiohttp
 
 from megasd.config.schema import EngineConfig
 from megasd.engine.auth import VARIABLE, engine_key
-from megasd.engine.process import Server
+from megasd.engine.process import EngineProcess
 from megasd.types import UserError
 
-KEEP_ALIVE = 2.0  # seconds; SGLang closes an idle connection after 5, and a request that meets the closing is lost
-LOAD_TIMEOUT = 1800.0  # seconds an engine may take to read pushed weights; a silent one must not hold all ranks for ever
-PROBES = 4  # connections refused in a row that make an engine dead
-PARTIAL = "partial-"  # stamp of an engine in the middle of a live update: nothing that it samples counts
+# seconds; SGLang closes an idle connection after 5, and a request that meets the closing is lost
+KEEP_ALIVE = 2.0
+# seconds an engine may take to read pushed weights; a silent one must not hold all ranks for ever
+LOAD_TIMEOUT = 1800.0
+# connections refused in a row that make an engine dead
+PROBES = 4
+# stamp of an engine in the middle of a live update: nothing that it samples counts
+PARTIAL = "partial-"
 
 
 class EngineError(RuntimeError):
@@ -38,7 +45,9 @@ class EngineError(RuntimeError):
 
 
 class StartError(EngineError, UserError):
-    """An engine that does not start; its log says why, most often about rollout.engine's settings or the machine's memory."""
+    """An engine that does not start; its log says why, most often about rollout.engine's settings
+    or the machine's memory.
+    """
 
 
 class Refused(EngineError):
@@ -46,36 +55,53 @@ class Refused(EngineError):
 
 
 class Unreachable(Exception):
-    """Connection refused, reset or closed, HTTP 5xx, or no progress: worth asking again, perhaps elsewhere."""
+    """Connection refused, reset or closed, HTTP 5xx, or no progress: worth asking again, perhaps
+    elsewhere.
+    """
 
 
-class Engine(Server):
-    """A server and what is known of it. `restartable`: it can come back as a new process, by `launch` and `wait_ready`.
+class EngineClient(EngineProcess):
+    """A server and what is known of it. `restartable`: it can come back as a new process, by
+    `launch` and `wait_ready`.
 
-    Every coroutine and `launch` belong to one event loop, in a thread that lives as long as the engine: the server dies with that thread.
+    Every coroutine and `launch` belong to one event loop, in a thread that lives as long as the
+    engine: the server dies with that thread.
     """
 
     def __init__(self, config: EngineConfig, **kwargs: Any) -> None:
         """`kwargs`: those of Server."""
         super().__init__(config, **kwargs)
         self.session: aiohttp.ClientSession | None = None
-        self.alive = False  # answers, as far as is known
-        self.held: int | None = None  # weight version that it holds whole; None = it must not be asked for samples
-        self.distrusted = False  # was found to hold something else than was sent
-        self.released: set[str] = set()  # tags of memory that it has given back
-        self.paused = self.updating = False  # in a live update: generation stopped; SGLang's update session open
-        self.reason = "not started"  # why it is not alive, once it was found dead
+        # answers, as far as is known
+        self.alive = False
+        # weight version that it holds whole; None = it must not be asked for samples
+        self.held: int | None = None
+        # was found to hold something else than was sent
+        self.distrusted = False
+        # tags of memory that it has given back
+        self.released: set[str] = set()
+        # in a live update: generation stopped; SGLang's update session open
+        self.paused = self.updating = False
+        # why it is not alive, once it was found dead
+        self.reason = "not started"
         self.restartable, self.restarts = self.owned, 0
-        self.lost = False  # dead, and its restarts are used up: the others go on without it
+        # dead, and its restarts are used up: the others go on without it
+        self.lost = False
         self.tp_size = config.tensor_parallel_size
-        self.answers_as: str | None = None  # the name that it was started under
-        self.max_tokens: int | None = None  # prompt + response tokens that a request may have
-        self.in_flight = 0  # generate requests
-        self.busy = 0  # tokens that they ask for, prompt and response
+        # the name that it was started under
+        self.answers_as: str | None = None
+        # prompt + response tokens that a request may have
+        self.max_tokens: int | None = None
+        # generate requests
+        self.in_flight = 0
+        # tokens that they ask for, prompt and response
+        self.busy = 0
         self.hung = False
-        self._load: list | None = None  # the scheduler's load when it was last asked
+        # the scheduler's load when it was last asked
+        self._load: list | None = None
         self._last_progress = 0.0
-        self.lock = asyncio.Lock()  # one caller revives
+        # one caller revives
+        self.lock = asyncio.Lock()
 
     @property
     def up(self) -> bool:
@@ -93,7 +119,7 @@ class Engine(Server):
         self.alive = False
         super().kill()
 
-    # ---- HTTP ----------------------------------------------------------------------------------------------------------------------
+    # ---- HTTP ------------------------------------------------------------------------------------
 
     def _session(self) -> aiohttp.ClientSession:
         if self.session is None:
@@ -104,17 +130,26 @@ class Engine(Server):
             self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
         return self.session
 
-    async def request(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None) -> Any:
-        """The parsed JSON answer. Refused on 4xx; Unreachable on 5xx, on a broken connection and after `timeout` seconds."""
+    async def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
+    ) -> Any:
+        """The parsed JSON answer. Refused on 4xx; Unreachable on 5xx, on a broken connection and
+        after `timeout` seconds.
+        """
         try:
             async with self._session().request(
-                method, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=10)
+                method,
+                self.url + path,
+                json=body,
+                timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=10),
             ) as response:
                 text = await response.text()
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             raise Unreachable(f"{self.url}{path}: {type(error).__name__} {error}".strip()) from error
         if response.status == 401:
-            raise Refused(f"{self.url}{path} answered 401: set {VARIABLE} to the key that the engine was started with")
+            raise Refused(
+                f"{self.url}{path} answered 401: set {VARIABLE} to the key that the engine was started with"
+            )
         if 400 <= response.status < 500:
             raise Refused(f"{self.url}{path} answered {response.status}: {_message(text)}")
         if response.status >= 300:
@@ -122,10 +157,14 @@ class Engine(Server):
         try:
             return json.loads(text) if text else None
         except ValueError as error:
-            raise Refused(f"{self.url}{path} answered {_message(text)!r}, which is no JSON; is it an SGLang server?") from error
+            raise Refused(
+                f"{self.url}{path} answered {_message(text)!r}, which is no JSON; is it an SGLang server?"
+            ) from error
 
     async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """POST /generate for a batch of `input_ids`; one output each, in order. Unreachable when the engine makes no progress."""
+        """POST /generate for a batch of `input_ids`; one output each, in order. Unreachable when
+        the engine makes no progress.
+        """
         if self.in_flight == 0:
             self._last_progress = time.monotonic()
         params = body["sampling_params"]
@@ -142,7 +181,8 @@ class Engine(Server):
                     self._last_progress = time.monotonic()
                     return outputs
                 if time.monotonic() >= self._last_progress + self.config.progress_timeout:
-                    if self.paused or await self._generating():  # a push is under way; or long answers: none is finished, and all grow
+                    # a push is under way; or long answers: none is finished, and all grow
+                    if self.paused or await self._generating():
                         self._last_progress = time.monotonic()
                         continue
                     self.hung = True
@@ -152,7 +192,9 @@ class Engine(Server):
             task.cancel()
 
     async def _generating(self) -> bool:
-        """Whether the scheduler's load (requests and tokens held) has moved since this was last asked; the first answer counts as moved."""
+        """Whether the scheduler's load (requests and tokens held) has moved since this was last
+        asked; the first answer counts as moved.
+        """
         try:
             answer = await self.request("GET", "/v1/loads", timeout=10)
         except (Unreachable, Refused):
@@ -168,10 +210,12 @@ class Engine(Server):
             self.session = None
         self.kill()
 
-    # ---- life ----------------------------------------------------------------------------------------------------------------------
+    # ---- life ------------------------------------------------------------------------------------
 
     async def wait_ready(self) -> None:
-        """Until the engine has generated a token (at most start_timeout). StartError with the log's last error; UserError for a URL."""
+        """Until the engine has generated a token (at most start_timeout). StartError with the log's
+        last error; UserError for a URL.
+        """
         if not self.owned:
             return await self._check_url()
         deadline = time.monotonic() + self.config.start_timeout
@@ -179,13 +223,17 @@ class Engine(Server):
         while True:
             if self.exit_code() is not None:
                 raise StartError(
-                    f"the engine exited with status {self.exit_code()} while starting: {self.last_error()} (log: {self.log_path})"
+                    f"the engine exited with status {self.exit_code()} while starting: {self.last_error()}"
+                    f" (log: {self.log_path})"
                 )
             if time.monotonic() > deadline:
                 self.kill()
                 limit = f"rollout.engine.start_timeout={self.config.start_timeout:g} s"
-                raise StartError(f"the engine gave no token within {limit}: {self.last_error()} (log: {self.log_path})")
-            if self.port_was_taken():  # whoever answers there is another
+                raise StartError(
+                    f"the engine gave no token within {limit}: {self.last_error()} (log: {self.log_path})"
+                )
+            # whoever answers there is another
+            if self.port_was_taken():
                 self.kill()
                 self.launch()
             try:
@@ -201,32 +249,44 @@ class Engine(Server):
             info = await self.request("GET", "/model_info", timeout=10)
         except (Unreachable, Refused) as error:
             raise UserError(
-                f"rollout.engine.urls: no SGLang server answers there ({error}); start it first, or leave the list empty"
+                f"rollout.engine.urls: no SGLang server answers there ({error}); start it first, or leave the"
+                " list empty"
             ) from error
         wanted = json.loads((Path(self.model_path) / "config.json").read_text()).get("architectures")
         if not isinstance(info, dict) or "weight_version" not in info:
-            raise UserError(f"rollout.engine.urls: {self.url}/model_info is not that of an SGLang 0.5.23 server")
+            raise UserError(
+                f"rollout.engine.urls: {self.url}/model_info is not that of an SGLang 0.5.23 server"
+            )
         if info.get("architectures") != wanted:
-            raise UserError(f"rollout.engine.urls: {self.url} serves {info.get('architectures')}, model.path is {wanted}")
+            raise UserError(
+                f"rollout.engine.urls: {self.url} serves {info.get('architectures')}, model.path is {wanted}"
+            )
         await self._read_limits()
         self.incarnation += 1
         self.hung, self.alive, self.released = False, True, set()
-        # A trainer that died in the middle of a push has left it so; a server that was restarted since knows nothing of it.
+        # A trainer that died in the middle of a push has left it so; a server that was restarted
+        # since knows nothing of it.
         self.paused = self.updating = str(info["weight_version"]).startswith(PARTIAL)
 
     async def _read_limits(self) -> None:
         info = await self.request("GET", "/server_info", timeout=30)
-        # SGLang silently shortens max_new_tokens so that prompt + response <= min(context, KV pool) - 2; max_req_input_len is that - 4.
+        # SGLang silently shortens max_new_tokens so that prompt + response <= min(context, KV pool)
+        # - 2; max_req_input_len is that - 4.
         limit = info.get("max_req_input_len")
         self.max_tokens = None if limit is None else int(limit) + 4
         self.answers_as = info.get("served_model_name")
         self.tp_size = int(info.get("tp_size") or self.tp_size)
         for key in ("dp_size", "pp_size"):
             if int(info.get(key) or 1) > 1:
-                raise UserError(f"rollout.engine.urls: {self.url} runs with {key}={info[key]}; weights go to servers with 1: start several")
+                raise UserError(
+                    f"rollout.engine.urls: {self.url} runs with {key}={info[key]}; weights go to servers with"
+                    " 1: start several"
+                )
 
     async def why_dead(self) -> str | None:
-        """Why the engine counts as dead, None if it lives. Takes some seconds to be sure of a refused connection."""
+        """Why the engine counts as dead, None if it lives. Takes some seconds to be sure of a
+        refused connection.
+        """
         if self.hung:
             return f"no token in {self.config.progress_timeout:g} s"
         reason = ""
@@ -246,14 +306,17 @@ class Engine(Server):
         return str((await self.request("GET", "/model_info", timeout=30))["weight_version"])
 
     async def load_weights(self, directory: str, version: int) -> None:
-        """Load a safetensors directory and stamp it. EngineError if the engine refuses or then names another version."""
+        """Load a safetensors directory and stamp it. EngineError if the engine refuses or then
+        names another version.
+        """
         self.held = None
         await self._resume("weights")
         body = {
             "model_path": os.path.abspath(directory),
             "weight_version": str(version),
             "flush_cache": True,
-            "abort_all_requests": True,  # whatever still runs belongs to a request that was given up
+            # whatever still runs belongs to a request that was given up
+            "abort_all_requests": True,
         }
         try:
             answer = await self.request("POST", "/update_weights_from_disk", body, timeout=LOAD_TIMEOUT)
@@ -270,18 +333,23 @@ class Engine(Server):
             raise EngineError(f"{self.url} serves weight version {served} after a push of version {version}")
         self.held, self.distrusted = version, False
 
-    # ---- a live update: pause, update session, stamp -------------------------------------------------------------------------------
+    # ---- a live update: pause, update session, stamp ---------------------------------------------
 
     async def enter_update(self, version: int, mode: str) -> None:
-        """Pause generation (mode: retract | abort) and open SGLang's update session. EngineError when somebody else's is open.
+        """Pause generation (mode: retract | abort) and open SGLang's update session. EngineError
+        when somebody else's is open.
 
         From here on the engine holds no version; it is stamped so too, for whoever else asks it.
         """
         if not self.paused:
             served = await self.weight_version()
             if served.startswith(PARTIAL):
-                raise EngineError(f"{self.url}: another push is under way (weight version {served}); one trainer at a time, or restart it")
-            self.paused = True  # before the answer: whoever is waiting meanwhile is not hung
+                raise EngineError(
+                    f"{self.url}: another push is under way (weight version {served}); one trainer at a time,"
+                    " or restart it"
+                )
+            # before the answer: whoever is waiting meanwhile is not hung
+            self.paused = True
             await self.request("POST", "/pause_generation", {"mode": mode}, timeout=LOAD_TIMEOUT)
         await self._resume("weights")
         await self._end(broken_off=True)
@@ -290,18 +358,24 @@ class Engine(Server):
         except Refused as error:
             await self.request("POST", "/continue_generation", {}, timeout=LOAD_TIMEOUT)
             self.paused = False
-            raise EngineError(f"{self.url}: another push is under way ({error}); one trainer at a time") from error
+            raise EngineError(
+                f"{self.url}: another push is under way ({error}); one trainer at a time"
+            ) from error
         self.updating, self.held = True, None
         await self.stamp(f"{PARTIAL}{version}")
 
     async def update_weights(self, path: str, body: dict[str, Any]) -> None:
-        """One request of a live update. EngineError with the engine's words if it refuses, Unreachable if it died."""
+        """One request of a live update. EngineError with the engine's words if it refuses,
+        Unreachable if it died.
+        """
         answer = await self.request("POST", path, body, timeout=LOAD_TIMEOUT)
         if not answer.get("success"):
             raise EngineError(f"{self.url}{path}: {answer.get('message')}")
 
     async def leave_update(self, version: int | None = None) -> None:
-        """Close the session, stamp `version` (if given) and let generation go on. Nothing to do where no update is open."""
+        """Close the session, stamp `version` (if given) and let generation go on. Nothing to do
+        where no update is open.
+        """
         await self._end(broken_off=version is None)
         if version is not None:
             await self.stamp(str(version))
@@ -312,7 +386,9 @@ class Engine(Server):
             self.paused = False
 
     async def _end(self, *, broken_off: bool) -> None:
-        """Close the update session if one is open. After an update that broke off the server may have closed it: its answer was lost."""
+        """Close the update session if one is open. After an update that broke off the server may
+        have closed it: its answer was lost.
+        """
         if not self.updating:
             return
         try:
@@ -323,11 +399,15 @@ class Engine(Server):
         self.updating = False
 
     async def holds(self, version: int) -> bool:
-        """Whether it holds this version, by what is known here and by its own word: a server may have been restarted behind its URL."""
+        """Whether it holds this version, by what is known here and by its own word: a server may
+        have been restarted behind its URL.
+        """
         return self.held == version and await self.weight_version() == str(version)
 
     async def release(self) -> None:
-        """Give back the memory of weights and KV cache; no requests may run. On a CPU the server says yes and frees nothing."""
+        """Give back the memory of weights and KV cache; no requests may run. On a CPU the server
+        says yes and frees nothing.
+        """
         self.held = None
         tags = [tag for tag in ("kv_cache", "weights") if tag not in self.released]
         if tags:
@@ -335,7 +415,8 @@ class Engine(Server):
             self.released.update(tags)
 
     async def _resume(self, tag: str) -> None:
-        if tag in self.released:  # a second resume would kill the engine
+        # a second resume would kill the engine
+        if tag in self.released:
             await self.request("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout=LOAD_TIMEOUT)
             self.released.remove(tag)
 
@@ -345,7 +426,8 @@ class Engine(Server):
         await self.request("POST", "/update_weight_version", body, timeout=LOAD_TIMEOUT)
 
     async def checksums(self, skip: Sequence[str] = ()) -> list[dict[str, str]]:
-        """Per tensor-parallel rank: engine parameter -> checksum of what it holds now. Synchronises the engine's devices.
+        """Per tensor-parallel rank: engine parameter -> checksum of what it holds now. Synchronises
+        the engine's devices.
 
         `skip`: names that contain one of these are left out.
         """

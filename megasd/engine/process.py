@@ -1,4 +1,6 @@
-"""The process of one SGLang server: its command, its environment, its birth and death. sglang is never imported here."""
+"""The process of one SGLang server: its command, its environment, its birth and death. sglang is
+never imported here.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ from megasd.config.schema import LOOPBACK, EngineConfig
 from megasd.engine.auth import VARIABLE, engine_key
 from megasd.types import UserError
 
-# Runs before the server, in its process, and survives exec: SIGKILL the server when the trainer's thread that started it ends; SIGUSR1,
-# which tells a run to save and leave and may reach every process of a job, is not for engines.
-# SGLang's children ask the same of the server, so killing the trainer in any way takes the whole tree with it.
+# Runs before the server, in its process, and survives exec: SIGKILL the server when the trainer's
+# thread that started it ends; SIGUSR1, which tells a run to save and leave and may reach every
+# process of a job, is not for engines. SGLang's children ask the same of the server, so killing the
+# trainer in any way takes the whole tree with it.
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -29,25 +32,41 @@ if sys.platform == "linux":
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
-# What torchrun tells its ranks; torch.distributed inside the engine must not read it as its own (it would wait for the trainer's store).
-TORCHRUN_VARIABLES = re.compile(r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_|MASTER_)|(RANK|WORLD_SIZE|OMP_NUM_THREADS)$")
+# What torchrun tells its ranks; torch.distributed inside the engine must not read it as its own (it
+# would wait for the trainer's store).
+TORCHRUN_VARIABLES = re.compile(
+    r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_|MASTER_)|(RANK|WORLD_SIZE|OMP_NUM_THREADS)$"
+)
 
 
-ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"  # environment: the python of SGLang's own environment, where that is not the trainer's
+# environment: the python of SGLang's own environment, where that is not the trainer's
+ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"
 SEED_STRIDE = 1_000_003
-# Flags that the run sets, or refuses for safety; and those whose engines could not be given weights, with what to set instead.
-OURS = ("--host", "--port", "--model-path", "--weight-version", "--trust-remote-code", "--base-gpu-id", "--served-model-name")
+# Flags that the run sets, or refuses for safety; and those whose engines could not be given
+# weights, with what to set instead.
+OURS = (
+    "--host",
+    "--port",
+    "--model-path",
+    "--weight-version",
+    "--trust-remote-code",
+    "--base-gpu-id",
+    "--served-model-name",
+)
 ENGINE_TP, ENGINES = "rollout.engine.tensor_parallel_size", "rollout.engine.num_engines (several engines)"
 NOT_HERE = {
     "--tp": ENGINE_TP, "--tp-size": ENGINE_TP, "--tensor-parallel-size": ENGINE_TP,
     "--dp": ENGINES, "--dp-size": ENGINES, "--data-parallel-size": ENGINES,
     "--pp-size": ENGINE_TP, "--pipeline-parallel-size": ENGINE_TP, "--nnodes": ENGINES,
 }  # fmt: skip
-OWN_PORTS = 20000, 32768  # Linux gives 32768 and above to whoever asks for any port
+# Linux gives 32768 and above to whoever asks for any port
+OWN_PORTS = 20000, 32768
 
 
-class Server:
-    """A server of this run (`url=None`), or one that somebody else runs at `url` ("": not known yet), never started or killed from here."""
+class EngineProcess:
+    """A server of this run (`url=None`), or one that somebody else runs at `url` ("": not known
+    yet), never started or killed from here.
+    """
 
     def __init__(
         self,
@@ -62,18 +81,23 @@ class Server:
         url: str | None = None,
         index: int = 0,
     ):
-        """index: which of config.num_engines it is; it takes the index-th tensor_parallel_size GPUs and, of a given port, the index-th."""
+        """index: which of config.num_engines it is; it takes the index-th tensor_parallel_size GPUs
+        and, of a given port, the index-th.
+        """
         self.config, self.model_path, self.device, self.need_text = config, model_path, device, need_text
-        self.index, self.seed = index, (seed + SEED_STRIDE * index) % 2**31  # one seed would give equal samples of a prompt
+        # one seed would give equal samples of a prompt
+        self.index, self.seed = index, (seed + SEED_STRIDE * index) % 2**31
         self.dtype = dtype if config.dtype == "auto" else config.dtype
         self.log_path = log_path
         self.owned = url is None
-        self.name: str | None = None  # by which the started process may be known again (/server_info)
+        # by which the started process may be known again (/server_info)
+        self.name: str | None = None
         if url and not re.fullmatch(r"https?://[^\s/?#]+/*", url):
             raise UserError(f"rollout.engine.urls: {url!r} is not of the form http://host:port")
         self.url = (url or "").rstrip("/")
         self.process: subprocess.Popen[bytes] | None = None
-        self.incarnation = 0  # starts so far
+        # starts so far
+        self.incarnation = 0
         self._log_start = 0
 
     def command(self) -> list[str]:
@@ -84,57 +108,111 @@ class Server:
         host, port = self.url.removeprefix("http://").rsplit(":", 1)
         python = os.environ.get(ENGINE_PYTHON) or sys.executable
         if not os.access(python, os.X_OK) or os.path.isdir(python):
-            raise UserError(f"environment: {ENGINE_PYTHON}={python}: no program is there; give the path of a python, or unset it")
-        command = [python, "-m", module, "--model-path", os.path.abspath(self.model_path), "--host", host, "--port", port]
-        command += ["--device", self.device, "--dtype", self.dtype, "--tensor-parallel-size", str(self.config.tensor_parallel_size)]
-        command += ["--max-total-tokens", str(self.config.max_total_tokens), "--random-seed", str(self.seed), "--weight-version", "0"]
-        command += ["--sleep-on-idle", "--log-level-http", "warning"]  # an idle engine leaves its core to the trainer
+            raise UserError(
+                f"environment: {ENGINE_PYTHON}={python}: no program is there; give the path of a python, or"
+                " unset it"
+            )
+        command = [
+            python,
+            "-m",
+            module,
+            "--model-path",
+            os.path.abspath(self.model_path),
+            "--host",
+            host,
+            "--port",
+            port,
+        ]
+        command += [
+            "--device",
+            self.device,
+            "--dtype",
+            self.dtype,
+            "--tensor-parallel-size",
+            str(self.config.tensor_parallel_size),
+        ]
+        command += [
+            "--max-total-tokens",
+            str(self.config.max_total_tokens),
+            "--random-seed",
+            str(self.seed),
+            "--weight-version",
+            "0",
+        ]
+        # an idle engine leaves its core to the trainer
+        command += ["--sleep-on-idle", "--log-level-http", "warning"]
         if self.device == "cuda":
-            # Every engine sees all GPUs and counts from its own first: one that saw no other could not map the trainer's buffer.
+            # Every engine sees all GPUs and counts from its own first: one that saw no other could
+            # not map the trainer's buffer.
             command += ["--base-gpu-id", str(self.index * self.config.tensor_parallel_size)]
         if self.config.mem_fraction_static is not None:
             command += ["--mem-fraction-static", str(self.config.mem_fraction_static)]
-        if self.config.release_memory and self.device == "cuda":  # torch_memory_saver has no CPU build
+        # torch_memory_saver has no CPU build
+        if self.config.release_memory and self.device == "cuda":
             command.append("--enable-memory-saver")
         if self.name is not None:
             command += ["--served-model-name", self.name]
         if not self.need_text:
-            command += ["--skip-tokenizer-init"]  # responses are read as token ids; only stop strings need text
+            # responses are read as token ids; only stop strings need text
+            command += ["--skip-tokenizer-init"]
         return command + list(self.config.extra_args)
 
     def environment(self) -> dict[str, str]:
         """The trainer's environment without torchrun's variables; the hub stays unasked."""
-        environment = {name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)}
+        environment = {
+            name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)
+        }
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        no_proxy = ",".join(filter(None, [environment.get("NO_PROXY") or environment.get("no_proxy"), self.config.host]))
-        environment |= {"NO_PROXY": no_proxy, "no_proxy": no_proxy}  # SGLang's warm-up asks itself over HTTP
+        no_proxy = ",".join(
+            filter(None, [environment.get("NO_PROXY") or environment.get("no_proxy"), self.config.host])
+        )
+        # SGLang's warm-up asks itself over HTTP
+        environment |= {"NO_PROXY": no_proxy, "no_proxy": no_proxy}
         if self.device == "cpu":
             # Huge pages: an update's receive buffers are fresh memory, and page faults were half of its cost.
-            environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-            if self.config.tensor_parallel_size > 1:  # one core a rank; SGLang asks for it where NUMA nodes are fewer than ranks
+            environment |= {
+                "SGLANG_USE_CPU_ENGINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            }
+            # one core a rank; SGLang asks for it where NUMA nodes are fewer than ranks
+            if self.config.tensor_parallel_size > 1:
                 cores, size = sorted(os.sched_getaffinity(0)), self.config.tensor_parallel_size
                 ranks = range(self.index * size, (self.index + 1) * size)
-                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in ranks)
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+                    str(cores[rank % len(cores)]) for rank in ranks
+                )
         return environment
 
     def launch(self) -> None:
-        """Start the process and return at once (nothing to do for a URL). UserError if the port is taken, before any model is loaded."""
+        """Start the process and return at once (nothing to do for a URL). UserError if the port is
+        taken, before any model is loaded.
+        """
         if not self.owned:
             return
         given = {arg.split("=")[0] for arg in self.config.extra_args}
         for flag in ("--api-key", "--admin-api-key"):
             if flag in given:
-                raise UserError(f"rollout.engine.extra_args: {flag} would show in process lists and logs; a started engine needs none")
+                raise UserError(
+                    f"rollout.engine.extra_args: {flag} would show in process lists and logs; a started"
+                    " engine needs none"
+                )
         if self.config.host not in LOOPBACK and engine_key() is None:
             raise UserError(
-                f"engine on {self.config.host}: SGLang lets in whoever reaches it; set {VARIABLE} here and where the run starts"
+                f"engine on {self.config.host}: SGLang lets in whoever reaches it; set {VARIABLE} here and"
+                " where the run starts"
             )
         for flag in OURS:
             if flag in given:
-                raise UserError(f"rollout.engine.extra_args: {flag} is not to be given here; the run sets it, or refuses it for safety")
+                raise UserError(
+                    f"rollout.engine.extra_args: {flag} is not to be given here; the run sets it, or refuses"
+                    " it for safety"
+                )
         for flag, key in NOT_HERE.items():
             if flag in given:
-                raise UserError(f"rollout.engine.extra_args: {flag} is not to be given here; set {key} instead")
+                raise UserError(
+                    f"rollout.engine.extra_args: {flag} is not to be given here; set {key} instead"
+                )
         self.url = f"http://{self.config.host}:{self._choose_port()}"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
@@ -150,7 +228,9 @@ class Server:
         self.incarnation += 1
 
     def _choose_port(self) -> int:
-        """The config's, or a free one below the range that the kernel deals out: an engine binds it only seconds later."""
+        """The config's, or a free one below the range that the kernel deals out: an engine binds it
+        only seconds later.
+        """
         if self.config.port == 0:
             for _ in range(100):
                 port = random.SystemRandom().randrange(*OWN_PORTS)
@@ -164,7 +244,9 @@ class Server:
                 probe.bind((self.config.host, port))
             except OSError as error:
                 where = f"rollout.engine.port: {self.config.host}:{port}"
-                raise UserError(f"{where} cannot be bound ({error.strerror}); give another port, or 0 for a free one") from error
+                raise UserError(
+                    f"{where} cannot be bound ({error.strerror}); give another port, or 0 for a free one"
+                ) from error
             return probe.getsockname()[1]
 
     def kill(self) -> None:
@@ -188,13 +270,21 @@ class Server:
         return self.process.poll() if self.process is not None else None
 
     def port_was_taken(self) -> bool:
-        """Whether the server could not bind its port, which another process took since it was chosen. It does not exit for that."""
+        """Whether the server could not bind its port, which another process took since it was
+        chosen. It does not exit for that.
+        """
         return self.owned and self.config.port == 0 and "address already in use" in self.last_error()
 
     def last_error(self) -> str:
         """The last line of this start's log that looks like an error, else its last line."""
         with self.log_path.open("rb") as log:
             log.seek(max(self._log_start, self.log_path.stat().st_size - 200_000))
-            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if re.match(r"(\[.*\] *)?([\w.]*(Error|Exception|Killed)\b|[\w.]+: error:)", line)]
+            lines = [
+                line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()
+            ]
+        errors = [
+            line
+            for line in lines
+            if re.match(r"(\[.*\] *)?([\w.]*(Error|Exception|Killed)\b|[\w.]+: error:)", line)
+        ]
         return (errors or lines or ["the log is empty"])[-1][:500]

@@ -1,12 +1,14 @@
-"""Engines that `megasd serve` starts on other machines: announced in run.dir/engines, which both sides see, and taken from there.
+"""Engines that `megasd serve` starts on other machines: announced in run.dir/engines, which both
+sides see, and taken from there.
 
     <host>-<port>.json   {"url", "name", "token"}: an engine that answers; a new name with every start
     <name>.condemned     written by the run: the engine hangs, and is to be restarted
     trainer.json         {"token", "beat"}: rewritten every few seconds while the run lives
     closed               {"token", "beat"}: the run has ended
 
-A requeued job finds the files of its earlier start: only those of the same token (job and restart) count, and an engine is taken only when
-the server that answers at its URL says the announced name itself.
+A requeued job finds the files of its earlier start: only those of the same token (job and restart)
+count, and an engine is taken only when the server that answers at its URL says the announced name
+itself.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from megasd.config.schema import EngineConfig
-from megasd.engine.client import Engine, Refused, StartError, Unreachable
+from megasd.engine.client import EngineClient, Refused, StartError, Unreachable
 from megasd.types import UserError
 
-BEAT = 5.0  # seconds between two signs of life of the run
-POLL = 0.5  # seconds between two looks at the directory
+# seconds between two signs of life of the run
+BEAT = 5.0
+# seconds between two looks at the directory
+POLL = 0.5
 TRAINER, CLOSED = "trainer.json", "closed"
 
 
@@ -40,9 +44,13 @@ class Announcement:
 
 
 def job_token() -> str:
-    """What tells this start of a job from an earlier one: MEGASD_JOB, or Slurm's job and restart; "" elsewhere."""
+    """What tells this start of a job from an earlier one: MEGASD_JOB, or Slurm's job and restart;
+    "" elsewhere.
+    """
     job = os.environ.get("SLURM_HET_JOB_ID") or os.environ.get("SLURM_JOB_ID")
-    return os.environ.get("MEGASD_JOB") or (f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else "")
+    return os.environ.get("MEGASD_JOB") or (
+        f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+    )
 
 
 def engine_name() -> str:
@@ -50,14 +58,14 @@ def engine_name() -> str:
     return f"megasd-{uuid.uuid4().hex[:12]}"
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write_announcement(path: Path, content: dict[str, Any]) -> None:
     """Whole, or not at all."""
     writing = path.with_name(f".{path.name}.{os.getpid()}")
     writing.write_text(json.dumps(content) + "\n")
     os.replace(writing, path)
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read_announcement(path: Path) -> dict[str, Any] | None:
     """None for a file that is not there, or not one of these."""
     try:
         found = json.loads(path.read_text())
@@ -66,12 +74,13 @@ def read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-class Registry:
+class EngineRegistry:
     """The run's side of the directory. `open` and `close` belong to the engines' event loop."""
 
     def __init__(self, run_dir: Path) -> None:
         self.directory, self.token = run_dir / "engines", job_token()
-        self.taken: dict[str, Served] = {}  # engine by name
+        # engine by name
+        self.taken: dict[str, RemoteEngine] = {}
         self.condemned: set[str] = set()
         self._beating: asyncio.Task[None] | None = None
         self._beat = uuid.uuid4().hex[:8]
@@ -84,12 +93,15 @@ class Registry:
         self._beating = asyncio.ensure_future(self._go_on())
 
     def _sign(self) -> None:
-        write(self.directory / TRAINER, {"token": self.token, "beat": f"{self._beat}-{time.time():.3f}"})
+        write_announcement(
+            self.directory / TRAINER, {"token": self.token, "beat": f"{self._beat}-{time.time():.3f}"}
+        )
 
     async def _go_on(self) -> None:
         while True:
             await asyncio.sleep(BEAT)
-            with contextlib.suppress(OSError):  # a file system that is away for a moment
+            # a file system that is away for a moment
+            with contextlib.suppress(OSError):
                 await asyncio.to_thread(self._sign)
 
     async def close(self) -> None:
@@ -99,26 +111,34 @@ class Registry:
         self._beating.cancel()
         self._beating = None
         with contextlib.suppress(OSError):
-            write(self.directory / CLOSED, {"token": self.token, "beat": self._beat})
+            write_announcement(self.directory / CLOSED, {"token": self.token, "beat": self._beat})
 
     def announced(self) -> list[Announcement]:
         """Engines announced for this start of the job, in the order of their files' names."""
-        found = [read(path) for path in sorted(self.directory.glob("*.json")) if path.name != TRAINER]
+        found = [
+            read_announcement(path) for path in sorted(self.directory.glob("*.json")) if path.name != TRAINER
+        ]
         names = ("url", "name", "token")
-        entries = [Announcement(**{name: str(one.get(name, "")) for name in names}) for one in found if one is not None]
+        entries = [
+            Announcement(**{name: str(one.get(name, "")) for name in names})
+            for one in found
+            if one is not None
+        ]
         return [one for one in entries if one.token == self.token and one.name not in self.condemned]
 
     def condemn(self, name: str, reason: str) -> None:
         """Ask for a restart of an engine that hangs."""
         self.condemned.add(name)
         with contextlib.suppress(OSError):
-            write(self.directory / f"{name}.condemned", {"reason": reason})
+            write_announcement(self.directory / f"{name}.condemned", {"reason": reason})
 
 
-class Served(Engine):
-    """An engine of another machine: `launch` forgets it, `wait_ready` waits until one that nobody has taken is announced and answers."""
+class RemoteEngine(EngineClient):
+    """An engine of another machine: `launch` forgets it, `wait_ready` waits until one that nobody
+    has taken is announced and answers.
+    """
 
-    def __init__(self, config: EngineConfig, registry: Registry, **kwargs: Any) -> None:
+    def __init__(self, config: EngineConfig, registry: EngineRegistry, **kwargs: Any) -> None:
         super().__init__(config, url="", log_path=registry.directory, **kwargs)
         self.registry, self.restartable = registry, True
 
@@ -154,8 +174,9 @@ class Served(Engine):
                 said = reason
             if time.monotonic() > deadline:
                 raise StartError(
-                    f"rollout.engine.served={self.config.served}: {said} in {self.registry.directory} within "
-                    f"rollout.engine.start_timeout={self.config.start_timeout:g} s; run `megasd serve` with this config on their nodes"
+                    f"rollout.engine.served={self.config.served}: {said} in {self.registry.directory} within"
+                    f" rollout.engine.start_timeout={self.config.start_timeout:g} s; run `megasd serve` with"
+                    " this config on their nodes"
                 )
             await asyncio.sleep(POLL)
 

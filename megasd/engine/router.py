@@ -1,9 +1,12 @@
-"""An sglang-router before the engines: samples are asked of it, everything else (weights, versions, health) of the engines themselves.
+"""An sglang-router before the engines: samples are asked of it, everything else (weights, versions,
+health) of the engines themselves.
 
-Of sglang-router 0.3.2: /generate takes one request at a time with a rid of its own (a list of rids is answered 422), and passes rid,
-log-probs, weight versions and the Authorization header through; begin_weight_update and the other control endpoints are 404. Start it
-without --api-key, which would show in process lists, and without workers: the run enlists its engines, and takes them out when it ends. A
-worker is added and removed in the background (202), and removed by the id that the list gives it.
+Of sglang-router 0.3.2: /generate takes one request at a time with a rid of its own (a list of rids
+is answered 422), and passes rid, log-probs, weight versions and the Authorization header through;
+begin_weight_update and the other control endpoints are 404. Start it without --api-key, which would
+show in process lists, and without workers: the run enlists its engines, and takes them out when it
+ends. A worker is added and removed in the background (202), and removed by the id that the list
+gives it.
 """
 
 from __future__ import annotations
@@ -16,24 +19,30 @@ from typing import Any
 import aiohttp
 
 from megasd.config.schema import EngineConfig
-from megasd.engine.client import Engine, Refused, Unreachable
+from megasd.engine.client import EngineClient, Refused, Unreachable
 from megasd.types import UserError
 
 
-class Router(Engine):
+class Router(EngineClient):
     """Asked for samples in the engines' place; it moves as long as one of them does."""
 
-    def __init__(self, config: EngineConfig, engines: list[Engine], **kwargs: Any) -> None:
+    def __init__(self, config: EngineConfig, engines: list[EngineClient], **kwargs: Any) -> None:
         super().__init__(config, url=config.router, log_path=Path("engine.log"), **kwargs)
         self.engines = engines
-        self._listed: dict[Engine, str] = {}  # the worker that was made of each
+        # the worker that was made of each
+        self._listed: dict[EngineClient, str] = {}
 
     async def wait_ready(self) -> None:
-        """It answers, and its workers are the run's engines. UserError otherwise. Dead workers (an earlier run's) are taken out."""
+        """It answers, and its workers are the run's engines. UserError otherwise. Dead workers (an
+        earlier run's) are taken out.
+        """
         ours = {engine.url for engine in self.engines}
         for url in sorted(set(await self._workers()) - ours):
             if await _answers(url):
-                raise UserError(f"rollout.engine.router: {self.url} has the worker {url}, which is no engine of this run; take it out")
+                raise UserError(
+                    f"rollout.engine.router: {self.url} has the worker {url}, which is no engine of this run;"
+                    " take it out"
+                )
             await self._remove(url)
         for engine in self.engines:
             await self.enlist(engine)
@@ -43,11 +52,16 @@ class Router(Engine):
             if set(workers) == ours and all(workers.values()):
                 return
             if asyncio.get_running_loop().time() > deadline:
-                wrong = sorted(ours ^ set(workers)) or sorted(url for url, healthy in workers.items() if not healthy)
-                raise UserError(f"rollout.engine.router: {self.url} does not hold this run's engines, all healthy: see {', '.join(wrong)}")
+                wrong = sorted(ours ^ set(workers)) or sorted(
+                    url for url, healthy in workers.items() if not healthy
+                )
+                raise UserError(
+                    f"rollout.engine.router: {self.url} does not hold this run's engines, all healthy: see"
+                    f" {', '.join(wrong)}"
+                )
             await asyncio.sleep(0.2)
 
-    async def enlist(self, engine: Engine) -> None:
+    async def enlist(self, engine: EngineClient) -> None:
         """Make a worker of an engine, which may have come back under another URL."""
         before = self._listed.get(engine, engine.url)
         if before != engine.url:
@@ -58,7 +72,8 @@ class Router(Engine):
 
     async def close(self) -> None:
         """Take the run's engines out, and close the connections."""
-        with contextlib.suppress(UserError):  # a router that is gone
+        # a router that is gone
+        with contextlib.suppress(UserError):
             for url in self._listed.values():
                 await self._remove(url)
         self._listed.clear()
@@ -82,14 +97,17 @@ class Router(Engine):
             return await self.request(method, path, body, timeout=30)
         except (Unreachable, Refused) as error:
             raise UserError(
-                f"rollout.engine.router: no sglang-router answers there ({error}); start it first, or set it to null"
+                f"rollout.engine.router: no sglang-router answers there ({error}); start it first, or set it"
+                " to null"
             ) from error
 
     async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """As Engine's, for a batch of one."""
         return await super().generate(body)
 
-    async def request(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None) -> Any:
+    async def request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
+    ) -> Any:
         """As Engine's; a batch of one goes as the single request that the router takes."""
         if path != "/generate":
             return await super().request(method, path, body, timeout=timeout)
@@ -102,9 +120,14 @@ class Router(Engine):
 
 
 async def _answers(url: str) -> bool:
-    """Whether a server is there, asked without this run's key: the router may hold a dead one healthy until it looks again."""
+    """Whether a server is there, asked without this run's key: the router may hold a dead one
+    healthy until it looks again.
+    """
     try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session, session.get(f"{url}/health"):
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session,
+            session.get(f"{url}/health"),
+        ):
             return True
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False

@@ -1,16 +1,19 @@
-"""P prompts x G samples from SGLang engines, each sample exactly once, of the weights held when it was asked, or newer ones.
+"""P prompts x G samples from SGLang engines, each sample exactly once, of the weights held when it
+was asked, or newer ones.
 
     with Rollout(config.rollout, model_path=..., device="cpu", dtype="float32", ...) as rollout:
         groups = rollout.generate(prompts, prompt_ids, chat.decode, step=0, num_samples=8, temperature=1.0, ...)
         rollout.push("runs/q/weights/1", version=1)
 
-Synchronous outside (rank 0 calls it), asyncio inside: one event loop in one thread for the whole run, so connections and the engine's life
-do not depend on a call. Between calls nothing is in flight, and the engine sleeps while the trainer trains.
+Synchronous outside (rank 0 calls it), asyncio inside: one event loop in one thread for the whole
+run, so connections and the engine's life do not depend on a call. Between calls nothing is in
+flight, and the engine sleeps while the trainer trains.
 
-A sample's log-probs are log softmax(logits / temperature) of the sampled tokens, in nats, before top-k and top-p (measured against
-transformers; with temperature 0 they are those of temperature 1). SGLang ignores a per-request sampling_seed on CPU, so samples are
-reproducible only as far as the engine's --random-seed and the order of arrival are.
-"""
+A sample's log-probs are log softmax(logits / temperature) of the sampled tokens, in nats, before
+top-k and top-p (measured against transformers; with temperature 0 they are those of temperature 1).
+SGLang ignores a per-request sampling_seed on CPU, so samples are reproducible only as far as the
+engine's --random-seed and the order of arrival are.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -27,19 +30,20 @@ from typing import Any, TypeVar
 
 from megasd.config.schema import RolloutConfig
 from megasd.engine.client import EngineError, Refused, Unreachable
-from megasd.engine.pool_weights import Fleet
+from megasd.engine.pool_weights import PoolWeights
 from megasd.types import Group, Prompt, Sample, UserError
 
 T = TypeVar("T")
 
-# Samples of one HTTP request. Short answers go many to a request (measured on 2 cores, 256 samples x 6 tokens: 0.56 s in requests of 128,
-# 1.1 s one by one); long ones one to a request, so that a lost request loses little.
+# Samples of one HTTP request. Short answers go many to a request (measured on 2 cores, 256 samples
+# x 6 tokens: 0.56 s in requests of 128, 1.1 s one by one); long ones one to a request, so that a
+# lost request loses little.
 BATCH_TOKENS = 4096
 MAX_BATCH = 128
 
 
 @dataclass(frozen=True)
-class Ask:
+class SampleRequest:
     """One sample to be had: the index-th of a prompt, at `position` of the flat [P*G] result."""
 
     position: int
@@ -48,8 +52,10 @@ class Ask:
     index: int
 
 
-class Rollout(Fleet):
-    """The engines of a run behind a synchronous facade; see the module docstring. Used by one thread of rank 0."""
+class Sampler(PoolWeights):
+    """The engines of a run behind a synchronous facade; see the module docstring. Used by one
+    thread of rank 0.
+    """
 
     def __init__(
         self,
@@ -63,17 +69,24 @@ class Rollout(Fleet):
         stop_token_ids: list[int],
         vocab_size: int,
     ):
-        super().__init__(config, model_path=model_path, device=device, dtype=dtype, run_dir=run_dir, seed=seed)
+        super().__init__(
+            config, model_path=model_path, device=device, dtype=dtype, run_dir=run_dir, seed=seed
+        )
         self.stop_token_ids, self.vocab_size = list(stop_token_ids), vocab_size
-        self.stats: dict[str, float] = {}  # counters of the last generate
+        # counters of the last generate
+        self.stats: dict[str, float] = {}
         self._serial = itertools.count()
-        self._oldest: int | None = None  # version that a running `generate` began with
-        self._run = os.urandom(4).hex()  # tells this run's request ids from another's on a shared server
+        # version that a running `generate` began with
+        self._oldest: int | None = None
+        # tells this run's request ids from another's on a shared server
+        self._run = os.urandom(4).hex()
 
-    # ---- requests ------------------------------------------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------
 
     async def _request(self, build: Callable[[], dict[str, Any]], name: str) -> list[dict[str, Any]]:
-        """One batch, asked until an engine answers. `build` gives each attempt its own request ids. Refused (4xx) is passed on."""
+        """One batch, asked until an engine answers. `build` gives each attempt its own request ids.
+        Refused (4xx) is passed on.
+        """
         for attempt in itertools.count():
             engine = await self._available()
             incarnation = engine.incarnation
@@ -83,7 +96,9 @@ class Rollout(Fleet):
             except Unreachable as error:
                 self._counts["retries"] += len(body["input_ids"])
                 if attempt == self.config.max_retries:
-                    raise EngineError(f"{name}: given up after {attempt + 1} attempts (rollout.max_retries): {error}") from error
+                    raise EngineError(
+                        f"{name}: given up after {attempt + 1} attempts (rollout.max_retries): {error}"
+                    ) from error
                 for one in [engine] if self.router is None else self.engines:
                     await self._recover(one, incarnation if one is engine else one.incarnation)
                 await self._back_off(attempt)
@@ -94,25 +109,39 @@ class Rollout(Fleet):
             return outputs
         raise AssertionError("unreachable")
 
-    def _body(self, batch_ids: list[list[int]], sampling_params: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    def _body(
+        self, batch_ids: list[list[int]], sampling_params: dict[str, Any], **fields: Any
+    ) -> dict[str, Any]:
         rids = [f"{self._run}-{next(self._serial)}" for _ in batch_ids]
-        return {"rid": rids, "input_ids": batch_ids, "sampling_params": sampling_params, "return_logprob": True, **fields}
+        return {
+            "rid": rids,
+            "input_ids": batch_ids,
+            "sampling_params": sampling_params,
+            "return_logprob": True,
+            **fields,
+        }
 
     def _check_prompt(self, name: str, ids: list[int], max_response_tokens: int) -> None:
-        """UserError for what SGLang would answer with a crash (a token id off the vocabulary) or with a shorter response (no room)."""
+        """UserError for what SGLang would answer with a crash (a token id off the vocabulary) or
+        with a shorter response (no room).
+        """
         if not ids:
             raise UserError(f"{name}: the prompt is empty")
         for token in ids:
             if not 0 <= token < self.vocab_size:
-                raise UserError(f"{name}: token id {token} is outside the vocabulary of {self.vocab_size}; is the tokenizer this model's?")
+                raise UserError(
+                    f"{name}: token id {token} is outside the vocabulary of {self.vocab_size}; is the"
+                    " tokenizer this model's?"
+                )
         limits = [engine.max_tokens for engine in self.engines if engine.max_tokens is not None]
         if limits and len(ids) + max_response_tokens > min(limits):
             raise UserError(
-                f"{name}: {len(ids)} prompt + {max_response_tokens} response tokens exceed the engine's {min(limits)} "
-                "(context length and rollout.engine.max_total_tokens, less 2); lower max_response_tokens or drop the prompt"
+                f"{name}: {len(ids)} prompt + {max_response_tokens} response tokens exceed the engine's"
+                f" {min(limits)} (context length and rollout.engine.max_total_tokens, less 2); lower"
+                " max_response_tokens or drop the prompt"
             )
 
-    # ---- generate ------------------------------------------------------------------------------------------------------------------
+    # ---- generate --------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -127,13 +156,15 @@ class Rollout(Fleet):
         max_response_tokens: int,
         top_k: int | None = None,
     ) -> list[Group]:
-        """P groups of G = num_samples samples in the prompts' order, each sample exactly once, all of weight version `self.version`: as it
-        is now or, should a push go through meanwhile (`repush`, where training has gone on beside this), as it is then.
-        top_k: -1 = off; None = config.top_k.
+        """P groups of G = num_samples samples in the prompts' order, each sample exactly once, all
+        of weight version `self.version`: as it is now or, should a push go through meanwhile
+        (`repush`, where training has gone on beside this), as it is then. top_k: -1 = off; None =
+        config.top_k.
 
-        Samples that an engine lost, aborted, or sampled with other weights are asked again (config.max_retries times; with
-        config.allow_stale the latter are kept and say their version). `self.stats` then holds: samples, response_tokens, seconds, restarts,
-        and how many samples were asked again or kept: retries (lost), aborted, stale.
+        Samples that an engine lost, aborted, or sampled with other weights are asked again
+        (config.max_retries times; with config.allow_stale the latter are kept and say their
+        version). `self.stats` then holds: samples, response_tokens, seconds, restarts, and how many
+        samples were asked again or kept: retries (lost), aborted, stale.
 
         Raises UserError for a prompt that no engine can take, EngineError naming the
         prompt for a refusal (HTTP 4xx, never asked again) and when retries or restarts are used up.
@@ -144,7 +175,7 @@ class Rollout(Fleet):
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             self._check_prompt(f"prompt {prompt.id}", ids, max_response_tokens)
         asks = [
-            Ask(p * num_samples + g, prompt, ids, g)
+            SampleRequest(p * num_samples + g, prompt, ids, g)
             for p, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
             for g in range(num_samples)
         ]
@@ -164,22 +195,37 @@ class Rollout(Fleet):
             self._oldest = None
             self.stats = dict(self._counts) | {"seconds": time.monotonic() - began}
         samples = [self._to_sample(ask, output, decode) for ask, output in zip(asks, outputs, strict=True)]
-        self.stats |= {"samples": len(samples), "response_tokens": sum(len(sample.response_ids) for sample in samples)}
-        return [Group(prompt, samples[p * num_samples : (p + 1) * num_samples]) for p, prompt in enumerate(prompts)]
+        self.stats |= {
+            "samples": len(samples),
+            "response_tokens": sum(len(sample.response_ids) for sample in samples),
+        }
+        return [
+            Group(prompt, samples[p * num_samples : (p + 1) * num_samples])
+            for p, prompt in enumerate(prompts)
+        ]
 
-    async def _generate(self, asks: list[Ask], sampling_params: dict[str, Any], max_response_tokens: int) -> list[dict[str, Any]]:
+    async def _generate(
+        self, asks: list[SampleRequest], sampling_params: dict[str, Any], max_response_tokens: int
+    ) -> list[dict[str, Any]]:
         """The raw output of every ask, in order."""
         await self._attend()
-        # A batch never holds more than an engine's share, so that several engines work. A router takes one sample at a time.
-        share = math.ceil(min(len(asks), self.config.max_concurrency) / len(self.engines)) if self.router is None else 1
+        # A batch never holds more than an engine's share, so that several engines work. A router
+        # takes one sample at a time.
+        share = (
+            math.ceil(min(len(asks), self.config.max_concurrency) / len(self.engines))
+            if self.router is None
+            else 1
+        )
         size = max(1, min(MAX_BATCH, BATCH_TOKENS // max_response_tokens, share))
         slots = asyncio.Semaphore(max(1, self.config.max_concurrency // size))
         results: dict[int, dict[str, Any]] = {}
 
-        async def finish(batch: list[Ask]) -> None:
+        async def finish(batch: list[SampleRequest]) -> None:
             """Ask until each of the batch has an accepted output."""
             for attempt in itertools.count():
-                name = f"prompt {batch[0].prompt.id}" + (f" and {len(batch) - 1} more samples" if len(batch) > 1 else "")
+                name = f"prompt {batch[0].prompt.id}" + (
+                    f" and {len(batch) - 1} more samples" if len(batch) > 1 else ""
+                )
                 ids = [ask.prompt_ids for ask in batch]
                 try:
                     async with slots:
@@ -187,7 +233,8 @@ class Rollout(Fleet):
                 except Refused as error:
                     if len(batch) == 1:
                         raise EngineError(f"{name}: {error}") from error
-                    await _all(finish([ask]) for ask in batch)  # one by one, to know which prompt it is
+                    # one by one, to know which prompt it is
+                    await _all(finish([ask]) for ask in batch)
                     return
                 again = []
                 for ask, output in zip(batch, outputs, strict=True):
@@ -200,7 +247,10 @@ class Rollout(Fleet):
                 if not again:
                     return
                 if attempt == self.config.max_retries:
-                    raise EngineError(f"prompt {again[0].prompt.id}: {reason} in each of {attempt + 1} attempts (rollout.max_retries)")
+                    raise EngineError(
+                        f"prompt {again[0].prompt.id}: {reason} in each of {attempt + 1} attempts"
+                        " (rollout.max_retries)"
+                    )
                 await self._correct_versions()
                 await self._back_off(attempt)
                 batch = again
@@ -214,15 +264,19 @@ class Rollout(Fleet):
             return "aborted"
         versions, oldest = _versions(output), self.version if self._oldest is None else self._oldest
         if any(not oldest <= version <= self.version for version in versions):
-            if not self.config.allow_stale or -1 in versions:  # a foreign stamp is not an older version
+            # a foreign stamp is not an older version
+            if not self.config.allow_stale or -1 in versions:
                 return "stale"
             self._counts["stale"] += 1
         return None
 
-    def _to_sample(self, ask: Ask, output: dict[str, Any], decode: Callable[[list[int]], str]) -> Sample:
+    def _to_sample(
+        self, ask: SampleRequest, output: dict[str, Any], decode: Callable[[list[int]], str]
+    ) -> Sample:
         ids, logps = _response(f"prompt {ask.prompt.id}", output)
         text = decode(ids)
-        for stop in self.config.stop:  # the response ids keep a stop string, the text does not
+        # the response ids keep a stop string, the text does not
+        for stop in self.config.stop:
             text = text.split(stop, 1)[0]
         return Sample(
             prompt_id=ask.prompt.id,
@@ -235,7 +289,7 @@ class Rollout(Fleet):
             version=min(_versions(output)),
         )
 
-    # ---- probes --------------------------------------------------------------------------------------------------------------------
+    # ---- probes ----------------------------------------------------------------------------------
 
     def score(self, ids: list[int]) -> list[float]:
         """Log-probs (nats, temperature 1) of ids[1:], each given its prefix: len(ids) - 1 numbers."""
@@ -244,12 +298,16 @@ class Rollout(Fleet):
         output = self._probe(lambda: self._body([ids], params, logprob_start_len=0), "score")
         logprobs = output["meta_info"]["input_token_logprobs"]
         # SGLang 0.5.23 labels the vocabulary's last id 0 here; the log-prob beside it is the right one.
-        if len(logprobs) != len(ids) or any(token not in (sent, 0) for (_, token, *_), sent in zip(logprobs, ids, strict=True)):
+        if len(logprobs) != len(ids) or any(
+            token not in (sent, 0) for (_, token, *_), sent in zip(logprobs, ids, strict=True)
+        ):
             raise EngineError(f"score: sent {len(ids)} tokens, got log-probs of {len(logprobs)} or of others")
         return [logp for logp, *_ in logprobs[1:]]
 
     def greedy(self, ids: list[int], n: int) -> tuple[list[int], list[float]]:
-        """The most probable continuation of `ids`, at most `n` tokens (it ends with a stop token), and its log-probs (nats)."""
+        """The most probable continuation of `ids`, at most `n` tokens (it ends with a stop token),
+        and its log-probs (nats).
+        """
         self._check_prompt("greedy", ids, n)
         params = {"max_new_tokens": n, "temperature": 0.0, "stop_token_ids": self.stop_token_ids}
         return _response("greedy", self._probe(lambda: self._body([ids], params), "greedy"))
@@ -261,7 +319,9 @@ class Rollout(Fleet):
 
         output = self._call_and_serve(probe())
         if any(version != self.version for version in _versions(output)):
-            raise EngineError(f"{name}: the engine answered with weight versions {_versions(output)}, not {self.version}")
+            raise EngineError(
+                f"{name}: the engine answered with weight versions {_versions(output)}, not {self.version}"
+            )
         return output
 
 
@@ -292,7 +352,9 @@ def _response(name: str, output: dict[str, Any]) -> tuple[list[int], list[float]
     ids = output["output_ids"]
     logprobs = output["meta_info"]["output_token_logprobs"]
     if [token for _, token, *_ in logprobs] != ids:
-        raise EngineError(f"{name}: {len(ids)} response tokens but log-probs of {len(logprobs)}, or of others")
+        raise EngineError(
+            f"{name}: {len(ids)} response tokens but log-probs of {len(logprobs)}, or of others"
+        )
     logps = [logp for logp, *_ in logprobs]
     if not all(math.isfinite(logp) for logp in logps):
         raise EngineError(f"{name}: a response log-prob is not finite")

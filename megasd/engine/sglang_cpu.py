@@ -1,11 +1,14 @@
-"""The real SGLang server on a machine without CUDA:  python -m megasd.engine.sglang_cpu --model-path DIR --device cpu ...
+"""The real SGLang server on a machine without CUDA:  python -m megasd.engine.sglang_cpu
+--model-path DIR --device cpu ...
 
-SGLang's wheel imports two packages that have no CPU build, for features that a text model on a CPU never calls; this file puts an empty
-stand-in in the place of each, leaves out imports that only cost start-up time, and calls SGLang's own server, whose loop over sequences in
-decode attention gives way to one batched call (sglang_cpu_attention.py). A GPU machine never imports it.
+SGLang's wheel imports two packages that have no CPU build, for features that a text model on a CPU
+never calls; this file puts an empty stand-in in the place of each, leaves out imports that only
+cost start-up time, and calls SGLang's own server, whose loop over sequences in decode attention
+gives way to one batched call (sglang_cpu_attention.py). A GPU machine never imports it.
 
-SGLang's scheduler and detokenizer are forked from this process, where SGLang asks for "spawn": there is no CUDA context to protect, no
-thread runs yet, and forking saves two further imports of everything (12 s of CPU and 0.5 GB each). It also hands them the stand-ins.
+SGLang's scheduler and detokenizer are forked from this process, where SGLang asks for "spawn":
+there is no CUDA context to protect, no thread runs yet, and forking saves two further imports of
+everything (12 s of CPU and 0.5 GB each). It also hands them the stand-ins.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def stand_in_for_sgl_kernel() -> None:
-    """SGLang's compiled kernels (CUDA wheel only). Its CPU modules import speculative-decoding helpers by name; calling one is an error."""
+    """SGLang's compiled kernels (CUDA wheel only). Its CPU modules import speculative-decoding
+    helpers by name; calling one is an error.
+    """
     if importlib.util.find_spec("sgl_kernel") is not None:
         return
     module = types.ModuleType("sgl_kernel")
@@ -47,9 +52,11 @@ def stand_in_for_sgl_kernel() -> None:
 
 
 def stand_in_for_torchvision() -> None:
-    """Image transforms, imported by SGLang's table of image models. PyPI's wheel is linked against CUDA and breaks a CPU torch.
+    """Image transforms, imported by SGLang's table of image models. PyPI's wheel is linked against
+    CUDA and breaks a CPU torch.
 
-    transformers must go on believing that torchvision is absent, so its cached answer is taken before the stand-in appears.
+    transformers must go on believing that torchvision is absent, so its cached answer is taken
+    before the stand-in appears.
     """
     from transformers.utils import is_torchvision_available
 
@@ -59,21 +66,28 @@ def stand_in_for_torchvision() -> None:
         module = types.ModuleType(name)
         module.__path__ = []
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        module.InterpolationMode = types.SimpleNamespace(NEAREST="nearest", BILINEAR="bilinear", BICUBIC="bicubic", LANCZOS="lanczos")
+        module.InterpolationMode = types.SimpleNamespace(
+            NEAREST="nearest", BILINEAR="bilinear", BICUBIC="bicubic", LANCZOS="lanczos"
+        )
         sys.modules[name] = module
     sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
     sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
 
 
 def leave_out_megatron() -> None:
-    """SGLang's tensor dumper imports Megatron-core when it finds it: 1.5 s in each of three processes, for a debugging aid."""
-    sys.modules["megatron.core"] = None  # makes the import raise ImportError, which the dumper expects
+    """SGLang's tensor dumper imports Megatron-core when it finds it: 1.5 s in each of three
+    processes, for a debugging aid.
+    """
+    # makes the import raise ImportError, which the dumper expects
+    sys.modules["megatron.core"] = None
 
 
 def leave_out_other_models(model_path: Path) -> None:
-    """SGLang imports every one of its 200 model files in each process (a third of the start) unless they are disabled by name.
+    """SGLang imports every one of its 200 model files in each process (a third of the start) unless
+    they are disabled by name.
 
-    Keeps the file named after config.json's model_type (what it imports comes with it); without such a file every model stays.
+    Keeps the file named after config.json's model_type (what it imports comes with it); without
+    such a file every model stays.
     """
     model_type = json.loads((model_path / "config.json").read_text())["model_type"]
     models = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "models"
@@ -82,7 +96,8 @@ def leave_out_other_models(model_path: Path) -> None:
         os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(names - {model_type})))
 
 
-if "--model-path" in sys.argv:  # SGLang's children inherit the environment
+# SGLang's children inherit the environment
+if "--model-path" in sys.argv:
     leave_out_other_models(Path(sys.argv[sys.argv.index("--model-path") + 1]))
 leave_out_megatron()
 stand_in_for_sgl_kernel()

@@ -1,10 +1,14 @@
-"""Attention of a whole batch at once, for SGLang's torch_native backend on a CPU. Imported by the engine's processes only.
+"""Attention of a whole batch at once, for SGLang's torch_native backend on a CPU. Imported by the
+engine's processes only.
 
-SGLang's own loop calls scaled_dot_product_attention once per sequence and layer: with 256 short sequences in flight that is half of a
-rollout's time. Here the batch is padded to its longest sequence and masked: the same sums, one call a layer. It enters by SGLang's
-registry of attention backends; sliding windows, cross attention and batches that padding would blow up stay with SGLang's code.
+SGLang's own loop calls scaled_dot_product_attention once per sequence and layer: with 256 short
+sequences in flight that is half of a rollout's time. Here the batch is padded to its longest
+sequence and masked: the same sums, one call a layer. It enters by SGLang's registry of attention
+backends; sliding windows, cross attention and batches that padding would blow up stay with SGLang's
+code.
 
-B sequences, T new tokens of all of them, Q and K longest new and whole sequence, H query heads, D head size.
+B sequences, T new tokens of all of them, Q and K longest new and whole sequence, H query heads, D
+head size.
 """
 
 from __future__ import annotations
@@ -14,19 +18,40 @@ from sglang.srt.layers.attention.attention_registry import register_attention_ba
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-MAX_SCORES = 2**25  # elements of [B, H, Q, K]; 128 MB in float32
+# elements of [B, H, Q, K]; 128 MB in float32
+MAX_SCORES = 2**25
 
 
 class BatchedTorchBackend(TorchNativeAttnBackend):
-    """torch_native without its loops over sequences. Queries and outputs are [T, H, D], caches [slots, key heads, D]."""
+    """torch_native without its loops over sequences. Queries and outputs are [T, H, D], caches
+    [slots, key heads, D].
+    """
 
     def _run_sdpa_forward_decode(
-        self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens=None, **kwargs
+        self,
+        query,
+        output,
+        k_cache,
+        v_cache,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        encoder_lens=None,
+        **kwargs,
     ):
         """One new token a sequence (T = B), counted in `seq_lens` [B]; writes `output`."""
         if encoder_lens is None and self._plain(query, k_cache, kwargs):
             new_lens = torch.ones_like(seq_lens)
-            return self._attend(query, output, k_cache, v_cache, req_to_token[req_pool_indices], seq_lens - 1, new_lens, kwargs)
+            return self._attend(
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token[req_pool_indices],
+                seq_lens - 1,
+                new_lens,
+                kwargs,
+            )
         return super()._run_sdpa_forward_decode(
             query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens, **kwargs
         )
@@ -50,7 +75,9 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         small = padded <= 2 * int((seq_lens**2).sum()) and padded * query.shape[1] <= MAX_SCORES
         if small and encoder_lens is None and kwargs.get("causal") and self._plain(query, k_cache, kwargs):
             slots = req_to_token[req_pool_indices]
-            return self._attend(query, output, k_cache, v_cache, slots, extend_prefix_lens, extend_seq_lens, kwargs)
+            return self._attend(
+                query, output, k_cache, v_cache, slots, extend_prefix_lens, extend_seq_lens, kwargs
+            )
         return super()._run_sdpa_forward_extend(
             query,
             output,
@@ -67,7 +94,11 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
 
     @staticmethod
     def _plain(query, k_cache, kwargs) -> bool:
-        return not kwargs.get("is_cross_attn") and kwargs.get("sliding_window_size") is None and query.dtype == k_cache.dtype
+        return (
+            not kwargs.get("is_cross_attn")
+            and kwargs.get("sliding_window_size") is None
+            and query.dtype == k_cache.dtype
+        )
 
     @staticmethod
     def _attend(query, output, k_cache, v_cache, slots, prefix_lens, new_lens, kwargs):
@@ -75,8 +106,13 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         k_positions = torch.arange(int((prefix_lens + new_lens).max()))
         new_BQ = q_positions < new_lens[:, None]
         seen_BQK = k_positions <= (prefix_lens[:, None] + q_positions)[:, :, None]
-        # Past a sequence's end: slot 0, SGLang's padding slot. It is finite, and no query that is kept sees it.
-        slots_BK = slots[:, : len(k_positions)].masked_fill(k_positions >= (prefix_lens + new_lens)[:, None], 0).long()
+        # Past a sequence's end: slot 0, SGLang's padding slot. It is finite, and no query that is
+        # kept sees it.
+        slots_BK = (
+            slots[:, : len(k_positions)]
+            .masked_fill(k_positions >= (prefix_lens + new_lens)[:, None], 0)
+            .long()
+        )
         query_BQHD = query.new_zeros(*new_BQ.shape, *query.shape[1:])
         query_BQHD[new_BQ] = query
         out_BHQD = scaled_dot_product_attention(

@@ -1,4 +1,5 @@
-"""SGLang's server with the key of the environment:  python -m megasd.engine.sglang_with_key --model-path DIR ...
+"""SGLang's server with the key of the environment:  python -m megasd.engine.sglang_with_key
+--model-path DIR ...
 
 What sglang.launch_server does, and no more: `--api-key` would show in process lists.
 """
@@ -27,5 +28,6 @@ def main(argv: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-if __name__ == "__main__":  # SGLang's children import this file again
+# SGLang's children import this file again
+if __name__ == "__main__":
     main(sys.argv[1:])

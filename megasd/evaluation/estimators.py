@@ -1,17 +1,23 @@
-"""Held-out evaluation: figures of scored groups. Plain Python, so that kept samples give them again without a model.
+"""Held-out evaluation: figures of scored groups. Plain Python, so that kept samples give them again
+without a model.
 
-n scored samples of a question, c of them right; samples whose check failed (ERROR, TIMEOUT) leave n, and a question without any leaves
-the figure. Every figure is a mean over questions, with a 95 % interval by bootstrap over questions.
+n scored samples of a question, c of them right; samples whose check failed (ERROR, TIMEOUT) leave
+n, and a question without any leaves the figure. Every figure is a mean over questions, with a 95 %
+interval by bootstrap over questions.
 
     mean@k          c / n: also avg@k, acc@k
     pass@k          1 - C(n-c, k) / C(n, k): unbiased; needs n >= k, other questions are left out, and said
-    maj@k           one exact vote over all n: the most frequent answer, ties to the one seen first; its first sample's verdict.
+    maj@k           one exact vote over all n: the most frequent answer, ties to the one seen first;
+                    its first sample's verdict.
                     A response without a readable answer does not vote; when none votes, the question is wrong
-    best@k/mean     as verl prints it: 1000 draws of k with replacement, the best of each; below pass@k by construction
+    best@k/mean     as verl prints it: 1000 draws of k with replacement, the best of each; below
+                    pass@k by construction
     best@k/expected its exact value, 1 - (1 - c/n)^k
-    maj@k/mean      as verl prints it: 1000 draws of k with replacement, the vote of each; here those without an answer vote, together
+    maj@k/mean      as verl prints it: 1000 draws of k with replacement, the vote of each; here
+                    those without an answer vote, together
 
-The draws come from Python's generator with seed 42, one set of draws for each (n, k), not verl's numpy bits: they agree to about a point.
+The draws come from Python's generator with seed 42, one set of draws for each (n, k), not verl's
+numpy bits: they agree to about a point.
 """
 
 from __future__ import annotations
@@ -24,12 +30,15 @@ from typing import Any
 
 from megasd.types import Group, Sample
 
-NUM_DRAWS = 1000  # of the variants that draw samples
+# of the variants that draw samples
+NUM_DRAWS = 1000
 DRAW_SEED = 42
-NUM_RESAMPLES = 2000  # of the questions, for an interval
+# of the questions, for an interval
+NUM_RESAMPLES = 2000
 COVERAGE = 0.95
 
-AnswerOf = Callable[[str], str | None]  # a response's text -> its vote
+# a response's text -> its vote
+AnswerOf = Callable[[str], str | None]
 
 
 def mean_at_k(groups: list[Group]) -> float:
@@ -38,13 +47,21 @@ def mean_at_k(groups: list[Group]) -> float:
 
 
 def maj_at_k(groups: list[Group], answer_of: AnswerOf) -> float:
-    """Share of questions whose majority answer is right. Samples without a verdict or without an answer do not vote."""
-    hits = [majority([answer_of(s.text) for s in scored], [s.reward for s in scored]) for g in groups if (scored := scored_of(g))]
+    """Share of questions whose majority answer is right. Samples without a verdict or without an
+    answer do not vote.
+    """
+    hits = [
+        majority([answer_of(s.text) for s in scored], [s.reward for s in scored])
+        for g in groups
+        if (scored := scored_of(g))
+    ]
     return _mean(hits)
 
 
 def summarise(groups: list[Group], answer_of: AnswerOf) -> dict[str, float]:
-    """{"mean_at_k", "maj_at_k", "pass_at_k", "questions", "unscored_samples"} of an evaluation; pass_at_k: any of a question's samples."""
+    """{"mean_at_k", "maj_at_k", "pass_at_k", "questions", "unscored_samples"} of an evaluation;
+    pass_at_k: any of a question's samples.
+    """
     unscored = sum(not s.verdict.counts for g in groups for s in g.samples)
     return {
         "mean_at_k": mean_at_k(groups),
@@ -64,25 +81,32 @@ def scored_of(group: Group) -> list[Sample]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold one of the c right ones. ValueError unless 1 <= k <= n."""
+    """The chance that k of n samples, drawn without replacement, hold one of the c right ones.
+    ValueError unless 1 <= k <= n.
+    """
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs {k} scored samples, there are {n}")
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def majority(answers: Sequence[str | None], rewards: Sequence[float]) -> float:
-    """Reward of the most frequent answer's first sample; among equals the answer seen first wins. None does not vote; 0.0 without votes."""
+    """Reward of the most frequent answer's first sample; among equals the answer seen first wins.
+    None does not vote; 0.0 without votes.
+    """
     votes: dict[str, int] = {}
     for answer in answers:
         if answer is not None:
             votes[answer] = votes.get(answer, 0) + 1
     if not votes:
         return 0.0
-    return rewards[answers.index(max(votes, key=votes.__getitem__))]  # max takes the first of equals, a dict keeps its order
+    # max takes the first of equals, a dict keeps its order
+    return rewards[answers.index(max(votes, key=votes.__getitem__))]
 
 
 def expected_best_at_k(rewards: Sequence[float], k: int) -> float:
-    """Exact mean of the best of k draws with replacement: sum over sorted r_i of r_i ((i/n)^k - ((i-1)/n)^k)."""
+    """Exact mean of the best of k draws with replacement: sum over sorted r_i of r_i ((i/n)^k -
+    ((i-1)/n)^k).
+    """
     n = len(rewards)
     return sum(r * ((i / n) ** k - ((i - 1) / n) ** k) for i, r in enumerate(sorted(rewards), start=1))
 
@@ -93,7 +117,9 @@ def drawn_best_at_k(rewards: Sequence[float], k: int) -> float:
 
 
 def drawn_maj_at_k(answers: Sequence[str | None], rewards: Sequence[float], k: int) -> float:
-    """Mean over NUM_DRAWS draws of k with replacement of the vote among those drawn. None is a candidate like any other, as in verl."""
+    """Mean over NUM_DRAWS draws of k with replacement of the vote among those drawn. None is a
+    candidate like any other, as in verl.
+    """
     total = 0.0
     for draw in draws(len(rewards), k):
         votes: dict[str | None, list[int]] = {}
@@ -113,13 +139,19 @@ def draws(n: int, k: int) -> tuple[tuple[int, ...], ...]:
 # ---- all questions ----
 
 
-def per_question(groups: list[Group], answer_of: AnswerOf | None, ks: Sequence[int], num_samples: int) -> dict[str, dict[str, float]]:
-    """Figure -> prompt id -> value; a question that a figure leaves out is not in it. answer_of None: no vote makes sense (programs)."""
+def per_question(
+    groups: list[Group], answer_of: AnswerOf | None, ks: Sequence[int], num_samples: int
+) -> dict[str, dict[str, float]]:
+    """Figure -> prompt id -> value; a question that a figure leaves out is not in it. answer_of
+    None: no vote makes sense (programs).
+    """
     found: dict[str, dict[str, float]] = {f"mean@{num_samples}": {}}
     found |= {f"pass@{k}": {} for k in ks} | ({f"maj@{num_samples}": {}} if answer_of else {})
     for k in ks:
         if k > 1:
-            found |= {f"best@{k}/mean": {}, f"best@{k}/expected": {}} | ({f"maj@{k}/mean": {}} if answer_of else {})
+            found |= {f"best@{k}/mean": {}, f"best@{k}/expected": {}} | (
+                {f"maj@{k}/mean": {}} if answer_of else {}
+            )
     for group in groups:
         rewards = [s.reward for s in scored_of(group)]
         if not rewards:
@@ -140,10 +172,11 @@ def per_question(groups: list[Group], answer_of: AnswerOf | None, ks: Sequence[i
     return found
 
 
-def figures(
+def metrics_with_intervals(
     groups: list[Group], answer_of: AnswerOf | None, *, ks: Sequence[int], num_samples: int, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Figure -> {"value", "low", "high", "questions", "left_out"}: mean over questions, its 95 % interval, how many and which not.
+    """Figure -> {"value", "low", "high", "questions", "left_out"}: mean over questions, its 95 %
+    interval, how many and which not.
 
     Value and interval are None for a figure without a question. `seed`: of the intervals.
     """
@@ -152,12 +185,20 @@ def figures(
         low, high = interval(list(values.values()), seed)
         left_out = [g.prompt.id for g in groups if g.prompt.id not in values]
         value = _mean(list(values.values())) if values else None
-        found[name] = {"value": value, "low": low, "high": high, "questions": len(values), "left_out": left_out}
+        found[name] = {
+            "value": value,
+            "low": low,
+            "high": high,
+            "questions": len(values),
+            "left_out": left_out,
+        }
     return found
 
 
 def interval(values: list[float], seed: int) -> tuple[float | None, float | None]:
-    """Percentile interval (COVERAGE) of the mean when questions are drawn with replacement, NUM_RESAMPLES times; nearest ranks."""
+    """Percentile interval (COVERAGE) of the mean when questions are drawn with replacement,
+    NUM_RESAMPLES times; nearest ranks.
+    """
     if not values:
         return None, None
     means = sorted(sum(map(values.__getitem__, draw)) / len(values) for draw in _resamples(len(values), seed))

@@ -1,12 +1,17 @@
 """Per-token importance ratios and the surrogates of the policy gradient.
 
-T response tokens. logp: student under gradient, old_logp: student before the batch's first step (pi_old), rollout_logp: the engine (mu);
-nats, all at the sampling temperature. Elementwise, no collective. Log-ratios are clamped to +-20 as verl does.
+T response tokens. logp: student under gradient, old_logp: student before the batch's first step
+(pi_old), rollout_logp: the engine (mu); nats, all at the sampling temperature. Elementwise, no
+collective. Log-ratios are clamped to +-20 as verl does.
 
-    ppo         -min(rho A, clip(rho) A), rho = pi_theta / pi_old           PPO 1707.06347; unequal clips: DAPO 2503.14476
-    gspo        the same on the response's ratio s = exp(mean log rho), as sg(s) pi_theta / sg(pi_theta)     GSPO 2507.18071
-    cispo       -sg(clip(rho)) A log pi_theta: clipped tokens keep a gradient                               CISPO 2506.13585
-    importance  -rho A                                                      Thinking Machines' on-policy distillation
+    ppo         -min(rho A, clip(rho) A), rho = pi_theta / pi_old           PPO 1707.06347; unequal
+                clips: DAPO 2503.14476
+    gspo        the same on the response's ratio s = exp(mean log rho), as sg(s) pi_theta /
+                sg(pi_theta)     GSPO 2507.18071
+    cispo       -sg(clip(rho)) A log pi_theta: clipped tokens keep a gradient
+                CISPO 2506.13585
+    importance  -rho A                                                      Thinking Machines'
+                on-policy distillation
     reinforce   -A log pi_theta                                             EGRSD 2605.13255
 """
 
@@ -32,8 +37,16 @@ def is_ratio(logp_T: Tensor, old_logp_T: Tensor, clip: float | None) -> Tensor:
     return tis(logp_T, old_logp_T, clip)
 
 
-def tis(old_logp_T: Tensor, rollout_logp_T: Tensor, clip: float | None, *, low: float = 0.0, mode: str = "truncate") -> Tensor:
-    """Detached correction pi_old / mu for an engine whose probabilities differ from the trainer's. clip None: ones.
+def tis(
+    old_logp_T: Tensor,
+    rollout_logp_T: Tensor,
+    clip: float | None,
+    *,
+    low: float = 0.0,
+    mode: str = "truncate",
+) -> Tensor:
+    """Detached correction pi_old / mu for an engine whose probabilities differ from the trainer's.
+    clip None: ones.
 
     "truncate": brought into [low, clip] (TIS; low 0: from above only); "mask": 0 outside of it (IcePop).
     """
@@ -60,16 +73,20 @@ def policy_gradient(
 ) -> Tensor:
     """loss_T of a surrogate of the list at the head of the file; only logp_T gets a gradient.
 
-    On policy (old_logp = logp detached) ppo, gspo and importance have the value -A, and all five the gradient -A grad logp. Ratios are
-    clipped to [1 - clip_low, 1 + clip_high] (ppo, gspo, cispo). dual_clip c > 1: where A < 0 the loss is at most -c A (ppo, gspo; dual-clip
-    PPO 1912.09729). sequence_log_ratio_T: mean log rho of each token's response (gspo). ValueError where it is missing.
+    On policy (old_logp = logp detached) ppo, gspo and importance have the value -A, and all five
+    the gradient -A grad logp. Ratios are clipped to [1 - clip_low, 1 + clip_high] (ppo, gspo,
+    cispo). dual_clip c > 1: where A < 0 the loss is at most -c A (ppo, gspo; dual-clip PPO
+    1912.09729). sequence_log_ratio_T: mean log rho of each token's response (gspo). ValueError
+    where it is missing.
     """
     advantages_T = advantages_T.detach()
     if surrogate == "reinforce":
         return -advantages_T * logp_T
     if surrogate == "gspo":
         if sequence_log_ratio_T is None:
-            raise ValueError("surrogate 'gspo' needs sequence_log_ratio_T, the mean log-ratio of each token's response")
+            raise ValueError(
+                "surrogate 'gspo' needs sequence_log_ratio_T, the mean log-ratio of each token's response"
+            )
         ratio_T = _ratio(sequence_log_ratio_T.detach()) * (logp_T - logp_T.detach()).exp()
     elif surrogate in SURROGATES:
         ratio_T = _ratio(logp_T - old_logp_T.detach())

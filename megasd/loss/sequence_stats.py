@@ -1,10 +1,12 @@
-"""Statistics of whole responses and of the whole batch, before the student's pass: weights, discounts, returns and shifts of tokens.
+"""Statistics of whole responses and of the whole batch, before the student's pass: weights,
+discounts, returns and shifts of tokens.
 
-N samples of this data-parallel rank, R response tokens of all N, one response after the other. Everything is a constant (no gradient).
-`group`: the data-parallel ranks WITHOUT context parallel; every rank must call, one without tokens too; None or one rank: no collective.
-Sums over the batch are those of loss/normalise.py (`exact_words`, float64), so that what a token gets does not depend on how samples are
-dealt over the ranks, but for the last bit of an exp or a sigmoid, which goes with its place in a vector unit. Tensors live on a device
-that `group` can reduce.
+N samples of this data-parallel rank, R response tokens of all N, one response after the other.
+Everything is a constant (no gradient). `group`: the data-parallel ranks WITHOUT context parallel;
+every rank must call, one without tokens too; None or one rank: no collective. Sums over the batch
+are those of loss/normalise.py (`exact_words`, float64), so that what a token gets does not depend
+on how samples are dealt over the ranks, but for the last bit of an exp or a sigmoid, which goes
+with its place in a vector unit. Tensors live on a device that `group` can reduce.
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ from torch import Tensor
 
 from megasd.loss.normalise import exact_value, exact_words
 
-_DISCOUNT_FLOOR = 0.1  # EGRSD: no token loses more than nine tenths
-_RADIX_BITS = 11  # of 32 per round of `median`: three rounds
+# EGRSD: no token loses more than nine tenths
+_DISCOUNT_FLOOR = 0.1
+# of 32 per round of `median`: three rounds
+_RADIX_BITS = 11
 
 
-def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def _all_reduce(
+    tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM
+) -> Tensor:
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor
@@ -44,7 +50,8 @@ def _join(parts: list[Tensor], like_R: Tensor) -> Tensor:
 
 @torch.no_grad()
 def confidence(entropy_R: Tensor, mask_R: Tensor, *, scale: float, group: dist.ProcessGroup | None) -> Tensor:
-    """weight_R float64 = exp(-scale H) over its mean over all tokens of the mask; 0 outside. SRPO (2604.02288), H the teacher's entropy.
+    """weight_R float64 = exp(-scale H) over its mean over all tokens of the mask; 0 outside. SRPO
+    (2604.02288), H the teacher's entropy.
 
     scale: per nat. One all_reduce of 6 int64.
     """
@@ -55,12 +62,20 @@ def confidence(entropy_R: Tensor, mask_R: Tensor, *, scale: float, group: dist.P
 
 @torch.no_grad()
 def entropy_discount(
-    entropy_R: Tensor, mask_R: Tensor, lens_N: Tensor, *, scale: float, window: int, group: dist.ProcessGroup | None
+    entropy_R: Tensor,
+    mask_R: Tensor,
+    lens_N: Tensor,
+    *,
+    scale: float,
+    window: int,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """om_R float64 = clip(1 - scale Hn, 0.1, 1), 1 outside the mask. EGRSD, and CL-EGRSD with window > 0 (2605.13255).
+    """om_R float64 = clip(1 - scale Hn, 0.1, 1), 1 outside the mask. EGRSD, and CL-EGRSD with
+    window > 0 (2605.13255).
 
-    Hn = (the teacher's lowest entropy over this token and the `window` next ones of its response) / max(1 nat, the highest entropy of all
-    tokens of the mask). Tokens outside the mask count nowhere. One all_reduce (max) of a float64.
+    Hn = (the teacher's lowest entropy over this token and the `window` next ones of its response) /
+    max(1 nat, the highest entropy of all tokens of the mask). Tokens outside the mask count
+    nowhere. One all_reduce (max) of a float64.
     """
     entropy_R = torch.where(mask_R, entropy_R.double(), torch.inf)
     highest = torch.where(mask_R, entropy_R, 0.0).max() if len(mask_R) else entropy_R.new_zeros(())
@@ -75,12 +90,15 @@ def entropy_discount(
 
 @torch.no_grad()
 def median(values_R: Tensor, mask_R: Tensor, *, group: dist.ProcessGroup | None) -> float:
-    """The lower median of all tokens of the mask: the exact float32 value with at most half of them below it. NaN when there are none.
+    """The lower median of all tokens of the mask: the exact float32 value with at most half of them
+    below it. NaN when there are none.
 
-    Found by counting: float32 bit patterns, made ascending, in digits of 11, 11 and 10 bits; three all_reduces of at most 2049 int64.
+    Found by counting: float32 bit patterns, made ascending, in digits of 11, 11 and 10 bits; three
+    all_reduces of at most 2049 int64.
     """
     bits = values_R[mask_R].float().contiguous().view(torch.int32).long()
-    keys = torch.where(bits < 0, -1 - bits - 2**31, bits) + 2**31  # in [0, 2^32), ascending with the value
+    # in [0, 2^32), ascending with the value
+    keys = torch.where(bits < 0, -1 - bits - 2**31, bits) + 2**31
     rank, prefix, shift = None, 0, 32
     while shift > 0:
         width = min(_RADIX_BITS, shift)
@@ -101,19 +119,25 @@ def median(values_R: Tensor, mask_R: Tensor, *, group: dist.ProcessGroup | None)
 
 @dataclass
 class EntropyGate:
-    """Schmitt trigger on the teacher's median entropy (AntiSD 2605.11609): shut while it warms up and while the teacher is too sure.
+    """Schmitt trigger on the teacher's median entropy (AntiSD 2605.11609): shut while it warms up
+    and while the teacher is too sure.
 
-    The mean over the first `warmup` steps is the reference. UNSURE: the paper says neither mean nor last; the mean is chosen. Afterwards
-    open, until a median falls below ratio * reference; then shut, until one is at or above the reference. ratio 0: never shuts again.
+    The mean over the first `warmup` steps is the reference. UNSURE: the paper says neither mean nor
+    last; the mean is chosen. Afterwards open, until a median falls below ratio * reference; then
+    shut, until one is at or above the reference. ratio 0: never shuts again.
     """
 
     warmup: int
     ratio: float
-    seen: list[float] = field(default_factory=list)  # medians of the warm-up steps (nats)
-    is_shut: bool = False  # by a low median
+    # medians of the warm-up steps (nats)
+    seen: list[float] = field(default_factory=list)
+    # by a low median
+    is_shut: bool = False
 
     def observe(self, median: float) -> bool:
-        """Take in a step's median entropy (nats); whether the gate is open in that step. NaN (no taught token) changes nothing."""
+        """Take in a step's median entropy (nats); whether the gate is open in that step. NaN (no
+        taught token) changes nothing.
+        """
         if len(self.seen) < self.warmup:
             if not math.isnan(median):
                 self.seen.append(median)
@@ -134,12 +158,15 @@ class EntropyGate:
 
 
 @torch.no_grad()
-def returns(log_ratio_R: Tensor, mask_R: Tensor, lens_N: Tensor, *, clip: float, group: dist.ProcessGroup | None) -> Tensor:
+def returns(
+    log_ratio_R: Tensor, mask_R: Tensor, lens_N: Tensor, *, clip: float, group: dist.ProcessGroup | None
+) -> Tensor:
     """advantages_R float64 of MiniLLM (2306.08543): whitened returns to go, 0 outside the mask.
 
-    log_ratio_R: log T(y) - log S(y) (nats), brought into [-clip, clip]. The return of a token is the mean of that over it and the later
-    tokens of its response; whitening over all tokens of the mask (mean 0, population variance 1; the paper's factor 2 before cancels, but
-    makes its clip of 100 one of 50 here). Two all_reduces of 6 and 3 int64.
+    log_ratio_R: log T(y) - log S(y) (nats), brought into [-clip, clip]. The return of a token is
+    the mean of that over it and the later tokens of its response; whitening over all tokens of the
+    mask (mean 0, population variance 1; the paper's factor 2 before cancels, but makes its clip of
+    100 one of 50 here). Two all_reduces of 6 and 3 int64.
     """
     reward_R = torch.where(mask_R, log_ratio_R.double().clamp(-clip, clip), 0.0)
     to_go = [part.flip(0).cumsum(0).flip(0) for part in _by_response(reward_R, lens_N)]
@@ -162,18 +189,22 @@ def margin_shift(
     margin: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """advantages_R float64 of Uni-OPD (2605.03677), global scope, mean mode: log T(y) - log S(y), shifted by response; 0 outside the mask.
+    """advantages_R float64 of Uni-OPD (2605.03677), global scope, mean mode: log T(y) - log S(y),
+    shifted by response; 0 outside the mask.
 
-    With s the mean log-ratio of a response's tokens in the mask: where mean s of right responses - mean s of wrong ones falls short of
-    margin (nats), half of what is missing is added to the tokens of the right and taken from those of the wrong. Responses without a
-    verdict (scored_N False) or without a token in the mask do not count and are not shifted; without both classes nobody is. One all_reduce
-    of 12 int64.
+    With s the mean log-ratio of a response's tokens in the mask: where mean s of right responses -
+    mean s of wrong ones falls short of margin (nats), half of what is missing is added to the
+    tokens of the right and taken from those of the wrong. Responses without a verdict (scored_N
+    False) or without a token in the mask do not count and are not shifted; without both classes
+    nobody is. One all_reduce of 12 int64.
     """
     advantage_R = torch.where(mask_R, log_ratio_R.double(), 0.0)
     sums_N, counts_N = _sums(advantage_R, lens_N), _sums(mask_R.double(), lens_N)
     mean_N, counted_N = sums_N / counts_N.clamp(min=1), scored_N & (counts_N > 0)
     classes = [counted_N & right_N, counted_N & ~right_N]
-    values = [part for members_N in classes for part in (torch.where(members_N, mean_N, 0.0), members_N.double())]
+    values = [
+        part for members_N in classes for part in (torch.where(members_N, mean_N, 0.0), members_N.double())
+    ]
     right, num_right, wrong, num_wrong = _global_sums(values, group)
     missing = margin - (right / num_right - wrong / num_wrong) if num_right and num_wrong else 0.0
     shift_N = (classes[0].double() - classes[1].double()) * max(missing, 0.0) / 2
@@ -182,13 +213,17 @@ def margin_shift(
 
 @torch.no_grad()
 def scan(divergence_R: Tensor, mask_R: Tensor, lens_N: Tensor, *, kappa: float) -> Tensor:
-    """coefficient_R float64: the derivative in each token's divergence r of the sum of DASH's scan (2608.06243); 0 outside the mask.
+    """coefficient_R float64: the derivative in each token's divergence r of the sum of DASH's scan
+    (2608.06243); 0 outside the mask.
 
-    Over the tokens of the mask of one response: A_last = r_last, A_t = r_t + lam_t A_{t+1}, lam_t = sigmoid(-kappa (r_t - mean r)),
-    detached; so c_first = 1, c_t = 1 + lam_{t-1} c_{t-1}, and sum c r = sum A. kappa: per nat. No collective.
+    Over the tokens of the mask of one response: A_last = r_last, A_t = r_t + lam_t A_{t+1}, lam_t =
+    sigmoid(-kappa (r_t - mean r)), detached; so c_first = 1, c_t = 1 + lam_{t-1} c_{t-1}, and sum c
+    r = sum A. kappa: per nat. No collective.
     """
     found = []
-    for values, mask in zip(_by_response(divergence_R.double(), lens_N), _by_response(mask_R, lens_N), strict=True):
+    for values, mask in zip(
+        _by_response(divergence_R.double(), lens_N), _by_response(mask_R, lens_N), strict=True
+    ):
         r = values[mask]
         carried, coefficients = 0.0, []
         for gate in torch.sigmoid(-kappa * (r - r.mean())).tolist():
@@ -200,7 +235,9 @@ def scan(divergence_R: Tensor, mask_R: Tensor, lens_N: Tensor, *, kappa: float) 
 
 @torch.no_grad()
 def sequence_log_ratio(logp_R: Tensor, old_logp_R: Tensor, lens_N: Tensor) -> Tensor:
-    """[R] float64: the mean over each response of log pi_theta - log pi_old, at each of its tokens (GSPO 2507.18071). No collective."""
+    """[R] float64: the mean over each response of log pi_theta - log pi_old, at each of its tokens
+    (GSPO 2507.18071). No collective.
+    """
     ratio_R = logp_R.double() - old_logp_R.double()
     return (_sums(ratio_R, lens_N) / lens_N.clamp(min=1)).repeat_interleave(lens_N)
 

@@ -1,7 +1,9 @@
-"""After the teacher's pass and before the student's: what every response token weighs in each term, and what depends on whole sequences.
+"""After the teacher's pass and before the student's: what every response token weighs in each term,
+and what depends on whole sequences.
 
-N samples of this data-parallel rank, R response tokens of all of them. Statistics go over the data-parallel group, so that nothing depends
-on how samples are dealt. Context-parallel ranks hold the same samples and compute the same; tensor-parallel ones too.
+N samples of this data-parallel rank, R response tokens of all of them. Statistics go over the
+data-parallel group, so that nothing depends on how samples are dealt. Context-parallel ranks hold
+the same samples and compute the same; tensor-parallel ones too.
 """
 
 from __future__ import annotations
@@ -16,25 +18,30 @@ from torch import Tensor
 from megasd.batch.batch import TERMS, Batch
 from megasd.config.schema import AlgorithmConfig
 from megasd.loss import credit as credits
-from megasd.loss import sequence_stats as sequences
-from megasd.loss.normalise import Normaliser, global_normalisers, token_weights
+from megasd.loss import sequence_stats
+from megasd.loss.normalise import Normaliser, global_normalisers, term_weights
 
 
 @dataclass
-class Weighed:
+class TokenWeights:
     """What the loss of a step reads beside the logits, by response token."""
 
-    weights: dict[str, Tensor]  # term -> float64 [R]
-    streams: dict[str, Tensor]  # [R] each
-    figures: dict[str, float] = field(default_factory=dict)  # for metrics, the same on all ranks
+    # term -> float64 [R]
+    weights: dict[str, Tensor]
+    # [R] each
+    streams: dict[str, Tensor]
+    # for metrics, the same on all ranks
+    metrics: dict[str, float] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Weighed:
+    def to(self, device: torch.device) -> TokenWeights:
         """All of it on the device, so that a microbatch takes its tokens there."""
-        weights, streams = ({name: t.to(device) for name, t in part.items()} for part in (self.weights, self.streams))
-        return Weighed(weights, streams, self.figures)
+        weights, streams = (
+            {name: t.to(device) for name, t in part.items()} for part in (self.weights, self.streams)
+        )
+        return TokenWeights(weights, streams, self.metrics)
 
 
-def weigh(
+def token_weights(
     batch: Batch,
     streams: dict[str, Tensor],
     algorithm: AlgorithmConfig,
@@ -44,22 +51,30 @@ def weigh(
     mean_weight: float | None,
     room: int,
     dp_group: dist.ProcessGroup | None,
-) -> Weighed:
-    """streams [R]: the batch's, "taught"; on the last pipeline stage, where the algorithm asks for them, "teacher_logp",
-    "teacher_entropy", "contrast_logp" [C - 1, R], "contrast_present", "old_logp", "divergence". room: rollout.max_response_tokens.
-    normaliser, mean_weight: what question weights are divided by, as loss/normalise.py's normaliser and dataset_mean.
-    observe: takes the batch's median teacher entropy (None on a stage that sees no logits) to (is the entropy gate open, that median).
+) -> TokenWeights:
+    """streams [R]: the batch's, "distilled"; on the last pipeline stage, where the algorithm asks
+    for them, "teacher_logp", "teacher_entropy", "contrast_logp" [C - 1, R], "contrast_present",
+    "old_logp", "divergence". room: rollout.max_response_tokens. normaliser, mean_weight: what
+    question weights are divided by, as loss/normalise.py's normaliser and dataset_mean. observe:
+    takes the batch's median teacher entropy (None on a stage that sees no logits) to (is the
+    entropy gate open, that median).
 
-    Collectives over dp_group: one all_reduce of the normalisers, and those of loss/sequence_stats.py that the algorithm uses.
+    Collectives over dp_group: one all_reduce of the normalisers, and those of
+    loss/sequence_stats.py that the algorithm uses.
     """
     lens_N, streams, figures = batch.response_lens, dict(streams), {}
-    masks = {term: _spread(batch.mask(term), lens_N) for term in TERMS if getattr(algorithm, term) is not None}
+    masks = {
+        term: _spread(batch.mask(term), lens_N) for term in TERMS if getattr(algorithm, term) is not None
+    }
     if "distill" in masks:
         masks["distill"] &= _within(lens_N, algorithm.distill.skip_tokens, algorithm.distill.max_tokens)
     if algorithm.policy_gradient is not None and algorithm.policy_gradient.credit is not None:
         figures = _credit(batch, masks, streams, algorithm, observe, dp_group)
     ones_N, weight_N = torch.ones_like(batch.question_weight), batch.question_weight
-    of_terms = {term: weight_N if term == "distill" or algorithm.question_weight.terms == "all" else ones_N for term in masks}
+    of_terms = {
+        term: weight_N if term == "distill" or algorithm.question_weight.terms == "all" else ones_N
+        for term in masks
+    }
     normalisers = global_normalisers(
         of_terms,
         batch.question_size,
@@ -70,18 +85,29 @@ def weigh(
         dp_group=dp_group,
     )
     weights = {
-        term: token_weights(of_terms[term], mask_R, lens_N, normaliser=normalisers[term], aggregation=algorithm.aggregation, room=room)
+        term: term_weights(
+            of_terms[term],
+            mask_R,
+            lens_N,
+            normaliser=normalisers[term],
+            aggregation=algorithm.aggregation,
+            room=room,
+        )
         for term, mask_R in masks.items()
     }
     if "distill" in weights:
-        weights["distill"] = weights["distill"] * _token_factor(streams, masks["distill"], lens_N, algorithm, dp_group)
-    return Weighed(weights, streams, figures | _question_figures(normalisers))
+        weights["distill"] = weights["distill"] * _token_factor(
+            streams, masks["distill"], lens_N, algorithm, dp_group
+        )
+    return TokenWeights(weights, streams, figures | _question_figures(normalisers))
 
 
-def entropy_gate(algorithm: AlgorithmConfig) -> sequences.EntropyGate:
+def entropy_gate(algorithm: AlgorithmConfig) -> sequence_stats.EntropyGate:
     """As the algorithm's credit has it; one that nothing asks where it has none."""
     credit = algorithm.policy_gradient.credit if algorithm.policy_gradient is not None else None
-    return sequences.EntropyGate(warmup=credit.gate_warmup if credit else 1, ratio=credit.gate_ratio if credit else 0.0)
+    return sequence_stats.EntropyGate(
+        warmup=credit.gate_warmup if credit else 1, ratio=credit.gate_ratio if credit else 0.0
+    )
 
 
 def _question_figures(normalisers: dict[str, Normaliser]) -> dict[str, float]:
@@ -91,15 +117,22 @@ def _question_figures(normalisers: dict[str, Normaliser]) -> dict[str, float]:
 
 
 def _token_factor(
-    streams: dict[str, Tensor], mask_R: Tensor, lens_N: Tensor, algorithm: AlgorithmConfig, dp_group: dist.ProcessGroup | None
+    streams: dict[str, Tensor],
+    mask_R: Tensor,
+    lens_N: Tensor,
+    algorithm: AlgorithmConfig,
+    dp_group: dist.ProcessGroup | None,
 ) -> Tensor | float:
     """Factor of the distillation weight of each token; 1 on stages that see no logits."""
     term = algorithm.distill
     if term.token_weight == "confidence" and "teacher_entropy" in streams:
-        taught_R = mask_R & streams["taught"].cpu()  # those of weight 0 had no teacher's pass
-        return sequences.confidence(streams["teacher_entropy"].cpu(), taught_R, scale=term.token_weight_scale, group=dp_group)
+        # those of weight 0 had no teacher's pass
+        distilled_R = mask_R & streams["distilled"].cpu()
+        return sequence_stats.confidence(
+            streams["teacher_entropy"].cpu(), distilled_R, scale=term.token_weight_scale, group=dp_group
+        )
     if term.token_weight == "scan" and "divergence" in streams:
-        return sequences.scan(streams["divergence"].cpu(), mask_R, lens_N, kappa=term.token_weight_scale)
+        return sequence_stats.scan(streams["divergence"].cpu(), mask_R, lens_N, kappa=term.token_weight_scale)
     return 1.0
 
 
@@ -111,39 +144,60 @@ def _credit(
     observe: Callable[[float | None], tuple[bool, float]],
     dp_group: dist.ProcessGroup | None,
 ) -> dict[str, float]:
-    """Adds to `streams` (and, for a second path, to `masks`) what credit needs of whole sequences or of the whole batch; figures."""
+    """Adds to `streams` (and, for a second path, to `masks`) what credit needs of whole sequences
+    or of the whole batch; figures.
+    """
     credit, lens_N = algorithm.policy_gradient.credit, batch.response_lens
     has_logits = "teacher_logp" in streams
     if credit.kind == "rlcsd":
         second_R = torch.zeros(len(batch.response_ids), dtype=torch.bool)
         if has_logits:
-            e_R = credits.contrast(streams["teacher_logp"], streams["contrast_logp"], streams["contrast_present"])
-            e_R = torch.where(streams["taught"], e_R, 0.0)
+            e_R = credits.contrast(
+                streams["teacher_logp"], streams["contrast_logp"], streams["contrast_present"]
+            )
+            e_R = torch.where(streams["distilled"], e_R, 0.0)
             options = {"lam": credit.lam, "tau": credit.tau, "threshold": credit.threshold}
-            streams["second_advantage"], second_R = credits.rlcsd(streams["advantage"].to(e_R), e_R, **options)
+            streams["second_advantage"], second_R = credits.rlcsd(
+                streams["advantage"].to(e_R), e_R, **options
+            )
         masks["second_path"] = masks["policy_gradient"] & second_R.cpu()
         masks["policy_gradient"] &= ~second_R.cpu()
-    taught_R = streams["taught"].cpu() & masks["policy_gradient"]
+    distilled_R = streams["distilled"].cpu() & masks["policy_gradient"]
     if credit.kind == "antisd":
-        is_open, median = observe(sequences.median(streams["teacher_entropy"].cpu(), taught_R, group=dp_group) if has_logits else None)
+        is_open, median = observe(
+            sequence_stats.median(streams["teacher_entropy"].cpu(), distilled_R, group=dp_group)
+            if has_logits
+            else None
+        )
         streams["gate"] = torch.full_like(streams["advantage"], float(is_open))
         return {"gate": float(is_open), "median_teacher_entropy": median}
     if not has_logits:
         return {}
     if credit.kind == "cepo":
         streams["contrasted"] = streams["contrast_present"].any(0)
-        gap_R = credits.contrast(streams["teacher_logp"], streams["contrast_logp"], streams["contrast_present"])
-        streams["contrast_logp"] = streams["teacher_logp"] - gap_R  # of the mean of the contrasting teachers; one here
+        gap_R = credits.contrast(
+            streams["teacher_logp"], streams["contrast_logp"], streams["contrast_present"]
+        )
+        # of the mean of the contrasting teachers; one here
+        streams["contrast_logp"] = streams["teacher_logp"] - gap_R
     if credit.kind == "egrsd":
         discount = {"scale": credit.entropy_scale, "window": credit.window, "group": dp_group}
-        streams["discount"] = sequences.entropy_discount(streams["teacher_entropy"].cpu(), taught_R, lens_N, **discount)
+        streams["discount"] = sequence_stats.entropy_discount(
+            streams["teacher_entropy"].cpu(), distilled_R, lens_N, **discount
+        )
     if credit.kind in ("return", "margin"):
-        log_ratio_R = torch.where(streams["taught"], streams["teacher_logp"] - streams["old_logp"], 0.0).cpu()
+        log_ratio_R = torch.where(
+            streams["distilled"], streams["teacher_logp"] - streams["old_logp"], 0.0
+        ).cpu()
         if credit.kind == "return":
-            added_R = sequences.returns(log_ratio_R, taught_R, lens_N, clip=credit.clip_return, group=dp_group)
+            added_R = sequence_stats.returns(
+                log_ratio_R, distilled_R, lens_N, clip=credit.clip_return, group=dp_group
+            )
         else:
             verdicts = {"right_N": batch.right, "scored_N": batch.scored}
-            added_R = sequences.margin_shift(log_ratio_R, taught_R, lens_N, **verdicts, margin=credit.margin, group=dp_group)
+            added_R = sequence_stats.margin_shift(
+                log_ratio_R, distilled_R, lens_N, **verdicts, margin=credit.margin, group=dp_group
+            )
         streams["advantage"] = streams["advantage"] + added_R.to(streams["advantage"])
     return {}
 

@@ -1,4 +1,6 @@
-"""What the dense decoder families have in common: Megatron's arguments and the rules of a layer, and what none of them supports."""
+"""What the dense decoder families have in common: Megatron's arguments and the rules of a layer,
+and what none of them supports.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from megasd.models import tp_layouts as mapping
-from megasd.models.param_table import Family, Rope, Rule, key, mlp_rules, refuse
+from megasd.models import tp_layouts
+from megasd.models.param_table import Family, ParamRule, Rope, key, mlp_rules, refuse
 
 
 def check(hf: Mapping[str, Any]) -> None:
@@ -40,7 +42,9 @@ def query_groups(hf: Mapping[str, Any]) -> int:
 
 
 def family(hf: Mapping[str, Any], ropes: tuple[Rope, ...], **particular: Any) -> Family:
-    """Megatron's arguments. `particular`: fields of TransformerConfig that the family adds; `layer_ropes` and `post_norm` of Family."""
+    """Megatron's arguments. `particular`: fields of TransformerConfig that the family adds;
+    `layer_ropes` and `post_norm` of Family.
+    """
     fields = {name: particular.pop(name) for name in ("layer_ropes", "post_norm") if name in particular}
     transformer: dict[str, Any] = {
         "num_layers": key(hf, "num_hidden_layers"),
@@ -67,30 +71,36 @@ def family(hf: Mapping[str, Any], ropes: tuple[Rope, ...], **particular: Any) ->
     return Family(transformer, gpt, int(key(hf, "vocab_size")), ropes, **fields)
 
 
-def attention_rules(hf: Mapping[str, Any], *, qkv_bias: bool = False) -> list[Rule]:
+def attention_rules(hf: Mapping[str, Any], *, qkv_bias: bool = False) -> list[ParamRule]:
     """linear_qkv and linear_proj."""
     hidden, groups, size = key(hf, "hidden_size"), query_groups(hf), head_dim(hf)
     rows = {"q_proj": key(hf, "num_attention_heads") * size, "k_proj": groups * size, "v_proj": groups * size}
-    qkv = partial(mapping.qkv, num_query_groups=groups)
+    qkv = partial(tp_layouts.qkv, num_query_groups=groups)
     weights = {f"self_attn.{name}.weight": (length, hidden) for name, length in rows.items()}
     biases = {f"self_attn.{name}.bias": (length,) for name, length in rows.items()}
     return [
-        Rule("self_attention.linear_qkv.weight", weights, qkv),
-        *([Rule("self_attention.linear_qkv.bias", biases, qkv)] if qkv_bias else []),
-        Rule("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, rows["q_proj"])}, mapping.row),
+        ParamRule("self_attention.linear_qkv.weight", weights, qkv),
+        *([ParamRule("self_attention.linear_qkv.bias", biases, qkv)] if qkv_bias else []),
+        ParamRule(
+            "self_attention.linear_proj.weight",
+            {"self_attn.o_proj.weight": (hidden, rows["q_proj"])},
+            tp_layouts.row,
+        ),
     ]
 
 
-def norm_rules(hf: Mapping[str, Any]) -> list[Rule]:
+def norm_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
     """The two norms before attention and MLP."""
     hidden = key(hf, "hidden_size")
     return [
-        Rule("input_layernorm.weight", {"input_layernorm.weight": (hidden,)}, mapping.replicated),
-        Rule("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": (hidden,)}, mapping.replicated),
+        ParamRule("input_layernorm.weight", {"input_layernorm.weight": (hidden,)}, tp_layouts.replicated),
+        ParamRule(
+            "pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": (hidden,)}, tp_layouts.replicated
+        ),
     ]
 
 
-def layer_rules(hf: Mapping[str, Any], *, qkv_bias: bool = False) -> list[Rule]:
+def layer_rules(hf: Mapping[str, Any], *, qkv_bias: bool = False) -> list[ParamRule]:
     """A Llama-like layer: norms before, gated MLP."""
     mlp = mlp_rules("mlp.", "mlp.", key(hf, "hidden_size"), key(hf, "intermediate_size"))
     return [*norm_rules(hf), *attention_rules(hf, qkv_bias=qkv_bias), *mlp]

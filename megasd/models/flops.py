@@ -1,9 +1,11 @@
 """Floating-point operations of a model, counted from its config.json. Plain Python.
 
-A multiply-add counts 2. Counted are matrix products: projections, attention scores and values, router, experts a token visits, output
-layer; not norms, rotary tables, softmax (below 1 % at the sizes this is for). Attention is causal: a token sees itself and what is before
-it, or the last `sliding_window` tokens. A backward is twice its forward; activations computed anew cost their forward again. The same
-count as PaLM's model FLOPs (2204.02311, appendix B) but for the causal half, which FlashAttention does not compute.
+A multiply-add counts 2. Counted are matrix products: projections, attention scores and values,
+router, experts a token visits, output layer; not norms, rotary tables, softmax (below 1 % at the
+sizes this is for). Attention is causal: a token sees itself and what is before it, or the last
+`sliding_window` tokens. A backward is twice its forward; activations computed anew cost their
+forward again. The same count as PaLM's model FLOPs (2204.02311, appendix B) but for the causal
+half, which FlashAttention does not compute.
 """
 
 from __future__ import annotations
@@ -20,12 +22,18 @@ def head_dim(hf: Mapping[str, Any]) -> int:
 
 
 def linear_weights(hf: Mapping[str, Any]) -> int:
-    """Weights of one layer's matrices that one token meets: of a mixture of experts, those of the experts it visits and the router."""
+    """Weights of one layer's matrices that one token meets: of a mixture of experts, those of the
+    experts it visits and the router.
+    """
     h, d = hf["hidden_size"], head_dim(hf)
     heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
     attention = h * d * (2 * heads + 2 * groups)
     if hf.get("num_experts"):
-        return attention + hf["num_experts_per_tok"] * 3 * h * hf["moe_intermediate_size"] + h * hf["num_experts"]
+        return (
+            attention
+            + hf["num_experts_per_tok"] * 3 * h * hf["moe_intermediate_size"]
+            + h * hf["num_experts"]
+        )
     return attention + 3 * h * hf["intermediate_size"]
 
 
@@ -42,7 +50,9 @@ def layers_flops(hf: Mapping[str, Any], length: int) -> float:
 
 
 def scores_flops(hf: Mapping[str, Any], length: int) -> float:
-    """Forward of the core attention of all layers over one sequence: a pair costs one product with the key and one with the value."""
+    """Forward of the core attention of all layers over one sequence: a pair costs one product with
+    the key and one with the value.
+    """
     pairs = sum(count * attention_pairs(length, window) for window, count in Counter(_windows(hf)).items())
     return 4.0 * hf["num_attention_heads"] * head_dim(hf) * pairs
 
@@ -58,18 +68,25 @@ def forward_flops(hf: Mapping[str, Any], length: int, predicted: int) -> float:
 
 
 def recompute_flops(hf: Mapping[str, Any], length: int, actor: ActorConfig) -> float:
-    """What the backward of one sequence computes anew by actor.recompute_*: layers, attention scores, or the MLP; norms are not counted."""
+    """What the backward of one sequence computes anew by actor.recompute_*: layers, attention
+    scores, or the MLP; norms are not counted.
+    """
     if actor.recompute_granularity is None:
         return 0.0
     layers = hf["num_hidden_layers"]
     if actor.recompute_granularity == "full":
         share = 1.0
-        if actor.recompute_method == "block":  # the first layers of each pipeline stage
+        # the first layers of each pipeline stage
+        if actor.recompute_method == "block":
             share = min(1.0, actor.recompute_num_layers * actor.pipeline_model_parallel_size / layers)
         return share * layers_flops(hf, length)
     flops = scores_flops(hf, length) if "core_attn" in actor.recompute_modules else 0.0
     if {"mlp", "moe"} & set(actor.recompute_modules):
-        h, heads, groups = hf["hidden_size"], hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
+        h, heads, groups = (
+            hf["hidden_size"],
+            hf["num_attention_heads"],
+            hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        )
         flops += 2.0 * (linear_weights(hf) - h * head_dim(hf) * (2 * heads + 2 * groups)) * layers * length
     return flops
 

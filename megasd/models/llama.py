@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from megasd.models import dense
-from megasd.models.param_table import Family, Rule
+from megasd.models.param_table import Family, ParamRule
 from megasd.models.rope import rope
 
 MODEL_TYPES = ("llama",)
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a silently different model."""
+    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a
+    silently different model.
+    """
     dense.check(hf)
     dense.check_full_attention(hf)
 
@@ -23,10 +25,12 @@ def num_experts(hf: Mapping[str, Any]) -> int:
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or not supported."""
+    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or
+    not supported.
+    """
     return dense.family(hf, (rope(hf, dense.head_dim(hf)),))
 
 
-def layer_rules(hf: Mapping[str, Any]) -> list[Rule]:
+def layer_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
     """One layer. Hugging Face names lack the prefix `model.layers.<i>.`."""
     return dense.layer_rules(hf)

@@ -1,22 +1,27 @@
-"""OLMo-2 and OLMo-3: norms after attention and MLP, q/k norms over all heads; in OLMo-3 sliding windows with a rope of their own."""
+"""OLMo-2 and OLMo-3: norms after attention and MLP, q/k norms over all heads; in OLMo-3 sliding
+windows with a rope of their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from megasd.models import dense
-from megasd.models import tp_layouts as mapping
-from megasd.models.param_table import Family, Rope, Rule, key, mlp_rules, refuse
-from megasd.models.rope import rope, rope_parameters, table
+from megasd.models import dense, tp_layouts
+from megasd.models.param_table import Family, ParamRule, Rope, key, mlp_rules, refuse
+from megasd.models.rope import rope, rope_parameters, rope_table
 
 MODEL_TYPES = ("olmo2", "olmo3")
-_KINDS = ("full_attention", "sliding_attention")  # a layer's rope table is its place here
-_THETA = 500000.0  # that transformers gives sliding layers of a config.json in its old spelling
+# a layer's rope table is its place here
+_KINDS = ("full_attention", "sliding_attention")
+# that transformers gives sliding layers of a config.json in its old spelling
+_THETA = 500000.0
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a silently different model."""
+    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a
+    silently different model.
+    """
     dense.check(hf)
     if hf.get("clip_qkv"):
         refuse(hf, "clip_qkv", "queries, keys and values are not clipped")
@@ -25,7 +30,9 @@ def check(hf: Mapping[str, Any]) -> None:
         return
     types = _layer_types(hf)
     if len(types) != key(hf, "num_hidden_layers") or set(types) - set(_KINDS):
-        refuse(hf, "layer_types", f"one of {', '.join(_KINDS)} for each of {key(hf, 'num_hidden_layers')} layers")
+        refuse(
+            hf, "layer_types", f"one of {', '.join(_KINDS)} for each of {key(hf, 'num_hidden_layers')} layers"
+        )
     if "sliding_attention" in types and not hf.get("sliding_window"):
         refuse(hf, "sliding_window", "layer_types asks for sliding layers; give the window (tokens)")
 
@@ -40,7 +47,9 @@ def _layer_types(hf: Mapping[str, Any]) -> list[str]:
 
 
 def _ropes(hf: Mapping[str, Any]) -> tuple[Rope, ...]:
-    """The tables of full and of sliding layers. Scaling in the old spelling is meant for full layers alone."""
+    """The tables of full and of sliding layers. Scaling in the old spelling is meant for full
+    layers alone.
+    """
     where, parameters = rope_parameters(hf)
     size = dense.head_dim(hf)
     if where == "rope_parameters":
@@ -53,32 +62,59 @@ def _ropes(hf: Mapping[str, Any]) -> tuple[Rope, ...]:
             parameters[kind] = {"rope_theta": _THETA} | nested
             if not nested.get("truncate", True):
                 refuse(hf, where, "transformers does not read a nested truncate")
-        return tuple(table(hf, where, parameters[kind], size) for kind in _KINDS)
+        return tuple(rope_table(hf, where, parameters[kind], size) for kind in _KINDS)
     if float(key(hf, "rope_theta")) != _THETA:
-        refuse(hf, "rope_theta", f"transformers gives sliding layers {_THETA}; write rope_parameters by layer type")
-    return table(hf, where, parameters, size), table(hf, where, {}, size)
+        refuse(
+            hf,
+            "rope_theta",
+            f"transformers gives sliding layers {_THETA}; write rope_parameters by layer type",
+        )
+    return rope_table(hf, where, parameters, size), rope_table(hf, where, {}, size)
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or not supported.
+    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or
+    not supported.
 
-    qk_layernorm stays False: Megatron would sum the gradients of q/k norms over tensor-parallel ranks, which here hold different weights.
+    qk_layernorm stays False: Megatron would sum the gradients of q/k norms over tensor-parallel
+    ranks, which here hold different weights.
     """
     if hf.get("model_type") == "olmo2":
         return dense.family(hf, (rope(hf, dense.head_dim(hf)),), post_norm=True)
     sliding = [int(kind == "sliding_attention") for kind in _layer_types(hf)]
-    windows = {"window_size": (hf["sliding_window"] - 1, 0), "window_attn_skip_freq": sliding} if any(sliding) else {}
+    windows = (
+        {"window_size": (hf["sliding_window"] - 1, 0), "window_attn_skip_freq": sliding}
+        if any(sliding)
+        else {}
+    )
     return dense.family(hf, _ropes(hf), layer_ropes=tuple(sliding), post_norm=True, **windows)
 
 
-def layer_rules(hf: Mapping[str, Any]) -> list[Rule]:
-    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`. A norm after a layer belongs to its last linear layer."""
+def layer_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
+    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`. A norm after a layer
+    belongs to its last linear layer.
+    """
     hidden, size = key(hf, "hidden_size"), dense.head_dim(hf)
     rows = {"q": key(hf, "num_attention_heads") * size, "k": dense.query_groups(hf) * size}
     return [
         *dense.attention_rules(hf),
-        *(Rule(f"self_attention.{n}_layernorm.weight", {f"self_attn.{n}_norm.weight": (rows[n],)}, mapping.column) for n in rows),
-        Rule("self_attention.linear_proj.post_layernorm.weight", {"post_attention_layernorm.weight": (hidden,)}, mapping.replicated),
+        *(
+            ParamRule(
+                f"self_attention.{n}_layernorm.weight",
+                {f"self_attn.{n}_norm.weight": (rows[n],)},
+                tp_layouts.column,
+            )
+            for n in rows
+        ),
+        ParamRule(
+            "self_attention.linear_proj.post_layernorm.weight",
+            {"post_attention_layernorm.weight": (hidden,)},
+            tp_layouts.replicated,
+        ),
         *mlp_rules("mlp.", "mlp.", hidden, key(hf, "intermediate_size")),
-        Rule("mlp.linear_fc2.post_layernorm.weight", {"post_feedforward_layernorm.weight": (hidden,)}, mapping.replicated),
+        ParamRule(
+            "mlp.linear_fc2.post_layernorm.weight",
+            {"post_feedforward_layernorm.weight": (hidden,)},
+            tp_layouts.replicated,
+        ),
     ]

@@ -1,12 +1,16 @@
-"""The one table of names of a model, read in both directions: which Hugging Face tensors make up each Megatron parameter.
+"""The one table of names of a model, read in both directions: which Hugging Face tensors make up
+each Megatron parameter.
 
     table = families.table(hf_config)
     params = global_params(dict(model.named_parameters()), layer_offset=8, expert_offset=0)
-    rule = table.rule("decoder.layers.9.mlp.linear_fc1.weight")   # gate_proj and up_proj of layer 9, layout `gated`
+    # gate_proj and up_proj of layer 9, layout `gated`
+    rule = table.rule("decoder.layers.9.mlp.linear_fc1.weight")
 
-Names are those of megatron-core's GPTModel with the local layer spec and SequentialMLP experts, made global: layers and experts are
-numbered over the whole model, not over a pipeline stage, a virtual stage or an expert-parallel rank. TransformerEngine's names (a norm
-fused into the linear layer that follows it, grouped experts) are renamed first. A family is one list of rules (qwen3.py, ...).
+Names are those of megatron-core's GPTModel with the local layer spec and SequentialMLP experts,
+made global: layers and experts are numbered over the whole model, not over a pipeline stage, a
+virtual stage or an expert-parallel rank. TransformerEngine's names (a norm fused into the linear
+layer that follows it, grouped experts) are renamed first. A family is one list of rules (qwen3.py,
+...).
 """
 
 from __future__ import annotations
@@ -19,70 +23,91 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from megasd.models import tp_layouts as mapping
+from megasd.models import tp_layouts
 from megasd.models.tp_layouts import Layout, Shape
 from megasd.types import UserError
 
-_TE_NAMES = {  # TransformerEngine fuses the norm into the linear layer that follows it
+# TransformerEngine fuses the norm into the linear layer that follows it
+_TE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
-_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")  # TEGroupedMLP
+# TEGroupedMLP
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Position p turns pair i of a head by the angle p * inverse_frequencies[i]; attention_factor multiplies cosines and sines."""
+    """Position p turns pair i of a head by the angle p * inverse_frequencies[i]; attention_factor
+    multiplies cosines and sines.
+    """
 
-    inverse_frequencies: tuple[float, ...]  # [head_dim / 2], float32 values
+    # [head_dim / 2], float32 values
+    inverse_frequencies: tuple[float, ...]
     attention_factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class Family:
-    """Arguments of Megatron: TransformerConfig(**transformer, <parallelism, dtype>), GPTModel(config, spec, padded vocab, **gpt).
+    """Arguments of Megatron: TransformerConfig(**transformer, <parallelism, dtype>),
+    GPTModel(config, spec, padded vocab, **gpt).
 
-    And what Megatron has no argument for: rotary tables, and norms after attention and MLP with q/k norms over all heads (post_norm).
+    And what Megatron has no argument for: rotary tables, and norms after attention and MLP with q/k
+    norms over all heads (post_norm).
     """
 
     transformer: dict[str, Any]
     gpt: dict[str, Any]
-    vocab_size: int  # tokens, without padding
+    # tokens, without padding
+    vocab_size: int
     ropes: tuple[Rope, ...]
-    layer_ropes: tuple[int, ...] | None = None  # the table of each layer; None = the only one
+    # the table of each layer; None = the only one
+    layer_ropes: tuple[int, ...] | None = None
     post_norm: bool = False
 
 
 @dataclass(frozen=True)
-class Rule:
+class ParamRule:
     """One parameter and the Hugging Face tensors that it is made of.
 
-    Rule("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, heads * head_dim)}, mapping.row)
+    Rule("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, heads *
+    head_dim)}, tp_layouts.row)
     """
 
-    local: str  # Megatron's name, without the layer's prefix
-    parts: Mapping[str, Shape]  # Hugging Face names and whole shapes, in the layout's order
-    layout: Callable[..., Layout]  # (shapes, rank, size) -> Layout; mapping.vocab also takes rows
-    expert: bool = False  # over expert-parallel ranks
+    # Megatron's name, without the layer's prefix
+    local: str
+    # Hugging Face names and whole shapes, in the layout's order
+    parts: Mapping[str, Shape]
+    # (shapes, rank, size) -> Layout; tp_layouts.vocab also takes rows
+    layout: Callable[..., Layout]
+    # over expert-parallel ranks
+    expert: bool = False
 
     def is_cut(self, shape: Shape, ep_size: int) -> bool:
-        """Whether tensor-parallel ranks hold parts of it, given the local shape. Experts: not if expert_tensor_parallel_size is 1."""
+        """Whether tensor-parallel ranks hold parts of it, given the local shape. Experts: not if
+        expert_tensor_parallel_size is 1.
+        """
         if not self.expert:
-            return self.layout is not mapping.replicated
+            return self.layout is not tp_layouts.replicated
         return ep_size == 1 and tuple(self.layout(tuple(self.parts.values()), 0, 1).shape) != tuple(shape)
 
     def shard(self, shape: Shape, rank: int, size: int) -> Layout:
-        """The layout of one tensor-parallel rank's part. UserError unless the local parameter has its shape."""
-        function = partial(self.layout, rows=shape[0]) if self.layout is mapping.vocab else self.layout
+        """The layout of one tensor-parallel rank's part. UserError unless the local parameter has
+        its shape.
+        """
+        function = partial(self.layout, rows=shape[0]) if self.layout is tp_layouts.vocab else self.layout
         try:
             layout = function(tuple(self.parts.values()), rank, size)
         except ValueError as error:
-            raise UserError(f"{self.local}: {error}; choose another actor.tensor_model_parallel_size") from error
+            raise UserError(
+                f"{self.local}: {error}; choose another actor.tensor_model_parallel_size"
+            ) from error
         if tuple(shape) != tuple(layout.shape):
             raise UserError(
-                f"{self.local} has local shape {tuple(shape)}; {', '.join(self.parts)} make {tuple(layout.shape)} on {size} ranks"
+                f"{self.local} has local shape {tuple(shape)}; {', '.join(self.parts)} make"
+                f" {tuple(layout.shape)} on {size} ranks"
             )
         return layout
 
@@ -100,7 +125,9 @@ def refuse(hf: Mapping[str, Any], name: str, why: str) -> NoReturn:
 
 
 def global_name(name: str, *, layer_offset: int = 0, expert_offset: int = 0) -> str:
-    """Table name of a local parameter: local-spec spelling, layers and experts numbered over the whole model."""
+    """Table name of a local parameter: local-spec spelling, layers and experts numbered over the
+    whole model.
+    """
     match = _LAYER.fullmatch(name)
     if match is None:
         return name
@@ -114,39 +141,65 @@ def global_name(name: str, *, layer_offset: int = 0, expert_offset: int = 0) -> 
     return f"decoder.layers.{index}.{suffix}"
 
 
-def global_params(params: Mapping[str, Tensor], *, layer_offset: int = 0, expert_offset: int = 0) -> dict[str, Tensor]:
-    """`dict(model.named_parameters())` of one chunk under table names. `layer_offset`: global number of the chunk's first layer
-    (a virtual pipeline's chunks: merge one dict each); `expert_offset`: of the rank's first expert."""
-    return {global_name(n, layer_offset=layer_offset, expert_offset=expert_offset): p for n, p in params.items()}
+def global_params(
+    params: Mapping[str, Tensor], *, layer_offset: int = 0, expert_offset: int = 0
+) -> dict[str, Tensor]:
+    """`dict(model.named_parameters())` of one chunk under table names. `layer_offset`: global
+    number of the chunk's first layer (a virtual pipeline's chunks: merge one dict each);
+    `expert_offset`: of the rank's first expert.
+    """
+    return {
+        global_name(n, layer_offset=layer_offset, expert_offset=expert_offset): p for n, p in params.items()
+    }
 
 
-class Table:
+class ParamTable:
     """All rules of one model."""
 
-    def __init__(self, hf: Mapping[str, Any], ends: Sequence[Rule], layer: Sequence[Rule], num_experts: int = 0) -> None:
-        """`ends`: embedding, final norm, output layer. `layer`: one layer, whose Hugging Face names lack the prefix `model.layers.<i>.`;
-        in experts' names `{}` stands for the expert's global number."""
+    def __init__(
+        self,
+        hf: Mapping[str, Any],
+        ends: Sequence[ParamRule],
+        layer: Sequence[ParamRule],
+        num_experts: int = 0,
+    ) -> None:
+        """`ends`: embedding, final norm, output layer. `layer`: one layer, whose Hugging Face names
+        lack the prefix `model.layers.<i>.`; in experts' names `{}` stands for the expert's global
+        number.
+        """
         self.num_layers, self.num_experts = int(key(hf, "num_hidden_layers")), num_experts
         self.tied = bool(hf.get("tie_word_embeddings", False))
         self.ends = {rule.local: rule for rule in ends}
         self.layer = {rule.local: rule for rule in layer}
 
-    def rule(self, name: str) -> Rule:
+    def rule(self, name: str) -> ParamRule:
         """The rule of a global name, with full Hugging Face names. UserError if there is none."""
         if name in self.ends:
             return self.ends[name]
         match = _LAYER.fullmatch(name)
         expert = _EXPERT.fullmatch(match[2]) if match is not None else None
         number = int(expert[1]) if expert is not None else None
-        suffix = f"mlp.experts.local_experts.{{}}.{expert[2]}" if expert is not None else match[2] if match is not None else ""
+        suffix = (
+            f"mlp.experts.local_experts.{{}}.{expert[2]}"
+            if expert is not None
+            else match[2]
+            if match is not None
+            else ""
+        )
         rule = self.layer.get(suffix)
-        if rule is None or int(match[1]) >= self.num_layers or (number is not None and number >= self.num_experts):
+        if (
+            rule is None
+            or int(match[1]) >= self.num_layers
+            or (number is not None and number >= self.num_experts)
+        ):
             raise UserError(
                 f"Megatron parameter {name} has no Hugging Face counterpart: "
                 f"config.json has {self.num_layers} layers and {self.num_experts} experts"
             )
-        parts = {f"model.layers.{match[1]}.{part.format(number)}": shape for part, shape in rule.parts.items()}
-        return Rule(name, parts, rule.layout, rule.expert)
+        parts = {
+            f"model.layers.{match[1]}.{part.format(number)}": shape for part, shape in rule.parts.items()
+        }
+        return ParamRule(name, parts, rule.layout, rule.expert)
 
     def names(self) -> Iterator[str]:
         """Every global name of the model, in its order (the output layer of a tied model included)."""
@@ -174,22 +227,33 @@ class Table:
 # ---- rules that several families share ----
 
 
-def ends_rules(hf: Mapping[str, Any]) -> list[Rule]:
-    """What stands before and after the layers. `vocab` layouts also take `rows`, the local number of vocabulary rows."""
+def ends_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
+    """What stands before and after the layers. `vocab` layouts also take `rows`, the local number
+    of vocabulary rows.
+    """
     table, hidden = (key(hf, "vocab_size"), key(hf, "hidden_size")), key(hf, "hidden_size")
-    # A tied model's last pipeline stage holds a copy of the embedding as its output layer: loaded, never exported.
+    # A tied model's last pipeline stage holds a copy of the embedding as its output layer: loaded,
+    # never exported.
     head = "model.embed_tokens.weight" if hf.get("tie_word_embeddings") else "lm_head.weight"
     return [
-        Rule("embedding.word_embeddings.weight", {"model.embed_tokens.weight": table}, mapping.vocab),
-        Rule("decoder.final_layernorm.weight", {"model.norm.weight": (hidden,)}, mapping.replicated),
-        Rule("output_layer.weight", {head: table}, mapping.vocab),
+        ParamRule("embedding.word_embeddings.weight", {"model.embed_tokens.weight": table}, tp_layouts.vocab),
+        ParamRule("decoder.final_layernorm.weight", {"model.norm.weight": (hidden,)}, tp_layouts.replicated),
+        ParamRule("output_layer.weight", {head: table}, tp_layouts.vocab),
     ]
 
 
-def mlp_rules(local: str, prefix: str, hidden: int, width: int, expert: bool = False) -> list[Rule]:
+def mlp_rules(local: str, prefix: str, hidden: int, width: int, expert: bool = False) -> list[ParamRule]:
     """A gated MLP. `local`, `prefix`: Megatron's and Hugging Face's prefixes, with the dot."""
-    gate_up: dict[str, Shape] = {f"{prefix}gate_proj.weight": (width, hidden), f"{prefix}up_proj.weight": (width, hidden)}
+    gate_up: dict[str, Shape] = {
+        f"{prefix}gate_proj.weight": (width, hidden),
+        f"{prefix}up_proj.weight": (width, hidden),
+    }
     return [
-        Rule(f"{local}linear_fc1.weight", gate_up, mapping.gated, expert),
-        Rule(f"{local}linear_fc2.weight", {f"{prefix}down_proj.weight": (hidden, width)}, mapping.row, expert),
+        ParamRule(f"{local}linear_fc1.weight", gate_up, tp_layouts.gated, expert),
+        ParamRule(
+            f"{local}linear_fc2.weight",
+            {f"{prefix}down_proj.weight": (hidden, width)},
+            tp_layouts.row,
+            expert,
+        ),
     ]

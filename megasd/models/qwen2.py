@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from megasd.models import dense
-from megasd.models.param_table import Family, Rule
+from megasd.models.param_table import Family, ParamRule
 from megasd.models.rope import rope
 
 MODEL_TYPES = ("qwen2",)
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a silently different model."""
-    dense.check({name: value for name, value in hf.items() if name != "attention_bias"})  # Qwen2 has it whatever the config says
+    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a
+    silently different model.
+    """
+    # Qwen2 has it whatever the config says
+    dense.check({name: value for name, value in hf.items() if name != "attention_bias"})
     dense.check_full_attention(hf)
 
 
@@ -23,10 +26,12 @@ def num_experts(hf: Mapping[str, Any]) -> int:
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or not supported."""
+    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or
+    not supported.
+    """
     return dense.family(hf, (rope(hf, dense.head_dim(hf)),), add_qkv_bias=True)
 
 
-def layer_rules(hf: Mapping[str, Any]) -> list[Rule]:
+def layer_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
     """One layer. Hugging Face names lack the prefix `model.layers.<i>.`."""
     return dense.layer_rules(hf, qkv_bias=True)

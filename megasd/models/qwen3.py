@@ -1,23 +1,27 @@
-"""Qwen3 and Qwen3-MoE: Llama-like layers with a norm on each query and key head, dense or with experts in every layer."""
+"""Qwen3 and Qwen3-MoE: Llama-like layers with a norm on each query and key head, dense or with
+experts in every layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from megasd.models import dense
-from megasd.models import tp_layouts as mapping
-from megasd.models.param_table import Family, Rule, key, mlp_rules, refuse
+from megasd.models import dense, tp_layouts
+from megasd.models.param_table import Family, ParamRule, key, mlp_rules, refuse
 from megasd.models.rope import rope
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a silently different model."""
+    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a
+    silently different model.
+    """
     dense.check(hf)
     dense.check_full_attention(hf)
-    key(hf, "head_dim")  # its default is not hidden_size / num_attention_heads
+    # its default is not hidden_size / num_attention_heads
+    key(hf, "head_dim")
     if is_moe(hf):
         if not hf.get("norm_topk_prob", False):
             refuse(hf, "norm_topk_prob", "the router normalises the chosen experts' weights")
@@ -35,11 +39,14 @@ def num_experts(hf: Mapping[str, Any]) -> int:
     """0 for a dense model."""
     if not is_moe(hf):
         return 0
-    return int(key(hf, "num_experts", "num_local_experts"))  # the hub's name; the one that transformers 5 writes
+    # the hub's name; the one that transformers 5 writes
+    return int(key(hf, "num_experts", "num_local_experts"))
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or not supported."""
+    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or
+    not supported.
+    """
     check(hf)
     experts: dict[str, Any] = {}
     if is_moe(hf):
@@ -47,7 +54,8 @@ def family(hf: Mapping[str, Any]) -> Family:
             "num_moe_experts": num_experts(hf),
             "moe_ffn_hidden_size": key(hf, "moe_intermediate_size"),
             "moe_router_topk": key(hf, "num_experts_per_tok"),
-            "moe_router_pre_softmax": False,  # softmax over the chosen experts = norm_topk_prob
+            # softmax over the chosen experts = norm_topk_prob
+            "moe_router_pre_softmax": False,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
             "moe_grouped_gemm": False,
@@ -55,17 +63,35 @@ def family(hf: Mapping[str, Any]) -> Family:
     return dense.family(hf, (rope(hf, dense.head_dim(hf)),), qk_layernorm=True, **experts)
 
 
-def layer_rules(hf: Mapping[str, Any]) -> list[Rule]:
-    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`; in experts' names `{}` stands for the expert's global number."""
+def layer_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
+    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`; in experts' names `{}`
+    stands for the expert's global number.
+    """
     hidden = key(hf, "hidden_size")
     attention = [
         *dense.norm_rules(hf),
         *dense.attention_rules(hf),
-        Rule("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": (dense.head_dim(hf),)}, mapping.replicated),
-        Rule("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": (dense.head_dim(hf),)}, mapping.replicated),
+        ParamRule(
+            "self_attention.q_layernorm.weight",
+            {"self_attn.q_norm.weight": (dense.head_dim(hf),)},
+            tp_layouts.replicated,
+        ),
+        ParamRule(
+            "self_attention.k_layernorm.weight",
+            {"self_attn.k_norm.weight": (dense.head_dim(hf),)},
+            tp_layouts.replicated,
+        ),
     ]
     if not is_moe(hf):
         return attention + mlp_rules("mlp.", "mlp.", hidden, key(hf, "intermediate_size"))
-    router = Rule("mlp.router.weight", {"mlp.gate.weight": (num_experts(hf), hidden)}, mapping.replicated)
-    experts = mlp_rules("mlp.experts.local_experts.{}.", "mlp.experts.{}.", hidden, key(hf, "moe_intermediate_size"), expert=True)
+    router = ParamRule(
+        "mlp.router.weight", {"mlp.gate.weight": (num_experts(hf), hidden)}, tp_layouts.replicated
+    )
+    experts = mlp_rules(
+        "mlp.experts.local_experts.{}.",
+        "mlp.experts.{}.",
+        hidden,
+        key(hf, "moe_intermediate_size"),
+        expert=True,
+    )
     return [*attention, router, *experts]

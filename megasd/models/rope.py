@@ -1,6 +1,8 @@
-"""Rotary tables from config.json: inverse frequencies exactly as transformers computes them (float32, in the same order of operations).
+"""Rotary tables from config.json: inverse frequencies exactly as transformers computes them
+(float32, in the same order of operations).
 
-Megatron's own scaling is not used: it hard-codes two of llama3's factors and the original length (rotary_pos_embedding.py:92).
+Megatron's own scaling is not used: it hard-codes two of llama3's factors and the original length
+(rotary_pos_embedding.py:92).
 """
 
 from __future__ import annotations
@@ -15,17 +17,32 @@ from torch import Tensor
 from megasd.models.param_table import Rope, key, refuse
 
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_NEEDED = {"default": set(), "linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor"}, "yarn": {"factor"}}
+_NEEDED = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor"},
+}
 _OPTIONAL = {
     "default": set(),
     "linear": set(),
     "llama3": {"original_max_position_embeddings"},
-    "yarn": {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "yarn": {
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
 }
 
 
 def rope_parameters(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The key of config.json that holds them, and the parameters: rope_parameters (transformers 5), or rope_theta and rope_scaling (4)."""
+    """The key of config.json that holds them, and the parameters: rope_parameters (transformers 5),
+    or rope_theta and rope_scaling (4).
+    """
     new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
     if new and old:
         refuse(hf, "rope_scaling", "rope_parameters says it too; remove one of the two")
@@ -42,11 +59,13 @@ def rope(hf: Mapping[str, Any], head_dim: int) -> Rope:
     where, parameters = rope_parameters(hf)
     if any(isinstance(value, Mapping) for value in parameters.values()):
         refuse(hf, where, "one table for all layers")
-    return table(hf, where, parameters, head_dim)
+    return rope_table(hf, where, parameters, head_dim)
 
 
-def table(hf: Mapping[str, Any], where: str, parameters: Mapping[str, Any], head_dim: int) -> Rope:
-    """The table of these parameters, which stand under `where` in config.json (rope_theta may stand beside it)."""
+def rope_table(hf: Mapping[str, Any], where: str, parameters: Mapping[str, Any], head_dim: int) -> Rope:
+    """The table of these parameters, which stand under `where` in config.json (rope_theta may stand
+    beside it).
+    """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in _NEEDED:
         refuse(hf, where, f"rope_type one of {', '.join(_NEEDED)}")
@@ -83,17 +102,24 @@ def _llama3(frequencies: Tensor, original: float, parameters: Mapping[str, Any])
     return torch.where(between, (1 - smooth) * scaled / factor + smooth * scaled, scaled)
 
 
-def _yarn(base: float, exponents: Tensor, original: float, parameters: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """YaRN (2309.00071): few rotations over the original length are interpolated, many are kept; and its attention factor."""
+def _yarn(
+    base: float, exponents: Tensor, original: float, parameters: Mapping[str, Any]
+) -> tuple[Tensor, float]:
+    """YaRN (2309.00071): few rotations over the original length are interpolated, many are kept;
+    and its attention factor.
+    """
     scale, half = parameters["factor"], len(exponents)
 
     def magnitude(mscale: float) -> float:
         return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
-    def pair(rotations: float) -> float:  # the pair that makes so many rotations over the original length
+    # the pair that makes so many rotations over the original length
+    def pair(rotations: float) -> float:
         return (2 * half * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(base))
 
-    factor, mscale, mscale_all = (parameters.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    factor, mscale, mscale_all = (
+        parameters.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim")
+    )
     if factor is None:
         factor = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
     low, high = pair(parameters.get("beta_fast") or 32), pair(parameters.get("beta_slow") or 1)

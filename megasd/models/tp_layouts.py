@@ -1,7 +1,8 @@
 """How a tensor-parallel shard is cut out of Hugging Face tensors: lists of segments, read in both directions.
 
-A layout answers, for one tensor-parallel rank: which slices of which source tensors make up my shard, and where do they lie in it?
-Loading reads the slices; exporting writes the same slices back. Nothing here knows a process group, a file or a model family.
+A layout answers, for one tensor-parallel rank: which slices of which source tensors make up my
+shard, and where do they lie in it? Loading reads the slices; exporting writes the same slices back.
+Nothing here knows a process group, a file or a model family.
 
     layout = qkv((q_shape, k_shape, v_shape), rank=0, size=2, num_query_groups=2)
     shard  = split((q, k, v), layout)              # Megatron's linear_qkv.weight of rank 0
@@ -21,7 +22,9 @@ Shape = tuple[int, ...]
 
 
 class Segment(NamedTuple):
-    """`source[start : start + length]` along `dim` of source tensor number `part` lies at `shard[offset : offset + length]`."""
+    """`source[start : start + length]` along `dim` of source tensor number `part` lies at
+    `shard[offset : offset + length]`.
+    """
 
     part: int
     dim: int
@@ -31,7 +34,9 @@ class Segment(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The shape of one rank's shard and the segments that fill it; what no segment covers is padding (zeros)."""
+    """The shape of one rank's shard and the segments that fill it; what no segment covers is
+    padding (zeros).
+    """
 
     shape: Shape
     segments: tuple[Segment, ...]
@@ -69,21 +74,26 @@ def gated(shapes: Sequence[Shape], rank: int, size: int) -> Layout:
     if gate != up:
         raise ValueError(f"gate {gate} and up {up} projections differ in shape")
     rows = _share(gate[0], size, "intermediate size")
-    return Layout((2 * rows, gate[1]), (Segment(0, 0, rank * rows, rows, 0), Segment(1, 0, rank * rows, rows, rows)))
+    return Layout(
+        (2 * rows, gate[1]), (Segment(0, 0, rank * rows, rows, 0), Segment(1, 0, rank * rows, rows, rows))
+    )
 
 
 def qkv(shapes: Sequence[Shape], rank: int, size: int, *, num_query_groups: int) -> Layout:
-    """Megatron's fused QKV: for each query group its query heads, its key head, its value head; the rows of that in `size` equal parts.
+    """Megatron's fused QKV: for each query group its query heads, its key head, its value head; the
+    rows of that in `size` equal parts.
 
     Weights `[rows, hidden]` or biases `[rows]`.
 
-    With fewer query groups than ranks a shard is a part of one group, as Megatron's SelfAttention expects (it gathers them itself).
+    With fewer query groups than ranks a shard is a part of one group, as Megatron's SelfAttention
+    expects (it gathers them itself).
     """
     q, k, v = shapes
     heads = [_share(shape[0], num_query_groups, "q, k or v rows (over query groups)") for shape in (q, k, v)]
     rows = _share(q[0] + k[0] + v[0], size, "fused QKV rows")
     first, last = rank * rows, (rank + 1) * rows
-    segments, position = [], 0  # position: row of the fused tensor
+    # position: row of the fused tensor
+    segments, position = [], 0
     for group in range(num_query_groups):
         for part, length in enumerate(heads):
             low, high = max(position, first), min(position + length, last)
@@ -94,13 +104,17 @@ def qkv(shapes: Sequence[Shape], rank: int, size: int, *, num_query_groups: int)
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tp_size: int) -> int:
-    """The vocabulary (tokens) rounded up to a multiple of divisor * tp_size (Megatron's make_vocab_size_divisible_by)."""
+    """The vocabulary (tokens) rounded up to a multiple of divisor * tp_size (Megatron's
+    make_vocab_size_divisible_by).
+    """
     multiple = divisor * tp_size
     return (vocab_size + multiple - 1) // multiple * multiple
 
 
 def vocab(shapes: Sequence[Shape], rank: int, size: int, *, rows: int) -> Layout:
-    """Embedding and output layer: `rows` rows on each rank, the last ones padding when rows * size exceeds the vocabulary."""
+    """Embedding and output layer: `rows` rows on each rank, the last ones padding when rows * size
+    exceeds the vocabulary.
+    """
     (shape,) = shapes
     if rows * size < shape[0]:
         raise ValueError(f"{rows} rows on each of {size} ranks cannot hold a vocabulary of {shape[0]}")
@@ -118,7 +132,9 @@ def split(parts: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def merge(shards: Sequence[Tensor], layouts: Sequence[Layout], parts: Sequence[Tensor]) -> None:
-    """Write the shards of all ranks into the whole source tensors `parts`, in place (and across devices); padding is dropped."""
+    """Write the shards of all ranks into the whole source tensors `parts`, in place (and across
+    devices); padding is dropped.
+    """
     for shard, layout in zip(shards, layouts, strict=True):
         for s in layout.segments:
             parts[s.part].narrow(s.dim, s.start, s.length).copy_(shard.narrow(s.dim, s.offset, s.length))

@@ -1,11 +1,15 @@
-"""The output layer and the loss in one walk over chunks of tokens: neither the logits nor their gradient ever exist as a whole.
+"""The output layer and the loss in one walk over chunks of tokens: neither the logits nor their
+gradient ever exist as a whole.
 
-T tokens, h hidden, V local vocabulary slice. Per chunk: logits of student and teacher (float32, also out of bfloat16 operands), the readout
-of ops/vocab_parallel.py, the caller's loss on it, and at once the gradient of the logits, of the hidden states and of the weight. Four
-GEMMs (student, teacher, hidden gradient, weight gradient), as many as without fusion; peak memory does not depend on T.
+T tokens, h hidden, V local vocabulary slice. Per chunk: logits of student and teacher (float32,
+also out of bfloat16 operands), the readout of ops/vocab_parallel.py, the caller's loss on it, and
+at once the gradient of the logits, of the hidden states and of the weight. Four GEMMs (student,
+teacher, hidden gradient, weight gradient), as many as without fusion; peak memory does not depend
+on T.
 
-The gradients are made in the forward, so every factor of the loss must be in it: token weights, normaliser, importance ratio. The backward
-only hands them over and insists on an upstream gradient of 1 where the weight's gradient has already gone into `main_grad`.
+The gradients are made in the forward, so every factor of the loss must be in it: token weights,
+normaliser, importance ratio. The backward only hands them over and insists on an upstream gradient
+of 1 where the weight's gradient has already gone into `main_grad`.
 """
 
 from __future__ import annotations
@@ -18,29 +22,37 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megasd.ops.vocab_parallel import Readout, ReadoutSpec, TeacherRecord, read, write_gradient_
+from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec, TeacherRecord, compute_logprobs, write_gradient_
 from megasd.ops.vocab_shard import compute_dtype
 
-# (readout of a chunk, its tokens) -> (loss_T, sums to be added up); loss_T is differentiable in the readout and has every weight in it.
-LossFunction = Callable[[Readout, slice], tuple[Tensor, dict[str, Tensor]]]
-_WEIGHT_ROWS = 8192  # rows of a bfloat16 weight that are widened at a time where the BLAS has no float32 output (CPU)
+# (readout of a chunk, its tokens) -> (loss_T, sums to be added up); loss_T is differentiable in the
+# readout and has every weight in it.
+LossFunction = Callable[[LogProbs, slice], tuple[Tensor, dict[str, Tensor]]]
+# rows of a bfloat16 weight that are widened at a time where the BLAS has no float32 output (CPU)
+_WEIGHT_ROWS = 8192
 
 
 @dataclass
 class TeacherHead:
-    """The teacher as final hidden states [T, h] and its own slice [V, h] of the output layer. Neither gets a gradient."""
+    """The teacher as final hidden states [T, h] and its own slice [V, h] of the output layer.
+    Neither gets a gradient.
+    """
 
     hidden_Th: Tensor
     weight_Vh: Tensor
 
 
-Teacher = TeacherHead | TeacherRecord | None
+TeacherSource = TeacherHead | TeacherRecord | None
 
 
-def chunk_tokens(memory_bytes: int, weight_Vh: Tensor, teacher: Teacher) -> int:
-    """Tokens per chunk whose logits (float32, and a half-precision copy of their gradient on a GPU) fit into `memory_bytes`; at least 1."""
+def chunk_tokens(memory_bytes: int, weight_Vh: Tensor, teacher: TeacherSource) -> int:
+    """Tokens per chunk whose logits (float32, and a half-precision copy of their gradient on a GPU)
+    fit into `memory_bytes`; at least 1.
+    """
     columns, wide = weight_Vh.shape[0], compute_dtype(weight_Vh).itemsize
-    words = wide * (1 + isinstance(teacher, TeacherHead)) + (weight_Vh.element_size() if _narrow_gradient(weight_Vh) else 0)
+    words = wide * (1 + isinstance(teacher, TeacherHead)) + (
+        weight_Vh.element_size() if _narrow_gradient(weight_Vh) else 0
+    )
     tokens = max(1, memory_bytes // (columns * words))
     return tokens if tokens < 128 else tokens // 128 * 128
 
@@ -50,7 +62,9 @@ def _narrow_gradient(weight_Vh: Tensor) -> bool:
 
 
 def _project(hidden_Th: Tensor, weight_Vh: Tensor, out_TV: Tensor) -> Tensor:
-    """out = hidden weight^T in compute precision: logits rounded to bfloat16 would cost 4 to 19 percent of a small gradient."""
+    """out = hidden weight^T in compute precision: logits rounded to bfloat16 would cost 4 to 19
+    percent of a small gradient.
+    """
     if hidden_Th.dtype == out_TV.dtype:
         return torch.mm(hidden_Th, weight_Vh.t(), out=out_TV)
     if hidden_Th.is_cuda:
@@ -66,7 +80,11 @@ def _hidden_gradient(gradient_TV: Tensor, weight_Vh: Tensor) -> Tensor:
     """[T, h] in compute precision."""
     if gradient_TV.dtype == weight_Vh.dtype:
         wide = compute_dtype(weight_Vh)
-        return gradient_TV @ weight_Vh if wide == weight_Vh.dtype else torch.mm(gradient_TV, weight_Vh, out_dtype=wide)
+        return (
+            gradient_TV @ weight_Vh
+            if wide == weight_Vh.dtype
+            else torch.mm(gradient_TV, weight_Vh, out_dtype=wide)
+        )
     hidden_Th = gradient_TV.new_zeros(gradient_TV.shape[0], weight_Vh.shape[1])
     for start in range(0, weight_Vh.shape[0], _WEIGHT_ROWS):
         rows = slice(start, start + _WEIGHT_ROWS)
@@ -80,7 +98,11 @@ def _add_weight_gradient(total_Vh: Tensor | None, gradient_TV: Tensor, hidden_Th
         hidden_Th = hidden_Th.to(gradient_TV.dtype)
     if total_Vh is None:
         wide = compute_dtype(gradient_TV)
-        return gradient_TV.t() @ hidden_Th if wide == hidden_Th.dtype else torch.mm(gradient_TV.t(), hidden_Th, out_dtype=wide)
+        return (
+            gradient_TV.t() @ hidden_Th
+            if wide == hidden_Th.dtype
+            else torch.mm(gradient_TV.t(), hidden_Th, out_dtype=wide)
+        )
     if total_Vh.dtype == hidden_Th.dtype:
         total_Vh.addmm_(gradient_TV.t(), hidden_Th)
     elif total_Vh.is_cuda:
@@ -90,16 +112,21 @@ def _add_weight_gradient(total_Vh: Tensor | None, gradient_TV: Tensor, hidden_Th
     return total_Vh
 
 
-def _chunk_of(teacher: Teacher, tokens: slice, buffer_TV: Tensor | None) -> Tensor | TeacherRecord | None:
+def _chunk_of(
+    teacher: TeacherSource, tokens: slice, buffer_TV: Tensor | None
+) -> Tensor | TeacherRecord | None:
     if isinstance(teacher, TeacherHead):
         hidden_Th = teacher.hidden_Th[tokens]
         return _project(hidden_Th, teacher.weight_Vh, buffer_TV[: len(hidden_Th)])
     return teacher[tokens] if isinstance(teacher, TeacherRecord) else None
 
 
-def _check(hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor | None, teacher: Teacher) -> None:
+def _check(hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor | None, teacher: TeacherSource) -> None:
     if hidden_Th.dim() != 2 or weight_Vh.dim() != 2 or hidden_Th.shape[1] != weight_Vh.shape[1]:
-        raise ValueError(f"hidden must be [T, h] and weight [V, h], got {tuple(hidden_Th.shape)} and {tuple(weight_Vh.shape)}")
+        raise ValueError(
+            f"hidden must be [T, h] and weight [V, h], got {tuple(hidden_Th.shape)} and"
+            f" {tuple(weight_Vh.shape)}"
+        )
     if hidden_Th.dtype != weight_Vh.dtype:
         raise ValueError(f"hidden is {hidden_Th.dtype} and weight {weight_Vh.dtype}; cast one of them")
     if targets_T is not None and targets_T.shape != hidden_Th.shape[:1]:
@@ -108,25 +135,40 @@ def _check(hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor | None, teach
         teacher.hidden_Th.shape[0] != hidden_Th.shape[0] or teacher.weight_Vh.shape[0] != weight_Vh.shape[0]
     ):
         raise ValueError(
-            f"teacher of {teacher.hidden_Th.shape[0]} tokens and {teacher.weight_Vh.shape[0]} columns beside a student of "
-            f"{hidden_Th.shape[0]} and {weight_Vh.shape[0]}"
+            f"teacher of {teacher.hidden_Th.shape[0]} tokens and {teacher.weight_Vh.shape[0]} columns beside"
+            f" a student of {hidden_Th.shape[0]} and {weight_Vh.shape[0]}"
         )
 
 
 class _Buffers:
     """The chunk's logits and the gradient of them, used again by every chunk."""
 
-    def __init__(self, weight_Vh: Tensor, teacher: Teacher, tokens: int, *, gradient: bool) -> None:
+    def __init__(self, weight_Vh: Tensor, teacher: TeacherSource, tokens: int, *, gradient: bool) -> None:
         shape, wide = (tokens, weight_Vh.shape[0]), compute_dtype(weight_Vh)
         self.student_TV = torch.empty(shape, dtype=wide, device=weight_Vh.device)
         self.teacher_TV = torch.empty_like(self.student_TV) if isinstance(teacher, TeacherHead) else None
         narrow = gradient and _narrow_gradient(weight_Vh)
-        self.gradient_TV = torch.empty(shape, dtype=weight_Vh.dtype, device=weight_Vh.device) if narrow else None
+        self.gradient_TV = (
+            torch.empty(shape, dtype=weight_Vh.dtype, device=weight_Vh.device) if narrow else None
+        )
 
 
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_Th, weight_Vh, targets_T, spec, loss_fn, teacher, tp_group, memory_bytes, reduce_hidden_grad, train, sums):
+    def forward(
+        ctx,
+        hidden_Th,
+        weight_Vh,
+        targets_T,
+        spec,
+        loss_fn,
+        teacher,
+        tp_group,
+        memory_bytes,
+        reduce_hidden_grad,
+        train,
+        sums,
+    ):
         num_tokens, wide = hidden_Th.shape[0], compute_dtype(weight_Vh)
         wants_hidden, wants_weight = train and ctx.needs_input_grad[0], train and ctx.needs_input_grad[1]
         main_grad = getattr(weight_Vh, "main_grad", None) if wants_weight else None
@@ -140,7 +182,13 @@ class _FusedLinearLoss(torch.autograd.Function):
             tokens = slice(start, min(start + size, num_tokens))
             student_TV = _project(hidden_Th[tokens], weight_Vh, buffers.student_TV[: tokens.stop - start])
             teacher_TV = _chunk_of(teacher, tokens, buffers.teacher_TV)
-            readout, state = read(student_TV, teacher_TV, None if targets_T is None else targets_T[tokens], spec, tp_group=tp_group)
+            readout, state = compute_logprobs(
+                student_TV,
+                teacher_TV,
+                None if targets_T is None else targets_T[tokens],
+                spec,
+                tp_group=tp_group,
+            )
             loss_T, gradients = _differentiate(loss_fn, readout, tokens, sums, wants_hidden or wants_weight)
             loss += loss_T.detach().sum()
             if gradients is None:
@@ -153,11 +201,19 @@ class _FusedLinearLoss(torch.autograd.Function):
                 hidden_grad[tokens] = _hidden_gradient(gradient_TV, weight_Vh).to(hidden_Th.dtype)
             if wants_weight:
                 weight_grad = _add_weight_gradient(weight_grad, gradient_TV, hidden_Th[tokens])
-        if wants_weight and weight_grad is None:  # no token
+        # no token
+        if wants_weight and weight_grad is None:
             weight_grad = torch.zeros_like(weight_Vh)
-        ctx.save_for_backward(hidden_grad, None if main_grad is not None or not wants_weight else weight_grad.to(weight_Vh.dtype))
+        ctx.save_for_backward(
+            hidden_grad,
+            None if main_grad is not None or not wants_weight else weight_grad.to(weight_Vh.dtype),
+        )
         ctx.weight = weight_Vh if main_grad is not None else None
-        ctx.reduce_group = tp_group if reduce_hidden_grad and tp_group is not None and dist.get_world_size(tp_group) > 1 else None
+        ctx.reduce_group = (
+            tp_group
+            if reduce_hidden_grad and tp_group is not None and dist.get_world_size(tp_group) > 1
+            else None
+        )
         ctx.done = False
         return loss.float() if wide == torch.float32 else loss
 
@@ -174,23 +230,34 @@ class _FusedLinearLoss(torch.autograd.Function):
         else:
             weight_grad = None if weight_grad is None else weight_grad.mul_(grad)
         if hidden_grad is not None:
-            hidden_grad.mul_(grad)  # ours alone: the backward runs once
+            # ours alone: the backward runs once
+            hidden_grad.mul_(grad)
             if ctx.reduce_group is not None:
                 dist.all_reduce(hidden_grad, group=ctx.reduce_group)
         return hidden_grad, weight_grad, *[None] * 9
 
 
 def _differentiate(
-    loss_fn: LossFunction, readout: Readout, tokens: slice, sums: dict[str, Tensor], train: bool
+    loss_fn: LossFunction, readout: LogProbs, tokens: slice, sums: dict[str, Tensor], train: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """The caller's loss of a chunk and its gradients in (student_logq_TB, divergence_T, logp_T): O(K) work, the same on all ranks."""
+    """The caller's loss of a chunk and its gradients in (student_logq_TB, divergence_T, logp_T):
+    O(K) work, the same on all ranks.
+    """
     names = ("student_logq_TB", "divergence_T", "logp_T")
     with torch.set_grad_enabled(train):
-        leaves = {n: getattr(readout, n).detach().requires_grad_(train) for n in names if getattr(readout, n) is not None}
+        leaves = {
+            n: getattr(readout, n).detach().requires_grad_(train)
+            for n in names
+            if getattr(readout, n) is not None
+        }
         loss_T, chunk_sums = loss_fn(replace(readout, **leaves), tokens)
         gradients = None
         if train:
-            found = iter(torch.autograd.grad(loss_T.sum(), list(leaves.values()), allow_unused=True) if loss_T.requires_grad else ())
+            found = iter(
+                torch.autograd.grad(loss_T.sum(), list(leaves.values()), allow_unused=True)
+                if loss_T.requires_grad
+                else ()
+            )
             gradients = tuple(next(found, None) if n in leaves else None for n in names)
     for name, value in chunk_sums.items():
         sums[name] = sums[name] + value if name in sums else value
@@ -198,18 +265,24 @@ def _differentiate(
 
 
 def _expect_one(grad: Tensor) -> None:
-    message = "the weight gradient is already in main_grad, made for an upstream gradient of 1: put every factor into the loss function"
+    message = (
+        "the weight gradient is already in main_grad, made for an upstream gradient of 1: put every factor"
+        " into the loss function"
+    )
     if grad.is_cuda:
-        torch._assert_async(grad == 1, message)  # no synchronisation
+        # no synchronisation
+        torch._assert_async(grad == 1, message)
     elif grad != 1:
         raise RuntimeError(message)
 
 
 def _placeholder(weight: Tensor) -> Tensor:
-    """What autograd gets for a weight whose gradient is in main_grad: Megatron's convention (core/tensor_parallel/layers.py, 0.16.1).
+    """What autograd gets for a weight whose gradient is in main_grad: Megatron's convention
+    (core/tensor_parallel/layers.py, 0.16.1).
 
-    The hook of Megatron's DDP then fires, which starts the reduction of the bucket, and skips the addition. `zero_out_wgrad`
-    marks a weight with a second use (tied embeddings), whose other gradient must be added: zeros then.
+    The hook of Megatron's DDP then fires, which starts the reduction of the bucket, and skips the
+    addition. `zero_out_wgrad` marks a weight with a second use (tied embeddings), whose other
+    gradient must be added: zeros then.
     """
     weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
@@ -220,24 +293,27 @@ def fused_linear_loss(
     hidden_Th: Tensor,
     weight_Vh: Tensor,
     targets_T: Tensor | None,
-    spec: ReadoutSpec,
+    spec: LogProbsSpec,
     loss_fn: LossFunction,
     *,
-    teacher: Teacher,
+    teacher: TeacherSource,
     tp_group: dist.ProcessGroup | None,
     memory_bytes: int,
     reduce_hidden_grad: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, sums): the scalar sum over tokens of loss_fn's losses (float32; float64 for float64 weights), and loss_fn's sums over chunks.
+    """(loss, sums): the scalar sum over tokens of loss_fn's losses (float32; float64 for float64
+    weights), and loss_fn's sums over chunks.
 
-    hidden_Th [T, h] and weight_Vh [V, h] in one dtype; targets_T int64 global ids. T must be the same on all ranks
-    of tp_group; the loss is.
-    Gradients: of hidden_Th, and of weight_Vh, into weight_Vh.main_grad where it has one (then the upstream gradient must be 1, else
-    RuntimeError) and by autograd elsewhere. Nothing reaches the teacher. Under no_grad nothing is accumulated. The backward runs once.
-    memory_bytes: budget of the chunk's logits. A step's token weights must be in loss_fn.
+    hidden_Th [T, h] and weight_Vh [V, h] in one dtype; targets_T int64 global ids. T must be the
+    same on all ranks of tp_group; the loss is. Gradients: of hidden_Th, and of weight_Vh, into
+    weight_Vh.main_grad where it has one (then the upstream gradient must be 1, else RuntimeError)
+    and by autograd elsewhere. Nothing reaches the teacher. Under no_grad nothing is accumulated.
+    The backward runs once. memory_bytes: budget of the chunk's logits. A step's token weights must
+    be in loss_fn.
 
-    Collectives: those of the readout once per chunk, and in the backward one all_reduce of the hidden gradient over tp_group, which
-    reduce_hidden_grad=False leaves to the caller (sequence parallelism: the reduce-scatter of the gather before it).
+    Collectives: those of the readout once per chunk, and in the backward one all_reduce of the
+    hidden gradient over tp_group, which reduce_hidden_grad=False leaves to the caller (sequence
+    parallelism: the reduce-scatter of the gather before it).
     """
     _check(hidden_Th, weight_Vh, targets_T, teacher)
     if isinstance(teacher, TeacherHead):
@@ -245,23 +321,35 @@ def fused_linear_loss(
     sums: dict[str, Tensor] = {}
     train = torch.is_grad_enabled()
     loss = _FusedLinearLoss.apply(
-        hidden_Th, weight_Vh, targets_T, spec, loss_fn, teacher, tp_group, memory_bytes, reduce_hidden_grad, train, sums
+        hidden_Th,
+        weight_Vh,
+        targets_T,
+        spec,
+        loss_fn,
+        teacher,
+        tp_group,
+        memory_bytes,
+        reduce_hidden_grad,
+        train,
+        sums,
     )
     return loss, sums
 
 
 @torch.no_grad()
-def fused_linear_readout(
+def fused_linear_logprobs(
     hidden_Th: Tensor,
     weight_Vh: Tensor,
     targets_T: Tensor | None,
-    spec: ReadoutSpec,
+    spec: LogProbsSpec,
     *,
-    teacher: Teacher = None,
+    teacher: TeacherSource = None,
     tp_group: dist.ProcessGroup | None,
     memory_bytes: int,
-) -> Readout:
-    """The readout of all tokens, without gradient, chunk by chunk. Collectives: those of the readout once per chunk."""
+) -> LogProbs:
+    """The readout of all tokens, without gradient, chunk by chunk. Collectives: those of the
+    readout once per chunk.
+    """
     _check(hidden_Th, weight_Vh, targets_T, teacher)
     size = min(chunk_tokens(memory_bytes, weight_Vh, teacher), max(1, hidden_Th.shape[0]))
     buffers = _Buffers(weight_Vh, teacher, size, gradient=False)
@@ -270,13 +358,23 @@ def fused_linear_readout(
         tokens = slice(start, min(start + size, hidden_Th.shape[0]))
         student_TV = _project(hidden_Th[tokens], weight_Vh, buffers.student_TV[: tokens.stop - start])
         teacher_TV = _chunk_of(teacher, tokens, buffers.teacher_TV)
-        parts.append(read(student_TV, teacher_TV, None if targets_T is None else targets_T[tokens], spec, tp_group=tp_group)[0])
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Readout)}
-    return Readout(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+        parts.append(
+            compute_logprobs(
+                student_TV,
+                teacher_TV,
+                None if targets_T is None else targets_T[tokens],
+                spec,
+                tp_group=tp_group,
+            )[0]
+        )
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(LogProbs)}
+    return LogProbs(
+        **{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+    )
 
 
 @torch.no_grad()
-def fused_linear_record(
+def fused_linear_teacher_record(
     hidden_Th: Tensor,
     weight_Vh: Tensor,
     k: int,
@@ -286,8 +384,12 @@ def fused_linear_record(
     tp_group: dist.ProcessGroup | None,
     memory_bytes: int,
 ) -> TeacherRecord:
-    """A teacher's record (its k most likely tokens and the tail) straight from its hidden states. Collectives: one all_gather per chunk."""
-    spec = ReadoutSpec(vocab_size=vocab_size, support="student", top_k=k, temperature=temperature)
-    readout = fused_linear_readout(hidden_Th, weight_Vh, None, spec, tp_group=tp_group, memory_bytes=memory_bytes)
+    """A teacher's record (its k most likely tokens and the tail) straight from its hidden states.
+    Collectives: one all_gather per chunk.
+    """
+    spec = LogProbsSpec(vocab_size=vocab_size, support="student", top_k=k, temperature=temperature)
+    readout = fused_linear_logprobs(
+        hidden_Th, weight_Vh, None, spec, tp_group=tp_group, memory_bytes=memory_bytes
+    )
     logq_TB = readout.student_logq_TB.float()
     return TeacherRecord(readout.ids_TA.to(torch.int32), logq_TB[:, :-1], logq_TB[:, -1])

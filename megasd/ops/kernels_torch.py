@@ -1,8 +1,9 @@
-"""Passes over this rank's slice of the logits: no process group, no autograd. triton_passes.py is the same contract on a GPU.
+"""Passes over this rank's slice of the logits: no process group, no autograd. kernels_triton.py is
+the same contract on a GPU.
 
-T tokens, V local columns of which the first `num_valid` are true and the rest padding, K top-k, A size of the support. A score is
-logit / temperature, in float32 (float64 for float64 logits). Every pass walks over blocks of rows that fit a core's cache, so its
-temporaries do not grow with T.
+T tokens, V local columns of which the first `num_valid` are true and the rest padding, K top-k, A
+size of the support. A score is logit / temperature, in float32 (float64 for float64 logits). Every
+pass walks over blocks of rows that fit a core's cache, so its temporaries do not grow with T.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from megasd.ops.vocab_shard import Rest, compute_dtype, finite
 
 # Elements of a block of rows, per buffer: large enough to pay for the calls, small enough for a core's cache.
 _BLOCK, _FULL_BLOCK, _BLOCK_ROWS = 1 << 19, 1 << 17, 512
-Norm = tuple[Tensor, Tensor]  # (max_T, logsum_T) of a whole row: log p = (score - max) - logsum
+# (max_T, logsum_T) of a whole row: log p = (score - max) - logsum
+Norm = tuple[Tensor, Tensor]
 
 
-def _blocks(logits_TV: Tensor, num_valid: int, buffers: int, elements: int = _BLOCK) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, [buffers, rows, num_valid] scratch): the same memory for every block. Allocations of this size go back to the system when
-    freed, and fetching them again would cost more than the arithmetic."""
+def _blocks(
+    logits_TV: Tensor, num_valid: int, buffers: int, elements: int = _BLOCK
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, [buffers, rows, num_valid] scratch): the same memory for every block. Allocations of
+    this size go back to the system when freed, and fetching them again would cost more than the
+    arithmetic.
+    """
     rows = min(max(1, elements // max(1, num_valid)), _BLOCK_ROWS, max(1, logits_TV.shape[0]))
     scratch = logits_TV.new_empty(buffers, rows, num_valid, dtype=compute_dtype(logits_TV))
     for start in range(0, logits_TV.shape[0], rows):
@@ -30,7 +36,9 @@ def _blocks(logits_TV: Tensor, num_valid: int, buffers: int, elements: int = _BL
 
 
 def _scores(logits_TV: Tensor, temperature: float, out_TV: Tensor) -> Tensor:
-    """The true columns in compute precision; a view of the logits where nothing is to be done, else in out_TV."""
+    """The true columns in compute precision; a view of the logits where nothing is to be done, else
+    in out_TV.
+    """
     logits_TV = logits_TV[:, : out_TV.shape[1]]
     if temperature == 1.0 and logits_TV.dtype == out_TV.dtype:
         return logits_TV
@@ -38,7 +46,9 @@ def _scores(logits_TV: Tensor, temperature: float, out_TV: Tensor) -> Tensor:
     return out_TV if temperature == 1.0 else out_TV.div_(temperature)
 
 
-def _rest(scores_TV: Tensor, rows_C: Tensor, columns_C: Tensor, shifted_TV: Tensor, weight_TV: Tensor) -> Rest:
+def _rest(
+    scores_TV: Tensor, rows_C: Tensor, columns_C: Tensor, shifted_TV: Tensor, weight_TV: Tensor
+) -> Rest:
     """Statistics of all columns but the named cells. shifted_TV may be scores_TV itself."""
     if scores_TV.shape[1] == 0:
         nothing = scores_TV.new_zeros(scores_TV.shape[0])
@@ -48,9 +58,11 @@ def _rest(scores_TV: Tensor, rows_C: Tensor, columns_C: Tensor, shifted_TV: Tens
     max_T = shifted_TV.amax(-1)
     shifted_TV.sub_(finite(max_T)[:, None])
     torch.exp(shifted_TV, out=weight_TV)
-    shifted_TV[rows_C, columns_C] = 0.0  # 0 * -inf is NaN
+    # 0 * -inf is NaN
+    shifted_TV[rows_C, columns_C] = 0.0
     sum_T, moment_T = weight_TV.sum(-1), shifted_TV.mul_(weight_TV).sum(-1)
-    if moment_T.isnan().any():  # columns at -inf that were not chosen
+    # columns at -inf that were not chosen
+    if moment_T.isnan().any():
         moment_T = torch.where(weight_TV > 0, shifted_TV, 0.0).sum(-1)
     return Rest(max_T, sum_T, moment_T)
 
@@ -58,11 +70,13 @@ def _rest(scores_TV: Tensor, rows_C: Tensor, columns_C: Tensor, shifted_TV: Tens
 def _first(scores_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values, columns) of the k first columns in the total order (score descending, column ascending).
 
-    The k-th largest of the maxima of groups of columns bounds the k-th largest score from below, so only groups that reach the bound are
-    looked into: one read of the row, and a sort of little more than k numbers. Exact whatever the ties.
+    The k-th largest of the maxima of groups of columns bounds the k-th largest score from below, so
+    only groups that reach the bound are looked into: one read of the row, and a sort of little more
+    than k numbers. Exact whatever the ties.
     """
     num_rows, columns = scores_TV.shape
-    depth = columns // (8 * k)  # columns per group
+    # columns per group
+    depth = columns // (8 * k)
     if depth < 2:
         values_TV, order_TV = scores_TV.sort(dim=-1, descending=True, stable=True)
         return values_TV[:, :k], order_TV[:, :k]
@@ -70,11 +84,13 @@ def _first(scores_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups_TGD = scores_TV[:, :grouped].unflatten(1, (-1, depth))
     maxima_TG = groups_TGD.amax(-1)
     bound_T = maxima_TG.topk(k, dim=-1, sorted=False).values.amin(-1)
-    row_P, group_P = (maxima_TG < bound_T[:, None]).logical_not_().nonzero(as_tuple=True)  # not <: a NaN stays a candidate
+    # not <: a NaN stays a candidate
+    row_P, group_P = (maxima_TG < bound_T[:, None]).logical_not_().nonzero(as_tuple=True)
     member_PD = groups_TGD[row_P, group_P]
     pair_C, place_C = (member_PD < bound_T[row_P, None]).logical_not_().nonzero(as_tuple=True)
     row_C, column_C, value_C = row_P[pair_C], group_P[pair_C] * depth + place_C, member_PD[pair_C, place_C]
-    if grouped < columns:  # the columns of no whole group come last in each row
+    # the columns of no whole group come last in each row
+    if grouped < columns:
         row_L, place_L = (scores_TV[:, grouped:] < bound_T[:, None]).logical_not_().nonzero(as_tuple=True)
         row_C, order_C = torch.cat([row_C, row_L]).sort(stable=True)
         column_C = torch.cat([column_C, place_L + grouped])[order_C]
@@ -89,7 +105,8 @@ def _first(scores_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> tuple[Tensor, Tensor, Rest]:
-    """(values_TK, ids_TK, rest): the k first true columns in the total order (score descending, id ascending) and what is left.
+    """(values_TK, ids_TK, rest): the k first true columns in the total order (score descending, id
+    ascending) and what is left.
 
     values are scores, ids int32 local columns. ValueError unless 1 <= k <= num_valid.
     """
@@ -109,9 +126,11 @@ def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> 
 
 
 def gather(logits_TV: Tensor, ids_TA: Tensor, *, num_valid: int, temperature: float) -> tuple[Tensor, Rest]:
-    """(values_TA, rest): scores of the chosen columns, and statistics of the true columns that were not chosen.
+    """(values_TA, rest): scores of the chosen columns, and statistics of the true columns that were
+    not chosen.
 
-    ids_TA: int32 local columns, -1 for one that is not on this rank (its value is 0); distinct apart from -1; A may be 0.
+    ids_TA: int32 local columns, -1 for one that is not on this rank (its value is 0); distinct
+    apart from -1; A may be 0.
     """
     values_TA = logits_TV.new_zeros(ids_TA.shape, dtype=compute_dtype(logits_TV))
     rest = Rest(*(values_TA.new_empty(logits_TV.shape[0]) for _ in Rest._fields))
@@ -136,15 +155,20 @@ def gradient_(
     temperature: float,
     out: Tensor | None = None,
 ) -> None:
-    """Write scale * exp(score - ref) for every true column that is not in ids_TA, chosen_TA at ids_TA, 0 in padded columns.
+    """Write scale * exp(score - ref) for every true column that is not in ids_TA, chosen_TA at
+    ids_TA, 0 in padded columns.
 
-    In place in the logits, or in `out` ([T, V] of any dtype). ref_T is finite and not below any unchosen score.
+    In place in the logits, or in `out` ([T, V] of any dtype). ref_T is finite and not below any
+    unchosen score.
     """
     out = logits_TV if out is None else out
     for block, (gradient_TV,) in _blocks(logits_TV, num_valid, 1):
         scores_TV = _scores(logits_TV[block], temperature, gradient_TV)
-        # A chosen score may lie above ref: the minimum keeps inf * 0 away from a cell that is overwritten below.
-        torch.sub(scores_TV, ref_T[block, None], out=gradient_TV).clamp_(max=0.0).exp_().mul_(scale_T[block, None])
+        # A chosen score may lie above ref: the minimum keeps inf * 0 away from a cell that is
+        # overwritten below.
+        torch.sub(scores_TV, ref_T[block, None], out=gradient_TV).clamp_(max=0.0).exp_().mul_(
+            scale_T[block, None]
+        )
         rows, places = (ids_TA[block] >= 0).nonzero(as_tuple=True)
         gradient_TV[rows, ids_TA[block][rows, places].long()] = chosen_TA[block][rows, places]
         out[block, :num_valid] = gradient_TV
@@ -169,15 +193,20 @@ def full_sums(
     temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """[T, 3]: sums over the true columns of phi and w (ops/divergence_terms.py) and of p log p, the student's."""
+    """[T, 3]: sums over the true columns of phi and w (ops/divergence_terms.py) and of p log p, the
+    student's.
+    """
     sums_T3 = student_TV.new_empty(student_TV.shape[0], 3, dtype=compute_dtype(student_TV))
     for block, buffers in _blocks(student_TV, num_valid, 2 + SCRATCH, _FULL_BLOCK):
         student_logp = _logp(student_TV, student_norm, block, temperature, buffers[0])
         teacher_logp = _logp(teacher_TV, teacher_norm, block, teacher_temperature, buffers[1])
-        phi_TV, w_TV = divergence_terms(student_logp, teacher_logp, beta=beta, normalised=True, clip=clip, scratch=buffers[2:])
+        phi_TV, w_TV = divergence_terms(
+            student_logp, teacher_logp, beta=beta, normalised=True, clip=clip, scratch=buffers[2:]
+        )
         sums_T3[block, 0], sums_T3[block, 1] = phi_TV.sum(-1), w_TV.sum(-1)
         p_TV = torch.exp(student_logp, out=teacher_logp)
-        sums_T3[block, 2] = student_logp.clamp_(min=-1e30).mul_(p_TV).sum(-1)  # 0 * log 0 = 0
+        # 0 * log 0 = 0
+        sums_T3[block, 2] = student_logp.clamp_(min=-1e30).mul_(p_TV).sum(-1)
     return sums_T3
 
 
@@ -196,12 +225,16 @@ def full_gradient_(
     teacher_temperature: float,
     out: Tensor | None = None,
 ) -> None:
-    """Write upstream * w + coefficient * p for the true columns, 0 in padded ones; in place in the student's logits, or in `out`."""
+    """Write upstream * w + coefficient * p for the true columns, 0 in padded ones; in place in the
+    student's logits, or in `out`.
+    """
     out = student_TV if out is None else out
     for block, buffers in _blocks(student_TV, num_valid, 2 + SCRATCH, _FULL_BLOCK):
         student_logp = _logp(student_TV, student_norm, block, temperature, buffers[0])
         teacher_logp = _logp(teacher_TV, teacher_norm, block, teacher_temperature, buffers[1])
-        _, w_TV = divergence_terms(student_logp, teacher_logp, beta=beta, normalised=True, clip=clip, scratch=buffers[2:])
+        _, w_TV = divergence_terms(
+            student_logp, teacher_logp, beta=beta, normalised=True, clip=clip, scratch=buffers[2:]
+        )
         w_TV.mul_(upstream_T[block, None])
         out[block, :num_valid] = w_TV.addcmul_(student_logp.exp_(), coefficient_T[block, None])
         out[block, num_valid:] = 0.0

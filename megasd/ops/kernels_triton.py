@@ -1,14 +1,18 @@
-"""The passes of torch_passes.py as Triton kernels for Hopper: same functions, same meaning, one read of the logits from HBM.
+"""The passes of kernels_torch.py as Triton kernels for Hopper: same functions, same meaning, one
+read of the logits from HBM.
 
-T tokens, V local columns of which the first `num_valid` are true and the rest padding, K top-k, A size of the support. Logits in
-bfloat16, float16 or float32 with contiguous columns; every number is computed in float32. A score is logit * (1 / temperature), as torch
-divides by a number on CUDA: at most 1.5 ulp from the exact quotient, and equal to it when the temperature is a power of two.
+T tokens, V local columns of which the first `num_valid` are true and the rest padding, K top-k, A
+size of the support. Logits in bfloat16, float16 or float32 with contiguous columns; every number is
+computed in float32. A score is logit * (1 / temperature), as torch divides by a number on CUDA: at
+most 1.5 ulp from the exact quotient, and equal to it when the temperature is a power of two.
 
-select. A program owns a row. One pass keeps softmax statistics (max, sum, moment) of GROUPS groups of columns in registers, so the only
-columns that are read twice are those of the few groups whose maximum reaches a lower bound of the k-th largest score; they are hot in L2.
-The bound comes from bisecting int32 order keys of the group maxima (k groups reach it, so k scores do). Columns that reach it are
-candidates; a candidate's rank among them, by counting, is its place in the output. What is not chosen is summed where it is met: nothing
-is ever subtracted. More than CAP candidates (mass ties, fewer than k finite groups) take an exact bisection over the whole row instead.
+select. A program owns a row. One pass keeps softmax statistics (max, sum, moment) of GROUPS groups
+of columns in registers, so the only columns that are read twice are those of the few groups whose
+maximum reaches a lower bound of the k-th largest score; they are hot in L2. The bound comes from
+bisecting int32 order keys of the group maxima (k groups reach it, so k scores do). Columns that
+reach it are candidates; a candidate's rank among them, by counting, is its place in the output.
+What is not chosen is summed where it is met: nothing is ever subtracted. More than CAP candidates
+(mass ties, fewer than k finite groups) take an exact bisection over the whole row instead.
 
 A NaN logit ranks above everything and makes its row's rest or values NaN. Columns at -inf add nothing.
 """
@@ -23,24 +27,29 @@ from torch import Tensor
 
 from megasd.ops.vocab_shard import Rest
 
-Norm = tuple[Tensor, Tensor]  # (max_T, logsum_T) of a whole row: log p = (score - max) - logsum
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # maximum of no columns: finite, so that a difference of two is no NaN
+# (max_T, logsum_T) of a whole row: log p = (score - max) - logsum
+Norm = tuple[Tensor, Tensor]
+# maximum of no columns: finite, so that a difference of two is no NaN
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 _KEY_OF_MINUS_INF = tl.constexpr(-0x7F800000)
 _KEY_OF_NAN = tl.constexpr(0x7FFFFFFF)
-_NOTHING = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every packed candidate
-_GONE = tl.constexpr(-200.0)  # exp of it is 0, times it is 0: stands for -inf where -inf * 0 would be NaN
+# below every packed candidate
+_NOTHING = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
+# exp of it is 0, times it is 0: stands for -inf where -inf * 0 would be NaN
+_GONE = tl.constexpr(-200.0)
 _LOG_ZERO = tl.constexpr(-1e30)
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
-# Arithmetic of one column ------------------------------------------------------------------------------------------------------------
+# Arithmetic of one column -------------------------------------------------------------------------
 
 
 @triton.jit
 def _order_key(score):
     """int32 in the order of the scores; -0 and +0 share a key, NaN has the highest."""
     bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # sign and magnitude to two's complement
+    # sign and magnitude to two's complement
+    key = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
     return tl.where(score == score, key, _KEY_OF_NAN)
 
 
@@ -57,7 +66,9 @@ def _packed(key, column):
 
 @triton.jit
 def _exp(x):
-    """exp(x) to about 2 ulp + |x| / 2 ulp, flushed to 0 below -87.3; tl.exp spends three more instructions on subnormal results."""
+    """exp(x) to about 2 ulp + |x| / 2 ulp, flushed to 0 below -87.3; tl.exp spends three more
+    instructions on subnormal results.
+    """
     return tl.exp2(x * 1.4426950408889634)
 
 
@@ -71,8 +82,9 @@ def _middle(low, high):
 def _expm1_negative(d):
     """(exp(-d) - 1, exp(-d) - 1 + d, exp(-d)) for d >= 0.
 
-    Below 1 both come from d^2 * q(d), q minimax to 1.9e-8, so neither cancels. Measured in the interpreter against float64 on [0, 100]:
-    relative error at most 1.6e-7 for the first, 2.1e-7 for the second (a GPU's exp2 may err by 2 ulp itself: 1.4e-7 of the first at d = 1).
+    Below 1 both come from d^2 * q(d), q minimax to 1.9e-8, so neither cancels. Measured in the
+    interpreter against float64 on [0, 100]: relative error at most 1.6e-7 for the first, 2.1e-7 for
+    the second (a GPU's exp2 may err by 2 ulp itself: 1.4e-7 of the first at d = 1).
     """
     low = _exp(-d)
     q = -0.00013700775161851197
@@ -89,8 +101,8 @@ def _expm1_negative(d):
 def _log1p_negative(z, DEEP: tl.constexpr):
     """log(1 + z) for -1 < z <= 0; without DEEP for -0.5 <= z <= 0.
 
-    Down to -0.5 z + z^2 r(z), r minimax to 2.4e-8; below it log(1 + z), where 1 + z is exact. Measured in the interpreter against
-    float64: relative error at most 1.3e-7.
+    Down to -0.5 z + z^2 r(z), r minimax to 2.4e-8; below it log(1 + z), where 1 + z is exact.
+    Measured in the interpreter against float64: relative error at most 1.3e-7.
     """
     r = 1.414549469947815
     r = r * z + 1.639593243598938
@@ -122,7 +134,8 @@ def _terms(a, b, beta, clip, END: tl.constexpr, CLIPPED: tl.constexpr, DEEP: tl.
     q = tl.where(student_high, low, high)
     if END < 0:
         g = tl.where(student_high, beta, 1.0 - beta)
-        log_mix = _log1p_negative(g * e, DEEP)  # log(m / high)
+        # log(m / high)
+        log_mix = _log1p_negative(g * e, DEEP)
         phi = tl.maximum(-high * (g * ratio * d + (1.0 + g * e) * log_mix), 0.0, propagate_nan=_NAN)
         w = (beta - 1.0) * p * (log_mix + tl.where(student_high, 0.0, d))
     else:
@@ -132,7 +145,8 @@ def _terms(a, b, beta, clip, END: tl.constexpr, CLIPPED: tl.constexpr, DEEP: tl.
             else:
                 phi, w = p * x, p * x + p
         else:
-            # e + d where the numerator's distribution is the larger, else -(e + ratio * d), which cancels to d^2 / 2 below 1.
+            # e + d where the numerator's distribution is the larger, else -(e + ratio * d), which
+            # cancels to d^2 / 2 below 1.
             other = tl.where(d < 1.0, d * d - excess * (1.0 + d), -(e + ratio * d))
             if END == 0:
                 phi = high * tl.where(student_high, other, excess)
@@ -151,7 +165,7 @@ def _terms(a, b, beta, clip, END: tl.constexpr, CLIPPED: tl.constexpr, DEEP: tl.
     return phi, w, p, a
 
 
-# Softmax statistics in lanes ---------------------------------------------------------------------------------------------------------
+# Softmax statistics in lanes ----------------------------------------------------------------------
 
 
 @triton.jit
@@ -194,10 +208,13 @@ def _store_rest(to, row, num_rows, rest):
 
 
 @triton.jit
-def _scan_row(logits, marks, num_valid, inverse, GROUPS: tl.constexpr, WIDTH: tl.constexpr, MARKED: tl.constexpr):
+def _scan_row(
+    logits, marks, num_valid, inverse, GROUPS: tl.constexpr, WIDTH: tl.constexpr, MARKED: tl.constexpr
+):
     """Statistics of each group of columns; with MARKED without those whose bit is set in `marks`.
 
-    Group g holds the columns g * WIDTH .. + WIDTH of every tile of GROUPS * WIDTH: a vector load each, all 32 bytes of a sector.
+    Group g holds the columns g * WIDTH .. + WIDTH of every tile of GROUPS * WIDTH: a vector load
+    each, all 32 bytes of a sector.
     """
     TILE: tl.constexpr = GROUPS * WIDTH
     group = tl.arange(0, GROUPS)
@@ -211,7 +228,8 @@ def _scan_row(logits, marks, num_valid, inverse, GROUPS: tl.constexpr, WIDTH: tl
     if MARKED:
         words = tl.load(marks + word, mask=group * WIDTH < num_valid, other=0)
     whole = tl.maximum(num_valid // TILE * TILE, TILE)
-    for start in range(TILE, whole, TILE):  # whole tiles need no mask; the next one is under way while this one is summed
+    # whole tiles need no mask; the next one is under way while this one is summed
+    for start in range(TILE, whole, TILE):
         ahead = tl.load(logits + start + column)
         words_ahead = words
         if MARKED:
@@ -233,7 +251,7 @@ def _unmarked(raw, words, within, MARKED: tl.constexpr):
     return raw
 
 
-# select ------------------------------------------------------------------------------------------------------------------------------
+# select -------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -303,19 +321,28 @@ def _select_kernel(
         if reached <= CAP:
             open_ = key >= low
             tl.store(list_ + tl.cumsum(open_.to(tl.int32), 0) - 1, group, mask=open_)
-            max_, sum_, moment = tl.where(open_, _LOWEST, max_), tl.where(open_, 0.0, sum_), tl.where(open_, 0.0, moment)
-            tl.debug_barrier()  # the list passes between lanes through memory
+            max_, sum_, moment = (
+                tl.where(open_, _LOWEST, max_),
+                tl.where(open_, 0.0, sum_),
+                tl.where(open_, 0.0, moment),
+            )
+            # the list passes between lanes through memory
+            tl.debug_barrier()
             found = 0
             for start in range(0, reached * depth, LANES):
                 place = start + lane
                 listed = place // depth
-                first = (place - listed * depth) * TILE + tl.load(list_ + listed, mask=listed < reached, other=0) * WIDTH
+                first = (place - listed * depth) * TILE + tl.load(
+                    list_ + listed, mask=listed < reached, other=0
+                ) * WIDTH
                 column = first[:, None] + within
                 inside = (listed < reached)[:, None] & (column < num_valid)
                 raw = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
                 score_key = _order_key(raw * inverse)
                 hit = inside & (score_key >= low)
-                lane_max, lane_sum, lane_moment = _fold(tl.where(hit, float("-inf"), raw), inverse, lane_max, lane_sum, lane_moment)
+                lane_max, lane_sum, lane_moment = _fold(
+                    tl.where(hit, float("-inf"), raw), inverse, lane_max, lane_sum, lane_moment
+                )
                 hits = hit.to(tl.int32)
                 of_lane = tl.sum(hits, 1)
                 ends = tl.cumsum(of_lane, 0)
@@ -330,34 +357,41 @@ def _select_kernel(
             lane_max = tl.full([LANES], _LOWEST, tl.float32)
             lane_sum, lane_moment = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
             high, above = _KEY_OF_NAN, 0
-            tl.debug_barrier()  # candidates are written over
-            middle = low + 1  # a tie at the bound is the likely cause: ask that first
+            # candidates are written over
+            tl.debug_barrier()
+            # a tie at the bound is the likely cause: ask that first
+            middle = low + 1
             while low < high:
                 count = _count(logits, num_valid, inverse, middle, GROUPS, WIDTH)
                 above = tl.where(count >= k, above, count)
                 low = tl.where(count >= k, middle, low)
                 high = tl.where(count >= k, high, middle - 1)
                 middle = _middle(low, high)
-            more, equal = 0, 0  # so far above the key, and at it
+            # so far above the key, and at it
+            more, equal = 0, 0
             for start in range(0, num_valid, LANES * WIDTH):
                 column = start + lane[:, None] * WIDTH + within
                 inside = column < num_valid
                 raw = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
                 score_key = _order_key(raw * inverse)
                 over = inside & (score_key > low)
-                hits = over.to(tl.int32) + ((inside & (score_key == low)).to(tl.int32) << 16)  # two counts in one scan
+                # two counts in one scan
+                hits = over.to(tl.int32) + ((inside & (score_key == low)).to(tl.int32) << 16)
                 of_lane = tl.sum(hits, 1)
                 before = (tl.cumsum(of_lane, 0) - of_lane)[:, None] + tl.cumsum(hits, 1)
                 tie = equal + ((before >> 16) & 0xFFFF) - 1
                 chosen = over | (inside & (score_key == low) & (above + tie < k))
                 to = tl.where(over, more + (before & 0xFFFF) - 1, above + tie)
                 tl.store(candidates + to, _packed(score_key, column), mask=chosen)
-                lane_max, lane_sum, lane_moment = _fold(tl.where(chosen, float("-inf"), raw), inverse, lane_max, lane_sum, lane_moment)
+                lane_max, lane_sum, lane_moment = _fold(
+                    tl.where(chosen, float("-inf"), raw), inverse, lane_max, lane_sum, lane_moment
+                )
                 hits_here = tl.sum(of_lane, 0)
                 more += hits_here & 0xFFFF
                 equal += (hits_here >> 16) & 0xFFFF
             found = k
-        tl.store(candidates + found + rank_of, _NOTHING)  # the last tile of the count below needs no mask
+        # the last tile of the count below needs no mask
+        tl.store(candidates + found + rank_of, _NOTHING)
         tl.debug_barrier()
 
         # Rank by counting: the first k go out, the others join the rest.
@@ -382,10 +416,11 @@ def _select_kernel(
         rest = _merge(_collapse(max_, sum_, moment), _collapse(lane_max, lane_sum, lane_moment))
         rest = _merge(rest, _collapse(left_max, left_sum, left_moment))
         _store_rest(rest_ptr, row, num_rows, rest)
-        tl.debug_barrier()  # the next row writes where this one was read
+        # the next row writes where this one was read
+        tl.debug_barrier()
 
 
-# gather and gradient_ ----------------------------------------------------------------------------------------------------------------
+# gather and gradient_ -----------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_ids"])
@@ -420,14 +455,19 @@ def _gather_kernel(
                 chosen = tl.load(ids_ptr + at, mask=inside, other=-1)
                 raw = tl.load(logits + chosen, mask=chosen >= 0, other=0.0).to(tl.float32)
                 tl.store(values_ptr + at, raw * inverse, mask=inside)
-                tl.atomic_or(marks + chosen // 32, 1 << (chosen % 32), mask=chosen >= 0, sem="relaxed", scope="cta")
+                tl.atomic_or(
+                    marks + chosen // 32, 1 << (chosen % 32), mask=chosen >= 0, sem="relaxed", scope="cta"
+                )
             tl.debug_barrier()
         max_, sum_, moment = _scan_row(logits, marks, num_valid, inverse, GROUPS, WIDTH, MARKED)
         _store_rest(rest_ptr, row, num_rows, _collapse(max_, sum_, moment))
         if MARKED:
-            tl.debug_barrier()  # every lane has read the marks
+            # every lane has read the marks
+            tl.debug_barrier()
             for start in range(0, num_ids, LANES):
-                chosen = tl.load(ids_ptr + row * num_ids + start + lane, mask=start + lane < num_ids, other=-1)
+                chosen = tl.load(
+                    ids_ptr + row * num_ids + start + lane, mask=start + lane < num_ids, other=-1
+                )
                 tl.store(marks + chosen // 32, 0, mask=chosen >= 0)
             tl.debug_barrier()
 
@@ -453,12 +493,19 @@ def _gradient_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK
     column = first + tl.arange(0, BLOCK)
-    raw = tl.load(logits_ptr + row * row_stride + column, mask=column < num_valid, other=float("-inf")).to(tl.float32)
+    raw = tl.load(logits_ptr + row * row_stride + column, mask=column < num_valid, other=float("-inf")).to(
+        tl.float32
+    )
     shift = tl.minimum(raw * inverse - tl.load(ref_ptr + row), 0.0, propagate_nan=_NAN)
     value = tl.load(scale_ptr + row) * _exp(shift)
     out = out_ptr + row * out_stride
-    tl.store(out + column, tl.where(column < num_valid, value, 0.0).to(out_ptr.dtype.element_ty), mask=column < num_columns)
-    tl.debug_barrier()  # chosen columns are written over
+    tl.store(
+        out + column,
+        tl.where(column < num_valid, value, 0.0).to(out_ptr.dtype.element_ty),
+        mask=column < num_columns,
+    )
+    # chosen columns are written over
+    tl.debug_barrier()
     for start in range(0, num_ids, LANES):
         at = start + tl.arange(0, LANES)
         place = tl.load(ids_ptr + row * num_ids + at, mask=at < num_ids, other=-1)
@@ -467,12 +514,14 @@ def _gradient_kernel(
         tl.store(out + place, chosen.to(out_ptr.dtype.element_ty), mask=mine)
 
 
-# The exact divergence ----------------------------------------------------------------------------------------------------------------
+# The exact divergence -----------------------------------------------------------------------------
 
 
 @triton.jit
 def _logp(logits, column, inside, inverse, max_, logsum):
-    return (tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse - max_) - logsum
+    return (
+        tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse - max_
+    ) - logsum
 
 
 @triton.jit
@@ -500,10 +549,15 @@ def _full_sums_kernel(
     student, teacher = student_ptr + row * student_stride, teacher_ptr + row * teacher_stride
     student_max, student_logsum = tl.load(student_max_ptr + row), tl.load(student_logsum_ptr + row)
     teacher_max, teacher_logsum = tl.load(teacher_max_ptr + row), tl.load(teacher_logsum_ptr + row)
-    divergence, total, plogp = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    divergence, total, plogp = (
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+        tl.zeros([BLOCK], tl.float32),
+    )
     for start in range(0, num_valid, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < num_valid  # outside both are -inf, which adds nothing
+        # outside both are -inf, which adds nothing
+        inside = column < num_valid
         a = _logp(student, column, inside, student_inverse, student_max, student_logsum)
         b = _logp(teacher, column, inside, teacher_inverse, teacher_max, teacher_logsum)
         phi, w, p, logp = _terms(a, b, beta, clip, END, CLIPPED, DEEP)
@@ -545,23 +599,38 @@ def _full_gradient_kernel(
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     student, teacher = student_ptr + row * student_stride, teacher_ptr + row * teacher_stride
     inside = column < num_valid
-    a = _logp(student, column, inside, student_inverse, tl.load(student_max_ptr + row), tl.load(student_logsum_ptr + row))
-    b = _logp(teacher, column, inside, teacher_inverse, tl.load(teacher_max_ptr + row), tl.load(teacher_logsum_ptr + row))
+    a = _logp(
+        student,
+        column,
+        inside,
+        student_inverse,
+        tl.load(student_max_ptr + row),
+        tl.load(student_logsum_ptr + row),
+    )
+    b = _logp(
+        teacher,
+        column,
+        inside,
+        teacher_inverse,
+        tl.load(teacher_max_ptr + row),
+        tl.load(teacher_logsum_ptr + row),
+    )
     _, w, p, _ = _terms(a, b, beta, clip, END, CLIPPED, DEEP)
     value = tl.load(upstream_ptr + row) * w + tl.load(coefficient_ptr + row) * p
     value = tl.where(inside, value, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + column, value, mask=column < num_columns)
 
 
-# Sizes -------------------------------------------------------------------------------------------------------------------------------
+# Sizes --------------------------------------------------------------------------------------------
 
 
 def select_sizes(k: int) -> dict[str, int]:
     """Compile-time sizes of the select kernel, and num_warps.
 
-    GROUPS: a tenth of them is read twice at k = 100; 4 in each thread keep registers at 80 for float32, so that 3 programs share a
-    multiprocessor. WIDTH: 16 bytes of float32 to a load; wider runs would need more registers. CAP: the candidates of a row whose large
-    logits stand in runs of WIDTH still fit.
+    GROUPS: a tenth of them is read twice at k = 100; 4 in each thread keep registers at 80 for
+    float32, so that 3 programs share a multiprocessor. WIDTH: 16 bytes of float32 to a load; wider
+    runs would need more registers. CAP: the candidates of a row whose large logits stand in runs of
+    WIDTH still fit.
     """
     groups = min(max(1024, triton.next_power_of_2(4 * k)), 4096)
     cap = min(max(512, triton.next_power_of_2(4 * k)), 4096)
@@ -574,7 +643,9 @@ def gather_sizes() -> dict[str, int]:
 
 
 def gradient_sizes(itemsize: int) -> dict[str, int]:
-    """A block of 16 kB per program: no loop, so latency is hidden by the many programs of a multiprocessor."""
+    """A block of 16 kB per program: no loop, so latency is hidden by the many programs of a
+    multiprocessor.
+    """
     return {"BLOCK": 16384 // itemsize, "LANES": 256, "num_warps": 8}
 
 
@@ -590,17 +661,26 @@ def full_modes(beta: float, clip: float | None) -> dict[str, int | bool]:
 
 def _num_programs(logits_TV: Tensor, per_multiprocessor: int) -> int:
     """Programs that walk over the rows. Few enough that their scratch is small and stays in L2."""
-    if not logits_TV.is_cuda:  # Triton's interpreter
+    # Triton's interpreter
+    if not logits_TV.is_cuda:
         return min(logits_TV.shape[0], 3)
-    return min(logits_TV.shape[0], torch.cuda.get_device_properties(logits_TV.device).multi_processor_count * per_multiprocessor)
+    return min(
+        logits_TV.shape[0],
+        torch.cuda.get_device_properties(logits_TV.device).multi_processor_count * per_multiprocessor,
+    )
 
 
 def _check(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"the Triton passes read bfloat16, float16 and float32; {name} is {tensor.dtype}")
+            raise ValueError(
+                f"the Triton passes read bfloat16, float16 and float32; {name} is {tensor.dtype}"
+            )
         if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
-            raise ValueError(f"{name} must be [T, V] with contiguous columns, got shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+            raise ValueError(
+                f"{name} must be [T, V] with contiguous columns, got shape {tuple(tensor.shape)}, strides"
+                f" {tensor.stride()}"
+            )
 
 
 def _inverse(temperature: float) -> float:
@@ -612,13 +692,15 @@ def _words(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-# The passes --------------------------------------------------------------------------------------------------------------------------
+# The passes ---------------------------------------------------------------------------------------
 
 
 def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> tuple[Tensor, Tensor, Rest]:
-    """(values_TK, ids_TK, rest): the k first true columns in the total order (score descending, id ascending) and what is left.
+    """(values_TK, ids_TK, rest): the k first true columns in the total order (score descending, id
+    ascending) and what is left.
 
-    values are scores (float32), ids int32 local columns. ValueError unless 1 <= k <= num_valid. Any k is exact; meant for k <= 1024.
+    values are scores (float32), ids int32 local columns. ValueError unless 1 <= k <= num_valid. Any
+    k is exact; meant for k <= 1024.
     """
     if not 1 <= k <= num_valid:
         raise ValueError(f"k must lie in [1, {num_valid}], got {k}")
@@ -630,7 +712,8 @@ def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> 
     if num_rows:
         sizes = select_sizes(k)
         # Several waves of programs: how many are resident depends on the registers that the compiler took.
-        programs, room = _num_programs(logits_TV, 12), max(k, sizes["CAP"]) + 16  # the padding of the last tile of the count
+        # the padding of the last tile of the count
+        programs, room = _num_programs(logits_TV, 12), max(k, sizes["CAP"]) + 16
         candidates = torch.empty(programs, room, dtype=torch.int64, device=device)
         lists = torch.empty(programs, sizes["CAP"], dtype=torch.int32, device=device)
         with torch.cuda.device_of(logits_TV):
@@ -653,9 +736,11 @@ def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> 
 
 
 def gather(logits_TV: Tensor, ids_TA: Tensor, *, num_valid: int, temperature: float) -> tuple[Tensor, Rest]:
-    """(values_TA, rest): scores of the chosen columns, and statistics of the true columns that were not chosen.
+    """(values_TA, rest): scores of the chosen columns, and statistics of the true columns that were
+    not chosen.
 
-    ids_TA: int32 local columns, -1 for one that is not on this rank (its value is 0); distinct apart from -1; A may be 0.
+    ids_TA: int32 local columns, -1 for one that is not on this rank (its value is 0); distinct
+    apart from -1; A may be 0.
     """
     _check(logits=logits_TV)
     (num_rows, num_ids), device = ids_TA.shape, logits_TV.device
@@ -665,7 +750,8 @@ def gather(logits_TV: Tensor, ids_TA: Tensor, *, num_valid: int, temperature: fl
     if num_rows:
         sizes = gather_sizes()
         programs, num_words = _num_programs(logits_TV, 3), triton.cdiv(max(num_valid, 1), 32)
-        marks = torch.zeros(programs, num_words, dtype=torch.int32, device=device)  # a bit per column; rows leave it as they found it
+        # a bit per column; rows leave it as they found it
+        marks = torch.zeros(programs, num_words, dtype=torch.int32, device=device)
         with torch.cuda.device_of(logits_TV):
             _gather_kernel[(programs,)](
                 logits_TV,
@@ -696,9 +782,11 @@ def gradient_(
     temperature: float,
     out: Tensor | None = None,
 ) -> None:
-    """Write scale * exp(score - ref) for every true column that is not in ids_TA, chosen_TA at ids_TA, 0 in padded columns.
+    """Write scale * exp(score - ref) for every true column that is not in ids_TA, chosen_TA at
+    ids_TA, 0 in padded columns.
 
-    In place in the logits, or in `out` ([T, V] in bfloat16, float16 or float32). ref_T is finite and not below any unchosen score.
+    In place in the logits, or in `out` ([T, V] in bfloat16, float16 or float32). ref_T is finite
+    and not below any unchosen score.
     """
     out = logits_TV if out is None else out
     _check(logits=logits_TV, out=out)
@@ -735,7 +823,9 @@ def full_sums(
     temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """[T, 3]: sums over the true columns of phi and w (ops/divergence_terms.py) and of p log p, the student's."""
+    """[T, 3]: sums over the true columns of phi and w (ops/divergence_terms.py) and of p log p, the
+    student's.
+    """
     _check(student=student_TV, teacher=teacher_TV)
     sums_T3 = torch.empty(student_TV.shape[0], 3, dtype=torch.float32, device=student_TV.device)
     if len(sums_T3):
@@ -773,7 +863,9 @@ def full_gradient_(
     teacher_temperature: float,
     out: Tensor | None = None,
 ) -> None:
-    """Write upstream * w + coefficient * p for the true columns, 0 in padded ones; in place in the student's logits, or in `out`."""
+    """Write upstream * w + coefficient * p for the true columns, 0 in padded ones; in place in the
+    student's logits, or in `out`.
+    """
     out = student_TV if out is None else out
     _check(student=student_TV, teacher=teacher_TV, out=out)
     num_rows, num_columns = student_TV.shape

@@ -1,27 +1,34 @@
-"""What a loss may know about logits that are split over the vocabulary: O(K) numbers per token, the same on every tensor-parallel rank.
+"""What a loss may know about logits that are split over the vocabulary: O(K) numbers per token, the
+same on every tensor-parallel rank.
 
-T tokens, V local vocabulary slice, K top-k, A size of the support (K, 2K for a union), B buckets = A + 1 (A without a tail), R ranks.
+T tokens, V local vocabulary slice, K top-k, A size of the support (K, 2K for a union), B buckets =
+A + 1 (A without a tail), R ranks.
 
-A support is a set of ids per token: the student's K most likely tokens (SDPO 2601.20802), the teacher's, both, or those of a record that
-was made earlier; everything else is one more bucket, the tail. A distribution over the support and the tail needs, from each rank, its
-scores at the ids and (max, sum of exp) of its other columns. So the forward is
+A support is a set of ids per token: the student's K most likely tokens (SDPO 2601.20802), the
+teacher's, both, or those of a record that was made earlier; everything else is one more bucket, the
+tail. A distribution over the support and the tail needs, from each rank, its scores at the ids and
+(max, sum of exp) of its other columns. So the forward is
 
     all_gather   of each rank's K first candidates of the selecting distribution, and the rest of its columns
-    all_reduce   of the other distribution's scores at the chosen ids, and the rest of its columns; the target's score
+    all_reduce   of the other distribution's scores at the chosen ids, and the rest of its columns;
+                 the target's score
 
-where every word of the all_reduce has one rank that contributes and zeros elsewhere, so that the sum is exact. `support="full"` is the
-exact divergence over the whole vocabulary and needs less: 4 words gathered, 4 reduced. The backward needs no collective: each rank writes
-the gradient of its own columns from the upstream gradient, which all ranks share because they hold the same outputs and go on to compute
-the same loss with scale 1. Never sum such a loss over tensor-parallel ranks.
+where every word of the all_reduce has one rank that contributes and zeros elsewhere, so that the
+sum is exact. `support="full"` is the exact divergence over the whole vocabulary and needs less: 4
+words gathered, 4 reduced. The backward needs no collective: each rank writes the gradient of its
+own columns from the upstream gradient, which all ranks share because they hold the same outputs and
+go on to compute the same loss with scale 1. Never sum such a loss over tensor-parallel ranks.
 
-The gradient in closed form. With p the student, g_j the upstream gradient of bucket j's log-probability, h that of the target's,
-G = sum of g and c = -(G + h), the gradient in a score z_v is
+The gradient in closed form. With p the student, g_j the upstream gradient of bucket j's
+log-probability, h that of the target's, G = sum of g and c = -(G + h), the gradient in a score z_v
+is
 
     v chosen: g_v + c p_v        v in the tail: (p_v / p_tail) (g_tail + c p_tail)        and + h at the target
 
-(g_tail = 0 for tail "raw"; "renormalise": g_v - p^_v G - p_v h when chosen, p^ the renormalised p, and -p_v h in the tail). One scalar
-for the whole tail, and p_v / p_tail = exp(z_v - logsumexp of the tail): nothing of size V is saved.
-"""
+(g_tail = 0 for tail "raw"; "renormalise": g_v - p^_v G - p_v h when chosen, p^ the renormalised p,
+and -p_v h in the tail). One scalar for the whole tail, and p_v / p_tail = exp(z_v - logsumexp of
+the tail): nothing of size V is saved.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -32,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megasd.ops import kernels_torch as torch_passes
+from megasd.ops import kernels_torch
 from megasd.ops.vocab_shard import Rest, Shard, compute_dtype, finite, shard_of
 
 SUPPORTS = ("none", "student", "teacher", "union", "record", "full")
@@ -40,14 +47,16 @@ TAILS = ("bucket", "renormalise", "raw")
 
 
 @dataclass(frozen=True)
-class ReadoutSpec:
-    """What to read. beta, clip: of ops/divergence_terms.py, used by support "full" alone, whose sum over the vocabulary is made shard by
-    shard.
+class LogProbsSpec:
+    """What to read. beta, clip: of ops/divergence_terms.py, used by support "full" alone, whose sum
+    over the vocabulary is made shard by shard.
     """
 
-    vocab_size: int  # the true vocabulary: padded columns take no part and get gradient zero
+    # the true vocabulary: padded columns take no part and get gradient zero
+    vocab_size: int
     support: str = "student"
-    top_k: int = 100  # clipped to the vocabulary
+    # clipped to the vocabulary
+    top_k: int = 100
     tail: str = "bucket"
     beta: float = 0.5
     clip: float | None = None
@@ -62,70 +71,91 @@ class ReadoutSpec:
         if self.top_k < 1:
             raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
         if not (self.temperature > 0 and self.teacher_temperature > 0):
-            raise ValueError(f"temperatures must be positive, got {self.temperature} and {self.teacher_temperature}")
+            raise ValueError(
+                f"temperatures must be positive, got {self.temperature} and {self.teacher_temperature}"
+            )
         if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"beta is the teacher's weight in the mixture and lies in [0, 1], got {self.beta}")
+            raise ValueError(
+                f"beta is the teacher's weight in the mixture and lies in [0, 1], got {self.beta}"
+            )
 
 
 @dataclass
 class TeacherRecord:
-    """A teacher's signal without its logits: 8K + 4 bytes a token. The tail is kept as it was measured, never as 1 - sum."""
+    """A teacher's signal without its logits: 8K + 4 bytes a token. The tail is kept as it was
+    measured, never as 1 - sum.
+    """
 
-    ids_TK: Tensor  # int32, global; -1: empty
-    logq_TK: Tensor  # float32, nats
-    log_tail_T: Tensor  # float32, nats: log of the mass off the ids
+    # int32, global; -1: empty
+    ids_TK: Tensor
+    # float32, nats
+    logq_TK: Tensor
+    # float32, nats: log of the mass off the ids
+    log_tail_T: Tensor
 
     def __getitem__(self, tokens: slice | Tensor) -> TeacherRecord:
         return TeacherRecord(self.ids_TK[tokens], self.logq_TK[tokens], self.log_tail_T[tokens])
 
 
 @dataclass
-class Readout:
+class LogProbs:
     """float32 (float64 for float64 logits), bitwise equal on all tensor-parallel ranks. None: not asked for.
 
     Differentiable: student_logq_TB, divergence_T, logp_T.
     """
 
-    ids_TA: Tensor | None = None  # int64 global ids, -1 for an empty place (the second copy of a union, or of a record)
-    student_logq_TB: Tensor | None = None  # log-probabilities (nats) of the support and, with tail "bucket", of all the rest
+    # int64 global ids, -1 for an empty place (the second copy of a union, or of a record)
+    ids_TA: Tensor | None = None
+    # log-probabilities (nats) of the support and, with tail "bucket", of all the rest
+    student_logq_TB: Tensor | None = None
     teacher_logq_TB: Tensor | None = None
-    divergence_T: Tensor | None = None  # support "full"
-    logp_T: Tensor | None = None  # of the targets
-    entropy_T: Tensor | None = None  # of the student, nats
+    # support "full"
+    divergence_T: Tensor | None = None
+    # of the targets
+    logp_T: Tensor | None = None
+    # of the student, nats
+    entropy_T: Tensor | None = None
 
 
 @dataclass
 class _Side:
-    """One distribution: scores at the support, what is off the support on each rank, and the rank's unselected candidates."""
+    """One distribution: scores at the support, what is off the support on each rank, and the rank's
+    unselected candidates.
+    """
 
     values_TA: Tensor
-    rests_TR: Rest  # [T, R] each
-    extra_TC: Tensor  # scores of columns that are in nobody's rest
+    # [T, R] each
+    rests_TR: Rest
+    # scores of columns that are in nobody's rest
+    extra_TC: Tensor
 
 
 @dataclass
 class _State:
     """What the gradient needs beside the logits: at most 8 A + 64 bytes a token in float32."""
 
-    ids_TA: Tensor | None = None  # int32 global
-    logp_TB: Tensor | None = None  # the student's, whatever the tail mode
+    # int32 global
+    ids_TA: Tensor | None = None
+    # the student's, whatever the tail mode
+    logp_TB: Tensor | None = None
     tail_max_T: Tensor | None = None
     tail_sum_T: Tensor | None = None
     targets_T: Tensor | None = None
-    student_max_T: Tensor | None = None  # support "full": global normalisers, and the sum of w
+    # support "full": global normalisers, and the sum of w
+    student_max_T: Tensor | None = None
     student_logsum_T: Tensor | None = None
     teacher_max_T: Tensor | None = None
     teacher_logsum_T: Tensor | None = None
     total_T: Tensor | None = None
 
 
-def _passes(logits_TV: Tensor):
+def _kernels(logits_TV: Tensor):
     """The backend of the local passes, by device; float64 has one everywhere."""
     if logits_TV.is_cuda and logits_TV.dtype != torch.float64:
-        from megasd.ops import kernels_triton as triton_passes
+        from megasd.ops import kernels_triton
 
-        return triton_passes
-    return torch_passes
+        return kernels_triton
+    return kernels_torch
 
 
 def _local(ids: Tensor, shard: Shard) -> Tensor:
@@ -144,23 +174,33 @@ def _all_gather(words_TC: Tensor, shard: Shard, tp_group: dist.ProcessGroup | No
 
 
 def _merge(values_TRK: Tensor, ids_TRK: Tensor, columns: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """All ranks' candidates as [T, C], sorted by (value descending, id ascending): ties, which rounded logits have at the k-th place of
-    nearly every token, must fall alike whatever the number of ranks. Each rank's are in that order and ranks own ascending ids, so a stable
-    sort by value does it, once the places are gone that a rank with fewer than K true columns could not fill."""
+    """All ranks' candidates as [T, C], sorted by (value descending, id ascending): ties, which
+    rounded logits have at the k-th place of nearly every token, must fall alike whatever the number
+    of ranks. Each rank's are in that order and ranks own ascending ids, so a stable sort by value
+    does it, once the places are gone that a rank with fewer than K true columns could not fill.
+    """
     size, k = values_TRK.shape[1:]
     values_TC, ids_TC = values_TRK.flatten(1), ids_TRK.flatten(1)
     held = [min(k, max(0, min(columns, vocab_size - rank * columns))) for rank in range(size)]
     if min(held) < k:
-        values_TC, ids_TC = (torch.cat([t[:, rank, :n] for rank, n in enumerate(held)], dim=1) for t in (values_TRK, ids_TRK))
+        values_TC, ids_TC = (
+            torch.cat([t[:, rank, :n] for rank, n in enumerate(held)], dim=1) for t in (values_TRK, ids_TRK)
+        )
     values_TC, order_TC = values_TC.sort(dim=-1, descending=True, stable=True)
     return values_TC, ids_TC.gather(1, order_TC)
 
 
 def _select(
-    sides: list[tuple[Tensor, float]], k: int, rest_words: int, vocab_size: int, shard: Shard, tp_group: dist.ProcessGroup | None
+    sides: list[tuple[Tensor, float]],
+    k: int,
+    rest_words: int,
+    vocab_size: int,
+    shard: Shard,
+    tp_group: dist.ProcessGroup | None,
 ) -> list[tuple[Tensor, _Side]]:
-    """For each (logits, temperature): the k first ids of the whole vocabulary, their values and the rest, of which `rest_words` of
-    (max, sum, moment) are known. One all_gather for all of them."""
+    """For each (logits, temperature): the k first ids of the whole vocabulary, their values and the
+    rest, of which `rest_words` of (max, sum, moment) are known. One all_gather for all of them.
+    """
     wide = compute_dtype(sides[0][0])
     word = torch.int64 if wide == torch.float64 else torch.int32
     local_k, num_tokens = min(k, shard.num_valid), sides[0][0].shape[0]
@@ -168,9 +208,11 @@ def _select(
     for logits_TV, temperature in sides:
         values_TK = logits_TV.new_full((num_tokens, k), -torch.inf, dtype=wide)
         ids_TK = torch.zeros((num_tokens, k), dtype=word, device=logits_TV.device)
-        passes = _passes(logits_TV)
+        passes = _kernels(logits_TV)
         if local_k:
-            values, ids, rest = passes.select(logits_TV, local_k, num_valid=shard.num_valid, temperature=temperature)
+            values, ids, rest = passes.select(
+                logits_TV, local_k, num_valid=shard.num_valid, temperature=temperature
+            )
             values_TK[:, :local_k], ids_TK[:, :local_k] = values, ids + shard.start
         else:
             rest = passes.gather(logits_TV, ids_TK[:, :0].int(), num_valid=0, temperature=temperature)[1]
@@ -190,7 +232,9 @@ def _select(
 
 
 def _union(first_TK: Tensor, second_TK: Tensor) -> Tensor:
-    """Ids of both, the second copy of an id replaced by -1: counted twice, its mass would be missing from the tail."""
+    """Ids of both, the second copy of an id replaced by -1: counted twice, its mass would be
+    missing from the tail.
+    """
     ids_TA, order_TA = torch.cat([first_TK, second_TK], dim=1).sort(dim=-1, stable=True)
     copy_TA = torch.zeros_like(ids_TA, dtype=torch.bool)
     copy_TA[:, 1:] = ids_TA[:, 1:] == ids_TA[:, :-1]
@@ -207,10 +251,14 @@ class _Pack:
         self.parts.append(words_TC)
         return len(self.parts) - 1
 
-    def add_side(self, logits_TV: Tensor, ids_TA: Tensor, temperature: float, *, moment: bool) -> tuple[int, int]:
+    def add_side(
+        self, logits_TV: Tensor, ids_TA: Tensor, temperature: float, *, moment: bool
+    ) -> tuple[int, int]:
         """Scores at the ids, and this rank's rest in its own places of [R, 2 or 3]."""
-        passes = _passes(logits_TV)
-        values_TA, rest = passes.gather(logits_TV, _local(ids_TA, self.shard), num_valid=self.shard.num_valid, temperature=temperature)
+        passes = _kernels(logits_TV)
+        values_TA, rest = passes.gather(
+            logits_TV, _local(ids_TA, self.shard), num_valid=self.shard.num_valid, temperature=temperature
+        )
         width = 3 if moment else 2
         slots_TRC = values_TA.new_zeros(values_TA.shape[0], self.shard.size, width)
         slots_TRC[:, self.shard.rank] = torch.stack(rest[:width], dim=1)
@@ -218,7 +266,10 @@ class _Pack:
 
     def add_targets(self, logits_TV: Tensor, targets_T: Tensor, temperature: float) -> int:
         local_T = _local(targets_T, self.shard)
-        scores_T1 = logits_TV.gather(1, local_T.clamp(min=0).long()[:, None]).to(compute_dtype(logits_TV)) / temperature
+        scores_T1 = (
+            logits_TV.gather(1, local_T.clamp(min=0).long()[:, None]).to(compute_dtype(logits_TV))
+            / temperature
+        )
         return self.add(scores_T1.masked_fill_((local_T < 0)[:, None], 0.0))
 
     def reduce(self) -> None:
@@ -231,19 +282,24 @@ class _Pack:
     def side(self, places: tuple[int, int], ids_TA: Tensor) -> _Side:
         values_TA, slots_TC = (self.parts[i] for i in places)
         slots_TRC = slots_TC.unflatten(1, (self.shard.size, -1))
-        rest = Rest(slots_TRC[..., 0], slots_TRC[..., 1], slots_TRC[..., 2] if slots_TRC.shape[2] == 3 else None)
+        rest = Rest(
+            slots_TRC[..., 0], slots_TRC[..., 1], slots_TRC[..., 2] if slots_TRC.shape[2] == 3 else None
+        )
         return _Side(values_TA.masked_fill(ids_TA < 0, -torch.inf), rest, values_TA[:, :0])
 
 
 def _buckets(side: _Side) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp_TB, top_T, logsum_T, tail_max_T, tail_sum_T): log-probabilities of the support and the tail, B = A + 1, and the normaliser.
+    """(logp_TB, top_T, logsum_T, tail_max_T, tail_sum_T): log-probabilities of the support and the
+    tail, B = A + 1, and the normaliser.
 
     The tail is the log-sum-exp of what was not chosen, never 1 - sum.
     """
     rest, extra_TC = side.rests_TR, side.extra_TC
     tail_max_T = torch.cat([rest.max_T, extra_TC], dim=1).amax(-1)
     base_T = finite(tail_max_T)
-    tail_sum_T = (rest.sum_T * (rest.max_T - base_T[:, None]).exp()).sum(-1) + (extra_TC - base_T[:, None]).exp().sum(-1)
+    tail_sum_T = (rest.sum_T * (rest.max_T - base_T[:, None]).exp()).sum(-1) + (
+        extra_TC - base_T[:, None]
+    ).exp().sum(-1)
     top_T = finite(torch.cat([side.values_TA, tail_max_T[:, None]], dim=1).amax(-1))
     log_tail_T = (tail_max_T - top_T) + tail_sum_T.log()
     buckets_TB = torch.cat([side.values_TA - top_T[:, None], log_tail_T[:, None]], dim=1)
@@ -252,10 +308,13 @@ def _buckets(side: _Side) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _entropy(side: _Side, logp_TB: Tensor, top_T: Tensor, logsum_T: Tensor) -> Tensor:
-    """-sum of p log p with log p = (score - top) - logsum, over the support, each rank's rest, and the unselected candidates."""
+    """-sum of p log p with log p = (score - top) - logsum, over the support, each rank's rest, and
+    the unselected candidates.
+    """
 
     def over(scores_TC: Tensor) -> Tensor:
-        shifted_TC = (scores_TC - top_T[:, None]).clamp(min=-1e30)  # 0 * log 0 = 0
+        # 0 * log 0 = 0
+        shifted_TC = (scores_TC - top_T[:, None]).clamp(min=-1e30)
         return ((shifted_TC - logsum_T[:, None]).exp() * shifted_TC).sum(-1)
 
     offset_TR = (side.rests_TR.max_T - top_T[:, None]).clamp(min=-1e30)
@@ -271,19 +330,20 @@ def _in_tail_mode(logp_TB: Tensor, tail: str) -> Tensor:
         return logp_TB[:, :-1].clone()
     chosen_TA = logp_TB[:, :-1]
     shifted_TA = chosen_TA - finite(chosen_TA.amax(-1, keepdim=True))
-    # A support without any mass has no distribution to renormalise: all its log-probabilities stay -inf, not NaN.
+    # A support without any mass has no distribution to renormalise: all its log-probabilities stay
+    # -inf, not NaN.
     return shifted_TA - shifted_TA.exp().sum(-1, keepdim=True).log().clamp(min=0.0)
 
 
 @torch.no_grad()
-def read(
+def compute_logprobs(
     student_TV: Tensor,
     teacher: Tensor | TeacherRecord | None,
     targets_T: Tensor | None,
-    spec: ReadoutSpec,
+    spec: LogProbsSpec,
     *,
     tp_group: dist.ProcessGroup | None,
-) -> tuple[Readout, _State]:
+) -> tuple[LogProbs, _State]:
     """The readout without autograd, and what `write_gradient_` needs. See vocab_parallel_readout."""
     _check(student_TV, teacher, spec)
     shard = shard_of(student_TV.shape[1], spec.vocab_size, tp_group)
@@ -294,11 +354,22 @@ def read(
     pack = _Pack(shard, tp_group)
     # Support.
     if spec.support == "student":
-        ((ids_TA, student_side),) = _select([(student_TV, spec.temperature)], k, 3, spec.vocab_size, shard, tp_group)
+        ((ids_TA, student_side),) = _select(
+            [(student_TV, spec.temperature)], k, 3, spec.vocab_size, shard, tp_group
+        )
     elif spec.support == "teacher":
-        ((ids_TA, teacher_side),) = _select([(teacher, spec.teacher_temperature)], k, 2, spec.vocab_size, shard, tp_group)
+        ((ids_TA, teacher_side),) = _select(
+            [(teacher, spec.teacher_temperature)], k, 2, spec.vocab_size, shard, tp_group
+        )
     elif spec.support == "union":
-        both = _select([(student_TV, spec.temperature), (teacher, spec.teacher_temperature)], k, 0, spec.vocab_size, shard, tp_group)
+        both = _select(
+            [(student_TV, spec.temperature), (teacher, spec.teacher_temperature)],
+            k,
+            0,
+            spec.vocab_size,
+            shard,
+            tp_group,
+        )
         ids_TA = _union(both[0][0], both[1][0])
     elif spec.support == "record":
         ids_TA = teacher.ids_TK.long()
@@ -310,7 +381,9 @@ def read(
         student_places = pack.add_side(student_TV, ids_TA, spec.temperature, moment=True)
     if isinstance(teacher, Tensor) and teacher_side is None:
         teacher_places = pack.add_side(teacher, ids_TA, spec.teacher_temperature, moment=False)
-    target_place = pack.add_targets(student_TV, targets_T, spec.temperature) if targets_T is not None else None
+    target_place = (
+        pack.add_targets(student_TV, targets_T, spec.temperature) if targets_T is not None else None
+    )
     pack.reduce()
     if student_places is not None:
         student_side = pack.side(student_places, ids_TA)
@@ -318,13 +391,15 @@ def read(
         teacher_side = pack.side(teacher_places, ids_TA)
 
     logp_TB, top_T, logsum_T, tail_max_T, tail_sum_T = _buckets(student_side)
-    readout = Readout(entropy_T=_entropy(student_side, logp_TB, top_T, logsum_T))
+    readout = LogProbs(entropy_T=_entropy(student_side, logp_TB, top_T, logsum_T))
     if spec.support != "none":
         readout.ids_TA, readout.student_logq_TB = ids_TA, _in_tail_mode(logp_TB, spec.tail)
     if teacher_side is not None:
         readout.teacher_logq_TB = _in_tail_mode(_buckets(teacher_side)[0], spec.tail)
     elif isinstance(teacher, TeacherRecord):
-        logq_TB = torch.cat([teacher.logq_TK.masked_fill(ids_TA < 0, -torch.inf), teacher.log_tail_T[:, None]], dim=1)
+        logq_TB = torch.cat(
+            [teacher.logq_TK.masked_fill(ids_TA < 0, -torch.inf), teacher.log_tail_T[:, None]], dim=1
+        )
         readout.teacher_logq_TB = _in_tail_mode(logq_TB.to(logp_TB.dtype), spec.tail)
     if targets_T is not None:
         readout.logp_T = (pack.parts[target_place][:, 0] - top_T) - logsum_T
@@ -333,12 +408,19 @@ def read(
 
 
 def _read_full(
-    student_TV: Tensor, teacher_TV: Tensor, targets_T: Tensor | None, spec: ReadoutSpec, shard: Shard, tp_group: dist.ProcessGroup | None
-) -> tuple[Readout, _State]:
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    targets_T: Tensor | None,
+    spec: LogProbsSpec,
+    shard: Shard,
+    tp_group: dist.ProcessGroup | None,
+) -> tuple[LogProbs, _State]:
     none_T0 = torch.zeros(student_TV.shape[0], 0, dtype=torch.int32, device=student_TV.device)
     words = []
     for logits_TV, temperature in ((student_TV, spec.temperature), (teacher_TV, spec.teacher_temperature)):
-        rest = _passes(logits_TV).gather(logits_TV, none_T0, num_valid=shard.num_valid, temperature=temperature)[1]
+        rest = _kernels(logits_TV).gather(
+            logits_TV, none_T0, num_valid=shard.num_valid, temperature=temperature
+        )[1]
         words += [rest.max_T, rest.sum_T]
     gathered_TRC = _all_gather(torch.stack(words, dim=1), shard, tp_group)
     norms = []
@@ -346,13 +428,13 @@ def _read_full(
         max_T = finite(max_TR.amax(-1))
         norms.append((max_T, (sum_TR * (max_TR - max_T[:, None]).exp()).sum(-1).log()))
     pack = _Pack(shard, tp_group)
-    sums_T3 = _passes(student_TV).full_sums(student_TV, teacher_TV, *norms, **_full_options(spec, shard))
+    sums_T3 = _kernels(student_TV).full_sums(student_TV, teacher_TV, *norms, **_full_options(spec, shard))
     pack.add(sums_T3)
     if targets_T is not None:
         pack.add_targets(student_TV, targets_T, spec.temperature)
     pack.reduce()
     divergence_T, total_T, plogp_T = (t.contiguous() for t in pack.parts[0].unbind(-1))
-    readout = Readout(divergence_T=divergence_T, entropy_T=-plogp_T)
+    readout = LogProbs(divergence_T=divergence_T, entropy_T=-plogp_T)
     (student_max_T, student_logsum_T), (teacher_max_T, teacher_logsum_T) = norms
     if targets_T is not None:
         readout.logp_T = (pack.parts[1][:, 0] - student_max_T) - student_logsum_T
@@ -367,7 +449,7 @@ def _read_full(
     return readout, state
 
 
-def _full_options(spec: ReadoutSpec, shard: Shard) -> dict:
+def _full_options(spec: LogProbsSpec, shard: Shard) -> dict:
     return {
         "beta": spec.beta,
         "clip": spec.clip,
@@ -385,16 +467,20 @@ def write_gradient_(
     grad_TB: Tensor | None,
     grad_divergence_T: Tensor | None,
     grad_logp_T: Tensor | None,
-    spec: ReadoutSpec,
+    spec: LogProbsSpec,
     *,
     tp_group: dist.ProcessGroup | None,
     out: Tensor | None = None,
 ) -> None:
-    """This rank's gradient from the gradients of the readout (None: zero), in place in the logits or in `out`. No collective."""
+    """This rank's gradient from the gradients of the readout (None: zero), in place in the logits
+    or in `out`. No collective.
+    """
     shard = shard_of(student_TV.shape[1], spec.vocab_size, tp_group)
-    passes = _passes(student_TV)
+    passes = _kernels(student_TV)
     wide = compute_dtype(student_TV)
-    target_T = student_TV.new_zeros(student_TV.shape[0], dtype=wide) if grad_logp_T is None else grad_logp_T.to(wide)
+    target_T = (
+        student_TV.new_zeros(student_TV.shape[0], dtype=wide) if grad_logp_T is None else grad_logp_T.to(wide)
+    )
     if spec.support == "full":
         upstream_T = torch.zeros_like(target_T) if grad_divergence_T is None else grad_divergence_T.to(wide)
         norms = (state.student_max_T, state.student_logsum_T), (state.teacher_max_T, state.teacher_logsum_T)
@@ -411,7 +497,9 @@ def write_gradient_(
     else:
         chosen_TA, tail_T = _bucket_gradient(state.logp_TB, grad_TB, target_T, spec.tail)
         empty_T = state.tail_sum_T == 0
-        scale_T = torch.where(empty_T, 0.0, tail_T / torch.where(empty_T, 1.0, state.tail_sum_T)) / spec.temperature
+        scale_T = (
+            torch.where(empty_T, 0.0, tail_T / torch.where(empty_T, 1.0, state.tail_sum_T)) / spec.temperature
+        )
         passes.gradient_(
             student_TV,
             _local(state.ids_TA, shard),
@@ -426,11 +514,17 @@ def write_gradient_(
         written_TV = student_TV if out is None else out
         local_T = _local(state.targets_T, shard)
         at_target_T = torch.where(local_T >= 0, target_T / spec.temperature, 0.0)
-        written_TV.scatter_add_(1, local_T.clamp(min=0).long()[:, None], at_target_T[:, None].to(written_TV.dtype))
+        written_TV.scatter_add_(
+            1, local_T.clamp(min=0).long()[:, None], at_target_T[:, None].to(written_TV.dtype)
+        )
 
 
-def _bucket_gradient(logp_TB: Tensor, grad_TB: Tensor | None, target_T: Tensor, tail: str) -> tuple[Tensor, Tensor]:
-    """(chosen_TA, tail_T): gradients in the scores at the support, and of the tail as a whole (the formulas at the head of the file)."""
+def _bucket_gradient(
+    logp_TB: Tensor, grad_TB: Tensor | None, target_T: Tensor, tail: str
+) -> tuple[Tensor, Tensor]:
+    """(chosen_TA, tail_T): gradients in the scores at the support, and of the tail as a whole (the
+    formulas at the head of the file).
+    """
     p_TB = logp_TB.exp()
     if grad_TB is None:
         gradient_TB = -p_TB * target_T[:, None]
@@ -444,28 +538,42 @@ def _bucket_gradient(logp_TB: Tensor, grad_TB: Tensor | None, target_T: Tensor, 
     return gradient_TB[:, :-1], gradient_TB[:, -1]
 
 
-def _check(student_TV: Tensor, teacher: Tensor | TeacherRecord | None, spec: ReadoutSpec) -> None:
+def _check(student_TV: Tensor, teacher: Tensor | TeacherRecord | None, spec: LogProbsSpec) -> None:
     if student_TV.dim() != 2:
-        raise ValueError(f"logits must be [tokens, local vocabulary], got shape {tuple(student_TV.shape)}; flatten the batch first")
+        raise ValueError(
+            f"logits must be [tokens, local vocabulary], got shape {tuple(student_TV.shape)}; flatten the"
+            " batch first"
+        )
     if spec.support in ("teacher", "union", "full") and not isinstance(teacher, Tensor):
         raise ValueError(f"support {spec.support!r} needs the teacher's logits, got {type(teacher).__name__}")
     if (spec.support == "record") != isinstance(teacher, TeacherRecord):
-        raise ValueError(f"support {spec.support!r} with a teacher of type {type(teacher).__name__}: a record goes with support 'record'")
+        raise ValueError(
+            f"support {spec.support!r} with a teacher of type {type(teacher).__name__}: a record goes with"
+            " support 'record'"
+        )
     if isinstance(teacher, Tensor) and teacher.shape != student_TV.shape:
-        raise ValueError(f"student logits {tuple(student_TV.shape)} and teacher logits {tuple(teacher.shape)} differ in shape")
+        raise ValueError(
+            f"student logits {tuple(student_TV.shape)} and teacher logits {tuple(teacher.shape)} differ in"
+            " shape"
+        )
     if isinstance(teacher, TeacherRecord) and teacher.ids_TK.shape[0] != student_TV.shape[0]:
-        raise ValueError(f"a record of {teacher.ids_TK.shape[0]} tokens beside logits of {student_TV.shape[0]}")
+        raise ValueError(
+            f"a record of {teacher.ids_TK.shape[0]} tokens beside logits of {student_TV.shape[0]}"
+        )
 
 
-class _VocabParallelReadout(torch.autograd.Function):
+class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_TV, teacher, targets_T, spec, tp_group, in_place):
-        readout, state = read(student_TV, teacher, targets_T, spec, tp_group=tp_group)
-        needed = teacher if spec.support == "full" else None  # elsewhere the teacher's logits need not outlive the forward
+        readout, state = compute_logprobs(student_TV, teacher, targets_T, spec, tp_group=tp_group)
+        # elsewhere the teacher's logits need not outlive the forward
+        needed = teacher if spec.support == "full" else None
         ctx.save_for_backward(student_TV, needed, *(getattr(state, f.name) for f in fields(state)))
         ctx.spec, ctx.tp_group, ctx.in_place, ctx.done = spec, tp_group, in_place, False
         outputs = tuple(getattr(readout, f.name) for f in fields(readout))
-        ctx.mark_non_differentiable(*(t for t in (readout.ids_TA, readout.teacher_logq_TB, readout.entropy_T) if t is not None))
+        ctx.mark_non_differentiable(
+            *(t for t in (readout.ids_TA, readout.teacher_logq_TB, readout.entropy_T) if t is not None)
+        )
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -474,32 +582,46 @@ class _VocabParallelReadout(torch.autograd.Function):
     def backward(ctx, _ids, grad_TB, _teacher, grad_divergence_T, grad_logp_T, _entropy):
         student_TV, teacher_TV, *state = ctx.saved_tensors
         if ctx.in_place and ctx.done:
-            raise RuntimeError("the logits were overwritten with their gradient: backward can run once when in_place=True")
+            raise RuntimeError(
+                "the logits were overwritten with their gradient: backward can run once when in_place=True"
+            )
         ctx.done = True
         out = student_TV.detach() if ctx.in_place else torch.empty_like(student_TV)
         write_gradient_(
-            student_TV, teacher_TV, _State(*state), grad_TB, grad_divergence_T, grad_logp_T, ctx.spec, tp_group=ctx.tp_group, out=out
+            student_TV,
+            teacher_TV,
+            _State(*state),
+            grad_TB,
+            grad_divergence_T,
+            grad_logp_T,
+            ctx.spec,
+            tp_group=ctx.tp_group,
+            out=out,
         )
         return out, None, None, None, None, None
 
 
-def vocab_parallel_readout(
+def vocab_parallel_logprobs(
     student_TV: Tensor,
     teacher: Tensor | TeacherRecord | None,
     targets_T: Tensor | None,
-    spec: ReadoutSpec,
+    spec: LogProbsSpec,
     *,
     tp_group: dist.ProcessGroup | None,
     in_place: bool = False,
-) -> Readout:
-    """Read logits [T, V] (bfloat16, float32 or float64) as `spec` says; differentiable in the student's logits alone.
+) -> LogProbs:
+    """Read logits [T, V] (bfloat16, float32 or float64) as `spec` says; differentiable in the
+    student's logits alone.
 
-    teacher: logits of the same slice, a TeacherRecord (support "record"), or None. targets_T: int64 global ids whose log-probabilities are
-    wanted. T is the same on every rank of tp_group (None: one rank). in_place: the backward writes the gradient into the logits' own
-    storage, which nothing else may read afterwards; a second backward raises RuntimeError. ValueError for arguments that do not fit
-    together. Logits must not be NaN (a NaN makes that token's outputs NaN).
+    teacher: logits of the same slice, a TeacherRecord (support "record"), or None. targets_T: int64
+    global ids whose log-probabilities are wanted. T is the same on every rank of tp_group (None:
+    one rank). in_place: the backward writes the gradient into the logits' own storage, which
+    nothing else may read afterwards; a second backward raises RuntimeError. ValueError for
+    arguments that do not fit together. Logits must not be NaN (a NaN makes that token's outputs
+    NaN).
 
-    Collectives, forward: see the head of the file; at most one all_gather and one all_reduce. Backward: none.
+    Collectives, forward: see the head of the file; at most one all_gather and one all_reduce.
+    Backward: none.
     """
     teacher = teacher.detach() if isinstance(teacher, Tensor) else teacher
-    return Readout(*_VocabParallelReadout.apply(student_TV, teacher, targets_T, spec, tp_group, in_place))
+    return LogProbs(*_VocabParallelLogProbs.apply(student_TV, teacher, targets_T, spec, tp_group, in_place))

@@ -1,6 +1,7 @@
 """Which columns of the vocabulary a tensor-parallel rank owns, and softmax statistics of a set of columns.
 
-T tokens, V local vocabulary slice. Rank r of a group of n owns the columns [r * V, (r + 1) * V); those at or past `vocab_size` are padding.
+T tokens, V local vocabulary slice. Rank r of a group of n owns the columns [r * V, (r + 1) * V);
+those at or past `vocab_size` are padding.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from torch import Tensor
 
 
 class Rest(NamedTuple):
-    """Statistics of the columns of a row that are not chosen, [T] each: maximum and sums apart, since one rounded log-sum-exp would err by
-    eps * |score|."""
+    """Statistics of the columns of a row that are not chosen, [T] each: maximum and sums apart,
+    since one rounded log-sum-exp would err by eps * |score|.
+    """
 
-    max_T: Tensor  # largest score, -inf when there is none
-    sum_T: Tensor  # sum of exp(score - max), 0 when there is none
-    moment_T: Tensor  # sum of exp(score - max) * (score - max), 0 when there is none
+    # largest score, -inf when there is none
+    max_T: Tensor
+    # sum of exp(score - max), 0 when there is none
+    sum_T: Tensor
+    # sum of exp(score - max) * (score - max), 0 when there is none
+    moment_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,10 @@ def shard_of(local_columns: int, vocab_size: int, tp_group: dist.ProcessGroup | 
     """The slice this rank owns; ValueError when the slices together are narrower than the vocabulary."""
     rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
     if local_columns * size < vocab_size:
-        raise ValueError(f"{size} slices of {local_columns} columns do not hold a vocabulary of {vocab_size}; pass the true vocab_size")
+        raise ValueError(
+            f"{size} slices of {local_columns} columns do not hold a vocabulary of {vocab_size}; pass the"
+            " true vocab_size"
+        )
     start = rank * local_columns
     return Shard(rank, size, start, max(0, min(local_columns, vocab_size - start)))
 

@@ -1,15 +1,18 @@
-"""Programs as answers: the last fenced code block, run on every test of the row in a sandbox; right only when all tests pass.
+"""Programs as answers: the last fenced code block, run on every test of the row in a sandbox; right
+only when all tests pass.
 
 A row's `answer` is JSON, in the shape of LiveCodeBench's tests:
 
     {"inputs": ["3 4\\n"], "outputs": ["7\\n"], "fn_name": null, "time_limit": 6}
 
-fn_name null: a script; the input is its standard input, and standard output is compared line by line, stripped, blank lines at the end
-dropped. Else the program defines that function, or `class Solution` with that method; an input is a JSON list of arguments, or text with
-one JSON value a line; the result equals the output as JSON (tuples are lists). time_limit: seconds a test (default: reward.timeout).
+fn_name null: a script; the input is its standard input, and standard output is compared line by
+line, stripped, blank lines at the end dropped. Else the program defines that function, or `class
+Solution` with that method; an input is a JSON list of arguments, or text with one JSON value a
+line; the result equals the output as JSON (tuples are lists). time_limit: seconds a test (default:
+reward.timeout).
 
-A program that fails a test is wrong. One that ran out of time, memory, processes, output or files, or that asked for the network, was not
-judged: TIMEOUT or ERROR, neither right nor wrong.
+A program that fails a test is wrong. One that ran out of time, memory, processes, output or files,
+or that asked for the network, was not judged: TIMEOUT or ERROR, neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -26,19 +29,25 @@ from megasd.types import UserError, Verdict
 
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n", re.MULTILINE)
 FENCE_END = re.compile(r"^[ \t]*```", re.MULTILINE)
-SHOWN = 400  # characters of an input or an output in feedback
+# characters of an input or an output in feedback
+SHOWN = 400
 
 
 @dataclass(frozen=True)
 class Tests:
-    inputs: list[str]  # standard input, or the arguments as a JSON list
-    outputs: list[Any]  # lines of standard output, or the result
+    # standard input, or the arguments as a JSON list
+    inputs: list[str]
+    # lines of standard output, or the result
+    outputs: list[Any]
     fn_name: str | None
-    seconds: float  # a test
+    # a test
+    seconds: float
 
 
 def last_code_block(text: str) -> str | None:
-    """The text of the last ```fenced``` block; None without one. One that is never closed is cut off: no program."""
+    """The text of the last ```fenced``` block; None without one. One that is never closed is cut
+    off: no program.
+    """
     position, found = 0, None
     while opening := FENCE.search(text, position):
         closing = FENCE_END.search(text, opening.end())
@@ -58,38 +67,58 @@ def parse_tests(answer: str, row: str, default_seconds: float) -> Tests:
         if not inputs or len(inputs) != len(outputs):
             raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
         if fn_name is None:
-            return Tests([str(text) for text in inputs], [_lines(str(text)) for text in outputs], None, seconds)
+            return Tests(
+                [str(text) for text in inputs], [_lines(str(text)) for text in outputs], None, seconds
+            )
         if not isinstance(fn_name, str) or not fn_name.isidentifier():
             raise ValueError(f"fn_name {fn_name!r} is no name of a function")
-        return Tests([_arguments(value) for value in inputs], [_value(value) for value in outputs], fn_name, seconds)
+        return Tests(
+            [_arguments(value) for value in inputs], [_value(value) for value in outputs], fn_name, seconds
+        )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise UserError(
-            f'row {row}: "answer" holds no tests ({reason}); write {{"inputs": [...], "outputs": [...], "fn_name": null, "time_limit": 6}}'
+            f'row {row}: "answer" holds no tests ({reason}); write {{"inputs": [...], "outputs": [...],'
+            ' "fn_name": null, "time_limit": 6}'
         ) from error
 
 
-def check(program: str, tests: Tests, *, total_seconds: float, limits: Limits | None = None) -> tuple[Verdict, str, str]:
-    """(verdict, detail of a check that failed, feedback for the model), stopping at the first test that does not pass.
+def check_code(
+    program: str, tests: Tests, *, total_seconds: float, limits: Limits | None = None
+) -> tuple[Verdict, str, str]:
+    """(verdict, detail of a check that failed, feedback for the model), stopping at the first test
+    that does not pass.
 
-    `total_seconds` bounds all tests together. Feedback shows the failing test's input and what the program printed, never what was
-    expected.
+    `total_seconds` bounds all tests together. Feedback shows the failing test's input and what the
+    program printed, never what was expected.
     """
     deadline = time.monotonic() + total_seconds
     with Sandbox(program, fn_name=tests.fn_name, limits=limits) as sandbox:
         for number, (text, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
             left = deadline - time.monotonic()
             if left <= 0:
-                return Verdict.TIMEOUT, f"test {number} of {len(tests.inputs)}: no time left of {total_seconds:g} s", ""
+                return (
+                    Verdict.TIMEOUT,
+                    f"test {number} of {len(tests.inputs)}: no time left of {total_seconds:g} s",
+                    "",
+                )
             outcome = sandbox.run(text, seconds=min(tests.seconds, left))
             where = f"test {number} of {len(tests.inputs)}"
             if outcome.limit == "time":
                 detail = f"{where}: no end within {min(tests.seconds, left):.3g} s"
                 return Verdict.TIMEOUT, detail, _feedback(text, outcome, "ran out of time")
             if outcome.limit is not None:
-                return Verdict.ERROR, f"{where}: {LIMITS_MET[outcome.limit]}", _feedback(text, outcome, LIMITS_MET[outcome.limit])
+                return (
+                    Verdict.ERROR,
+                    f"{where}: {LIMITS_MET[outcome.limit]}",
+                    _feedback(text, outcome, LIMITS_MET[outcome.limit]),
+                )
             if outcome.status == CANNOT_START:
-                return Verdict.ERROR, f"{where}: the sandbox could not start the program: {outcome.stderr[-200:]}", ""
+                return (
+                    Verdict.ERROR,
+                    f"{where}: the sandbox could not start the program: {outcome.stderr[-200:]}",
+                    "",
+                )
             if outcome.status:
                 return Verdict.WRONG, "", _feedback(text, outcome, "failed")
             if not _passes(tests.fn_name, outcome.stdout, expected):

@@ -1,14 +1,16 @@
-"""Rubrics: a response's score is the weighted share of criteria that it meets, as ROPD (2605.07396) scores black-box teachers.
+"""Rubrics: a response's score is the weighted share of criteria that it meets, as ROPD (2605.07396)
+scores black-box teachers.
 
     s = sum(w_k v_k) / sum(w_k),   w_k > 0, v_k in [0, 1]
 
-ROPD lets a language model write 4 to 12 criteria and another judge them. A `Judge` is that second part behind one method; the judge that
-ships reads rules, so that the method runs without a second model. A row brings its criteria:
+ROPD lets a language model write 4 to 12 criteria and another judge them. A `Judge` is that second
+part behind one method; the judge that ships reads rules, so that the method runs without a second
+model. A row brings its criteria:
 
     "rubric": [{"rule": "contains", "value": "42", "weight": 2.0}, {"rule": "max_words", "value": 120}]
 
-and a row without them gets criteria from its answer and solution (`write_rubric`). Rules cannot see reasoning: they are a stand-in that
-makes the plumbing testable, not a judge of quality.
+and a row without them gets criteria from its answer and solution (`write_rubric`). Rules cannot see
+reasoning: they are a stand-in that makes the plumbing testable, not a judge of quality.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from typing import Any, Protocol
 
 from megasd.types import Prompt, UserError
 
-MAX_SHOWN = 3  # failed criteria named in feedback
-MAX_CHARACTERS = 100_000  # of a response that rules read
+# failed criteria named in feedback
+MAX_SHOWN = 3
+# of a response that rules read
+MAX_CHARACTERS = 100_000
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 SENTENCE_END = re.compile(r"[.!?\n]+")
 
@@ -51,11 +55,16 @@ class RuleJudge:
         """(weight, value, name of the rule) of each criterion."""
         text = response_text[:MAX_CHARACTERS]
         rows = prompt.rubric or write_rubric(prompt)
-        return [(weight, float(rule(text, value)), name) for name, rule, value, weight in map(lambda row: _criterion(prompt, row), rows)]
+        return [
+            (weight, float(rule(text, value)), name)
+            for name, rule, value, weight in map(lambda row: _criterion(prompt, row), rows)
+        ]
 
 
 def write_rubric(prompt: Prompt) -> list[dict[str, Any]]:
-    """4 to 12 weighted criteria from a row's answer and solution: the answer first and heaviest, then form, then the solution's steps."""
+    """4 to 12 weighted criteria from a row's answer and solution: the answer first and heaviest,
+    then form, then the solution's steps.
+    """
     answer = prompt.answer.strip()
     rubric: list[dict[str, Any]] = [
         {"rule": "ends_with_answer", "value": answer, "weight": 4.0},
@@ -63,7 +72,8 @@ def write_rubric(prompt: Prompt) -> list[dict[str, Any]]:
         {"rule": "no_repetition", "value": 3, "weight": 1.0},
         {"rule": "max_words", "value": max(50, 4 * len((prompt.solution or "").split())), "weight": 1.0},
     ]
-    steps = dict.fromkeys(NUMBER.findall(prompt.solution or ""))  # intermediate results, in their order
+    # intermediate results, in their order
+    steps = dict.fromkeys(NUMBER.findall(prompt.solution or ""))
     steps.pop(answer, None)
     return rubric + [{"rule": "contains", "value": number, "weight": 0.5} for number in list(steps)[:8]]
 
@@ -82,7 +92,9 @@ def lacks(text: str, value: str) -> bool:
 
 
 def matches(text: str, value: str) -> bool:
-    """The regular expression is found. Rows are trusted with their patterns; responses are cut at MAX_CHARACTERS."""
+    """The regular expression is found. Rows are trusted with their patterns; responses are cut at
+    MAX_CHARACTERS.
+    """
     return re.search(value, text, re.MULTILINE) is not None
 
 
@@ -95,7 +107,9 @@ def min_words(text: str, value: float) -> bool:
 
 
 def ends_with_answer(text: str, value: str) -> bool:
-    """The last line that holds something ends with `value`, a box, emphasis and a full stop around it aside."""
+    """The last line that holds something ends with `value`, a box, emphasis and a full stop around
+    it aside.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = re.sub(r"\\boxed\{(.*)\}", r"\1", lines[-1]) if lines else ""
     last = last.replace("$", "").strip(" .*`")

@@ -1,12 +1,16 @@
-"""A place to run programs that nobody has read: no network, no files of the machine but Python's own, no environment, hard limits.
+"""A place to run programs that nobody has read: no network, no files of the machine but Python's
+own, no environment, hard limits.
 
     with Sandbox("print(int(input()) + 1)") as sandbox:      # UserError where the machine offers no sandbox
-        sandbox.run("41\\n", seconds=2.0)                     # Outcome(limit=None, status=0, stdout="42\\n", ...)
+        # Outcome(limit=None, status=0, stdout="42\\n", ...)
+        sandbox.run("41\\n", seconds=2.0)
 
-Two ways, the first that passes a real probe is taken: bubblewrap, or namespaces made by sandbox_init.py itself (user, mount, pid, network,
-ipc, uts). There is no third: a program is never run outside. Inside, sandbox_init.py is process 1 and runs each test as a process of its
-own; this side keeps the clock and the memory account, and kills everything at once by killing process 1. What it does not do: filter
-system calls. A hole in the kernel is a hole in the sandbox; do not train on hostile data on a machine that matters.
+Two ways, the first that passes a real probe is taken: bubblewrap, or namespaces made by
+sandbox_init.py itself (user, mount, pid, network, ipc, uts). There is no third: a program is never
+run outside. Inside, sandbox_init.py is process 1 and runs each test as a process of its own; this
+side keeps the clock and the memory account, and kills everything at once by killing process 1. What
+it does not do: filter system calls. A hole in the kernel is a hole in the sandbox; do not train on
+hostile data on a machine that matters.
 """
 
 from __future__ import annotations
@@ -32,10 +36,15 @@ from megasd.rewards import sandbox_init, sandbox_program
 from megasd.types import UserError
 
 INIT, PROGRAM = os.path.abspath(sandbox_init.__file__), os.path.abspath(sandbox_program.__file__)
-START_SECONDS = 20.0  # until process 1 answers, on a busy machine
-SLACK = 0.4  # seconds past a test's limit until the whole sandbox is killed, should process 1 not have ended the test
-WATCH_SECONDS = 0.05  # between two looks at the memory of all processes together
-# Errors at the left margin of a failed program's traceback -> the limit that it met. A program that met one is not judged.
+# until process 1 answers, on a busy machine
+START_SECONDS = 20.0
+# seconds past a test's limit until the whole sandbox is killed, should process 1 not have ended the
+# test
+SLACK = 0.4
+# between two looks at the memory of all processes together
+WATCH_SECONDS = 0.05
+# Errors at the left margin of a failed program's traceback -> the limit that it met. A program that
+# met one is not judged.
 SIGNS = {
     "memory": re.compile(r"^[\w.]*MemoryError\b|Errno 12\]"),
     "processes": re.compile(r"Errno 11\]|can't start new thread"),
@@ -77,40 +86,59 @@ print(json.dumps({"bad": bad, "environment": sorted(os.environ)}))
 
 @dataclass(frozen=True)
 class Limits:
-    memory_bytes: int = 1 << 30  # address space of a process, and resident memory of all together
-    file_bytes: int = 16 << 20  # a file that is written
-    tmp_bytes: int = 64 << 20  # all of /tmp
-    output_bytes: int = 1 << 20  # printed, on each of stdout and stderr
-    processes: int = 16  # and threads, at once
+    # address space of a process, and resident memory of all together
+    memory_bytes: int = 1 << 30
+    # a file that is written
+    file_bytes: int = 16 << 20
+    # all of /tmp
+    tmp_bytes: int = 64 << 20
+    # printed, on each of stdout and stderr
+    output_bytes: int = 1 << 20
+    # and threads, at once
+    processes: int = 16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one run. `limit` is what stopped it: time, memory, processes, output, files, network, killed; None = it ended itself."""
+    """The end of one run. `limit` is what stopped it: time, memory, processes, output, files,
+    network, killed; None = it ended itself.
+    """
 
     limit: str | None
-    status: int | None  # exit status, minus the signal's number; None when it was killed here
+    # exit status, minus the signal's number; None when it was killed here
+    status: int | None
     stdout: str
-    stderr: str  # the end of it
+    # the end of it
+    stderr: str
     seconds: float
 
 
 class Sandbox:
-    """One program in a sandbox of its own; `run` it on as many inputs as wanted. Not thread-safe; several may live at once.
+    """One program in a sandbox of its own; `run` it on as many inputs as wanted. Not thread-safe;
+    several may live at once.
 
-    fn_name   None: a script that reads standard input. Else the function, or method of `class Solution`, that is called with the
+    fn_name   None: a script that reads standard input. Else the function, or method of `class
+              Solution`, that is called with the
               input's JSON list as arguments; its JSON result is `stdout`, and what it prints goes to `stderr`.
     kind      "bubblewrap" or "namespaces"; None = find_kind().
-    """
+    """  # noqa: E501
 
-    def __init__(self, program: str, *, fn_name: str | None = None, limits: Limits | None = None, kind: str | None = None) -> None:
+    def __init__(
+        self,
+        program: str,
+        *,
+        fn_name: str | None = None,
+        limits: Limits | None = None,
+        kind: str | None = None,
+    ) -> None:
         self.limits = limits or Limits()
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
         kind = kind or find_kind()
         self._folder = Path(tempfile.mkdtemp(prefix="megasd-code-"))
         try:
-            self._folder.chmod(0o755)  # the program runs as nobody
+            # the program runs as nobody
+            self._folder.chmod(0o755)
             (self._folder / "program.py").write_bytes(program.encode("utf-8", "replace"))
             self._start(kind, fn_name)
         except BaseException:
@@ -134,7 +162,8 @@ class Sandbox:
         """Kill everything inside and remove the files. May be called twice."""
         if self._process is not None:
             tree = _descendants(self._process.pid)
-            for pid in tree:  # process 1 is among them, and the kernel ends a namespace with its process 1
+            # process 1 is among them, and the kernel ends a namespace with its process 1
+            for pid in tree:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._process.wait()
@@ -152,17 +181,41 @@ class Sandbox:
 
     def _start(self, kind: str, fn_name: str | None) -> None:
         binds, links, site_packages = _python_files()
-        binds = [*binds, (INIT, "/sandbox_init.py"), (PROGRAM, "/sandbox_program.py"), (str(self._folder), "/in")]
+        binds = [
+            *binds,
+            (INIT, "/sandbox_init.py"),
+            (PROGRAM, "/sandbox_program.py"),
+            (str(self._folder), "/in"),
+        ]
         spec = asdict(self.limits) | {
-            "unshare": kind == "namespaces", "binds": binds, "links": links, "site_packages": site_packages, "fn_name": fn_name,
-        }  # fmt: skip
+            "unshare": kind == "namespaces",
+            "binds": binds,
+            "links": links,
+            "site_packages": site_packages,
+            "fn_name": fn_name,
+        }
         python = os.path.realpath(sys.executable)
         command = [python, "-I", "-S", "-B", INIT, json.dumps(spec)]
         if kind == "bubblewrap":
-            command = [*_bubblewrap(binds, links, self.limits), python, "-I", "-S", "-B", "/sandbox_init.py", json.dumps(spec)]
+            command = [
+                *_bubblewrap(binds, links, self.limits),
+                python,
+                "-I",
+                "-S",
+                "-B",
+                "/sandbox_init.py",
+                json.dumps(spec),
+            ]
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={}, cwd="/", start_new_session=True, bufsize=0
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={},
+                cwd="/",
+                start_new_session=True,
+                bufsize=0,
             )
             reply, _ = self._ask(None, time.monotonic() + START_SECONDS)
             if reply is None or not reply["ready"]:
@@ -200,19 +253,22 @@ class _Unusable(Exception):
 def find_kind() -> str:
     """The way that works on this machine, probed once. UserError, one line, when none does."""
     reasons = []
-    for kind in KINDS:
-        reason = probe(kind)
+    for kind in SANDBOX_KINDS:
+        reason = probe_sandbox(kind)
         if reason is None:
             return kind
         reasons.append(f"{kind}: {reason}")
     raise UserError(
-        f"reward.verifier=code: no sandbox works on this machine ({'; '.join(reasons)}), and programs are not run without one; "
-        "install bubblewrap, or allow user namespaces (a container: with CAP_SYS_ADMIN or a seccomp profile that allows unshare)"
+        f"reward.verifier=code: no sandbox works on this machine ({'; '.join(reasons)}), and programs are not"
+        " run without one; install bubblewrap, or allow user namespaces (a container: with CAP_SYS_ADMIN or"
+        " a seccomp profile that allows unshare)"
     )
 
 
-def probe(kind: str) -> str | None:
-    """Why this way does not work or does not hold, None when it does: a program looks around from the inside."""
+def probe_sandbox(kind: str) -> str | None:
+    """Why this way does not work or does not hold, None when it does: a program looks around from
+    the inside.
+    """
     if kind == "bubblewrap" and shutil.which("bwrap") is None:
         return "bwrap is not installed"
     try:
@@ -221,18 +277,23 @@ def probe(kind: str) -> str | None:
     except (_Unusable, OSError) as error:
         return str(error)
     if outcome.limit or outcome.status:
-        return outcome.limit or (outcome.stderr.strip().splitlines() or [f"the probe ended with status {outcome.status}"])[-1]
+        return (
+            outcome.limit
+            or (outcome.stderr.strip().splitlines() or [f"the probe ended with status {outcome.status}"])[-1]
+        )
     found = json.loads(outcome.stdout)
     if set(found["environment"]) - set(sandbox_init.ENVIRONMENT) - {"LC_CTYPE", "PWD"}:
         found["bad"].append("the environment is not empty")
     return found["bad"][0] if found["bad"] else None
 
 
-KINDS = ("bubblewrap", "namespaces")
+SANDBOX_KINDS = ("bubblewrap", "namespaces")
 
 
 def _python_files() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
-    """(directories to read inside, links, site-packages): the system's libraries and this Python's, nothing of a project or a home."""
+    """(directories to read inside, links, site-packages): the system's libraries and this Python's,
+    nothing of a project or a home.
+    """
     binds, links = [("/usr", "/usr")], []
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if os.path.islink(name):
@@ -244,22 +305,38 @@ def _python_files() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[
     wanted = [os.path.join(os.path.realpath(sys.base_prefix), name) for name in ("bin", "lib", "lib64")]
     for path in [*wanted, *packages]:
         covered = any(path == target or path.startswith(target + "/") for _, target in binds)
-        if os.path.isdir(path) and not os.path.islink(path) and not covered and path != site.getusersitepackages():
+        if (
+            os.path.isdir(path)
+            and not os.path.islink(path)
+            and not covered
+            and path != site.getusersitepackages()
+        ):
             binds.append((path, path))
     return binds, links, packages
 
 
 def _bubblewrap(binds: list[tuple[str, str]], links: list[tuple[str, str]], limits: Limits) -> list[str]:
-    command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--die-with-parent", "--new-session"]
-    if os.geteuid() == 0:  # without a user namespace: sandbox_init.py leaves root, so that RLIMIT_NPROC binds
+    command = [
+        "bwrap",
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--die-with-parent",
+        "--new-session",
+    ]
+    # without a user namespace: sandbox_init.py leaves root, so that RLIMIT_NPROC binds
+    if os.geteuid() == 0:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user"]
     command += ["--as-pid-1", "--clearenv"]
-    command += ["--perms", "1777", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]  # first: Python itself may live below it
+    # first: Python itself may live below it
+    command += ["--perms", "1777", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
     parents = {str(parent) for _, target in binds for parent in Path(target).parents} - {"/", "/tmp"}
     for folder in sorted(parents):
-        command += ["--perms", "0755", "--dir", folder]  # left to itself, bwrap makes them for root alone
+        # left to itself, bwrap makes them for root alone
+        command += ["--perms", "0755", "--dir", folder]
     for source, target in binds:
         command += ["--ro-bind", source, target]
     for link, target in links:
@@ -283,7 +360,9 @@ def _stopped(reason: str, seconds: float) -> Outcome:
 
 
 def _descendants(pid: int) -> list[int]:
-    """The process and all below it. Processes of a dead parent go to process 1 of the sandbox, so none is missed."""
+    """The process and all below it. Processes of a dead parent go to process 1 of the sandbox, so
+    none is missed.
+    """
     found = [pid]
     for parent in found:
         try:
@@ -291,7 +370,8 @@ def _descendants(pid: int) -> list[int]:
                 with open(f"/proc/{parent}/task/{task}/children") as file:
                     found += [int(child) for child in file.read().split()]
         except OSError:
-            continue  # it ended while it was looked at
+            # it ended while it was looked at
+            continue
     return found
 
 

@@ -1,12 +1,15 @@
-"""Runs inside the sandbox, as process 1 of its own pid namespace: `python -I -S sandbox_init.py SPEC`, driven by sandbox.py over pipes.
+"""Runs inside the sandbox, as process 1 of its own pid namespace: `python -I -S sandbox_init.py
+SPEC`, driven by sandbox.py over pipes.
 
     -> {"input": "/in/3", "seconds": 2.0}                                                    a line on stdin, one test
     <- {"status": 0, "stdout": "15\\n", "stderr": "", "seconds": 0.02, "limit": null}         a line on stdout; {"ready": true} first
 
-Each test is a fresh Python process of the program in /in/program.py with rlimits of its own; when it has ended, everything that it left
-running is killed. Expected outputs are never in here: sandbox.py's caller compares. Stdlib only, imports nothing of megasd: the file is
-mounted alone. With SPEC["unshare"] it makes the namespaces and the file system first; under bubblewrap both are there already.
-"""
+Each test is a fresh Python process of the program in /in/program.py with rlimits of its own; when
+it has ended, everything that it left running is killed. Expected outputs are never in here:
+sandbox.py's caller compares. Stdlib only, imports nothing of megasd: the file is mounted alone.
+With SPEC["unshare"] it makes the namespaces and the file system first; under bubblewrap both are
+there already.
+"""  # noqa: E501
 
 import ctypes
 import json
@@ -18,11 +21,20 @@ import sys
 import time
 
 NOBODY = 65534
-CANNOT_START = 126  # exit status of a program that never began
-NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
+# exit status of a program that never began
+CANNOT_START = 126
+NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
+    0x00020000,
+    0x04000000,
+    0x08000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-MOUNT_SETATTR, PIVOT_ROOT = 442, {"x86_64": 155, "aarch64": 41}  # system call numbers; mount_setattr has the same one everywhere
+# system call numbers; mount_setattr has the same one everywhere
+MOUNT_SETATTR, PIVOT_ROOT = 442, {"x86_64": 155, "aarch64": 41}
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 CAP_SYS_ADMIN = 21
 ENVIRONMENT = {
@@ -49,11 +61,14 @@ def mount(source, target, kind=None, flags=0, data=None):
 
 
 def make_namespaces():
-    """Leave in a child that is process 1 of fresh namespaces; the outer process waits for it, and takes it along when it dies."""
+    """Leave in a child that is process 1 of fresh namespaces; the outer process waits for it, and
+    takes it along when it dies.
+    """
     flags = NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS
     uid, gid = os.geteuid(), os.getegid()
     if not has_capability(CAP_SYS_ADMIN):
-        if uid == 0:  # root of a container: as root's own user id it would be free of RLIMIT_NPROC
+        # root of a container: as root's own user id it would be free of RLIMIT_NPROC
+        if uid == 0:
             become_nobody()
             uid = gid = NOBODY
         flags |= NEWUSER
@@ -62,7 +77,8 @@ def make_namespaces():
         map_ids(0, uid, gid)
     child = os.fork()
     if child:
-        os.closerange(0, 2)  # only the child holds the pipes
+        # only the child holds the pipes
+        os.closerange(0, 2)
         status = os.waitpid(child, 0)[1]
         os._exit(os.waitstatus_to_exitcode(status) & 255)
     die_with_parent()
@@ -75,7 +91,11 @@ def has_capability(number):
 
 
 def map_ids(inside, uid, gid):
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{inside} {uid} 1"), ("gid_map", f"{inside} {gid} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{inside} {uid} 1"),
+        ("gid_map", f"{inside} {gid} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
@@ -85,16 +105,22 @@ def die_with_parent():
 
 
 def build_root(spec):
-    """A root of its own: the directories to read, a /tmp of limited size to write, and nothing else of the machine."""
+    """A root of its own: the directories to read, a /tmp of limited size to write, and nothing else
+    of the machine.
+    """
     mount(None, "/", None, MS_REC | MS_PRIVATE)
-    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")  # becomes the root
+    # becomes the root
+    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/.old")
     if libc.syscall(PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/.old") < 0:
         raise OSError(ctypes.get_errno(), "pivot_root")
     os.chdir("/")
     os.mkdir("/tmp")
-    mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['tmp_bytes']},mode=1777,nr_inodes=4096")
-    for source, target in spec["binds"]:  # after /tmp: Python itself may live below it
+    mount(
+        "tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['tmp_bytes']},mode=1777,nr_inodes=4096"
+    )
+    # after /tmp: Python itself may live below it
+    for source, target in spec["binds"]:
         bind(f"/.old{source}", target)
     for link, target in spec["links"]:
         os.symlink(target, link)
@@ -104,7 +130,8 @@ def build_root(spec):
     try:
         mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     except OSError:
-        pass  # a container that hides parts of its /proc allows no new one; programs do without
+        # a container that hides parts of its /proc allows no new one; programs do without
+        pass
     call("umount2", b"/.old", MNT_DETACH)
     os.rmdir("/.old")
     read_only_mount("/", recursive=False)
@@ -123,8 +150,14 @@ def bind(source, target, read_only=True):
 
 def read_only_mount(path, recursive):
     """mount_setattr (Linux 5.12): adds flags and keeps those that a user namespace may not drop."""
-    attributes = (ctypes.c_uint64 * 4)(1 | 2 | 4, 0, 0, 0)  # set: read-only, nosuid, nodev
-    if libc.syscall(MOUNT_SETATTR, -100, os.fsencode(path), 0x8000 if recursive else 0, ctypes.byref(attributes), 32) < 0:
+    # set: read-only, nosuid, nodev
+    attributes = (ctypes.c_uint64 * 4)(1 | 2 | 4, 0, 0, 0)
+    if (
+        libc.syscall(
+            MOUNT_SETATTR, -100, os.fsencode(path), 0x8000 if recursive else 0, ctypes.byref(attributes), 32
+        )
+        < 0
+    ):
         raise OSError(ctypes.get_errno(), f"mount_setattr {path}")
 
 
@@ -135,23 +168,30 @@ def become_nobody():
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # a change of user takes /proc/self away, where maps are written
+    # a change of user takes /proc/self away, where maps are written
+    call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 def drop_privileges():
-    """No root, no capabilities after the next exec, and processes counted in a user namespace of this sandbox alone."""
-    try_write("/proc/sys/kernel/shmall", "0")  # System V memory outlives its process and escapes RLIMIT_AS
+    """No root, no capabilities after the next exec, and processes counted in a user namespace of
+    this sandbox alone.
+    """
+    # System V memory outlives its process and escapes RLIMIT_AS
+    try_write("/proc/sys/kernel/shmall", "0")
     if os.geteuid() == 0 and open("/proc/self/uid_map").read().split()[1:2] == ["0"]:
-        become_nobody()  # the machine's root, whom RLIMIT_NPROC does not bind
+        # the machine's root, whom RLIMIT_NPROC does not bind
+        become_nobody()
     uid, gid = os.geteuid(), os.getegid()
     try:
         call("unshare", NEWUSER)
         map_ids(NOBODY, uid, gid)
         try_write("/proc/sys/user/max_user_namespaces", "0")
     except OSError:
-        pass  # no further user namespace allowed: processes are counted with others of this user
+        # no further user namespace allowed: processes are counted with others of this user
+        pass
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # programs may not trace this process nor open its files
+    # programs may not trace this process nor open its files
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     die_with_parent()
 
 
@@ -166,8 +206,9 @@ def try_write(path, text):
 # ---- tests ----
 
 
-def serve(spec):
-    assert os.getpid() == 1, "not process 1 of a pid namespace"  # kill(-1) below would reach the machine
+def serve_tests(spec):
+    # kill(-1) below would reach the machine
+    assert os.getpid() == 1, "not process 1 of a pid namespace"
     for line in sys.stdin:
         request = json.loads(line)
         reply = run_test(spec, request["input"], request["seconds"])
@@ -186,7 +227,8 @@ def run_test(spec, path, seconds):
     os.close(error_write)
     out, error, limit = collect(out_read, error_read, begun + seconds, spec["output_bytes"])
     status = None
-    while limit is None and status is None:  # both pipes are closed: it has ended, or is about to
+    # both pipes are closed: it has ended, or is about to
+    while limit is None and status is None:
         done, code = os.waitpid(child, os.WNOHANG)
         if done:
             status = os.waitstatus_to_exitcode(code)
@@ -205,7 +247,13 @@ def run_test(spec, path, seconds):
         limit = limit or "files"
     text = lambda data: data.decode("utf-8", "replace")  # noqa: E731
     seconds = time.monotonic() - begun
-    return {"status": status, "stdout": text(out), "stderr": text(error[-4000:]), "seconds": round(seconds, 3), "limit": limit}
+    return {
+        "status": status,
+        "stdout": text(out),
+        "stderr": text(error[-4000:]),
+        "seconds": round(seconds, 3),
+        "limit": limit,
+    }
 
 
 def collect(out_fd, error_fd, deadline, most):
@@ -217,7 +265,9 @@ def collect(out_fd, error_fd, deadline, most):
         if left <= 0:
             return bytes(found[out_fd]), bytes(found[error_fd]), "time"
         for fd in select.select([*still, 0], [], [], left)[0]:
-            if fd == 0:  # no request comes before the reply: the other side is gone, and so is this namespace with process 1
+            # no request comes before the reply: the other side is gone, and so is this namespace
+            # with process 1
+            if fd == 0:
                 os._exit(1)
             data = os.read(fd, 65536)
             found[fd] += data
@@ -244,7 +294,9 @@ def end_all(child, status):
 
 
 def clear_tmp():
-    """No test finds what an earlier one left. What is mounted below /tmp (Python, where it lives there) stays."""
+    """No test finds what an earlier one left. What is mounted below /tmp (Python, where it lives
+    there) stays.
+    """
     device, folders, found, mounted = os.stat("/tmp").st_dev, ["/tmp"], [], []
     while folders:
         for entry in list(os.scandir(folders.pop())):
@@ -271,12 +323,27 @@ def become_program(spec, path, seconds, out_fd, error_fd):
         os.chdir("/tmp")
         cpu = int(seconds) + 1
         for name, value in (
-            ("AS", spec["memory_bytes"]), ("CPU", cpu), ("FSIZE", spec["file_bytes"]), ("NOFILE", 64), ("CORE", 0), ("MEMLOCK", 0),
-            ("MSGQUEUE", 0), ("NPROC", spec["processes"] + 1),
-        ):  # fmt: skip
+            ("AS", spec["memory_bytes"]),
+            ("CPU", cpu),
+            ("FSIZE", spec["file_bytes"]),
+            ("NOFILE", 64),
+            ("CORE", 0),
+            ("MEMLOCK", 0),
+            ("MSGQUEUE", 0),
+            ("NPROC", spec["processes"] + 1),
+        ):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "/sandbox_program.py", json.dumps(spec["site_packages"])]
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-B",
+            "-X",
+            "utf8",
+            "/sandbox_program.py",
+            json.dumps(spec["site_packages"]),
+        ]
         command += [] if spec["fn_name"] is None else [spec["fn_name"]]
         os.execve(sys.executable, command, ENVIRONMENT)
     except BaseException as error:
@@ -287,7 +354,8 @@ def become_program(spec, path, seconds, out_fd, error_fd):
 
 def main(argv):
     spec = json.loads(argv[0])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 1 of a namespace is immune to signals that it has no handler for
+    # process 1 of a namespace is immune to signals that it has no handler for
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         die_with_parent()
         if spec["unshare"]:
@@ -299,7 +367,7 @@ def main(argv):
         print(json.dumps({"ready": False, "reason": str(error)}), flush=True)
         return
     print(json.dumps({"ready": True}), flush=True)
-    serve(spec)
+    serve_tests(spec)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,25 @@
-"""Runs /in/program.py inside the sandbox, in a process of its own: `python -I -S sandbox_program.py SITE_PACKAGES [FUNCTION]`.
+"""Runs /in/program.py inside the sandbox, in a process of its own: `python -I -S sandbox_program.py
+SITE_PACKAGES [FUNCTION]`.
 
-Without FUNCTION the program is a script on standard input. With it, standard input is a JSON list of arguments, and the JSON result goes
-to standard output. Nothing in this process is trusted: what is right is decided outside. Small, because it starts once a test.
+Without FUNCTION the program is a script on standard input. With it, standard input is a JSON list
+of arguments, and the JSON result goes to standard output. Nothing in this process is trusted: what
+is right is decided outside. Small, because it starts once a test.
 """
 
 import json
 import os
 import sys
 
-NETWORK = 77  # exit status of a program that asked for the network
-NETWORK_EVENTS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg", "socket.bind")
+# exit status of a program that asked for the network
+NETWORK = 77
+NETWORK_EVENTS = (
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "socket.sendto",
+    "socket.sendmsg",
+    "socket.bind",
+)
 # What solutions of function tasks use without importing it, as the sites that such tasks come from have it.
 PREAMBLE = """
 import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
@@ -36,10 +46,12 @@ def main(site_packages, fn_name=None):
         return
     arguments = json.load(sys.stdin)
     result_fd = os.dup(1)
-    os.dup2(2, 1)  # what the program prints is no result
+    # what the program prints is no result
+    os.dup2(2, 1)
     space = {"__name__": "program"}
     exec(PREAMBLE, space)
-    given = space.get(fn_name)  # operator.add is no answer to a task named add
+    # operator.add is no answer to a task named add
+    given = space.get(fn_name)
     exec(compile(code, "program.py", "exec"), space)
     function = getattr(space["Solution"](), fn_name, None) if "Solution" in space else space.get(fn_name)
     if function is None or function is given:

@@ -1,22 +1,28 @@
-"""Verifiers: from a response's text and the gold answer to a verdict; 1 or 0, or no verdict at all when the check itself failed.
+"""Verifiers: from a response's text and the gold answer to a verdict; 1 or 0, or no verdict at all
+when the check itself failed.
 
-All read the text after the last </think>; a response that never closes its <think> has no answer and is wrong.
+All read the text after the last </think>; a response that never closes its <think> has no answer
+and is wrong.
 
     math             the last \\boxed{...}, compared by math-verify. No box, or one that is cut off: wrong.
     exact_match      the whole text, stripped, equals the gold answer, stripped.
-    multiple_choice  the text after the last <answer>, up to </answer>, stripped, equals the gold letter (SDPO's rule). Without the tag: the
+    multiple_choice  the text after the last <answer>, up to </answer>, stripped, equals the gold
+                     letter (SDPO's rule). Without the tag: the
                      last capital A-H or J that stands alone ("(C)", "**C**", "C."; not in "C-H", "He", "A's"; I is a pronoun). A task with
                      more options, or with an article "A" after its answer, should ask for the tag.
     tool_use         the names and arguments of all tool calls (rewards/tool_use.py).
     code             the last fenced program passes all tests of the row, run in a sandbox (rewards/code.py).
-    rubric           the weighted share of criteria met is the sample's score; right from reward.rubric_threshold on (rewards/rubric.py).
+    rubric           the weighted share of criteria met is the sample's score; right from
+                     reward.rubric_threshold on (rewards/rubric.py).
 
-math-verify and rubrics run in worker processes that are killed at a deadline, because sympy and regular expressions can hang in C, where no
-signal reaches them; programs run in sandboxes that are killed likewise. The others are one linear pass over a string: they cannot
-hang, so they run here, which saves a round trip a sample.
+math-verify and rubrics run in worker processes that are killed at a deadline, because sympy and
+regular expressions can hang in C, where no signal reaches them; programs run in sandboxes that are
+killed likewise. The others are one linear pass over a string: they cannot hang, so they run here,
+which saves a round trip a sample.
 
-`sample.feedback` says what is wrong with a wrong answer, in words for the model, and never what was expected.
-"""
+`sample.feedback` says what is wrong with a wrong answer, in words for the model, and never what was
+expected.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -32,15 +38,18 @@ from typing import Any
 from megasd.config.schema import RewardConfig
 from megasd.rewards import code as code_task
 from megasd.rewards import rubric, sandbox, tool_use
-from megasd.rewards.worker_pool import Job, WorkerPool
+from megasd.rewards.worker_pool import VerifierTask, WorkerPool
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 VERIFIERS = ("math", "exact_match", "multiple_choice", "tool_use", "code", "rubric")
-MAX_ANSWER_CHARACTERS = 4096  # a longer "final answer" is not checked: parsing LaTeX takes time that grows with its square
-MAX_LOGGED = 5  # failed checks logged a call; all of them carry their detail in the sample
+# a longer "final answer" is not checked: parsing LaTeX takes time that grows with its square
+MAX_ANSWER_CHARACTERS = 4096
+# failed checks logged a call; all of them carry their detail in the sample
+MAX_LOGGED = 5
 ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 LETTER = re.compile(r"(?<![\w'’-])([A-HJ])(?![\w'’-])")
-NO_ANSWER = {  # feedback to a response without a final answer
+# feedback to a response without a final answer
+NO_ANSWER = {
     "math": "No \\boxed{} answer was found.",
     "exact_match": "No answer was found after the thinking.",
     "multiple_choice": "No chosen option was found.",
@@ -58,7 +67,9 @@ logger = logging.getLogger(__name__)
 
 
 def extract_answer(verifier: str, text: str) -> str | None:
-    """The final answer of a response as the verifier reads it, stripped; None when there is none. Also the vote of maj@k."""
+    """The final answer of a response as the verifier reads it, stripped; None when there is none.
+    Also the vote of maj@k.
+    """
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
@@ -81,7 +92,9 @@ def extract_answer(verifier: str, text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} holds, braces matched; None without one or when it never closes (an earlier box does not stand in)."""
+    """What the last \\boxed{...} holds, braces matched; None without one or when it never closes
+    (an earlier box does not stand in).
+    """
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -90,7 +103,8 @@ def last_boxed(text: str) -> str | None:
     while position < len(text):
         character = text[position]
         if character == "\\":
-            position += 2  # \{ and \} are no braces
+            # \{ and \} are no braces
+            position += 2
             continue
         depth += (character == "{") - (character == "}")
         if depth == 0:
@@ -103,14 +117,22 @@ class RewardPool:
     """Scores groups in place.
 
         with RewardPool(RewardConfig(verifier="math", workers=2, timeout=6.0)) as rewards:
-            rewards.score(groups)    # {"right": 11.0, "wrong": 4.0, "error": 0.0, "timeout": 1.0, "restarts": 1.0}
+            # {"right": 11.0, "wrong": 4.0, "error": 0.0, "timeout": 1.0, "restarts": 1.0}
+            rewards.score(groups)
 
-    `worker_command` replaces the worker program; tests give one whose check hangs on request. `judge` replaces the rules of
-    verifier=rubric; it runs in this process and keeps its own time. UserError: a config that cannot be, or verifier=code on a machine
-    without a sandbox. Not thread-safe.
+    `worker_command` replaces the worker program; tests give one whose check hangs on request.
+    `judge` replaces the rules of verifier=rubric; it runs in this process and keeps its own time.
+    UserError: a config that cannot be, or verifier=code on a machine without a sandbox. Not
+    thread-safe.
     """
 
-    def __init__(self, config: RewardConfig, *, worker_command: Sequence[str] | None = None, judge: rubric.Judge | None = None) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        *,
+        worker_command: Sequence[str] | None = None,
+        judge: rubric.Judge | None = None,
+    ) -> None:
         if config.verifier not in VERIFIERS:
             raise UserError(f"reward.verifier: {config.verifier!r} is not one of {', '.join(VERIFIERS)}")
         if config.workers < 1:
@@ -120,20 +142,32 @@ class RewardPool:
         if config.verifier == "code":
             sandbox.find_kind()
         self.config, self.judge = config, judge
-        command = worker_command or (sys.executable, "-X", "utf8", "-m", "megasd.rewards.worker", config.verifier)
-        self.workers = WorkerPool([*command, str(config.timeout)], config.workers, config.timeout)  # started by the first check
+        command = worker_command or (
+            sys.executable,
+            "-X",
+            "utf8",
+            "-m",
+            "megasd.rewards.worker",
+            config.verifier,
+        )
+        # started by the first check
+        self.workers = WorkerPool([*command, str(config.timeout)], config.workers, config.timeout)
         queues = {"tool_use": self._compare_calls, "code": self._queue_program, "rubric": self._queue_rubric}
         self._look: Callable[[Sample, str, Any, _Jobs], None] = queues.get(config.verifier, self._compare)
 
     def check_rows(self, prompts: list[Prompt]) -> None:
-        """UserError for the first row whose answer or rubric this verifier cannot read: before anything is sampled."""
+        """UserError for the first row whose answer or rubric this verifier cannot read: before
+        anything is sampled.
+        """
         for prompt in prompts:
             self._gold(prompt)
 
     def score(self, groups: list[Group]) -> dict[str, float]:
-        """Set verdict, detail, feedback and score of every sample. Returns the number of samples by verdict, and of worker restarts.
+        """Set verdict, detail, feedback and score of every sample. Returns the number of samples by
+        verdict, and of worker restarts.
 
-        ERROR (the check raised, or its worker died twice) and TIMEOUT leave the pass rates; each is logged with its row.
+        ERROR (the check raised, or its worker died twice) and TIMEOUT leave the pass rates; each is
+        logged with its row.
         """
         restarts_before = self.workers.restarts
         jobs: _Jobs = {}
@@ -142,15 +176,24 @@ class RewardPool:
         try:
             self._run(list(jobs.values()))
         except BaseException:
-            self.close()  # an interrupt leaves no half-asked question behind for the next call
+            # an interrupt leaves no half-asked question behind for the next call
+            self.close()
             raise
         for job in jobs.values():
             self._finish(job)
         failed = [sample for group in groups for sample in group.samples if not sample.verdict.counts]
         for sample in failed[:MAX_LOGGED]:
-            logger.warning("row %s, sample %d: verifier %s: %s", sample.prompt_id, sample.index, sample.verdict.value, sample.detail)
+            logger.warning(
+                "row %s, sample %d: verifier %s: %s",
+                sample.prompt_id,
+                sample.index,
+                sample.verdict.value,
+                sample.detail,
+            )
         if len(failed) > MAX_LOGGED:
-            logger.warning("%d more checks failed; see the details in the rollout log", len(failed) - MAX_LOGGED)
+            logger.warning(
+                "%d more checks failed; see the details in the rollout log", len(failed) - MAX_LOGGED
+            )
         counts = Counter(sample.verdict.value for group in groups for sample in group.samples)
         restarts = float(self.workers.restarts - restarts_before)
         return {verdict.value: float(counts[verdict.value]) for verdict in Verdict} | {"restarts": restarts}
@@ -183,7 +226,8 @@ class RewardPool:
         """Settle what needs no job, and put the rest into jobs."""
         try:
             gold, reason = self._gold(group.prompt), ""
-        except UserError as error:  # check_rows was not asked
+        except UserError as error:
+            # check_rows was not asked
             gold, reason = None, str(error)
         for sample in group.samples:
             sample.detail, sample.feedback, sample.score = "", "", None
@@ -203,29 +247,33 @@ class RewardPool:
             sample.verdict, sample.feedback = Verdict.WRONG, WRONG_ANSWER[self.config.verifier]
         elif max(len(answer), len(gold)) > MAX_ANSWER_CHARACTERS:
             which = "gold answer" if len(gold) > MAX_ANSWER_CHARACTERS else "answer"
-            sample.verdict, sample.detail = Verdict.ERROR, f"the {which} has more than {MAX_ANSWER_CHARACTERS} characters"
+            sample.verdict, sample.detail = (
+                Verdict.ERROR,
+                f"the {which} has more than {MAX_ANSWER_CHARACTERS} characters",
+            )
         else:
-            jobs.setdefault((answer, gold), Job(answer, gold)).samples.append(sample)
+            jobs.setdefault((answer, gold), VerifierTask(answer, gold)).samples.append(sample)
 
     def _compare_calls(self, sample: Sample, answer: str, gold: tool_use.Calls, jobs: _Jobs) -> None:
-        wrong = tool_use.compare(tool_use.parse_calls(sample.text.rpartition("</think>")[2]), gold)
+        wrong = tool_use.compare_calls(tool_use.parse_calls(sample.text.rpartition("</think>")[2]), gold)
         sample.verdict = Verdict.WRONG if wrong else Verdict.RIGHT
         sample.feedback = f"The tool call is wrong: {wrong}." if wrong else ""
 
     def _queue_program(self, sample: Sample, answer: str, gold: code_task.Tests, jobs: _Jobs) -> None:
-        job = jobs.setdefault((sample.prompt_id, answer), Job(answer, ""))
+        job = jobs.setdefault((sample.prompt_id, answer), VerifierTask(answer, ""))
         job.result = gold
         job.samples.append(sample)
 
     def _queue_rubric(self, sample: Sample, answer: str, gold: Prompt, jobs: _Jobs) -> None:
         rows = json.dumps([gold.id, gold.answer, gold.solution, gold.rubric])
-        job = jobs.setdefault((answer, rows), Job(answer, rows))
+        job = jobs.setdefault((answer, rows), VerifierTask(answer, rows))
         job.result = gold
         job.samples.append(sample)
 
-    def _run(self, jobs: list[Job]) -> None:
+    def _run(self, jobs: list[VerifierTask]) -> None:
         if self.config.verifier == "code":
-            with ThreadPoolExecutor(self.config.workers) as threads:  # each waits for a sandbox
+            # each waits for a sandbox
+            with ThreadPoolExecutor(self.config.workers) as threads:
                 try:
                     list(threads.map(self._run_program, jobs))
                 finally:
@@ -236,21 +284,25 @@ class RewardPool:
         else:
             self.workers.run(jobs)
 
-    def _run_program(self, job: Job) -> None:
+    def _run_program(self, job: VerifierTask) -> None:
         limits = sandbox.Limits(memory_bytes=self.config.code_memory_mib << 20)
         try:
-            verdict, detail, feedback = code_task.check(job.answer, job.result, total_seconds=self.config.code_seconds, limits=limits)
-        except Exception as error:  # the machine's: no file handles, no memory, no room in /tmp
+            verdict, detail, feedback = code_task.check_code(
+                job.answer, job.result, total_seconds=self.config.code_seconds, limits=limits
+            )
+        except Exception as error:
+            # the machine's: no file handles, no memory, no room in /tmp
             verdict, detail, feedback = Verdict.ERROR, f"{type(error).__name__}: {error}", ""
         job.settle(verdict, detail, feedback)
 
-    def _ask_judge(self, job: Job) -> None:
+    def _ask_judge(self, job: VerifierTask) -> None:
         try:
             job.settle(Verdict.RIGHT, "", [(*pair, "") for pair in self.judge.judge(job.result, job.answer)])
-        except Exception as error:  # a judge may be anything, and a failed judgement is no wrong answer
+        except Exception as error:
+            # a judge may be anything, and a failed judgement is no wrong answer
             job.settle(Verdict.ERROR, f"judge: {type(error).__name__}: {error}")
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: VerifierTask) -> None:
         """The job's outcome, in each of its samples."""
         verdict, detail, score, feedback = job.verdict, job.detail, None, ""
         if self.config.verifier == "rubric" and verdict.counts:
@@ -262,7 +314,12 @@ class RewardPool:
         if not verdict.counts and self.config.verifier == "math":
             detail = f"{detail}; answer {job.answer[:200]!r}, gold {job.gold[:200]!r}"
         for sample in job.samples:
-            sample.verdict, sample.detail, sample.score, sample.feedback = verdict, detail, score, feedback or ""
+            sample.verdict, sample.detail, sample.score, sample.feedback = (
+                verdict,
+                detail,
+                score,
+                feedback or "",
+            )
 
     def _grade(self, criteria: list[tuple[float, float, str]]) -> tuple[Verdict, str, float | None, str]:
         """(verdict, detail, score, feedback) of judged criteria (weight, value, name)."""
@@ -274,7 +331,12 @@ class RewardPool:
             return Verdict.RIGHT, "", score, ""
         missed = [name for _, value, name in sorted(criteria, key=lambda row: -row[0]) if value < 1 and name]
         named = ", ".join(dict.fromkeys(missed[: rubric.MAX_SHOWN]))
-        return Verdict.WRONG, "", score, f"The response does not meet enough of the criteria{f' (among them: {named})' if named else ''}."
+        return (
+            Verdict.WRONG,
+            "",
+            score,
+            f"The response does not meet enough of the criteria{f' (among them: {named})' if named else ''}.",
+        )
 
 
-_Jobs = dict[tuple[str, str], Job]
+_Jobs = dict[tuple[str, str], VerifierTask]

@@ -1,12 +1,14 @@
-"""One verifier process: `python -m megasd.rewards.worker CHECK TIMEOUT`, driven by rewards/worker_pool.py over pipes.
+"""One verifier process: `python -m megasd.rewards.worker CHECK TIMEOUT`, driven by
+rewards/worker_pool.py over pipes.
 
     -> {"answer": "\\frac{1}{2}", "gold": "0.5"}                    a line on stdin
     <- {"verdict": "right", "detail": "", "result": null}          a line on stdout; the first line is {"ready": true}
 
-Three deadlines, because sympy and regular expressions can hang in pure Python and in C alike: an alarm after TIMEOUT seconds raises inside
-the check (the worker lives on); the parent kills the worker half a second later; and a watchdog thread ends an orphan whose parent is gone.
-RLIMIT_AS bounds memory. Imports neither torch nor transformers.
-"""
+Three deadlines, because sympy and regular expressions can hang in pure Python and in C alike: an
+alarm after TIMEOUT seconds raises inside the check (the worker lives on); the parent kills the
+worker half a second later; and a watchdog thread ends an orphan whose parent is gone. RLIMIT_AS
+bounds memory. Imports neither torch nor transformers.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-MAX_MEMORY_BYTES = 4 << 30  # address space; sympy with its caches takes about 0.5 GB of it
-GRACE = 0.5  # seconds past the alarm until the parent kills; the watchdog waits twice as long
+# address space; sympy with its caches takes about 0.5 GB of it
+MAX_MEMORY_BYTES = 4 << 30
+# seconds past the alarm until the parent kills; the watchdog waits twice as long
+GRACE = 0.5
 
 
 class CheckTimeout(BaseException):
@@ -29,7 +33,8 @@ class CheckTimeout(BaseException):
 
 
 def check_math(answer: str, gold: str) -> bool:
-    """Whether two final answers are the same mathematics, by math-verify: 10\\% is 0.1, \\frac12 is 0.5, x=3 is 3.
+    """Whether two final answers are the same mathematics, by math-verify: 10\\% is 0.1, \\frac12 is
+    0.5, x=3 is 3.
 
     Its own timeouts are off: they would turn a hung comparison into a wrong answer.
     """
@@ -44,7 +49,9 @@ def check_math(answer: str, gold: str) -> bool:
 
 
 def judge_rubric(answer: str, gold: str) -> list[tuple[float, float, str]]:
-    """(weight, value, rule) of each criterion of a response; `gold` is JSON of the row's id, answer, solution and rubric."""
+    """(weight, value, rule) of each criterion of a response; `gold` is JSON of the row's id,
+    answer, solution and rubric.
+    """
     from megasd.rewards.rubric import RuleJudge
     from megasd.types import Prompt
 
@@ -52,13 +59,16 @@ def judge_rubric(answer: str, gold: str) -> list[tuple[float, float, str]]:
     return RuleJudge().explain(Prompt(row, [], reference, solution, rubric=rubric), answer)
 
 
-CHECKS: dict[str, Callable[[str, str], Any]] = {"math": check_math, "rubric": judge_rubric}
+WORKER_CHECKS: dict[str, Callable[[str, str], Any]] = {"math": check_math, "rubric": judge_rubric}
 
 
-def serve(check: Callable[[str, str], Any], timeout: float) -> None:
-    """Answer requests until stdin closes. `timeout`: seconds a check may take. A check that returns no bool has its result passed on."""
+def serve_checks(check: Callable[[str, str], Any], timeout: float) -> None:
+    """Answer requests until stdin closes. `timeout`: seconds a check may take. A check that returns
+    no bool has its result passed on.
+    """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not reach the protocol
+    # whatever a library prints must not reach the protocol
+    os.dup2(2, 1)
     signal.signal(signal.SIGALRM, _raise_timeout)
     _reply(replies, {"ready": True})
     for line in sys.stdin:
@@ -77,8 +87,13 @@ def _judge(check: Callable[[str, str], Any], answer: str, gold: str, timeout: fl
     except CheckTimeout:
         return {"verdict": "timeout", "detail": f"no verdict within {timeout:g} s", "result": None}
     except Exception as error:
-        said = error.args[0] if error.args and isinstance(error.args[0], str) else ""  # str() of a sympy argument may itself hang
-        return {"verdict": "error", "detail": f"{type(error).__name__}: {' '.join(said.split())[:200]}", "result": None}
+        # str() of a sympy argument may itself hang
+        said = error.args[0] if error.args and isinstance(error.args[0], str) else ""
+        return {
+            "verdict": "error",
+            "detail": f"{type(error).__name__}: {' '.join(said.split())[:200]}",
+            "result": None,
+        }
     finally:
         faulthandler.cancel_dump_traceback_later()
     if isinstance(found, bool):
@@ -96,16 +111,18 @@ def _reply(stream, message: dict) -> None:
 
 
 def main(argv: list[str], check: Callable[[str, str], Any] | None = None) -> None:
-    """Serve CHECKS[argv[-2]], or `check`, with the timeout argv[-1]."""
+    """Serve WORKER_CHECKS[argv[-2]], or `check`, with the timeout argv[-1]."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    check = check or CHECKS[argv[-2]]
+    check = check or WORKER_CHECKS[argv[-2]]
     if check is check_math:
         import logging
 
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
-        check_math("\\frac{1}{2}", "0.5")  # the first use of sympy takes half a second: before "ready", outside every deadline
-    serve(check, float(argv[-1]))
+        # it warns that its own timeouts are off
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        # the first use of sympy takes half a second: before "ready", outside every deadline
+        check_math("\\frac{1}{2}", "0.5")
+    serve_checks(check, float(argv[-1]))
 
 
 if __name__ == "__main__":

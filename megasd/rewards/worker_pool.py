@@ -1,4 +1,6 @@
-"""Worker processes for checks that may hang, in C too: fed one job at a time over pipes, killed at a deadline, replaced when they die."""
+"""Worker processes for checks that may hang, in C too: fed one job at a time over pipes, killed at
+a deadline, replaced when they die.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,16 @@ from typing import Any
 from megasd.rewards.worker import GRACE
 from megasd.types import Sample, UserError, Verdict
 
-START_TIMEOUT = 120.0  # seconds; sympy imports slowly on a busy machine
-MAX_FAILED_STARTS = 3  # in a row
+# seconds; sympy imports slowly on a busy machine
+START_TIMEOUT = 120.0
+# in a row
+MAX_FAILED_STARTS = 3
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Job:
+class VerifierTask:
     """One check, for every sample that it speaks for. `settle` fills verdict, detail and result."""
 
     answer: str
@@ -33,7 +37,8 @@ class Job:
     attempts: int = 0
     verdict: Verdict | None = None
     detail: str = ""
-    result: Any = None  # what the check found out beside its verdict
+    # what the check found out beside its verdict
+    result: Any = None
 
     def settle(self, verdict: Verdict, detail: str, result: Any = None) -> None:
         self.verdict, self.detail, self.result = verdict, detail, result
@@ -53,8 +58,10 @@ class WorkerPool:
             worker.kill()
         self.workers = []
 
-    def run(self, jobs: list[Job]) -> None:
-        """Feed the jobs to the workers, one at a time each, until every job has its verdict. UserError when workers do not start."""
+    def run(self, jobs: list[VerifierTask]) -> None:
+        """Feed the jobs to the workers, one at a time each, until every job has its verdict.
+        UserError when workers do not start.
+        """
         queue = deque(jobs)
         failed_starts = 0
         while len(self.workers) < min(self.size, len(jobs)):
@@ -64,10 +71,14 @@ class WorkerPool:
                 if worker.ready and worker.job is None and queue:
                     worker.send(queue.popleft(), self.timeout + GRACE)
             for worker, reply in self._wait():
-                if reply is None:  # dead, or past its deadline and killed
+                # dead, or past its deadline and killed
+                if reply is None:
                     failed_starts = 0 if worker.ready else failed_starts + 1
                     if failed_starts >= MAX_FAILED_STARTS:
-                        raise UserError(f"verifier workers do not start: {worker.obituary}; is math-verify installed beside megasd?")
+                        raise UserError(
+                            f"verifier workers do not start: {worker.obituary}; is math-verify installed"
+                            " beside megasd?"
+                        )
                     self._settle_death(worker, queue)
                     self.workers[self.workers.index(worker)] = Worker(self.command)
                     self.restarts += 1
@@ -77,7 +88,7 @@ class WorkerPool:
                     worker.job.settle(Verdict(reply["verdict"]), reply["detail"], reply["result"])
                     worker.job = worker.deadline = None
 
-    def _settle_death(self, worker: Worker, queue: deque[Job]) -> None:
+    def _settle_death(self, worker: Worker, queue: deque[VerifierTask]) -> None:
         job = worker.job
         if job is None:
             return
@@ -89,7 +100,9 @@ class WorkerPool:
             job.settle(Verdict.ERROR, f"the worker died twice: {worker.obituary}")
 
     def _wait(self) -> list[tuple[Worker, dict | None]]:
-        """Sleep until a worker says something, dies or meets its deadline; (worker, reply), reply None for the dead."""
+        """Sleep until a worker says something, dies or meets its deadline; (worker, reply), reply
+        None for the dead.
+        """
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
@@ -110,19 +123,28 @@ class Worker:
     """A worker process and what it is doing."""
 
     def __init__(self, command: list[str]) -> None:
-        self._stderr = tempfile.TemporaryFile()  # a file, not a pipe: nobody has to drain it
+        # a file, not a pipe: nobody has to drain it
+        self._stderr = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, start_new_session=True, bufsize=0
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            start_new_session=True,
+            bufsize=0,
         )
         self.ready = False
-        self.job: Job | None = None
-        self.deadline: float | None = time.monotonic() + START_TIMEOUT  # of the start or of the job (monotonic seconds); None when idle
+        self.job: VerifierTask | None = None
+        # of the start or of the job (monotonic seconds); None when idle
+        self.deadline: float | None = time.monotonic() + START_TIMEOUT
         self.timed_out = False
         self.obituary = ""
         self._buffer = b""
 
-    def send(self, job: Job, seconds: float) -> None:
-        """Hand over a job. A worker that has died meanwhile is found by the next receive(), with the job still its own."""
+    def send(self, job: VerifierTask, seconds: float) -> None:
+        """Hand over a job. A worker that has died meanwhile is found by the next receive(), with
+        the job still its own.
+        """
         job.attempts += 1
         self.job, self.deadline = job, time.monotonic() + seconds
         line = json.dumps({"answer": job.answer, "gold": job.gold}, ensure_ascii=False) + "\n"

@@ -1,9 +1,12 @@
-"""Where numbers go: RUN_DIR/metrics.jsonl, one strict JSON object a line, and TensorBoard event files in RUN_DIR/tensorboard.
+"""Where numbers go: RUN_DIR/metrics.jsonl, one strict JSON object a line, and TensorBoard event
+files in RUN_DIR/tensorboard.
 
     sink = MetricSink(run_dir, tensorboard=True)
-    sink.log(3, {"loss/total": 0.71, "reward/pass_rate": 0.4})    # {"step": 3, "time": 1767225600.0, "loss/total": 0.71, ...}
+    # {"step": 3, "time": 1767225600.0, "loss/total": 0.71, ...}
+    sink.log(3, {"loss/total": 0.71, "reward/pass_rate": 0.4})
 
-Values arrive already reduced over the ranks; only rank 0 holds a sink. Losses are in nats, times in seconds.
+Values arrive already reduced over the ranks; only rank 0 holds a sink. Losses are in nats, times in
+seconds.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ RESERVED = ("step", "time")
 
 
 class MetricSink:
-    """Appends metrics to a run. `first_step` is the step the run starts or resumes at: lines of that step and later are dropped."""
+    """Appends metrics to a run. `first_step` is the step the run starts or resumes at: lines of
+    that step and later are dropped.
+    """
 
     def __init__(self, run_dir: str | Path, tensorboard: bool = True, first_step: int = 0) -> None:
-        """Create run_dir if needed. A line torn by a crash is dropped too. Raises OSError when run_dir cannot be written."""
+        """Create run_dir if needed. A line torn by a crash is dropped too. Raises OSError when
+        run_dir cannot be written.
+        """
         directory = Path(run_dir)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
@@ -35,17 +42,23 @@ class MetricSink:
         self._file = self.path.open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # needs torch, which floor 0 does not import
+            # needs torch, which floor 0 does not import
+            from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line and flush it. A value is anything that float() takes; NaN and infinities become null. Raises ValueError on
-        a reserved name (step, time)."""
+        """Write one line and flush it. A value is anything that float() takes; NaN and infinities
+        become null. Raises ValueError on a reserved name (step, time).
+        """
         taken = [name for name in RESERVED if name in metrics]
         if taken:
             raise ValueError(f"metric name {taken[0]!r} is reserved; rename it")
-        line = {"step": int(step), "time": round(time.time(), 3), **{name: _number(value) for name, value in metrics.items()}}
+        line = {
+            "step": int(step),
+            "time": round(time.time(), 3),
+            **{name: _number(value) for name, value in metrics.items()},
+        }
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -63,12 +76,16 @@ class MetricSink:
     def __enter__(self) -> MetricSink:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order, without a torn last one. Raises UserError on any other line that is not JSON."""
+    """The lines of a metrics.jsonl, in order, without a torn last one. Raises UserError on any
+    other line that is not JSON.
+    """
     rows: list[dict[str, Any]] = []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
@@ -81,7 +98,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _keep_before(path: Path, step: int) -> None:
-    """Rewrite the file with the rows of earlier steps only: written beside, then renamed, so that a crash leaves one of the two."""
+    """Rewrite the file with the rows of earlier steps only: written beside, then renamed, so that a
+    crash leaves one of the two.
+    """
     kept = [row for row in read_metrics(path) if row["step"] < step]
     beside = path.with_suffix(".jsonl.tmp")
     with beside.open("w", encoding="utf-8") as file:

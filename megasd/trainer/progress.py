@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-PHASES = ("rollout", "reward", "teach", "train", "sync")  # seconds/<phase>
+# seconds/<phase>
+PHASES = ("rollout", "reward", "teach", "train", "sync")
 
 
-class Report:
+class ProgressPrinter:
     """Rank 0's standard output. On a terminal rich draws a progress bar; elsewhere lines are plain."""
 
     def __init__(self, total: int, done: int = 0) -> None:
@@ -51,7 +52,9 @@ def step_line(metrics: Mapping[str, float]) -> str:
         ("tok/s", "speed/tokens_per_second", "{:.0f}"),
     ]
     parts = [f"{label} {form.format(metrics[key])}" for label, key, form in shown if key in metrics]
-    seconds = " ".join(f"{phase} {metrics[f'seconds/{phase}']:.2f}" for phase in PHASES if f"seconds/{phase}" in metrics)
+    seconds = " ".join(
+        f"{phase} {metrics[f'seconds/{phase}']:.2f}" for phase in PHASES if f"seconds/{phase}" in metrics
+    )
     return " | ".join([*parts, f"s: {seconds}"])
 
 

@@ -1,19 +1,26 @@
 """How fast a step was. A GPU is a rank of the actor; on a machine without one, a process.
 
-    speed/tokens_per_second          prompt and response tokens of the step's samples / seconds of the whole step, sampling, verifying,
+    speed/tokens_per_second          prompt and response tokens of the step's samples / seconds of
+                                     the whole step, sampling, verifying,
                                      pushing, saving and evaluating included
     speed/tokens_per_second_per_gpu  that / ranks
     speed/model_tflops_per_gpu       model FLOPs / (seconds of teaching and training x ranks) / 10^12
-    speed/mfu                        speed/model_tflops_per_gpu / the GPU's dense peak: FP8's where actor.fp8 is set, bfloat16's otherwise
-    speed/hfu                        the same with what the backward computes anew; where actor.recompute_granularity is set
+    speed/mfu                        speed/model_tflops_per_gpu / the GPU's dense peak: FP8's where
+                                     actor.fp8 is set, bfloat16's otherwise
+    speed/hfu                        the same with what the backward computes anew; where
+                                     actor.recompute_granularity is set
 
-Model FLOPs of a step (flops.py: matrix products and causal attention, n tokens a sequence of which r are its response):
+Model FLOPs of a step (flops.py: matrix products and causal attention, n tokens a sequence of which
+r are its response):
 
-    student    3 x (layers(n) + output(r))     forward, and a backward of twice that, in every update of the batch
-    teacher        (layers(n') + output(r))    forward alone, n' tokens with the teacher's prompt; for each context and pass of the teacher
+    student    3 x (layers(n) + output(r))     forward, and a backward of twice that, in every
+               update of the batch
+    teacher        (layers(n') + output(r))    forward alone, n' tokens with the teacher's prompt;
+                   for each context and pass of the teacher
 
-over the samples that need a forward. Padding counts for nothing, so it lowers the MFU; so do the forwards that some methods make besides
-(log-probabilities before the first of several updates), the optimizer and everything that waits. The seconds are rank 0's.
+over the samples that need a forward. Padding counts for nothing, so it lowers the MFU; so do the
+forwards that some methods make besides (log-probabilities before the first of several updates), the
+optimizer and everything that waits. The seconds are rank 0's.
 """
 
 from __future__ import annotations
@@ -21,10 +28,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from megasd.cluster.planner.hardware import KINDS
+from megasd.cluster.planner.hardware import GPU_KINDS
 from megasd.config.schema import ActorConfig
 
-# What the driver calls a GPU -> a row of cluster/planner/hardware.py. Only those whose peak is that row's: an H100 PCIe is another GPU.
+# What the driver calls a GPU -> a row of cluster/planner/hardware.py. Only those whose peak is that
+# row's: an H100 PCIe is another GPU.
 DEVICE_NAMES = {
     "NVIDIA H100 80GB HBM3": "h100-80g",
     "NVIDIA H200": "h200-141g",
@@ -35,7 +43,9 @@ DEVICE_NAMES = {
 
 
 def speed(metrics: Mapping[str, float], seconds: float, ranks: int, peak: float | None) -> dict[str, float]:
-    """The figures above that can be had. metrics: of the step, with train/* and seconds/*; peak: FLOP/s of a GPU, None: not known."""
+    """The figures above that can be had. metrics: of the step, with train/* and seconds/*; peak:
+    FLOP/s of a GPU, None: not known.
+    """
     found = {}
     if "train/batch_tokens" in metrics:
         found["speed/tokens_per_second"] = metrics["train/batch_tokens"] / seconds
@@ -48,16 +58,20 @@ def speed(metrics: Mapping[str, float], seconds: float, ranks: int, peak: float 
     if peak is not None:
         found["speed/mfu"] = tflops * 1e12 / peak
         if "train/recompute_tflops" in metrics:
-            found["speed/hfu"] = found["speed/mfu"] + metrics["train/recompute_tflops"] * 1e12 / learning / ranks / peak
+            found["speed/hfu"] = (
+                found["speed/mfu"] + metrics["train/recompute_tflops"] * 1e12 / learning / ranks / peak
+            )
     return found
 
 
 def peak_of(actor: ActorConfig) -> float | None:
-    """Dense peak of this machine's GPU in what the layers multiply (FLOP/s); None without a GPU, for one not in the table, and in fp32."""
+    """Dense peak of this machine's GPU in what the layers multiply (FLOP/s); None without a GPU,
+    for one not in the table, and in fp32.
+    """
     name = _device_name()
     if name not in DEVICE_NAMES or actor.dtype == "float32":
         return None
-    kind = KINDS[DEVICE_NAMES[name]]
+    kind = GPU_KINDS[DEVICE_NAMES[name]]
     return kind.bf16 if actor.fp8 is None else kind.fp8
 
 

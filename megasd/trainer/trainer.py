@@ -1,7 +1,7 @@
 """The parts of a run, built in the order that wastes least time, and closed whatever happens.
 
-Rank 0 holds the left half (prompts, engine, verifiers, files); every rank holds the actor. What rank 0 decides reaches the
-others as tensors.
+Rank 0 holds the left half (prompts, engine, verifiers, files); every rank holds the actor. What
+rank 0 decides reaches the others as tensors.
 """
 
 from __future__ import annotations
@@ -29,26 +29,32 @@ from megasd.batch.batch import Batch, build_batch
 from megasd.config.load import to_yaml
 from megasd.config.schema import AlgorithmConfig, Config, engine_dtype
 from megasd.config.validate import needs_engine
-from megasd.engine.sampler import Rollout
-from megasd.preemption import MARKER, Leave, Stop
+from megasd.engine.sampler import Sampler
+from megasd.preemption import PREEMPTED_MARKER, Preempted, PreemptionSignal
 from megasd.rewards.verifiers import extract_answer
 from megasd.trainer.metrics import MetricSink
-from megasd.trainer.orchestrator import LeftHalf, model_length
-from megasd.trainer.prefetch import Ahead, staleness
-from megasd.trainer.progress import Report
+from megasd.trainer.orchestrator import Orchestrator, model_length
+from megasd.trainer.prefetch import Prefetcher, staleness
+from megasd.trainer.progress import ProgressPrinter
 from megasd.types import UserError
 from megasd.weight_sync.sync import SyncError, WeightSync
 
-PROBE_TOKENS = 32  # length of the probe prompts that a push is verified with
-LEAVES = "leaves"  # what it sends beside a result: whether it was told to leave
-REPUSH = "repush"  # what rank 0 sends instead of a result when an engine needs the weights again
-LEAVE_SECONDS = 30  # that a rank waits for rank 0 to end first
+# length of the probe prompts that a push is verified with
+PROBE_TOKENS = 32
+# what it sends beside a result: whether it was told to leave
+LEAVES = "leaves"
+# what rank 0 sends instead of a result when an engine needs the weights again
+REPUSH = "repush"
+# that a rank waits for rank 0 to end first
+LEAVE_SECONDS = 30
 
 
-class Run(contextlib.ExitStack):
-    """Context manager; attributes `actor`, `sync`, `step` on every rank, the left half on rank 0 (None elsewhere)."""
+class Trainer(contextlib.ExitStack):
+    """Context manager; attributes `actor`, `sync`, `step` on every rank, the left half on rank 0
+    (None elsewhere).
+    """
 
-    def __init__(self, config: Config, stop: Stop) -> None:
+    def __init__(self, config: Config, stop: PreemptionSignal) -> None:
         super().__init__()
         self.stop = stop
         try:
@@ -60,14 +66,17 @@ class Run(contextlib.ExitStack):
     def _build(self, config: Config) -> None:
         self.config, self.started, self.dir = config, time.perf_counter(), Path(config.run.dir)
         self.step, self.before, self.pushed = 0, None, None
-        self.saved: int | None = None  # step of the newest checkpoint of this process
+        # step of the newest checkpoint of this process
+        self.saved: int | None = None
         self.timings: Counter[str] = Counter()
-        self.left: LeftHalf | None = None
-        self.ahead = Ahead()  # rank 0's
+        self.left: Orchestrator | None = None
+        # rank 0's
+        self.ahead = Prefetcher()
         self.sink = self.report = None
         device = init_distributed()
         self.is_first = torch.distributed.get_rank() == 0
-        found = self.from_first(lambda: {"resume": _as_bytes(self._resume_path())})  # files may not show on every node alike
+        # files may not show on every node alike
+        found = self.from_first(lambda: {"resume": _as_bytes(self._resume_path())})
         resume = _as_path(found["resume"])
         self.from_first(lambda: self._build_left_half(resume))
         mesh = init_model_parallel(config.actor, device, config.run.seed)
@@ -79,46 +88,63 @@ class Run(contextlib.ExitStack):
         self.sync = self._build_sync(device)
         if self.sync is not None:
             self.from_first(self.rollout.wait_ready if self.is_first else dict)
-        self.push()  # also after a resume: the engine was started from model.path
+        # also after a resume: the engine was started from model.path
+        self.push()
         self.from_first(lambda: self._open_run_dir(is_fresh=resume is None))
         found = self.from_first(lambda: self.left.estimate_pass_rates())
         self.actor.dataset_mean = float(found["dataset_mean"]) if "dataset_mean" in found else None
-        self._drawn: dict | None = None  # rank 0's half before it drew the questions of a batch that is not learned yet
+        # rank 0's half before it drew the questions of a batch that is not learned yet
+        self._drawn: dict | None = None
         self.stop.armed = True
 
     def _build_left_half(self, resume: Path | None) -> None:
         if self.config.rollout.engine.release_memory and not torch.cuda.is_available():
-            raise UserError("rollout.engine.release_memory: an engine on a CPU has no memory to give back, and ends; set it to false")
-        self.left = self.enter_context(LeftHalf(self.config, resume))
+            raise UserError(
+                "rollout.engine.release_memory: an engine on a CPU has no memory to give back, and ends; set"
+                " it to false"
+            )
+        self.left = self.enter_context(Orchestrator(self.config, resume))
         self.callback(self.ahead.cancel)
 
     @property
-    def rollout(self) -> Rollout | None:
+    def rollout(self) -> Sampler | None:
         return self.left.rollout if self.left is not None else None
 
     def _open_run_dir(self, *, is_fresh: bool) -> None:
-        """Written only now, when nothing can be refused any more: a run that never began leaves no trace, nor spoils an older one."""
+        """Written only now, when nothing can be refused any more: a run that never began leaves no
+        trace, nor spoils an older one.
+        """
         if is_fresh and self.config.run.overwrite:
             for name in ("rollouts", "checkpoints", "tensorboard", "hf", "metrics.jsonl", "summary.json"):
                 path = self.dir / name
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / MARKER).unlink(missing_ok=True)
-        self.sink = self.enter_context(MetricSink(self.dir, self.config.run.tensorboard, first_step=self.step))
+        (self.dir / PREEMPTED_MARKER).unlink(missing_ok=True)
+        self.sink = self.enter_context(
+            MetricSink(self.dir, self.config.run.tensorboard, first_step=self.step)
+        )
         (self.dir / "config.yaml").write_text(to_yaml(self.config))
 
     def _build_sync(self, device: torch.device) -> WeightSync | None:
         """Weights go to the engine on every rank's account; None when nothing samples."""
         if not needs_engine(self.config):
             return None
-        probe = self.from_first(lambda: {"probe": torch.tensor(next(iter(self.left.prompt_ids.values()))[:PROBE_TOKENS])})["probe"].tolist()
+        probe = self.from_first(
+            lambda: {"probe": torch.tensor(next(iter(self.left.prompt_ids.values()))[:PROBE_TOKENS])}
+        )["probe"].tolist()
         return self.enter_context(
             WeightSync(
-                self.actor, self.rollout, self.config.sync, self.dir,
-                model_path=self.config.model.path, probes=[probe], dtype=getattr(torch, engine_dtype(self.config)), device=device,
+                self.actor,
+                self.rollout,
+                self.config.sync,
+                self.dir,
+                model_path=self.config.model.path,
+                probes=[probe],
+                dtype=getattr(torch, engine_dtype(self.config)),
+                device=device,
                 local_engine=not self.config.rollout.engine.urls and not self.config.rollout.engine.served,
             )
-        )  # fmt: skip
+        )
 
     def _resume_path(self) -> Path | None:
         resume = self.config.run.resume
@@ -128,10 +154,12 @@ class Run(contextlib.ExitStack):
         return None if resume == "none" else Path(resume)
 
     def from_first(self, work: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor]:
-        """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other ranks leave in silence after it.
+        """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other
+        ranks leave in silence after it.
 
-        Raises Leave on every rank when rank 0 is told to leave, before the work or in it. An engine that dies and is restarted meanwhile
-        may need the weights, which is every rank's work: see `_repush`.
+        Raises Leave on every rank when rank 0 is told to leave, before the work or in it. An engine
+        that dies and is restarted meanwhile may need the weights, which is every rank's work: see
+        `_repush`.
         """
         tensors, failure, leaves = {}, None, False
         if self.is_first:
@@ -141,12 +169,13 @@ class Run(contextlib.ExitStack):
                         tensors = work() or {}
                 except Exception as error:
                     failure = error
-                except Leave:
+                except Preempted:
                     leaves = True
         flags = {"failed": torch.tensor(failure is not None), LEAVES: torch.tensor(leaves)}
         found = broadcast_tensors(tensors | flags if self.is_first else None)
         while REPUSH in found:
-            with contextlib.suppress(SyncError):  # rank 0 deals with it
+            # rank 0 deals with it
+            with contextlib.suppress(SyncError):
                 self.sync.push(version=self.step, lacking=True)
             found = broadcast_tensors(None)
         if failure is not None:
@@ -155,12 +184,14 @@ class Run(contextlib.ExitStack):
             self.stop.armed = False
             _leave_after_first()
         if found.pop(LEAVES):
-            raise Leave
+            raise Preempted
         return found
 
     @contextlib.contextmanager
     def _serving(self) -> Iterator[None]:
-        """While the other ranks wait in `from_first`, and only then, they can take part in a push. A batch ahead asks in its own way."""
+        """While the other ranks wait in `from_first`, and only then, they can take part in a push.
+        A batch ahead asks in its own way.
+        """
         if self.rollout is not None:
             self.rollout.repush = self.rollout.repush or self._repush
         try:
@@ -170,7 +201,9 @@ class Run(contextlib.ExitStack):
                 self.rollout.repush = None
 
     def _repush(self) -> None:
-        """Rank 0, in the middle of `from_first`: an engine came back with the start weights, and only the actor has the others."""
+        """Rank 0, in the middle of `from_first`: an engine came back with the start weights, and
+        only the actor has the others.
+        """
         with self.stop.held():
             broadcast_tensors({REPUSH: torch.tensor(True)})
             self.sync.push(version=self.step, lacking=True)
@@ -182,17 +215,27 @@ class Run(contextlib.ExitStack):
 
     @property
     def samples(self) -> bool:
-        """Whether the next step reads the current weights from the engine; else only an evaluation does, and pushes when it is due."""
+        """Whether the next step reads the current weights from the engine; else only an evaluation
+        does, and pushes when it is due.
+        """
         rollout = self.config.rollout
         return self.algorithm.source != "dataset" and rollout.replay_dir is None and not rollout.frozen_policy
 
     def push(self) -> dict[str, float]:
-        """The actor's weights into the engine as version `step`; metrics on rank 0. Nothing to do where nothing samples, or twice."""
+        """The actor's weights into the engine as version `step`; metrics on rank 0. Nothing to do
+        where nothing samples, or twice.
+        """
         if self.sync is None or self.pushed == self.step:
             return {}
         rollout = self.config.rollout
-        if rollout.frozen_policy and self.step < self.config.run.steps and not (rollout.engine.urls and self.step == 0):
-            return {}  # the engine has the start model, and starts from it again; only the evaluation after the last step asks for more
+        if (
+            rollout.frozen_policy
+            and self.step < self.config.run.steps
+            and not (rollout.engine.urls and self.step == 0)
+        ):
+            # the engine has the start model, and starts from it again; only the evaluation after
+            # the last step asks for more
+            return {}
         self.pushed = self.step
         if rollout.engine.release_memory:
             self.actor.free_cache()
@@ -213,7 +256,9 @@ class Run(contextlib.ExitStack):
         self.timings[phase] += time.perf_counter() - start
 
     def next_batch(self, step: int) -> tuple[Batch, dict[str, float]]:
-        """Rank 0 samples, scores and builds the batch of a step; every rank receives it. Metrics on rank 0."""
+        """Rank 0 samples, scores and builds the batch of a step; every rank receives it. Metrics on
+        rank 0.
+        """
         metrics: dict[str, float] = {}
         self._drawn = self._left_state()
 
@@ -235,12 +280,15 @@ class Run(contextlib.ExitStack):
             self.from_first(self.sync.release if self.is_first else dict)
             if not self.is_first:
                 self.sync.release()
-            self.pushed = None  # whatever the version, the next push is needed
+            # whatever the version, the next push is needed
+            self.pushed = None
         self._look_ahead(step + 1)
         return batch, metrics
 
     def _look_ahead(self, step: int) -> None:
-        """Rank 0: begin to sample the batch of the step after this one, with the weights that this one starts from."""
+        """Rank 0: begin to sample the batch of the step after this one, with the weights that this
+        one starts from.
+        """
         if self.config.rollout.overlap and self.is_first and step < self.config.run.steps:
             left, algorithm = self.left, at(self.config.algorithm, step, self.config.run.steps)
             self.ahead.start(left.rollout, left.prompts.state_dict(), lambda: left.groups(step, algorithm))
@@ -248,7 +296,8 @@ class Run(contextlib.ExitStack):
     def settle(self) -> None:
         """The batch ahead, if any, has come in; an engine that died meanwhile was given the weights of now.
 
-        Told to leave while it learned, the run does so here: nothing is pushed first to engines that may have been told the same.
+        Told to leave while it learned, the run does so here: nothing is pushed first to engines
+        that may have been told the same.
         """
         self.from_first(lambda: self.ahead.wait(self._repush))
 
@@ -259,7 +308,9 @@ class Run(contextlib.ExitStack):
         self._drawn = None
 
     def evaluate(self, step: int) -> dict[str, float] | None:
-        """Held-out figures on rank 0, None elsewhere or without data.eval; samples are kept in rollouts/eval-step-*.jsonl."""
+        """Held-out figures on rank 0, None elsewhere or without data.eval; samples are kept in
+        rollouts/eval-step-*.jsonl.
+        """
         result: dict[str, float] = {}
         if self.config.data.eval is not None:
             self.push()
@@ -267,10 +318,15 @@ class Run(contextlib.ExitStack):
         return result or None
 
     def _left_state(self) -> dict:
-        """What rank 0's half remembers, for a checkpoint; {} on other ranks. A batch ahead counts as not drawn."""
+        """What rank 0's half remembers, for a checkpoint; {} on other ranks. A batch ahead counts
+        as not drawn.
+        """
         if not self.is_first:
             return {}
-        return {"prompts": self.ahead.before or self.left.prompts.state_dict(), "memory": self.left.memory.state_dict()}
+        return {
+            "prompts": self.ahead.before or self.left.prompts.state_dict(),
+            "memory": self.left.memory.state_dict(),
+        }
 
     def save(self, left_state: dict | None = None) -> None:
         """Checkpoint at the current step; every rank calls it. left_state: rank 0's, if not that of now."""
@@ -281,13 +337,21 @@ class Run(contextlib.ExitStack):
         self.saved = self.step
 
     def leave(self) -> None:
-        """Save as told, whether a checkpoint is due or not: a batch that was being sampled is sampled again from the same questions."""
+        """Save as told, whether a checkpoint is due or not: a batch that was being sampled is
+        sampled again from the same questions.
+        """
         self.ahead.cancel()
         if self.saved != self.step:
             self.save(self._drawn)
         if self.is_first:
-            (self.dir / MARKER).write_text(json.dumps({"step": self.step, "signal": self.stop.asked}) + "\n")
-            print(f"megasd: told to leave (signal {self.stop.asked}): saved step {self.step}; run.resume=auto goes on", file=sys.stderr)
+            (self.dir / PREEMPTED_MARKER).write_text(
+                json.dumps({"step": self.step, "signal": self.stop.asked}) + "\n"
+            )
+            print(
+                f"megasd: told to leave (signal {self.stop.asked}): saved step {self.step}; run.resume=auto"
+                " goes on",
+                file=sys.stderr,
+            )
 
     def summary(self, after: dict[str, float] | None, steps: int) -> dict:
         """runs/<name>/summary.json: written when the run ends."""
@@ -305,17 +369,18 @@ class Run(contextlib.ExitStack):
         os.replace(writing, self.dir / "summary.json")
         return result
 
-    def open_report(self) -> Report | None:
+    def open_report(self) -> ProgressPrinter | None:
         if not self.is_first:
             return None
-        report = Report(self.config.run.steps, self.step)
+        report = ProgressPrinter(self.config.run.steps, self.step)
         self.callback(report.close)
         return report
 
 
 def _leave_after_first() -> NoReturn:
-    """End a rank other than 0 after a failure that rank 0 reports. torchrun ends every rank when the first has gone, and rank 0 must not be
-    ended before it has said why and closed its engine."""
+    """End a rank other than 0 after a failure that rank 0 reports. torchrun ends every rank when
+    the first has gone, and rank 0 must not be ended before it has said why and closed its engine.
+    """
     time.sleep(LEAVE_SECONDS)
     raise SystemExit(1)
 

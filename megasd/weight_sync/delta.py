@@ -8,15 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.weights.gather_plan import Plan
+from megasd.weights.gather_plan import GatherPlan
 from megasd.weights.te_fp8 import plain
 
-_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, from the golden ratio, as a signed 64-bit number
-_CHUNK = 1 << 20  # 64-bit words hashed at a time
+# odd, from the golden ratio, as a signed 64-bit number
+_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
+# 64-bit words hashed at a time
+_CHUNK = 1 << 20
 
 
-def fingerprint(tensor: Tensor) -> int:
-    """64 bits of a tensor's bytes: sum of words times odd numbers that depend on the place, modulo 2**64. Equal bytes, equal number."""
+def tensor_fingerprint(tensor: Tensor) -> int:
+    """64 bits of a tensor's bytes: sum of words times odd numbers that depend on the place, modulo
+    2**64. Equal bytes, equal number.
+    """
     data = plain(tensor).contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
     total = 0
@@ -35,20 +39,25 @@ class Fingerprints:
         self._held: dict[str, int] = {}
         self._taken: dict[str, int] = {}
 
-    def take(self, plan: Plan, params: Mapping[str, Tensor], *, whole: bool = False) -> frozenset[str] | None:
-        """The parameters that have changed on any rank since `keep`; None when nothing was kept yet, or a rank says `whole`.
+    def take(
+        self, plan: GatherPlan, params: Mapping[str, Tensor], *, whole: bool = False
+    ) -> frozenset[str] | None:
+        """The parameters that have changed on any rank since `keep`; None when nothing was kept
+        yet, or a rank says `whole`.
 
         Collective: one all-reduce of a byte per parameter, and one more, over the world.
         """
         names = [param.name for bucket in plan.buckets for param in bucket.params]
-        self._taken = {name: fingerprint(params[name]) for name in names if name in params}
+        self._taken = {name: tensor_fingerprint(params[name]) for name in names if name in params}
         device = next(iter(params.values())).device
         flags = [name in params and self._held.get(name) != self._taken[name] for name in names]
         changed = torch.tensor([*flags, whole or not self._held], dtype=torch.uint8, device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(changed, dist.ReduceOp.MAX)
         *found, everything = changed.tolist()
-        return None if everything else frozenset(name for name, flag in zip(names, found, strict=True) if flag)
+        return (
+            None if everything else frozenset(name for name, flag in zip(names, found, strict=True) if flag)
+        )
 
     def keep(self) -> None:
         self._held = self._taken

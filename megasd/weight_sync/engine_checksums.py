@@ -1,13 +1,17 @@
-"""How SGLang stores a model, and the checksums it gives of it: what proves, tensor by tensor, that an engine holds what was sent.
+"""How SGLang stores a model, and the checksums it gives of it: what proves, tensor by tensor, that
+an engine holds what was sent.
 
     expected = EngineWeights(hf_config, tp_size=2)
-    for name, tensor in hf_tensors: expected.feed(name, tensor)      # fused and cut as SGLang does, hashed when complete
-    expected.checksums                                               # [{"model.layers.0.self_attn.qkv_proj.weight": "9f...", ...}, ...]
+    # fused and cut as SGLang does, hashed when complete
+    for name, tensor in hf_tensors: expected.feed(name, tensor)
+    # [{"model.layers.0.self_attn.qkv_proj.weight": "9f...", ...}, ...]
+    expected.checksums
 
-SGLang fuses q, k, v and gate, up, stacks experts, pads the vocabulary to 64 and cuts all of it over its tensor-parallel ranks
-(srt/models/{qwen2,qwen3,qwen3_moe,llama,mistral,olmo2}.py, srt/layers/vocab_parallel_embedding.py, 0.5.23). On a CPU it also pads the
-intermediate size to 32 a rank (srt/configs/update_config.py). Its checksum
-(srt/managers/mm_utils.py tensor_hash) is the head of a SHA-256 on a CPU, and on a GPU a sum of hashed words.
+SGLang fuses q, k, v and gate, up, stacks experts, pads the vocabulary to 64 and cuts all of it over
+its tensor-parallel ranks (srt/models/{qwen2,qwen3,qwen3_moe,llama,mistral,olmo2}.py,
+srt/layers/vocab_parallel_embedding.py, 0.5.23). On a CPU it also pads the intermediate size to 32 a
+rank (srt/configs/update_config.py). Its checksum (srt/managers/mm_utils.py tensor_hash) is the head
+of a SHA-256 on a CPU, and on a GPU a sum of hashed words.
 """
 
 from __future__ import annotations
@@ -24,21 +28,32 @@ from torch import Tensor
 from megasd.models.tp_layouts import Shape
 
 VOCAB_PADDING = 64
-CPU_PADDING = 32  # of a rank's share of the intermediate size
-_FUSED = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2), "gate_proj": ("gate_up_proj", 0)} | {
-    "up_proj": ("gate_up_proj", 1)
-}
+# of a rank's share of the intermediate size
+CPU_PADDING = 32
+_FUSED = {
+    "q_proj": ("qkv_proj", 0),
+    "k_proj": ("qkv_proj", 1),
+    "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0),
+} | {"up_proj": ("gate_up_proj", 1)}
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-_WORD, _TILE = 0xFFFFFFFF, 8192  # 32-bit words; words of a tile
+# 32-bit words; words of a tile
+_WORD, _TILE = 0xFFFFFFFF, 8192
 
 
-class Place(NamedTuple):
-    """Where one rank puts a tensor: `parameter[index].narrow(dim, offset, length)` takes `tensor.narrow(dim, start, length)`."""
+class EngineSlice(NamedTuple):
+    """Where one rank puts a tensor: `parameter[index].narrow(dim, offset, length)` takes
+    `tensor.narrow(dim, start, length)`.
+    """
 
-    parameter: str  # SGLang's name
-    shape: Shape  # of the parameter on this rank
-    parts: int  # Hugging Face tensors that make it up
-    index: int | None  # expert of a stacked parameter
+    # SGLang's name
+    parameter: str
+    # of the parameter on this rank
+    shape: Shape
+    # Hugging Face tensors that make it up
+    parts: int
+    # expert of a stacked parameter
+    index: int | None
     offset: int
     dim: int
     start: int
@@ -52,12 +67,19 @@ class _Filling:
 
 
 class EngineWeights:
-    """Expected checksums of every tensor-parallel rank of an engine. `only`: SGLang parameters to follow, None = all."""
+    """Expected checksums of every tensor-parallel rank of an engine. `only`: SGLang parameters to
+    follow, None = all.
+    """
 
-    def __init__(self, hf: Mapping[str, Any], tp_size: int, only: Collection[str] | None = None, *, on_cpu: bool = True) -> None:
+    def __init__(
+        self, hf: Mapping[str, Any], tp_size: int, only: Collection[str] | None = None, *, on_cpu: bool = True
+    ) -> None:
         self.tp_size, self.only, self.on_cpu = tp_size, only, on_cpu
         self.width_padding = CPU_PADDING if on_cpu else 1
-        self.heads, self.groups = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
+        self.heads, self.groups = (
+            hf["num_attention_heads"],
+            hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        )
         self.num_experts = hf.get("num_experts") or hf.get("num_local_experts") or 0
         self.checksums: list[dict[str, str]] = [{} for _ in range(tp_size)]
         self._filling: dict[tuple[int, str], _Filling] = {}
@@ -71,7 +93,7 @@ class EngineWeights:
         parent, _, leaf = module.rpartition(".")
         return f"{parent}.{_FUSED[leaf][0]}.{kind}" if leaf in _FUSED else name
 
-    def place(self, name: str, shape: Shape, rank: int) -> Place:
+    def place(self, name: str, shape: Shape, rank: int) -> EngineSlice:
         """Where `rank` puts a tensor of this shape."""
         size, parameter, leaf = self.tp_size, self.parameter(name), name.split(".")[-2]
         expert = _EXPERT.fullmatch(name)
@@ -79,30 +101,41 @@ class EngineWeights:
             number, stack = int(expert[2]), self.num_experts
             if expert[3] == "down":
                 columns, start, length = self._share(shape[1], rank, self.width_padding)
-                return Place(parameter, (stack, shape[0], columns), stack, number, 0, 1, start, length)
+                return EngineSlice(parameter, (stack, shape[0], columns), stack, number, 0, 1, start, length)
             rows, start, length = self._share(shape[0], rank, self.width_padding)
             offset = rows if expert[3] == "up" else 0
-            return Place(parameter, (stack, 2 * rows, *shape[1:]), 2 * stack, number, offset, 0, start, length)
+            return EngineSlice(
+                parameter, (stack, 2 * rows, *shape[1:]), 2 * stack, number, offset, 0, start, length
+            )
         if leaf in ("q_proj", "k_proj", "v_proj"):
             head = shape[0] // (self.heads if leaf == "q_proj" else self.groups)
-            groups = max(1, self.groups // size)  # fewer key heads than ranks: several ranks hold the same one
+            # fewer key heads than ranks: several ranks hold the same one
+            groups = max(1, self.groups // size)
             q, kv = self.heads // size * head, groups * head
             offset = {"q_proj": 0, "k_proj": q, "v_proj": q + kv}[leaf]
             start = rank * q if leaf == "q_proj" else rank * self.groups // size * head
-            return Place(parameter, (q + 2 * kv, *shape[1:]), 3, None, offset, 0, start, q if leaf == "q_proj" else kv)
+            return EngineSlice(
+                parameter, (q + 2 * kv, *shape[1:]), 3, None, offset, 0, start, q if leaf == "q_proj" else kv
+            )
         if leaf in ("gate_proj", "up_proj"):
             rows, start, length = self._share(shape[0], rank, self.width_padding)
-            return Place(parameter, (2 * rows, *shape[1:]), 2, None, rows if leaf == "up_proj" else 0, 0, start, length)
+            return EngineSlice(
+                parameter, (2 * rows, *shape[1:]), 2, None, rows if leaf == "up_proj" else 0, 0, start, length
+            )
         if leaf in ("o_proj", "down_proj"):
-            columns, start, length = self._share(shape[1], rank, self.width_padding if leaf == "down_proj" else 1)
-            return Place(parameter, (shape[0], columns), 1, None, 0, 1, start, length)
+            columns, start, length = self._share(
+                shape[1], rank, self.width_padding if leaf == "down_proj" else 1
+            )
+            return EngineSlice(parameter, (shape[0], columns), 1, None, 0, 1, start, length)
         if leaf in ("embed_tokens", "lm_head"):
             rows, start, length = self._share(shape[0], rank, VOCAB_PADDING / size)
-            return Place(parameter, (rows, *shape[1:]), 1, None, 0, 0, start, length)
-        return Place(parameter, tuple(shape), 1, None, 0, 0, 0, shape[0])
+            return EngineSlice(parameter, (rows, *shape[1:]), 1, None, 0, 0, start, length)
+        return EngineSlice(parameter, tuple(shape), 1, None, 0, 0, 0, shape[0])
 
     def _share(self, total: int, rank: int, padding: float) -> tuple[int, int, int]:
-        """(size of a rank's share, where this rank's begins, how much of it is real) when `padding` a rank is the unit."""
+        """(size of a rank's share, where this rank's begins, how much of it is real) when `padding`
+        a rank is the unit.
+        """
         unit = round(padding * self.tp_size)
         size = -(-total // unit) * unit // self.tp_size
         start = min(rank * size, total)
@@ -117,17 +150,25 @@ class EngineWeights:
             place = self.place(name, tuple(tensor.shape), rank)
             key = rank, place.parameter
             if key not in self._filling:
-                self._filling[key] = _Filling(torch.zeros(place.shape, dtype=tensor.dtype, device=tensor.device), place.parts)
+                self._filling[key] = _Filling(
+                    torch.zeros(place.shape, dtype=tensor.dtype, device=tensor.device), place.parts
+                )
             filling = self._filling[key]
             target = filling.tensor if place.index is None else filling.tensor[place.index]
-            target.narrow(place.dim, place.offset, place.length).copy_(tensor.narrow(place.dim, place.start, place.length))
+            target.narrow(place.dim, place.offset, place.length).copy_(
+                tensor.narrow(place.dim, place.start, place.length)
+            )
             filling.left -= 1
             if not filling.left:
-                self.checksums[rank][place.parameter] = checksum(self._filling.pop(key).tensor, on_cpu=self.on_cpu)
+                self.checksums[rank][place.parameter] = checksum(
+                    self._filling.pop(key).tensor, on_cpu=self.on_cpu
+                )
 
 
 def checksum(tensor: Tensor, *, on_cpu: bool) -> str:
-    """The checksum, 16 hex digits, that an engine on a CPU or on a GPU gives of these bytes, wherever they lie here."""
+    """The checksum, 16 hex digits, that an engine on a CPU or on a GPU gives of these bytes,
+    wherever they lie here.
+    """
     data = tensor.contiguous().reshape(-1).view(torch.uint8)
     if on_cpu:
         return hashlib.sha256(memoryview(data.cpu().numpy())).digest()[:8].hex()
@@ -135,15 +176,21 @@ def checksum(tensor: Tensor, *, on_cpu: bool) -> str:
 
 
 def words_hash(data: Tensor) -> int:
-    """SGLang's GPU checksum of bytes (uint8, any device), kernels/ops/memory/gpu_tensor_hash.py: two murmur3 finalisers over each 32-bit
-    word and its position, summed over tiles of 8192 words, finalised, summed again modulo 2**64 and finalised by splitmix64."""
+    """SGLang's GPU checksum of bytes (uint8, any device), kernels/ops/memory/gpu_tensor_hash.py:
+    two murmur3 finalisers over each 32-bit word and its position, summed over tiles of 8192 words,
+    finalised, summed again modulo 2**64 and finalised by splitmix64.
+    """
     words = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
     count, seed = words.numel(), 0x243F6A88
     if not count:
         return 0
-    seeds, positions = (seed, ((seed * 0x9E3779B1) ^ 0xDEADBEEF) & _WORD), ((0x27D4EB2D, 15), (0x165667B1, 13))
+    seeds, positions = (
+        (seed, ((seed * 0x9E3779B1) ^ 0xDEADBEEF) & _WORD),
+        ((0x27D4EB2D, 15), (0x165667B1, 13)),
+    )
     total = 0
-    for first in range(0, count, _TILE * 1024):  # 64 MB of int64 at a time
+    # 64 MB of int64 at a time
+    for first in range(0, count, _TILE * 1024):
         v = words[first : first + _TILE * 1024].to(torch.int64) & _WORD
         index = torch.arange(first, first + v.numel(), device=v.device, dtype=torch.int64) & _WORD
         halves = []

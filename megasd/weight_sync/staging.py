@@ -1,4 +1,6 @@
-"""Where pushed files lie until an engine has read them: shared memory when there is room, else the run directory."""
+"""Where pushed files lie until an engine has read them: shared memory when there is room, else the
+run directory.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SHARED_MEMORY = Path("/dev/shm")
-_OWNER = "owner"  # file with the process id of the run
+# file with the process id of the run
+_OWNER = "owner"
 
 
 @contextlib.contextmanager
 def staging_directory(run_dir: Path, nbytes: int, local_engine: bool) -> Iterator[Path]:
-    """A fresh directory: in shared memory when the engine is local and there is room for nbytes (and a tenth), else in run_dir."""
+    """A fresh directory: in shared memory when the engine is local and there is room for nbytes
+    (and a tenth), else in run_dir.
+    """
     root = _make_root(run_dir, nbytes, local_engine)
     try:
         yield root
@@ -26,9 +31,12 @@ def staging_directory(run_dir: Path, nbytes: int, local_engine: bool) -> Iterato
 def _make_root(run_dir: Path, nbytes: int, local_engine: bool) -> Path:
     if local_engine and _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 1.1 * nbytes:
         _sweep(_SHARED_MEMORY)
-        root = _SHARED_MEMORY / f"megasd-{os.getuid()}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]}"
+        root = (
+            _SHARED_MEMORY / f"megasd-{os.getuid()}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]}"
+        )
         if not root.is_symlink() and (not root.exists() or root.stat().st_uid == os.getuid()):
-            return _fresh(root)  # what a killed run left there goes
+            # what a killed run left there goes
+            return _fresh(root)
     return _fresh(run_dir / "weights")
 
 

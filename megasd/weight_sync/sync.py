@@ -1,11 +1,14 @@
-"""Weight sync: the actor's live weights into the rollout engines, then proof that the engines compute with them.
+"""Weight sync: the actor's live weights into the rollout engines, then proof that the engines
+compute with them.
 
     with WeightSync(actor, rollout, config.sync, run_dir, model_path=..., probes=[ids, ...]) as sync:
         metrics = sync.push(version=0)
 
-The only file that knows both engines. One plan (which rank owns what, buckets, order, names) is made at the first push and replayed at
-each: while a bucket is on its way to the engines, the next one is put together on rank 0. An engine that answered "loaded" may still hold
-other weights (a name it skipped, a stale cache): checksums compare every tensor on demand, probes the log-probs of fixed token ids.
+The only file that knows both engines. One plan (which rank owns what, buckets, order, names) is
+made at the first push and replayed at each: while a bucket is on its way to the engines, the next
+one is put together on rank 0. An engine that answered "loaded" may still hold other weights (a name
+it skipped, a stale cache): checksums compare every tensor on demand, probes the log-probs of fixed
+token ids.
 """
 
 from __future__ import annotations
@@ -22,22 +25,25 @@ import torch.distributed as dist
 
 from megasd.config.schema import SyncConfig
 from megasd.engine.client import Unreachable
-from megasd.engine.pool_weights import Fleet
+from megasd.engine.pool_weights import PoolWeights
 from megasd.types import UserError
 from megasd.weight_sync.delta import Fingerprints
 from megasd.weight_sync.engine_checksums import EngineWeights
 from megasd.weight_sync.staging import staging_directory
-from megasd.weight_sync.transports import ColocatedTransport, DiskTransport, GroupTransport, Sent
-from megasd.weight_sync.verify import check_names, check_shapes, compare, max_difference
+from megasd.weight_sync.transports import ColocatedTransport, DiskTransport, GroupTransport, PendingSend
+from megasd.weight_sync.verify import check_engine_names, check_shapes, compare_checksums, max_difference
 from megasd.weights.block_fp8 import Requantise
 from megasd.weights.gather import Gather
-from megasd.weights.gather_plan import Plan
+from megasd.weights.gather_plan import GatherPlan
 from megasd.weights.hf_files import read_hf_config
 from megasd.weights.safetensors_headers import read_headers
 
-ATTEMPTS = 3  # whole pushes, when an engine dies in one and is there again
-SAMPLE = 8  # sync.verify=sample: one parameter in so many, others at the next push
-_OK, _AGAIN, _FAILED = range(3)  # what rank 0 tells the others
+# whole pushes, when an engine dies in one and is there again
+ATTEMPTS = 3
+# sync.verify=sample: one parameter in so many, others at the next push
+SAMPLE = 8
+# what rank 0 tells the others
+_OK, _AGAIN, _FAILED = range(3)
 
 
 class SyncError(RuntimeError):
@@ -45,28 +51,35 @@ class SyncError(RuntimeError):
 
 
 class ProbeError(SyncError, UserError):
-    """Engine and actor compute different numbers. Most often two settings that do not go together; the message names them."""
+    """Engine and actor compute different numbers. Most often two settings that do not go together;
+    the message names them.
+    """
 
 
-class Actor(Protocol):
+class WeightSource(Protocol):
     """What is needed of an actor; all calls are collective."""
 
-    def gather(self, *, dtype: torch.dtype | None = None, bucket_bytes: int, make_buffer: object = None) -> Gather: ...
+    def gather(
+        self, *, dtype: torch.dtype | None = None, bucket_bytes: int, make_buffer: object = None
+    ) -> Gather: ...
     def score_tokens(self, ids: list[int]) -> list[float]: ...
 
 
 class WeightSync:
-    """`actor` on every rank, `rollout` (a Fleet that can score) on rank 0. Every rank calls `push`; a failure raises on all.
+    """`actor` on every rank, `rollout` (a Fleet that can score) on rank 0. Every rank calls `push`;
+    a failure raises on all.
 
-    model_path: Hugging Face directory of the model, whose config.json goes with the weights. probes: token id lists, the same on every
-    rank. dtype: of the engines' weights; None = the actor's. local_engine: the engine runs on this machine, so a file may lie in shared
-    memory; else in run_dir, which the engine's machine must see. device: of the actor, and of the status all-reduce.
+    model_path: Hugging Face directory of the model, whose config.json goes with the weights.
+    probes: token id lists, the same on every rank. dtype: of the engines' weights; None = the
+    actor's. local_engine: the engine runs on this machine, so a file may lie in shared memory; else
+    in run_dir, which the engine's machine must see. device: of the actor, and of the status
+    all-reduce.
     """
 
     def __init__(
         self,
-        actor: Actor,
-        rollout: Fleet | None,
+        actor: WeightSource,
+        rollout: PoolWeights | None,
         config: SyncConfig,
         run_dir: Path | str,
         *,
@@ -79,33 +92,44 @@ class WeightSync:
         if config.verify_every and not probes:
             raise ValueError("sync.verify_every is set, but there are no probes")
         self.actor, self.rollout, self.config = actor, rollout, config
-        self.model_path, self.probes, self.dtype, self.device = model_path, [list(ids) for ids in probes], dtype, torch.device(device)
+        self.model_path, self.probes, self.dtype, self.device = (
+            model_path,
+            [list(ids) for ids in probes],
+            dtype,
+            torch.device(device),
+        )
         self.hf = read_hf_config(model_path)
         self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.run_dir, self.local_engine = Path(run_dir).resolve(), local_engine
         self.pushes = 0
         self.plans_made = 0
         self._gather: Gather | None = None
-        self._sent_plan: Plan | None = None  # rank 0
+        # rank 0
+        self._sent_plan: GatherPlan | None = None
         self._fp8: Requantise | None = None
         self._transport: DiskTransport | GroupTransport | ColocatedTransport | None = None
         self._fingerprints = Fingerprints()
-        self._checked: object = None  # engines whose parameters' names were compared with the plan's
-        self._kept = -1  # version that the fingerprints are of
+        # engines whose parameters' names were compared with the plan's
+        self._checked: object = None
+        # version that the fingerprints are of
+        self._kept = -1
         self._sent_bytes = 0
         self._lock = threading.Lock()
         self._cleanup = contextlib.ExitStack()
 
     def push(self, version: int, *, lacking: bool = False) -> dict[str, float]:
-        """Every engine holds the actor's weights as `version` when this returns; each config.verify_every-th push is probed.
+        """Every engine holds the actor's weights as `version` when this returns; each
+        config.verify_every-th push is probed.
 
-        `lacking`: only engines that do not hold `version` already (one that was restarted), whole and without a second attempt.
-        Returns on rank 0 sync/seconds, sync/bytes, sync/seconds_<phase> and, when probed, sync/probe_max_diff (nats); {} on other ranks.
-        Raises on every rank: on rank 0 what went wrong (an engine's answer, a mismatch by name), SyncError elsewhere; SyncError also on a
-        rank that is in a push already. After a failure engines hold the old version or none ("partial-<version>", paused), never a mix
-        that samples; the next push heals them.
-        Collectives: at the first push two status all-reduces and the plan's exchange; with config.delta one all-reduce of a byte a
-        parameter; per attempt a status, the gather's messages, a status, and another after healing; a status after verification; when
+        `lacking`: only engines that do not hold `version` already (one that was restarted), whole
+        and without a second attempt. Returns on rank 0 sync/seconds, sync/bytes,
+        sync/seconds_<phase> and, when probed, sync/probe_max_diff (nats); {} on other ranks. Raises
+        on every rank: on rank 0 what went wrong (an engine's answer, a mismatch by name), SyncError
+        elsewhere; SyncError also on a rank that is in a push already. After a failure engines hold
+        the old version or none ("partial-<version>", paused), never a mix that samples; the next
+        push heals them. Collectives: at the first push two status all-reduces and the plan's
+        exchange; with config.delta one all-reduce of a byte a parameter; per attempt a status, the
+        gather's messages, a status, and another after healing; a status after verification; when
         probed two more and the actor's scoring.
         """
         if not self._lock.acquire(blocking=False):
@@ -113,13 +137,16 @@ class WeightSync:
         try:
             return self._push(version, lacking)
         except BaseException:
-            self._fingerprints.forget()  # the engine may hold a part of it
+            # the engine may hold a part of it
+            self._fingerprints.forget()
             raise
         finally:
             self._lock.release()
 
     def release(self) -> None:
-        """The engines give their memory to the trainer until the next push, which sends everything and gives it back. On every rank."""
+        """The engines give their memory to the trainer until the next push, which sends everything
+        and gives it back. On every rank.
+        """
         self._fingerprints.forget()
         if self.is_first:
             self.rollout.release()
@@ -140,7 +167,8 @@ class WeightSync:
             status = self._agree(failure, version, again=not lacking and attempt < ATTEMPTS)
             if status == _OK:
                 break
-            changed = None  # whatever the engine holds now, it gets all of it
+            # whatever the engine holds now, it gets all of it
+            changed = None
             self._agree(self._heal(), version)
         metrics = {"sync/bytes": float(self._sent_bytes)}
         with _timed(phases, "verify"):
@@ -155,10 +183,12 @@ class WeightSync:
         metrics |= {f"sync/seconds_{phase}": seconds for phase, seconds in phases.items()}
         return metrics if self.is_first else {}
 
-    # ---- one attempt ---------------------------------------------------------------------------------------------------------------
+    # ---- one attempt -----------------------------------------------------------------------------
 
     def _prepare(self, version: int) -> Gather:
-        """The plan and its buffers, made once; what cannot be right is refused before an engine is touched."""
+        """The plan and its buffers, made once; what cannot be right is refused before an engine is
+        touched.
+        """
         if self._gather is None:
             make_buffer = None
             if self._transport is None:
@@ -173,14 +203,26 @@ class WeightSync:
         return self._gather
 
     def _make_sent_plan(self, gather: Gather) -> None:
-        """Rank 0: buffers, and what the engines get: the plan, in fp8 if they were started from an fp8 checkpoint. Held against that."""
+        """Rank 0: buffers, and what the engines get: the plan, in fp8 if they were started from an
+        fp8 checkpoint. Held against that.
+        """
         plan = gather.plan
         quantization = read_hf_config(self.rollout.model_path).get("quantization_config")
         if quantization:
             if self.config.verify != "off":
-                raise UserError("sync.verify: SGLang gives checksums of dequantised fp8 weights, not of what is sent; set it to off")
-            self._fp8 = Requantise({name: dtype for name, (dtype, _) in read_headers(self.rollout.model_path).items()}, quantization)
-        self._sent_plan = plan if self._fp8 is None else Plan(tuple(self._fp8.layout(bucket) for bucket in plan.buckets))
+                raise UserError(
+                    "sync.verify: SGLang gives checksums of dequantised fp8 weights, not of what is sent; set"
+                    " it to off"
+                )
+            self._fp8 = Requantise(
+                {name: dtype for name, (dtype, _) in read_headers(self.rollout.model_path).items()},
+                quantization,
+            )
+        self._sent_plan = (
+            plan
+            if self._fp8 is None
+            else GatherPlan(tuple(self._fp8.layout(bucket) for bucket in plan.buckets))
+        )
         check_shapes(self._sent_plan, self.rollout.shapes, tied=bool(self.hf.get("tie_word_embeddings")))
         gather.reserve()
 
@@ -190,15 +232,25 @@ class WeightSync:
             self._transport = kind(self.rollout, self.device, self.config.in_flight)
             self._cleanup.callback(self._transport.close)
             return
-        nbytes = sum(torch.Size(shape).numel() for shape in self.rollout.shapes.values()) * (self.dtype or torch.float32).itemsize
+        nbytes = (
+            sum(torch.Size(shape).numel() for shape in self.rollout.shapes.values())
+            * (self.dtype or torch.float32).itemsize
+        )
         root = self._cleanup.enter_context(staging_directory(self.run_dir, 2 * nbytes, self.local_engine))
         self._transport = DiskTransport(self.rollout, self.device, (root / "a", root / "b"))
         self._cleanup.callback(self._transport.close)
 
     def _attempt(
-        self, gather: Gather, version: int, changed: frozenset[str] | None, lacking: bool, phases: dict[str, float]
+        self,
+        gather: Gather,
+        version: int,
+        changed: frozenset[str] | None,
+        lacking: bool,
+        phases: dict[str, float],
     ) -> tuple[dict[int, EngineWeights], Exception | None]:
-        """Rank 0's engines get everything; the other ranks give their pieces. Returns rank 0's failure, after the messages are through."""
+        """Rank 0's engines get everything; the other ranks give their pieces. Returns rank 0's
+        failure, after the messages are through.
+        """
         expected, failure, self._sent_bytes = {}, None, 0
         if changed is not None and not changed:
             return {}, self._caught(self.rollout.restamp, version) if self.is_first else None
@@ -208,11 +260,13 @@ class WeightSync:
                 failure = self._caught(self._check_names, self._sent_plan) or self._caught(
                     self._transport.begin, self._sent_plan, version, lacking=lacking
                 )
-            if self._status(failure) != _OK:  # nothing is put together for engines that cannot take it
+            # nothing is put together for engines that cannot take it
+            if self._status(failure) != _OK:
                 return {}, failure
-        sent: dict[int, Sent] = {}
+        sent: dict[int, PendingSend] = {}
 
-        def confirmed(index: int) -> None:  # the buffer of bucket index - 2 is written next
+        # the buffer of bucket index - 2 is written next
+        def confirmed(index: int) -> None:
             if index - 2 in sent:
                 sent.pop(index - 2).wait()
 
@@ -230,7 +284,8 @@ class WeightSync:
 
         for number, (bucket, flat) in enumerate(gather.replay(changed, ready)):
             if flat is None or failure is not None:
-                continue  # after a failure the messages that are under way are taken in all the same
+                # after a failure the messages that are under way are taken in all the same
+                continue
             before = time.perf_counter()
             try:
                 for followed in expected.values():
@@ -240,7 +295,8 @@ class WeightSync:
                     bucket, flat = self._fp8(bucket, flat, number % 2, self._transport.make_buffer)
                 sent[number] = self._transport.send(bucket, flat, last=bucket.index == last)
                 self._sent_bytes += bucket.nbytes
-            except Exception as error:  # whatever it is: the other ranks are in the middle of the messages
+            except Exception as error:
+                # whatever it is: the other ranks are in the middle of the messages
                 failure = error
             waited += time.perf_counter() - before
         before = time.perf_counter()
@@ -255,10 +311,17 @@ class WeightSync:
         return expected, failure
 
     def _whole_parameters(self, changed: frozenset[str]) -> frozenset[str]:
-        """With all that shares an engine's parameter with them (a stack of experts): a checksum is of a whole parameter."""
-        place, params = EngineWeights(self.hf, 1), [param for bucket in self._gather.plan.buckets for param in bucket.params]
+        """With all that shares an engine's parameter with them (a stack of experts): a checksum is
+        of a whole parameter.
+        """
+        place, params = (
+            EngineWeights(self.hf, 1),
+            [param for bucket in self._gather.plan.buckets for param in bucket.params],
+        )
         touched = {place.parameter(part) for param in params if param.name in changed for part in param.parts}
-        return frozenset(param.name for param in params if any(place.parameter(part) in touched for part in param.parts))
+        return frozenset(
+            param.name for param in params if any(place.parameter(part) in touched for part in param.parts)
+        )
 
     @staticmethod
     def _caught(work: object, *args: object, **kwargs: object) -> Exception | None:
@@ -275,7 +338,7 @@ class WeightSync:
         self._transport.cancel()
         return self._caught(self.rollout.heal)
 
-    # ---- agreement -----------------------------------------------------------------------------------------------------------------
+    # ---- agreement -------------------------------------------------------------------------------
 
     def _status(self, failure: Exception | None, *, again: bool = False) -> int:
         """The worst status of all ranks. Collective: one all-reduce of an integer."""
@@ -295,47 +358,63 @@ class WeightSync:
             self._transport.cancel()
             self.rollout.abandon_update()
         if failure is None:
-            raise SyncError(f"weight version {version} was not pushed: another rank (most often rank 0) says why")
+            raise SyncError(
+                f"weight version {version} was not pushed: another rank (most often rank 0) says why"
+            )
         if isinstance(failure, Unreachable):
             raise SyncError(f"weight version {version} was not pushed: {failure}") from failure
         raise failure
 
-    # ---- proof ---------------------------------------------------------------------------------------------------------------------
+    # ---- proof -----------------------------------------------------------------------------------
 
-    def _check_names(self, plan: Plan) -> None:
+    def _check_names(self, plan: GatherPlan) -> None:
         """Every tensor has a parameter in the engines; looked at once per start of an engine."""
         engines = tuple((engine.url, engine.incarnation) for engine in self.rollout.engines if engine.alive)
         if self.config.transport != "disk" and engines != self._checked:
-            check_names(plan, self.rollout.checksums(), EngineWeights(self.hf, 1))
+            check_engine_names(plan, self.rollout.checksums(), EngineWeights(self.hf, 1))
             self._checked = engines
 
     def _follow(self) -> dict[int, EngineWeights]:
-        """What engines of each tensor-parallel size must report afterwards, taken down while the buckets pass by."""
+        """What engines of each tensor-parallel size must report afterwards, taken down while the
+        buckets pass by.
+        """
         if self.config.verify == "off":
             return {}
         only = None
         if self.config.verify == "sample":
-            names = sorted({EngineWeights(self.hf, 1).parameter(name) for name in self._gather.plan.tensors()})
+            names = sorted(
+                {EngineWeights(self.hf, 1).parameter(name) for name in self._gather.plan.tensors()}
+            )
             only = frozenset(names[self.pushes % SAMPLE :: SAMPLE])
         sizes = {engine.tp_size for engine in self.rollout.engines if engine.alive}
         on_cpu = self.rollout.engines[0].device == "cpu"
         return {size: EngineWeights(self.hf, size, only, on_cpu=on_cpu) for size in sizes}
 
-    def _verify(self, expected: dict[int, EngineWeights], plan: Plan) -> Exception | None:
+    def _verify(self, expected: dict[int, EngineWeights], plan: GatherPlan) -> Exception | None:
         """The engines' checksums against what was sent; they are not to be trusted after a difference."""
         if not expected:
             return None
         followed = next(iter(expected.values()))
-        skip = [] if followed.only is None else sorted({followed.parameter(name) for name in plan.tensors()} - set(followed.only))
-        failure = self._caught(lambda: compare(plan, expected, self.rollout.checksums(skip), skip))
+        skip = (
+            []
+            if followed.only is None
+            else sorted({followed.parameter(name) for name in plan.tensors()} - set(followed.only))
+        )
+        failure = self._caught(lambda: compare_checksums(plan, expected, self.rollout.checksums(skip), skip))
         if failure is not None:
             self.rollout.distrust()
         return failure
 
-    def _probe(self, version: int, plan: Plan) -> dict[str, float]:
-        """Compare log-probs of the probes; ProbeError on every rank when they differ by more than config.tolerance."""
+    def _probe(self, version: int, plan: GatherPlan) -> dict[str, float]:
+        """Compare log-probs of the probes; ProbeError on every rank when they differ by more than
+        config.tolerance.
+        """
         engine: list[list[float]] = []
-        failure = self._caught(lambda: engine.extend(self.rollout.score(ids) for ids in self.probes)) if self.is_first else None
+        failure = (
+            self._caught(lambda: engine.extend(self.rollout.score(ids) for ids in self.probes))
+            if self.is_first
+            else None
+        )
         self._agree(failure, version)
         actor = [self.actor.score_tokens(ids) for ids in self.probes]
         if not self.is_first:
@@ -343,14 +422,18 @@ class WeightSync:
             return {}
         difference = max_difference(actor, engine)
         in_float32 = next(iter(plan.tensors().values())).dtype is torch.float32
-        # bfloat16 in one engine against float32 was seen to differ by 0.09 nats at most; that of fp8 is a guess until a GPU has run it
-        in_fp8 = self._fp8 is not None or getattr(getattr(self.actor, "model_config", None), "fp8", None) is not None
+        # bfloat16 in one engine against float32 was seen to differ by 0.09 nats at most; that of
+        # fp8 is a guess until a GPU has run it
+        in_fp8 = (
+            self._fp8 is not None
+            or getattr(getattr(self.actor, "model_config", None), "fp8", None) is not None
+        )
         tolerance = self.config.tolerance or (0.5 if in_fp8 else 1e-3 if in_float32 else 0.1)
         if not difference <= tolerance:
             failure = ProbeError(
-                f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe, more than "
-                f"sync.tolerance={tolerance:g}; check that rollout.engine.dtype is actor.dtype (bfloat16 needs about "
-                "0.1) and that the engine was started from model.path"
+                f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe,"
+                f" more than sync.tolerance={tolerance:g}; check that rollout.engine.dtype is actor.dtype"
+                " (bfloat16 needs about 0.1) and that the engine was started from model.path"
             )
             self.rollout.distrust()
         self._agree(failure, version)

@@ -1,11 +1,14 @@
-"""Block-scaled fp8 weights, as engines serve them: float8_e4m3fn values and one float32 scale per block of 128 x 128.
+"""Block-scaled fp8 weights, as engines serve them: float8_e4m3fn values and one float32 scale per
+block of 128 x 128.
 
     values, scale = quantise(weight)                  # weight ~ values * scale, block by block
     fp8 = Requantise(dtypes_of_an_fp8_checkpoint)     # which tensors its directory stores as F8_E4M3
-    bucket, flat = fp8(bucket, flat)                  # "x.weight" becomes "x.weight" (fp8) and "x.weight_scale_inv"
+    # "x.weight" becomes "x.weight" (fp8) and "x.weight_scale_inv"
+    bucket, flat = fp8(bucket, flat)
 
-The format is that of DeepSeek-V3 (2412.19437, section 3.3.2) and of Hugging Face's `quantization_config: {"quant_method": "fp8",
-"weight_block_size": [128, 128]}`: scale = largest magnitude of the block / 448.
+The format is that of DeepSeek-V3 (2412.19437, section 3.3.2) and of Hugging Face's
+`quantization_config: {"quant_method": "fp8", "weight_block_size": [128, 128]}`: scale = largest
+magnitude of the block / 448.
 """
 
 from __future__ import annotations
@@ -21,16 +24,21 @@ from megasd.weights.gather_plan import Bucket, Entry
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
-_LARGEST = 448.0  # of float8_e4m3fn
-SCALE = "_scale_inv"  # suffix of a weight's scales
+# of float8_e4m3fn
+_LARGEST = 448.0
+# suffix of a weight's scales
+SCALE = "_scale_inv"
 
 
 @torch.no_grad()
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`[r, c]` of any float dtype -> float8_e4m3fn `[r, c]`, float32 scales `[ceil(r/128), ceil(c/128)]`. A block of zeros has scale 1."""
+    """`[r, c]` of any float dtype -> float8_e4m3fn `[r, c]`, float32 scales `[ceil(r/128),
+    ceil(c/128)]`. A block of zeros has scale 1.
+    """
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))  # [R, 128, C, 128]
+    # [R, 128, C, 128]
+    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
     largest = blocks.abs().amax(dim=(1, 3))
     scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
     values = (blocks / scale[:, None, :, None]).clamp_(-_LARGEST, _LARGEST).to(FP8)
@@ -44,15 +52,18 @@ def dequantise(values: Tensor, scale: Tensor) -> Tensor:
 
 
 class Requantise:
-    """Turns buckets of whole tensors into those of an fp8 checkpoint. `stored`: safetensors dtype of each of its tensors."""
+    """Turns buckets of whole tensors into those of an fp8 checkpoint. `stored`: safetensors dtype
+    of each of its tensors.
+    """
 
     def __init__(self, stored: Mapping[str, str], quantization_config: Mapping[str, object]) -> None:
         """UserError for another quantisation than fp8 weights in 128 x 128 blocks."""
         block = quantization_config.get("weight_block_size")
         if quantization_config.get("quant_method") != "fp8" or list(block or ()) != [BLOCK, BLOCK]:
             raise UserError(
-                f"rollout.engine.model_path: quantization_config {dict(quantization_config)} is not supported; take a checkpoint in fp8 "
-                f"with weight_block_size [{BLOCK}, {BLOCK}], or a float one"
+                f"rollout.engine.model_path: quantization_config {dict(quantization_config)} is not"
+                f" supported; take a checkpoint in fp8 with weight_block_size [{BLOCK}, {BLOCK}], or a"
+                " float one"
             )
         self.names = frozenset(name for name, dtype in stored.items() if dtype == "F8_E4M3")
         self._made: dict[int, Tensor] = {}
@@ -73,7 +84,9 @@ class Requantise:
             offset += entry.nbytes
         return Bucket(bucket.index, bucket.params, tensors, offset)
 
-    def __call__(self, bucket: Bucket, flat: Tensor, slot: int, make_buffer: Callable[[int], Tensor]) -> tuple[Bucket, Tensor]:
+    def __call__(
+        self, bucket: Bucket, flat: Tensor, slot: int, make_buffer: Callable[[int], Tensor]
+    ) -> tuple[Bucket, Tensor]:
         """The same weights in the layout above, in the buffer of a slot (kept from call to call)."""
         sent = self.layout(bucket)
         if slot not in self._made or self._made[slot].numel() < sent.nbytes:

@@ -1,11 +1,13 @@
-"""Replay a plan: the pieces of a bucket travel from their owners to where the bucket is wanted, while the one before is on its way out.
+"""Replay a plan: the pieces of a bucket travel from their owners to where the bucket is wanted,
+while the one before is on its way out.
 
     gather = Gather(plan, params, rank=rank, world_size=world_size)
     for bucket, flat in gather.replay():       # on every rank; flat is None where the bucket is not wanted
         ...                                    # flat (uint8) is overwritten two buckets later
 
-Point-to-point messages only, one a bucket and pair of ranks, and two buffers of each kind, kept from push to push: fresh memory costs more
-in page faults than the copy itself (0.29 s against 0.03 s for 250 MiB here), and gloo's gather is 18 times slower than its send.
+Point-to-point messages only, one a bucket and pair of ranks, and two buffers of each kind, kept
+from push to push: fresh memory costs more in page faults than the copy itself (0.29 s against 0.03
+s for 250 MiB here), and gloo's gather is 18 times slower than its send.
 """
 
 from __future__ import annotations
@@ -18,17 +20,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.models import tp_layouts as mapping
+from megasd.models import tp_layouts
 from megasd.models.tp_layouts import Shape
-from megasd.weights.gather_plan import ALIGNMENT, Bucket, Holding, Param, Piece, Plan
+from megasd.weights.gather_plan import ALIGNMENT, Bucket, GatherPlan, Holding, Param, Piece
 from megasd.weights.te_fp8 import plain
 
 
 def exchange(mine: Holding, world_size: int) -> list[Holding]:
-    """Every rank's holding, in rank order. Collectives: two all_gathers of bytes (JSON) over the world's CPU backend."""
+    """Every rank's holding, in rank order. Collectives: two all_gathers of bytes (JSON) over the
+    world's CPU backend.
+    """
     if world_size == 1:
         return [mine]
-    params = [[name, list(shape), str(dtype).removeprefix("torch.")] for name, (shape, dtype) in mine.params.items()]
+    params = [
+        [name, list(shape), str(dtype).removeprefix("torch.")] for name, (shape, dtype) in mine.params.items()
+    ]
     text = json.dumps([mine.rank, mine.tp_rank, mine.tp_size, mine.ep_size, params]).encode()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
     dist.all_gather(sizes, torch.tensor([len(text)]))
@@ -39,7 +45,9 @@ def exchange(mine: Holding, world_size: int) -> list[Holding]:
     found = []
     for text in texts:
         rank, tp_rank, tp_size, ep_size, params = json.loads(bytes(text.numpy()))
-        found.append(Holding(rank, tp_rank, tp_size, ep_size, {n: (tuple(s), getattr(torch, d)) for n, s, d in params}))
+        found.append(
+            Holding(rank, tp_rank, tp_size, ep_size, {n: (tuple(s), getattr(torch, d)) for n, s, d in params})
+        )
     return found
 
 
@@ -47,23 +55,27 @@ def exchange(mine: Holding, world_size: int) -> list[Holding]:
 class _Slot:
     """One of the two places that buckets take turns in."""
 
-    outgoing: Tensor | None = None  # message to rank 0
-    incoming: dict[int, Tensor] = field(default_factory=dict)  # owner -> message
+    # message to rank 0
+    outgoing: Tensor | None = None
+    # owner -> message
+    incoming: dict[int, Tensor] = field(default_factory=dict)
     flat: Tensor | None = None
     works: list[dist.Work] = field(default_factory=list)
     bucket: Bucket | None = None
 
 
 class Gather:
-    """One rank's side of the transfers to rank 0. Every rank of the world makes one with the same plan, and replays it together.
+    """One rank's side of the transfers to rank 0. Every rank of the world makes one with the same
+    plan, and replays it together.
 
-    `params`: this rank's live parameters under global names. `device`: where whole buckets are put together. `make_buffer(nbytes)`: memory
-    for a flat bucket (uint8) on rank 0, asked twice in all; None = plain memory on `device`.
+    `params`: this rank's live parameters under global names. `device`: where whole buckets are put
+    together. `make_buffer(nbytes)`: memory for a flat bucket (uint8) on rank 0, asked twice in all;
+    None = plain memory on `device`.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: GatherPlan,
         params: Mapping[str, Tensor],
         *,
         rank: int = 0,
@@ -72,15 +84,19 @@ class Gather:
     ) -> None:
         self.plan, self.params, self.rank = plan, params, rank
         self.device = torch.device(device)
-        self._make = make_buffer or (lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=self.device))
+        self._make = make_buffer or (
+            lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        )
         self._slots = [_Slot(), _Slot()]
 
     def replay(
         self, only: frozenset[str] | None = None, ready: Callable[[int], None] | None = None
     ) -> Iterator[tuple[Bucket, Tensor | None]]:
-        """Buckets in order, with the flat buffer on rank 0. `only`: these parameters alone (the same on every rank).
+        """Buckets in order, with the flat buffer on rank 0. `only`: these parameters alone (the
+        same on every rank).
 
-        `ready(i)` is called before the buffer that bucket i - 2 was put in is written again: wait there until nobody reads it.
+        `ready(i)` is called before the buffer that bucket i - 2 was put in is written again: wait
+        there until nobody reads it.
         """
         buckets = [b if only is None else b.only(only) for b in self.plan.buckets]
         buckets = [bucket for bucket in buckets if bucket.params]
@@ -130,9 +146,13 @@ class Gather:
         tensors = slot.bucket.views(flat)
         for owner, pieces in _by_owner(slot.bucket).items():
             mine = owner == self.rank
-            shards = (plain(self.params[p.name]) for p, _ in pieces) if mine else _views(slot.incoming[owner], pieces)
+            shards = (
+                (plain(self.params[p.name]) for p, _ in pieces)
+                if mine
+                else _views(slot.incoming[owner], pieces)
+            )
             for (param, piece), shard in zip(pieces, shards, strict=True):
-                mapping.merge([shard], [piece.layout], [tensors[part] for part in param.parts])
+                tp_layouts.merge([shard], [piece.layout], [tensors[part] for part in param.parts])
         return flat
 
 
@@ -163,4 +183,8 @@ def _views(message: Tensor, pieces: Sequence[tuple[Param, Piece]]) -> Iterator[T
 
 def _room(kept: Tensor | None, nbytes: int, device: torch.device) -> Tensor:
     """The kept buffer if it is long enough, else a new one."""
-    return kept if kept is not None and kept.numel() >= nbytes else torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return (
+        kept
+        if kept is not None and kept.numel() >= nbytes
+        else torch.empty(nbytes, dtype=torch.uint8, device=device)
+    )

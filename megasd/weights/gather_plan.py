@@ -1,12 +1,14 @@
-"""The plan of a weight push: which rank owns which piece, and what travels in which bucket. Made once, replayed at every push.
+"""The plan of a weight push: which rank owns which piece, and what travels in which bucket. Made
+once, replayed at every push.
 
     holdings = exchange(mine)                       # gather.py: what every rank holds, JSON, once
     plan = make_plan(table, holdings, bucket_bytes=256 << 20)
     plan.buckets[3].tensors["model.norm.weight"]    # Entry(shape, dtype, offset) in the bucket's flat buffer
 
-A bucket is consecutive Hugging Face tensors of the model, laid out one after another without gaps, which is both a safetensors data section
-and SGLang's flattened bucket. A parameter is never split over buckets. Nothing here knows a process group or an engine: every rank
-makes the same plan from the same holdings.
+A bucket is consecutive Hugging Face tensors of the model, laid out one after another without gaps,
+which is both a safetensors data section and SGLang's flattened bucket. A parameter is never split
+over buckets. Nothing here knows a process group or an engine: every rank makes the same plan from
+the same holdings.
 """
 
 from __future__ import annotations
@@ -18,18 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megasd.models.param_table import Table
+from megasd.models.param_table import ParamTable
 from megasd.models.tp_layouts import Layout, Shape
 from megasd.types import UserError
 
-ALIGNMENT = 16  # bytes: every dtype can be viewed at such an offset of a message
+# bytes: every dtype can be viewed at such an offset of a message
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Holding:
     """What one rank has: its place and its parameters under global names (table.global_params)."""
 
-    rank: int  # of the world
+    # of the world
+    rank: int
     tp_rank: int
     tp_size: int
     ep_size: int
@@ -38,11 +42,14 @@ class Holding:
 
 @dataclass(frozen=True)
 class Entry:
-    """A Hugging Face tensor in a bucket's flat buffer: `flat[offset : offset + nbytes].view(dtype).view(shape)`."""
+    """A Hugging Face tensor in a bucket's flat buffer: `flat[offset : offset +
+    nbytes].view(dtype).view(shape)`.
+    """
 
     shape: Shape
     dtype: torch.dtype
-    offset: int  # bytes
+    # bytes
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -51,10 +58,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor-parallel part of a parameter (or the whole of one that is not cut), and the rank that sends it."""
+    """One tensor-parallel part of a parameter (or the whole of one that is not cut), and the rank
+    that sends it.
+    """
 
     layout: Layout
-    owner: int  # the first of the ranks that hold a copy
+    # the first of the ranks that hold a copy
+    owner: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class Param:
 
     name: str
     parts: tuple[str, ...]
-    dtype: torch.dtype  # on the way: every piece is cast to it by its owner
+    # on the way: every piece is cast to it by its owner
+    dtype: torch.dtype
     pieces: tuple[Piece, ...]
 
 
@@ -77,15 +88,20 @@ class Bucket:
     def only(self, names: frozenset[str]) -> Bucket:
         """The same bucket with these parameters alone."""
         params = tuple(param for param in self.params if param.name in names)
-        return _bucket(self.index, params, {part: self.tensors[part].shape for param in params for part in param.parts})
+        return _bucket(
+            self.index, params, {part: self.tensors[part].shape for param in params for part in param.parts}
+        )
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """The tensors of a flat uint8 buffer, without a copy."""
-        return {n: flat[e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape) for n, e in self.tensors.items()}
+        return {
+            n: flat[e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)
+            for n, e in self.tensors.items()
+        }
 
 
 @dataclass(frozen=True)
-class Plan:
+class GatherPlan:
     buckets: tuple[Bucket, ...]
 
     @property
@@ -102,11 +118,15 @@ class Plan:
         return {name: entry for bucket in self.buckets for name, entry in bucket.tensors.items()}
 
 
-def make_plan(table: Table, holdings: Sequence[Holding], *, bucket_bytes: int, dtype: torch.dtype | None = None) -> Plan:
-    """Buckets of at most `bucket_bytes` (a larger parameter alone) over the whole model, in the model's order.
+def make_gather_plan(
+    table: ParamTable, holdings: Sequence[Holding], *, bucket_bytes: int, dtype: torch.dtype | None = None
+) -> GatherPlan:
+    """Buckets of at most `bucket_bytes` (a larger parameter alone) over the whole model, in the
+    model's order.
 
-    `dtype`: what travels; None = each parameter's own. A tied model's output layer does not travel. UserError names a tensor that no rank
-    holds, a parameter that the table does not know, and one whose shape does not fit.
+    `dtype`: what travels; None = each parameter's own. A tied model's output layer does not travel.
+    UserError names a tensor that no rank holds, a parameter that the table does not know, and one
+    whose shape does not fit.
     """
     held: dict[str, list[Holding]] = {}
     for holding in holdings:
@@ -120,7 +140,10 @@ def make_plan(table: Table, holdings: Sequence[Holding], *, bucket_bytes: int, d
             continue
         rule = table.rule(name)
         if not owners:
-            raise UserError(f"no rank holds {name}, of which {', '.join(rule.parts)} are made: does the model fit its config.json?")
+            raise UserError(
+                f"no rank holds {name}, of which {', '.join(rule.parts)} are made: does the model fit its"
+                " config.json?"
+            )
         shape, own_dtype = owners[0].params[name]
         size = owners[0].tp_size if rule.is_cut(shape, owners[0].ep_size) else 1
         pieces = []
@@ -132,15 +155,20 @@ def make_plan(table: Table, holdings: Sequence[Holding], *, bucket_bytes: int, d
         params.append(Param(name, tuple(rule.parts), dtype or own_dtype, tuple(pieces)))
         shapes.update(rule.parts)
     for name in held:
-        table.rule(name)  # raises for what the table does not know
-    return Plan(tuple(_bucket(i, group, shapes) for i, group in enumerate(_groups(params, shapes, bucket_bytes))))
+        # raises for what the table does not know
+        table.rule(name)
+    return GatherPlan(
+        tuple(_bucket(i, group, shapes) for i, group in enumerate(_groups(params, shapes, bucket_bytes)))
+    )
 
 
 def _nbytes(param: Param, shapes: Mapping[str, Shape]) -> int:
     return sum(math.prod(shapes[part]) for part in param.parts) * param.dtype.itemsize
 
 
-def _groups(params: Sequence[Param], shapes: Mapping[str, Shape], bucket_bytes: int) -> Iterator[tuple[Param, ...]]:
+def _groups(
+    params: Sequence[Param], shapes: Mapping[str, Shape], bucket_bytes: int
+) -> Iterator[tuple[Param, ...]]:
     group: list[Param] = []
     total = 0
     for param in params:

@@ -3,9 +3,12 @@
 with ExitStack() as stack:
     source = Source(Path(hf_dir), stack)
     rows = source.slice("model.norm.weight", (4096,))[:16]              # reads 16 rows
-write_weights(tensors, source_dir, out_dir)                             what an engine loads: weights + config.json
-save_hf(tensors, source_dir, out_dir)                                   what a user loads: + tokenizer and the rest
-with HFWriter(out_dir, source_dir) as writer:                           the same, one tensor in memory at a time
+write_weights(tensors, source_dir, out_dir)                             what an engine loads:
+                                                                        weights + config.json
+save_hf(tensors, source_dir, out_dir)                                   what a user loads: +
+                                                                        tokenizer and the rest
+with HFWriter(out_dir, source_dir) as writer:                           the same, one tensor in
+memory at a time
     writer.add(name, tensor)
 """
 
@@ -25,12 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megasd.models import registry as families
+from megasd.models import registry
 from megasd.models.tp_layouts import Shape
 from megasd.types import UserError
 from megasd.weights.safetensors_io import INDEX, as_bytes, index_of, plan_shards, write_at
 
-SHARD_BYTES = 4 << 30  # of one safetensors file of save_hf
+# of one safetensors file of save_hf
+SHARD_BYTES = 4 << 30
 _FILE_DTYPES = {"F32", "BF16", "F16"}
 _COPIED = (
     "generation_config.json",
@@ -56,7 +60,9 @@ def read_hf_config(hf_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class Source:
-    """The safetensors files of a directory, one or many, opened when first read. Close with the ExitStack given."""
+    """The safetensors files of a directory, one or many, opened when first read. Close with the
+    ExitStack given.
+    """
 
     def __init__(self, hf_dir: Path, stack: ExitStack) -> None:
         self.dir, self.stack, self.files = hf_dir, stack, {}
@@ -67,21 +73,32 @@ class Source:
             try:
                 self.file_of = dict(json.loads(index.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{index}: not a safetensors index ({error!r}); fetch the directory again") from error
+                raise UserError(
+                    f"{index}: not a safetensors index ({error!r}); fetch the directory again"
+                ) from error
             for name in set(self.file_of.values()):
                 if Path(name).name != name:
                     raise UserError(f"{index}: file {name!r} lies outside the directory")
                 if not (hf_dir / name).is_file():
-                    raise UserError(f"{hf_dir / name}: missing, though {index.name} names it; fetch the directory again")
+                    raise UserError(
+                        f"{hf_dir / name}: missing, though {index.name} names it; fetch the directory again"
+                    )
         else:
-            raise UserError(f"{hf_dir}: neither model.safetensors nor model.safetensors.index.json; convert the weights to safetensors")
+            raise UserError(
+                f"{hf_dir}: neither model.safetensors nor model.safetensors.index.json; convert the weights"
+                " to safetensors"
+            )
 
     def _open(self, name: str) -> Any:
         if name not in self.files:
             try:
-                self.files[name] = self.stack.enter_context(safe_open(self.dir / name, framework="pt", device="cpu"))
+                self.files[name] = self.stack.enter_context(
+                    safe_open(self.dir / name, framework="pt", device="cpu")
+                )
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.dir / name}: not a whole safetensors file ({error}); fetch it again") from error
+                raise UserError(
+                    f"{self.dir / name}: not a whole safetensors file ({error}); fetch it again"
+                ) from error
         return self.files[name]
 
     def slice(self, name: str, shape: Shape) -> Any:
@@ -93,17 +110,21 @@ class Source:
             raise UserError(f"{path}: no tensor {name}, though the index says so; fetch it again") from error
         if tuple(found.get_shape()) != tuple(shape):
             raise UserError(
-                f"{path}: {name} has shape {tuple(found.get_shape())}, config.json asks for {tuple(shape)}; is config.json its own?"
+                f"{path}: {name} has shape {tuple(found.get_shape())}, config.json asks for {tuple(shape)};"
+                " is config.json its own?"
             )
         if found.get_dtype() not in _FILE_DTYPES:
-            raise UserError(f"{path}: {name} is {found.get_dtype()}; take the float checkpoint (bfloat16, float16 or float32)")
+            raise UserError(
+                f"{path}: {name} is {found.get_dtype()}; take the float checkpoint (bfloat16, float16 or"
+                " float32)"
+            )
         return found
 
 
 # ---- writing ----
 
 
-def write_config(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
+def write_hf_config(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
     """source_dir's config.json with the dtype of the weights that go beside it."""
     config = read_hf_config(source_dir)
     name = str(dtype).removeprefix("torch.")
@@ -111,11 +132,15 @@ def write_config(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_weights(tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> int:
-    """Write model.safetensors and config.json into out_dir, each renamed when whole; returns the bytes of the tensors."""
+def write_weights(
+    tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]
+) -> int:
+    """Write model.safetensors and config.json into out_dir, each renamed when whole; returns the
+    bytes of the tensors.
+    """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_config(Path(source_dir), out_dir, next(iter(tensors.values())).dtype)
+    write_hf_config(Path(source_dir), out_dir, next(iter(tensors.values())).dtype)
     partial_file = out_dir / "model.safetensors.tmp"
     save_file(dict(tensors), partial_file, metadata={"format": "pt"})
     partial_file.replace(out_dir / "model.safetensors")
@@ -123,10 +148,16 @@ def write_weights(tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[s
 
 
 def copy_side_files(source_dir: Path, out_dir: Path) -> None:
-    """What belongs to a model beside weights and config.json: tokenizer, chat templates, generation config."""
+    """What belongs to a model beside weights and config.json: tokenizer, chat templates, generation
+    config.
+    """
     for pattern in _COPIED:
         for path in sorted(source_dir.glob(pattern)):
-            shutil.copyfile(path, out_dir / path.name) if path.is_file() else shutil.copytree(path, out_dir / path.name)
+            (
+                shutil.copyfile(path, out_dir / path.name)
+                if path.is_file()
+                else shutil.copytree(path, out_dir / path.name)
+            )
 
 
 def sync_directory(directory: Path) -> None:
@@ -152,19 +183,34 @@ def put_in_place(beside: Path, out_dir: Path) -> None:
 
 
 class HFWriter:
-    """A Hugging Face directory written tensor by tensor, in any order: weights, config.json, generation config, tokenizer.
+    """A Hugging Face directory written tensor by tensor, in any order: weights, config.json,
+    generation config, tokenizer.
 
-    Everything goes to `<out_dir>.tmp`, renamed when whole; an out_dir that is there is replaced. The names and shapes are those of
-    source_dir's config.json, and every one must come once. An error in the `with` block leaves out_dir as it was. Nothing is kept in
-    memory; files of about SHARD_BYTES and an index when there are several.
+    Everything goes to `<out_dir>.tmp`, renamed when whole; an out_dir that is there is replaced.
+    The names and shapes are those of source_dir's config.json, and every one must come once. An
+    error in the `with` block leaves out_dir as it was. Nothing is kept in memory; files of about
+    SHARD_BYTES and an index when there are several.
     """
 
-    def __init__(self, out_dir: str | os.PathLike[str], source_dir: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """`dtype`: what is written (tensors are cast); None = that of the first tensor, which all must have."""
-        self.out_dir, self.source_dir, self.dtype, self._cast = Path(out_dir), Path(source_dir), dtype, dtype is not None
-        self.expected = families.table(read_hf_config(source_dir)).expected_tensors()
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        source_dir: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`dtype`: what is written (tensors are cast); None = that of the first tensor, which all
+        must have.
+        """
+        self.out_dir, self.source_dir, self.dtype, self._cast = (
+            Path(out_dir),
+            Path(source_dir),
+            dtype,
+            dtype is not None,
+        )
+        self.expected = registry.param_table(read_hf_config(source_dir)).expected_tensors()
         self.beside = self.out_dir.with_name(self.out_dir.name + ".tmp")
-        self._files: dict[str, int] = {}  # tensor -> open file
+        # tensor -> open file
+        self._files: dict[str, int] = {}
         self._stack = ExitStack()
         self._left = dict.fromkeys(self.expected)
 
@@ -177,7 +223,7 @@ class HFWriter:
 
     def _begin(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        write_config(self.source_dir, self.beside, dtype)
+        write_hf_config(self.source_dir, self.beside, dtype)
         copy_side_files(self.source_dir, self.beside)
         plans = plan_shards({name: (dtype, shape) for name, shape in self.expected.items()}, SHARD_BYTES)
         self._places = {name: place for plan in plans for name, place in plan.places.items()}
@@ -195,10 +241,14 @@ class HFWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.beside}: {error.strerror}; make room for the export, {self.out_dir} is as it was") from error
+            raise UserError(
+                f"{self.beside}: {error.strerror}; make room for the export, {self.out_dir} is as it was"
+            ) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor. UserError for a name that config.json does not ask for, a second time, another shape or another dtype."""
+        """Write one tensor. UserError for a name that config.json does not ask for, a second time,
+        another shape or another dtype.
+        """
         if name not in self._left:
             why = "was written before" if name in self.expected else "is not a tensor of this config.json"
             raise UserError(f"{self.out_dir}: {name} {why}")
@@ -207,18 +257,28 @@ class HFWriter:
                 self._begin(self.dtype or tensor.dtype)
         place = self._places[name]
         if tuple(tensor.shape) != place.shape:
-            raise UserError(f"{self.out_dir}: {name} has shape {tuple(tensor.shape)}, config.json asks for {place.shape}")
+            raise UserError(
+                f"{self.out_dir}: {name} has shape {tuple(tensor.shape)}, config.json asks for {place.shape}"
+            )
         if tensor.dtype != place.dtype and not self._cast:
-            raise UserError(f"{self.out_dir}: {name} is {tensor.dtype}, the tensors before it are {place.dtype}; give a dtype to write")
+            raise UserError(
+                f"{self.out_dir}: {name} is {tensor.dtype}, the tensors before it are {place.dtype}; give a"
+                " dtype to write"
+            )
         with self._telling():
             write_at(self._files[name], as_bytes(tensor.to("cpu", place.dtype).contiguous()), place.offset)
         del self._left[name]
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             with self._stack:
                 if kind is None and self._left:
-                    raise UserError(f"{self.out_dir}: {next(iter(self._left))} (of {len(self._left)} tensors) was never written")
+                    raise UserError(
+                        f"{self.out_dir}: {next(iter(self._left))} (of {len(self._left)} tensors) was never"
+                        " written"
+                    )
                 if kind is None:
                     for file in set(self._files.values()):
                         os.fsync(file)
@@ -229,7 +289,9 @@ class HFWriter:
             shutil.rmtree(self.beside, ignore_errors=True)
 
 
-def save_hf(tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
+def save_hf(
+    tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]
+) -> None:
     """A Hugging Face directory of all tensors of source_dir's config.json; see HFWriter."""
     with HFWriter(out_dir, source_dir) as writer:
         for name, tensor in tensors.items():

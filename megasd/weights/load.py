@@ -1,4 +1,6 @@
-"""Fill the live parameters of a parallel model from a Hugging Face directory. No communication: each rank reads only its own slices."""
+"""Fill the live parameters of a parallel model from a Hugging Face directory. No communication:
+each rank reads only its own slices.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +12,47 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megasd.models import registry as families
-from megasd.models import tp_layouts as mapping
-from megasd.models.param_table import Table
+from megasd.models import registry, tp_layouts
+from megasd.models.param_table import ParamTable
 from megasd.types import UserError
 from megasd.weights.hf_files import Source, read_hf_config
 from megasd.weights.te_fp8 import fill, is_quantised
 
 
-def check_names(names: Iterable[str], table: Table, where: Path) -> None:
-    """UserError for a tensor of the model that is not among `names`, or one of `names` that the model has not. `where`: for the message."""
+def check_names(names: Iterable[str], table: ParamTable, where: Path) -> None:
+    """UserError for a tensor of the model that is not among `names`, or one of `names` that the
+    model has not. `where`: for the message.
+    """
     expected, found = table.expected_tensors(), set(names)
     for name in expected:
         if name not in found:
-            raise UserError(f"{where}: tensor {name} is missing, which config.json asks for; fetch the directory again")
+            raise UserError(
+                f"{where}: tensor {name} is missing, which config.json asks for; fetch the directory again"
+            )
     if table.tied:
-        found.discard("lm_head.weight")  # some tied checkpoints carry a copy of the embedding
+        # some tied checkpoints carry a copy of the embedding
+        found.discard("lm_head.weight")
     unknown = sorted(found - expected.keys())
     if unknown:
         raise UserError(
-            f"{where}: tensor {unknown[0]} (and {len(unknown) - 1} more) belongs to no part of this model; is config.json its own?"
+            f"{where}: tensor {unknown[0]} (and {len(unknown) - 1} more) belongs to no part of this model; is"
+            " config.json its own?"
         )
 
 
 def check_hf(hf_dir: str | os.PathLike[str]) -> None:
-    """Raise UserError for whatever `load_hf` would refuse in any layout: config.json, and every tensor's name, shape and dtype.
+    """Raise UserError for whatever `load_hf` would refuse in any layout: config.json, and every
+    tensor's name, shape and dtype.
 
     Reads headers only. One rank does it before the others build a model that they cannot load.
     """
     hf_dir = Path(hf_dir)
     hf = read_hf_config(hf_dir)
     try:
-        table = families.table(hf)
-        families.config_from_hf(hf)
-    except UserError as error:  # which begins with "config.json" and cannot know where it lies
+        table = registry.param_table(hf)
+        registry.config_from_hf(hf)
+    except UserError as error:
+        # which begins with "config.json" and cannot know where it lies
         raise UserError(f"{hf_dir}/{error}") from error
     with ExitStack() as stack:
         checkpoint = Source(hf_dir, stack)
@@ -52,14 +61,15 @@ def check_hf(hf_dir: str | os.PathLike[str]) -> None:
             checkpoint.slice(name, shape)
 
 
-def _check_whole_layers(params: Mapping[str, Tensor], table: Table, experts: Sequence[int]) -> None:
+def _check_whole_layers(params: Mapping[str, Tensor], table: ParamTable, experts: Sequence[int]) -> None:
     """A layer of which one parameter is here must be here whole: a layer spec may have left one out."""
     for index in sorted({int(name.split(".")[2]) for name in params if name.startswith("decoder.layers.")}):
         for wanted in table.layer_names(index, experts):
             if wanted not in params:
                 parts = ", ".join(table.rule(wanted).parts)
                 raise UserError(
-                    f"the Megatron model has no parameter {wanted} to take {parts}: its layer spec does not fit this config.json"
+                    f"the Megatron model has no parameter {wanted} to take {parts}: its layer spec does not"
+                    " fit this config.json"
                 )
 
 
@@ -73,17 +83,21 @@ def load_hf(
     ep_rank: int = 0,
     ep_size: int = 1,
 ) -> None:
-    """Fill the local parameters, under global names (table.global_params), in place, from a Hugging Face directory. No communication.
+    """Fill the local parameters, under global names (table.global_params), in place, from a Hugging
+    Face directory. No communication.
 
-    Only this rank's slices are read; values are cast to the parameter's dtype; padded vocabulary rows (embedding and output layer) become
-    zeros, and the loss masks their logits. All names and shapes are checked before the first copy. UserError names the tensor that is
-    missing, left over or of another shape.
+    Only this rank's slices are read; values are cast to the parameter's dtype; padded vocabulary
+    rows (embedding and output layer) become zeros, and the loss masks their logits. All names and
+    shapes are checked before the first copy. UserError names the tensor that is missing, left over
+    or of another shape.
     """
     hf_dir = Path(hf_dir)
     hf = read_hf_config(hf_dir)
-    table = families.table(hf)
+    table = registry.param_table(hf)
     if table.num_experts % ep_size:
-        raise UserError(f"{table.num_experts} experts do not divide over actor.expert_model_parallel_size={ep_size}")
+        raise UserError(
+            f"{table.num_experts} experts do not divide over actor.expert_model_parallel_size={ep_size}"
+        )
     local_experts = table.num_experts // ep_size
     _check_whole_layers(params, table, range(ep_rank * local_experts, (ep_rank + 1) * local_experts))
     with ExitStack() as stack:
@@ -93,14 +107,26 @@ def load_hf(
         for name, param in params.items():
             rule, shape = table.rule(name), tuple(param.shape)
             layout = rule.shard(shape, *((tp_rank, tp_size) if rule.is_cut(shape, ep_size) else (0, 1)))
-            plan.append((param, rule, layout, [source.slice(part, shape) for part, shape in rule.parts.items()]))
+            plan.append(
+                (param, rule, layout, [source.slice(part, shape) for part, shape in rule.parts.items()])
+            )
         for param, rule, layout, sources in plan:
-            # A slice of a TransformerEngine fp8 parameter is a dequantised copy; only whole does it take values.
-            shard = torch.empty(layout.shape, dtype=param.dtype, device=param.device) if is_quantised(param) else param
-            if rule.layout is mapping.vocab:
-                shard.zero_()  # its last rows may be padding
+            # A slice of a TransformerEngine fp8 parameter is a dequantised copy; only whole does it
+            # take values.
+            shard = (
+                torch.empty(layout.shape, dtype=param.dtype, device=param.device)
+                if is_quantised(param)
+                else param
+            )
+            if rule.layout is tp_layouts.vocab:
+                # its last rows may be padding
+                shard.zero_()
             for s in layout.segments:
-                values = sources[s.part][s.start : s.start + s.length] if s.dim == 0 else sources[s.part][:, s.start : s.start + s.length]
+                values = (
+                    sources[s.part][s.start : s.start + s.length]
+                    if s.dim == 0
+                    else sources[s.part][:, s.start : s.start + s.length]
+                )
                 shard.narrow(s.dim, s.offset, s.length).copy_(values)
             if shard is not param:
                 fill(param, shard)

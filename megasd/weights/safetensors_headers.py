@@ -10,7 +10,9 @@ from megasd.types import UserError
 
 
 def read_headers(directory: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (safetensors dtype, shape) of every tensor in a directory's *.safetensors. UserError if there is none or one is cut."""
+    """Name -> (safetensors dtype, shape) of every tensor in a directory's *.safetensors. UserError
+    if there is none or one is cut.
+    """
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: holds no *.safetensors; give a Hugging Face directory")
@@ -25,7 +27,10 @@ def read_headers(directory: str | Path) -> dict[str, tuple[str, tuple[int, ...]]
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size != 8 + length + end:
-            raise UserError(f"{path}: {path.stat().st_size} bytes where its header promises {8 + length + end}; write it again")
+            raise UserError(
+                f"{path}: {path.stat().st_size} bytes where its header promises {8 + length + end}; write it"
+                " again"
+            )
         found.update({name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()})
     return found
 
@@ -36,7 +41,8 @@ def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_same_tensors(directory: str | Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """UserError naming the first missing, unknown or differently shaped tensor. SGLang ignores unknown names and dies of wrong shapes.
+    """UserError naming the first missing, unknown or differently shaped tensor. SGLang ignores
+    unknown names and dies of wrong shapes.
 
     With tied embeddings lm_head.weight may be left out on either side.
     """
@@ -48,4 +54,7 @@ def check_same_tensors(directory: str | Path, expected: dict[str, tuple[int, ...
         raise UserError(f"{directory}: tensor {name} is not in the start model; the engine would ignore it")
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name]:
-            raise UserError(f"{directory}: tensor {name} has shape {list(found[name])}, the engine holds {list(expected[name])}")
+            raise UserError(
+                f"{directory}: tensor {name} has shape {list(found[name])}, the engine holds"
+                f" {list(expected[name])}"
+            )

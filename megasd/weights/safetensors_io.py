@@ -1,6 +1,8 @@
-"""Safetensors files written in pieces at known places, and read without mapping them: the memory held is one block.
+"""Safetensors files written in pieces at known places, and read without mapping them: the memory
+held is one block.
 
-The names, dtypes and shapes of a checkpoint are known before its first value, and so are its files, headers and every tensor's offset.
+The names, dtypes and shapes of a checkpoint are known before its first value, and so are its files,
+headers and every tensor's offset.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 INDEX = "model.safetensors.index.json"
 
 
-class Place(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a tensor lies in its file."""
 
-    offset: int  # bytes from the file's begin
+    # bytes from the file's begin
+    offset: int
     dtype: torch.dtype
     shape: Shape
 
@@ -48,7 +51,7 @@ class ShardPlan:
 
     name: str
     header: bytes
-    places: dict[str, Place]
+    places: dict[str, TensorLocation]
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +59,9 @@ class ShardPlan:
 
 
 def plan_shards(tensors: Mapping[str, tuple[torch.dtype, Shape]], shard_bytes: int) -> list[ShardPlan]:
-    """Files of about shard_bytes (a larger tensor has its own), tensors in the given order, the wider dtypes of a file first."""
+    """Files of about shard_bytes (a larger tensor has its own), tensors in the given order, the
+    wider dtypes of a file first.
+    """
     parts: list[list[str]] = [[]]
     size = 0
     for name, (dtype, shape) in tensors.items():
@@ -68,7 +73,8 @@ def plan_shards(tensors: Mapping[str, tuple[torch.dtype, Shape]], shard_bytes: i
         size += nbytes
     plans = []
     for number, names in enumerate(parts, start=1):
-        names.sort(key=lambda name: -tensors[name][0].itemsize)  # stable: every tensor is aligned without gaps
+        # stable: every tensor is aligned without gaps
+        names.sort(key=lambda name: -tensors[name][0].itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset, offsets = 0, {}
         for name in names:
@@ -79,8 +85,10 @@ def plan_shards(tensors: Mapping[str, tuple[torch.dtype, Shape]], shard_bytes: i
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
-        places = {name: Place(start + offsets[name], *tensors[name]) for name in names}
-        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        places = {name: TensorLocation(start + offsets[name], *tensors[name]) for name in names}
+        file = (
+            "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        )
         plans.append(ShardPlan(file, struct.pack("<Q", len(text)) + text, places))
     return plans
 
@@ -107,7 +115,9 @@ def write_at(file: int, data: memoryview, offset: int) -> None:
 
 
 def read_at(file: int, out: Tensor, offset: int, where: str) -> None:
-    """Fill a contiguous CPU tensor from an offset of an open file. UserError naming `where` when the file ends before."""
+    """Fill a contiguous CPU tensor from an offset of an open file. UserError naming `where` when
+    the file ends before.
+    """
     data = as_bytes(out)
     while len(data):
         count = os.preadv(file, [data], offset)
@@ -117,11 +127,13 @@ def read_at(file: int, out: Tensor, offset: int, where: str) -> None:
 
 
 class RawShards:
-    """Tensors of safetensors files by plain reads: unlike mapped files, what was read is not counted as this process's memory."""
+    """Tensors of safetensors files by plain reads: unlike mapped files, what was read is not
+    counted as this process's memory.
+    """
 
     def __init__(self, directory: Path, files: set[str], stack: ExitStack) -> None:
         """UserError for a file that is not a whole safetensors file."""
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, TensorLocation] = {}
         self.file_of: dict[str, str] = {}
         self._open: dict[str, int] = {}
         self.directory = directory
@@ -135,17 +147,23 @@ class RawShards:
                 header.pop("__metadata__", None)
                 ends = [entry["data_offsets"][1] for entry in header.values()]
                 if path.stat().st_size != 8 + length + max(ends, default=0):
-                    raise ValueError(f"{path.stat().st_size} bytes where its header promises {8 + length + max(ends, default=0)}")
+                    raise ValueError(
+                        f"{path.stat().st_size} bytes where its header promises"
+                        f" {8 + length + max(ends, default=0)}"
+                    )
             except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
             for tensor, entry in header.items():
                 if tensor in self.file_of:
                     raise UserError(
-                        f"{path}: tensor {tensor} is also in {self.file_of[tensor]}; remove the file that is not of this checkpoint"
+                        f"{path}: tensor {tensor} is also in {self.file_of[tensor]}; remove the file that is"
+                        " not of this checkpoint"
                     )
                 self.file_of[tensor] = name
                 if entry["dtype"] in DTYPES:
-                    self.places[tensor] = Place(8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                    self.places[tensor] = TensorLocation(
+                        8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"])
+                    )
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, in its own dtype."""

@@ -1,7 +1,9 @@
-"""TransformerEngine's FP8 parameters (actor.fp8_param_gather) seen from outside its modules: read, filled, and lent other values.
+"""TransformerEngine's FP8 parameters (actor.fp8_param_gather) seen from outside its modules: read,
+filled, and lent other values.
 
-Such a parameter is a tensor subclass that shows its dtype before quantisation; its bytes lie elsewhere (`_data`, `_rowwise_data`), with
-scales and sometimes a transposed copy beside them. Whatever reads bytes, or sets `.data`, must come here. TransformerEngine 2.9 to 2.11.
+Such a parameter is a tensor subclass that shows its dtype before quantisation; its bytes lie
+elsewhere (`_data`, `_rowwise_data`), with scales and sometimes a transposed copy beside them.
+Whatever reads bytes, or sets `.data`, must come here. TransformerEngine 2.9 to 2.11.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ def is_quantised(tensor: Tensor) -> bool:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The values as an ordinary tensor, detached: those that the layer computes with, so an engine that gets them computes with the same.
-    An ordinary tensor is itself."""
+    """The values as an ordinary tensor, detached: those that the layer computes with, so an engine
+    that gets them computes with the same. An ordinary tensor is itself.
+    """
     return tensor.dequantize().detach() if is_quantised(tensor) else tensor.detach()
 
 
@@ -28,8 +31,9 @@ def plain(tensor: Tensor) -> Tensor:
 def fill(param: Tensor, values: Tensor) -> None:
     """Give a whole parameter its start values, of its shape.
 
-    The optimizer makes its fp32 copies from what a quantised parameter was before it was quantised, which TransformerEngine keeps until
-    then (on the CPU, from the random initialisation): that must be these values too.
+    The optimizer makes its fp32 copies from what a quantised parameter was before it was quantised,
+    which TransformerEngine keeps until then (on the CPU, from the random initialisation): that must
+    be these values too.
     """
     param.copy_(values)
     if is_quantised(param) and getattr(param, "_high_precision_init_val", None) is not None:
@@ -44,13 +48,17 @@ def storage(param: Tensor) -> Tensor:
 
 @torch.no_grad()
 def lend(param: Tensor, values: Tensor) -> None:
-    """`param.data = values` without a write into the bytes it had, in which optimizer buffers lie. Ordinary values are quantised first:
-    setting `.data` of a block-scaled parameter to them would overwrite its bytes in place."""
+    """`param.data = values` without a write into the bytes it had, in which optimizer buffers lie.
+    Ordinary values are quantised first: setting `.data` of a block-scaled parameter to them would
+    overwrite its bytes in place.
+    """
     if is_quantised(param) and not is_quantised(values):
         quantizer = param._quantizer
-        internal, quantizer.internal = quantizer.internal, False  # else a bare container without tensor methods
+        # else a bare container without tensor methods
+        internal, quantizer.internal = quantizer.internal, False
         values = quantizer(values.to(param.dtype).contiguous())
         quantizer.internal = internal
     needs_gradient = param.requires_grad
     param.data = values
-    param.requires_grad_(needs_gradient)  # TransformerEngine's setter takes it from the values
+    # TransformerEngine's setter takes it from the values
+    param.requires_grad_(needs_gradient)

@@ -1,4 +1,6 @@
-"""Run by test_families.py on 4 gloo ranks; its argument: a directory of tiny checkpoints with reference.safetensors, named after MODELS."""
+"""Run by test_families.py on 4 gloo ranks; its argument: a directory of tiny checkpoints with
+reference.safetensors, named after MODELS.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +11,44 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: E402
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from safetensors.torch import load_file
+from torch import Tensor
 
-from megasd.actor import model as build  # noqa: E402
-from megasd.actor.forward import run_microbatches  # noqa: E402
-from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel  # noqa: E402
-from megasd.batch.microbatch import Microbatch, make_microbatches  # noqa: E402
-from megasd.config.schema import ActorConfig, OptimizerConfig  # noqa: E402
-from megasd.loss.normalise import megatron_loss  # noqa: E402
-from megasd.models import registry as families  # noqa: E402
-from megasd.models import tp_layouts as mapping  # noqa: E402
-from megasd.models.param_table import global_params  # noqa: E402
-from megasd.types import UserError  # noqa: E402
-from megasd.weights.export import export_hf, plan_of  # noqa: E402
-from megasd.weights.gather import Gather  # noqa: E402
-from megasd.weights.hf_files import read_hf_config  # noqa: E402
-from megasd.weights.load import load_hf  # noqa: E402
-from tests.families_reference import VOCAB, make_batch  # noqa: E402
-from tests.te_stand_ins import transformer_engine_spec  # noqa: E402
-from tests.tiny_weights import MODELS  # noqa: E402
+from megasd.actor import model as build
+from megasd.actor.forward import run_microbatches
+from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
+from megasd.batch.microbatch import Microbatch, make_microbatches
+from megasd.config.schema import ActorConfig, OptimizerConfig
+from megasd.loss.normalise import megatron_loss
+from megasd.models import registry, tp_layouts
+from megasd.models.param_table import global_params
+from megasd.types import UserError
+from megasd.weights.export import export_hf, plan_of
+from megasd.weights.gather import Gather
+from megasd.weights.hf_files import read_hf_config
+from megasd.weights.load import load_hf
+from tests.families_reference import VOCAB, make_batch
+from tests.te_stand_ins import transformer_engine_spec
+from tests.tiny_weights import MODELS
 
-TP, PP, CP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
+TP, PP, CP, EP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
 SP = {"sequence_parallel": True}
 ALL, MOE, WINDOWS = tuple(MODELS), ("qwen3_moe",), ("mistral_window", "olmo3")
-MAIN = tuple(family for family in ALL if family not in ("qwen2_yarn", "qwen2_tied", "llama_tied", "llama_mqa", "mistral"))
+MAIN = tuple(
+    family
+    for family in ALL
+    if family not in ("qwen2_yarn", "qwen2_tied", "llama_tied", "llama_mqa", "mistral")
+)
 # layout -> families; 4 ranks, what is left over is data parallelism
 CASES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "tp1": ({}, ALL),
@@ -53,9 +63,14 @@ CASES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "tp2 ep2 sp": ({TP: 2, EP: 2, **SP}, MOE),
     "pp2 ep2": ({PP: 2, EP: 2}, MOE),
 }
-# The GPU's layer spec with stand-ins for its modules (tests/te_stand_ins.py): TransformerEngine's parameter names.
-TE_NAMES, TE_FAMILIES = "tp2 pp2 sp, names of TransformerEngine", ("qwen2", "qwen3_moe", "llama_tied", "mistral_window", "olmo2", "olmo3")
-LOGITS, GRADIENTS = 1e-4, 1e-4  # largest difference; largest relative difference (Frobenius) of a parameter's gradient
+# The GPU's layer spec with stand-ins for its modules (tests/te_stand_ins.py): TransformerEngine's
+# parameter names.
+TE_NAMES, TE_FAMILIES = (
+    "tp2 pp2 sp, names of TransformerEngine",
+    ("qwen2", "qwen3_moe", "llama_tied", "mistral_window", "olmo2", "olmo3"),
+)
+# largest difference; largest relative difference (Frobenius) of a parameter's gradient
+LOGITS, GRADIENTS = 1e-4, 1e-4
 
 
 class FamilyModel:
@@ -68,7 +83,7 @@ class FamilyModel:
         family = build.family_of(str(path))
         self.config = build.transformer_config(family, self.actor, mesh.device)
         self.config.virtual_pipeline_model_parallel_size = virtual_stages
-        self.table = families.table(self.hf)
+        self.table = registry.param_table(self.hf)
         # Megatron refuses to train experts under tensor parallelism without sequence parallelism.
         self.trains = mesh.tp_size == 1 or self.actor.sequence_parallel or not self.table.num_experts
         self.chunks, self.params = [], {}
@@ -78,20 +93,44 @@ class FamilyModel:
                 for param in chunk.parameters():
                     param.fill_(torch.nan)
             self.chunks.append(chunk)
-            offset, first_expert = build.layer_offset(self.config, stage), self.table.num_experts // mesh.ep_size * mesh.ep_rank
-            self.params |= global_params(dict(chunk.named_parameters()), layer_offset=offset, expert_offset=first_expert)
-        load_hf(self.params, path, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, ep_rank=mesh.ep_rank, ep_size=mesh.ep_size)
+            offset, first_expert = (
+                build.layer_offset(self.config, stage),
+                self.table.num_experts // mesh.ep_size * mesh.ep_rank,
+            )
+            self.params |= global_params(
+                dict(chunk.named_parameters()), layer_offset=offset, expert_offset=first_expert
+            )
+        load_hf(
+            self.params,
+            path,
+            tp_rank=mesh.tp_rank,
+            tp_size=mesh.tp_size,
+            ep_rank=mesh.ep_rank,
+            ep_size=mesh.ep_size,
+        )
         assert not any(param.isnan().any() for param in self.params.values())
 
     def export(self) -> dict[str, Tensor]:
         """Whole on world rank 0, empty elsewhere."""
         mesh = self.mesh
-        plan = plan_of(self.params, self.hf, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size, ep_size=mesh.ep_size, bucket_bytes=20_000)
-        return {name: tensor.clone() for name, tensor in export_hf(Gather(plan, self.params, rank=mesh.rank, device=mesh.device))}
+        plan = plan_of(
+            self.params,
+            self.hf,
+            tp_rank=mesh.tp_rank,
+            tp_size=mesh.tp_size,
+            ep_size=mesh.ep_size,
+            bucket_bytes=20_000,
+        )
+        return {
+            name: tensor.clone()
+            for name, tensor in export_hf(Gather(plan, self.params, rank=mesh.rank, device=mesh.device))
+        }
 
     def microbatches(self) -> list[Microbatch]:
         mesh, actor, batch = self.mesh, self.actor, make_batch()
-        multiple = (2 * mesh.cp_size if mesh.cp_size > 1 else 1) * (mesh.tp_size if actor.sequence_parallel else 1)
+        multiple = (2 * mesh.cp_size if mesh.cp_size > 1 else 1) * (
+            mesh.tp_size if actor.sequence_parallel else 1
+        )
         place = {"cp_rank": mesh.cp_rank, "cp_size": mesh.cp_size, "multiple": multiple}
         return make_microbatches(batch, [[0, 1], [2]], None, packing=actor.packing, **place)
 
@@ -108,14 +147,18 @@ class FamilyModel:
         return torch.cat(shards, 1)[:, :VOCAB]
 
     def forward_and_gradients(self) -> Tensor:
-        """Raw logits [R, VOCAB] (zeros off the last stage) by the actor's own passes; gradients are left in main_grad."""
+        """Raw logits [R, VOCAB] (zeros off the last stage) by the actor's own passes; gradients are
+        left in main_grad.
+        """
         (chunk,), mesh, batch = self.chunks, self.mesh, make_batch()
         ddp = build.wrap_data_parallel(chunk, self.config, self.actor)
         targets, weights = batch.response_ids.to(mesh.device), batch.streams["weight"].to(mesh.device)
         rows = torch.zeros(len(targets), VOCAB, device=mesh.device)
 
         def read(microbatch: Microbatch, hidden: Tensor) -> None:
-            rows[microbatch.response_index[microbatch.valid]] = self.gathered(self.logits(hidden, chunk))[microbatch.valid]
+            rows[microbatch.response_index[microbatch.valid]] = self.gathered(self.logits(hidden, chunk))[
+                microbatch.valid
+            ]
 
         def loss(microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
             with torch.no_grad():
@@ -123,9 +166,12 @@ class FamilyModel:
             if not self.config.sequence_parallel:
                 hidden = copy_to_tensor_model_parallel_region(hidden)
             nll = vocab_parallel_cross_entropy(self.logits(hidden, chunk), targets[microbatch.response_index])
-            return megatron_loss((nll * weights[microbatch.response_index] * microbatch.valid / mesh.dp_size).sum())
+            return megatron_loss(
+                (nll * weights[microbatch.response_index] * microbatch.valid / mesh.dp_size).sum()
+            )
 
-        if mesh.tp_size == 1 or not self.trains:  # elsewhere the training pass alone, for time
+        # elsewhere the training pass alone, for time
+        if mesh.tp_size == 1 or not self.trains:
             chunk.eval()
             run_microbatches(ddp, self.microbatches(), mesh, self.config, read, forward_only=True)
         scored = rows.clone()
@@ -136,42 +182,59 @@ class FamilyModel:
             run_microbatches(ddp, self.microbatches(), mesh, self.config, loss, forward_only=False)
             self.optimizer, _ = build.build_optimizer(ddp, OptimizerConfig(), self.actor, num_steps=1)
             if mesh.tp_size == 1:
-                torch.testing.assert_close(rows, scored, rtol=0, atol=LOGITS if self.actor.dtype == "float32" else 0.1)
+                torch.testing.assert_close(
+                    rows, scored, rtol=0, atol=LOGITS if self.actor.dtype == "float32" else 0.1
+                )
         if mesh.cp_size > 1:
             dist.all_reduce(rows, group=mesh.cp_group)
         return rows
 
     def worst_gradient(self, reference: dict[str, Tensor]) -> tuple[float, str]:
-        """Largest relative difference of this rank's gradients from the parts that the table cuts out of transformers' gradients."""
+        """Largest relative difference of this rank's gradients from the parts that the table cuts
+        out of transformers' gradients.
+        """
         mesh, worst = self.mesh, (0.0, "")
         for name, param in self.params.items() if self.trains else ():
             rule, shape = self.table.rule(name), tuple(param.shape)
-            layout = rule.shard(shape, *((mesh.tp_rank, mesh.tp_size) if rule.is_cut(shape, mesh.ep_size) else (0, 1)))
-            wanted = mapping.split([reference[f"grad.{part}"] for part in rule.parts], layout)
+            layout = rule.shard(
+                shape, *((mesh.tp_rank, mesh.tp_size) if rule.is_cut(shape, mesh.ep_size) else (0, 1))
+            )
+            wanted = tp_layouts.split([reference[f"grad.{part}"] for part in rule.parts], layout)
             size = wanted.norm().item()
             difference = (param.main_grad.cpu() - wanted).norm().item()
             worst = max(worst, (difference / size if size else difference, name))
         return worst
 
     def gradient_norm(self, reference: dict[str, Tensor]) -> float:
-        """Relative difference of the norm by which Megatron would clip: a part counted twice, or by no rank, shows. Steps the optimizer."""
+        """Relative difference of the norm by which Megatron would clip: a part counted twice, or by
+        no rank, shows. Steps the optimizer.
+        """
         if not self.trains:
             return 0.0
-        wanted = torch.stack([reference[f"grad.{name}"].norm() for name in self.table.expected_tensors()]).norm()
+        wanted = torch.stack(
+            [reference[f"grad.{name}"].norm() for name in self.table.expected_tensors()]
+        ).norm()
         return abs(float(self.optimizer.step()[1]) / float(wanted) - 1)
 
     def check_checkpoint_shapes(self) -> None:
-        """Megatron's distributed checkpoint takes every parameter for the part that it is (else a resume in another layout is wrong)."""
+        """Megatron's distributed checkpoint takes every parameter for the part that it is (else a
+        resume in another layout is wrong).
+        """
         (chunk,) = self.chunks
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for name, tensor in chunk.sharded_state_dict(metadata={"dp_cp_group": group}).items():
             if name.endswith("layernorm.weight") and "layers" in name:
                 (whole,) = self.table.rule(name.replace(name.split(".")[2], "0", 1)).parts.values()
-                assert tuple(tensor.global_shape[tensor.prepend_axis_num :]) == whole, (name, tensor.global_shape)
+                assert tuple(tensor.global_shape[tensor.prepend_axis_num :]) == whole, (
+                    name,
+                    tensor.global_shape,
+                )
 
     @torch.no_grad()
     def chained_logits(self) -> Tensor | None:
-        """Raw logits [R of sample 1, VOCAB] on the last stage: chunk after chunk, hidden states passed on from stage to stage."""
+        """Raw logits [R of sample 1, VOCAB] on the last stage: chunk after chunk, hidden states
+        passed on from stage to stage.
+        """
         batch, mesh = make_batch().select([1]), self.mesh
         ids = torch.cat([batch.prompt_ids, batch.response_ids])[None]
         hidden, stages = None, [(v, p) for v in range(len(self.chunks)) for p in range(mesh.pp_size)]
@@ -218,25 +281,37 @@ def run_case(name: str, root: Path, actor: dict, chosen: tuple[str, ...], device
     for family in chosen:
         start, path = time.perf_counter(), root / family
         model, reference = FamilyModel(path, actor, mesh), load_file(path / "reference.safetensors")
-        same(model.export(), load_file(path / "model.safetensors") if mesh.rank == 0 else {}, f"{family} {name}")
+        same(
+            model.export(),
+            load_file(path / "model.safetensors") if mesh.rank == 0 else {},
+            f"{family} {name}",
+        )
         found = model.forward_and_gradients()
         logits = (found - reference["logits"]).abs().max().item() if mesh.is_last_stage else 0.0
         model.check_checkpoint_shapes()
         gradient = model.worst_gradient(reference)
-        report(f"{family} {name}", start, logits, max(gradient, (model.gradient_norm(reference), "norm of all")))
+        report(
+            f"{family} {name}", start, logits, max(gradient, (model.gradient_norm(reference), "norm of all"))
+        )
         names |= {local for chunk in model.chunks for local, _ in chunk.named_parameters()}
     return names
 
 
 def run_virtual(name: str, root: Path, actor: dict, device: torch.device) -> None:
-    """Two virtual stages on each pipeline stage, one layer each: the rank's chunks hold layers 0 and 2, or 1 and 3."""
+    """Two virtual stages on each pipeline stage, one layer each: the rank's chunks hold layers 0
+    and 2, or 1 and 3.
+    """
     mesh = init_model_parallel(ActorConfig(**actor), device, seed=1)
     for family in ALL:
         start, path = time.perf_counter(), root / family
         model = FamilyModel(path, actor, mesh, virtual_stages=2)
         layers = {int(n.split(".")[2]) for n in model.params if n.startswith("decoder.layers.")}
         assert layers == {mesh.pp_rank, mesh.pp_rank + 2}, layers
-        same(model.export(), load_file(path / "model.safetensors") if mesh.rank == 0 else {}, f"{family} {name}")
+        same(
+            model.export(),
+            load_file(path / "model.safetensors") if mesh.rank == 0 else {},
+            f"{family} {name}",
+        )
         found, batch = model.chained_logits(), make_batch()
         rows = slice(int(batch.response_lens[0]), int(batch.response_lens[:2].sum()))
         reference = load_file(path / "reference.safetensors")["logits"][rows]
@@ -247,7 +322,7 @@ def refuse_more_ranks_than_key_heads(root: Path, device: torch.device) -> None:
     """The norm over all key heads has no part for a rank without a head of its own."""
     config = ActorConfig(dtype="float32", tensor_model_parallel_size=4)
     mesh = init_model_parallel(config, device, seed=1)
-    family = families.config_from_hf(read_hf_config(root / "olmo2") | {"num_key_value_heads": 2})
+    family = registry.config_from_hf(read_hf_config(root / "olmo2") | {"num_key_value_heads": 2})
     try:
         build.build_model(family, build.transformer_config(family, config, device), config, mesh)
     except UserError as error:
@@ -262,7 +337,11 @@ def main(root: Path) -> None:
         run_case(name, root, actor, chosen, device)
     with transformer_engine_spec():
         names = run_case(TE_NAMES, root, {TP: 2, PP: 2, **SP}, TE_FAMILIES, device)
-    for suffix in ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight", "mlp.experts.linear_fc1.weight1"):
+    for suffix in (
+        "self_attention.linear_qkv.layer_norm_weight",
+        "mlp.linear_fc1.layer_norm_weight",
+        "mlp.experts.linear_fc1.weight1",
+    ):
         assert any(name.endswith(suffix) for name in names), suffix
     run_virtual("pp2 x 2 virtual stages", root, {PP: 2}, device)
     refuse_more_ranks_than_key_heads(root, device)

@@ -1,9 +1,11 @@
-"""One golden run (tiny Qwen3, 4 SC-SDPO steps on a fixed batch) under every layout; run by test_golden.py under torchrun.
+"""One golden run (tiny Qwen3, 4 SC-SDPO steps on a fixed batch) under every layout; run by
+test_golden.py under torchrun.
 
     golden_cases.py MODEL_DIR MOE_DIR TIED_DIR TRACE.json
 
-One rank writes the trace, other world sizes compare with it. The first step is also compared with a float64 twin made of
-transformers' model and tests/reference.py, which shares no code with the actor.
+One rank writes the trace, other world sizes compare with it. The first step is also compared with a
+float64 twin made of transformers' model and tests/reference.py, which rank_batches no code with the
+actor.
 """
 
 from __future__ import annotations
@@ -16,15 +18,15 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
-import torch  # noqa: E402
+import torch
 
-from megasd.actor.actor import Actor  # noqa: E402
-from megasd.actor.forward import run_microbatches  # noqa: E402
-from megasd.actor.parallel import init_distributed, init_model_parallel  # noqa: E402
-from megasd.batch.batch import Batch  # noqa: E402
-from megasd.batch.microbatch import Microbatch  # noqa: E402
-from megasd.batch.shard import in_order  # noqa: E402
-from megasd.config.schema import (  # noqa: E402
+from megasd.actor.actor import Actor
+from megasd.actor.forward import run_microbatches
+from megasd.actor.parallel import init_distributed, init_model_parallel
+from megasd.batch.batch import Batch
+from megasd.batch.microbatch import Microbatch
+from megasd.batch.shard import microbatches_in_order
+from megasd.config.schema import (
     ActorConfig,
     AlgorithmConfig,
     Config,
@@ -35,10 +37,15 @@ from megasd.config.schema import (  # noqa: E402
     QuestionWeightConfig,
     TeacherConfig,
 )
-from tests import reference  # noqa: E402
+from tests import reference
 
 VOCAB, STEPS, TOP_K = 96, 4, 7
-TP, PP, CP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
+TP, PP, CP, EP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
 SP = {"sequence_parallel": True}
 CASES: dict[int, dict[str, dict]] = {
     1: {
@@ -60,7 +67,11 @@ CASES: dict[int, dict[str, dict]] = {
         "dp2": {},
         "dp2 plain optimizer": {"use_distributed_optimizer": False},
         "dp2 overlap": {"overlap_grad_reduce": True, "micro_batch_size": 1},
-        "dp2 overlap both": {"overlap_grad_reduce": True, "overlap_param_gather": True, "micro_batch_size": 1},
+        "dp2 overlap both": {
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "micro_batch_size": 1,
+        },
     },
     4: {
         "tp2 pp2": {TP: 2, PP: 2},
@@ -69,36 +80,64 @@ CASES: dict[int, dict[str, dict]] = {
         "pp2 dp2": {PP: 2},
         "cp2 dp2": {CP: 2},
     },
-    8: {"tp2 cp2 pp2 sp": {TP: 2, CP: 2, PP: 2, **SP}, "tp2 cp2 pp2 sp packed": {TP: 2, CP: 2, PP: 2, **SP, "packing": True}},
+    8: {
+        "tp2 cp2 pp2 sp": {TP: 2, CP: 2, PP: 2, **SP},
+        "tp2 cp2 pp2 sp packed": {TP: 2, CP: 2, PP: 2, **SP, "packing": True},
+    },
 }
 MOE_CASES: dict[int, dict[str, dict]] = {
     1: {"moe tp1": {}},
-    2: {"moe ep2": {EP: 2}, "moe tp2 sp": {TP: 2, **SP}, "moe ep2 budget": {EP: 2, "packing": True, "max_tokens_per_microbatch": 60}},
+    2: {
+        "moe ep2": {EP: 2},
+        "moe tp2 sp": {TP: 2, **SP},
+        "moe ep2 budget": {EP: 2, "packing": True, "max_tokens_per_microbatch": 60},
+    },
     4: {"moe tp2 ep2 sp": {TP: 2, EP: 2, **SP}},
 }
 
 
 TIED_CASES: dict[int, dict[str, dict]] = {
     1: {"tied micro 1": {"micro_batch_size": 1}},
-    2: {"tied tp2": {TP: 2}, "tied pp2": {PP: 2}, "tied dp2 overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
+    2: {
+        "tied tp2": {TP: 2},
+        "tied pp2": {PP: 2},
+        "tied dp2 overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    },
     4: {"tied tp2 pp2": {TP: 2, PP: 2}},
 }
-# A token budget in place of a number of samples; the longest student sequence has 19 tokens, the longest of a teacher 27.
+# A token budget in place of a number of samples; the longest student sequence has 19 tokens, the
+# longest of a teacher 27.
 PACKED, PADDED = {"packing": True, "max_tokens_per_microbatch": 60}, {"max_tokens_per_microbatch": 40}
 BUDGET_CASES: dict[int, dict[str, dict]] = {
     1: {"budget packed": PACKED, "budget padded": PADDED, "budget of one": {"max_tokens_per_microbatch": 1}},
-    2: {"dp2 budget packed": PACKED, "dp2 budget padded": PADDED, "pp2 budget packed": {PP: 2, **PACKED}, "cp2 budget": {CP: 2, **PADDED}},
+    2: {
+        "dp2 budget packed": PACKED,
+        "dp2 budget padded": PADDED,
+        "pp2 budget packed": {PP: 2, **PACKED},
+        "cp2 budget": {CP: 2, **PADDED},
+    },
     4: {"tp2 dp2 sp budget packed": {TP: 2, **SP, **PACKED}, "dp4 budget packed": PACKED},
-    8: {"tp2 cp2 dp2 sp budget packed": {TP: 2, CP: 2, **SP, **PACKED}, "tp2 pp2 dp2 budget padded": {TP: 2, PP: 2, **PADDED}},
+    8: {
+        "tp2 cp2 dp2 sp budget packed": {TP: 2, CP: 2, **SP, **PACKED},
+        "tp2 pp2 dp2 budget padded": {TP: 2, PP: 2, **PADDED},
+    },
 }
-BF16 = {"dtype": "bfloat16"}  # parameters; main parameters, gradients and the EMA teacher are fp32
-BF16_CASES: dict[int, dict[str, dict]] = {1: {}, 2: {"bf16 tp2 sp": {TP: 2, **SP}, "bf16 pp2": {PP: 2}, "bf16 dp2": {}}, 4: {}}
+# parameters; main parameters, gradients and the EMA teacher are fp32
+BF16 = {"dtype": "bfloat16"}
+BF16_CASES: dict[int, dict[str, dict]] = {
+    1: {},
+    2: {"bf16 tp2 sp": {TP: 2, **SP}, "bf16 pp2": {PP: 2}, "bf16 dp2": {}},
+    4: {},
+}
 
 
-# Supports, transports, clip and temperatures, and all terms at once; each under another layout than the golden run's.
+# Supports, transports, clip and temperatures, and all terms at once; each under another layout than
+# the golden run's.
 ALGORITHMS: dict[str, dict] = {
     "full": {"distill": DistillTerm(support="full", beta=0.0)},
-    "full clip": {"distill": DistillTerm(support="full", beta=0.0, pointwise_clip=0.05, teacher_temperature=0.8)},
+    "full clip": {
+        "distill": DistillTerm(support="full", beta=0.0, pointwise_clip=0.05, teacher_temperature=0.8)
+    },
     "union": {"distill": DistillTerm(support="union", top_k=TOP_K, beta=0.1)},
     "teacher": {"distill": DistillTerm(support="teacher", top_k=TOP_K, tail="raw", beta=0.0)},
     "record": {
@@ -116,14 +155,25 @@ def credit(kind: str, surrogate: str = "ppo", **values: object) -> dict:
 
 # What is worked out on whole sequences and over all ranks, with the layout of two ranks that it is run under.
 METHODS: dict[str, tuple[dict, dict]] = {
-    "rlsd snapshot": (credit("rlsd") | {"teacher": TeacherConfig(weights="snapshot", refresh_every=1)}, {TP: 2}),
+    "rlsd snapshot": (
+        credit("rlsd") | {"teacher": TeacherConfig(weights="snapshot", refresh_every=1)},
+        {TP: 2},
+    ),
     "cepo": (credit("cepo"), {PP: 2}),
     "rlcsd": (credit("rlcsd", tau=0.5) | {"aggregation": "token_mean"}, {CP: 2}),
     "antisd gate": (credit("antisd", gate_warmup=1, gate_ratio=0.9), {PP: 2}),
     "cl egrsd": (credit("egrsd", "reinforce", window=2) | {"aggregation": "token_mean"}, {}),
     "return": (credit("return") | {"epochs": 2, "minibatches": 2}, {CP: 2, "packing": True}),
     "margin": (credit("margin"), {}),
-    "gspo": ({"policy_gradient": PolicyGradientTerm(surrogate="gspo"), "minibatches": 2, "distill": None, "teacher": None}, {PP: 2}),
+    "gspo": (
+        {
+            "policy_gradient": PolicyGradientTerm(surrogate="gspo"),
+            "minibatches": 2,
+            "distill": None,
+            "teacher": None,
+        },
+        {PP: 2},
+    ),
     "routed": (
         {
             "distill": DistillTerm(top_k=TOP_K, samples="wrong", token_weight="confidence"),
@@ -132,7 +182,14 @@ METHODS: dict[str, tuple[dict, dict]] = {
         },
         {TP: 2, **SP},
     ),
-    "scan": ({"distill": DistillTerm(support="full", beta=0.0, token_weight="scan", token_weight_scale=5.0, skip_tokens=1)}, {}),
+    "scan": (
+        {
+            "distill": DistillTerm(
+                support="full", beta=0.0, token_weight="scan", token_weight_scale=5.0, skip_tokens=1
+            )
+        },
+        {},
+    ),
     "trust region": ({"teacher": TeacherConfig(weights="trust_region", trust_mix=0.3)}, {TP: 2}),
     "adaptive": ({"distill": DistillTerm(divergence="adaptive", support="teacher", top_k=TOP_K)}, {CP: 2}),
 }
@@ -146,18 +203,24 @@ def methods_batch() -> Batch:
     lens[3::7, 2] = 0
     batch.context_ids, batch.context_lens = torch.randint(0, VOCAB, (int(lens.sum()),), generator=g), lens
     batch.right = torch.rand(32, generator=g) < 0.4
-    wrong, taught = ~batch.right, batch.taught
+    wrong, taught = ~batch.right, batch.distilled
     batch.masks = {"distill": wrong & taught, "policy_gradient": ~(wrong & taught)}
     return batch
 
 
 def run_method(config: Config, device: torch.device, steps: int = 2) -> list[list[float]]:
-    actor, whole, trace = Actor(config, init_model_parallel(config.actor, device, seed=1)), methods_batch(), []
+    actor, whole, trace = (
+        Actor(config, init_model_parallel(config.actor, device, seed=1)),
+        methods_batch(),
+        [],
+    )
     if config.algorithm.aggregation != "token_mean_of_terms":
         whole.masks = {}
     for _ in range(steps):
-        shares = [actor.take(part) for part in whole.parts(config.algorithm.minibatches)]
-        metrics = actor.train(shares, [actor.teach(share) for share in shares])
+        rank_batches = [actor.shard(part) for part in whole.parts(config.algorithm.minibatches)]
+        metrics = actor.train(
+            rank_batches, [actor.teacher_forward(rank_batch) for rank_batch in rank_batches]
+        )
         trace.append([metrics["loss"], metrics["grad_norm"]])
     return trace
 
@@ -167,16 +230,24 @@ def make_config(model: str, actor: dict, **algorithm: object) -> Config:
     config.model.path, config.run.steps = model, STEPS
     # The trace has microbatches of 2; several ranks take 4, for the time goes with the number of collectives.
     size = 2 if os.environ.get("WORLD_SIZE", "1") == "1" else 4
-    config.actor = ActorConfig(**({"dtype": "float32", "micro_batch_size": size, "make_vocab_size_divisible_by": 20} | actor))
+    config.actor = ActorConfig(
+        **({"dtype": "float32", "micro_batch_size": size, "make_vocab_size_divisible_by": 20} | actor)
+    )
     weight = QuestionWeightConfig(kind="sqrt_pq")
-    values = {"distill": DistillTerm(top_k=TOP_K), "teacher": TeacherConfig(), "question_weight": weight} | algorithm
+    values = {
+        "distill": DistillTerm(top_k=TOP_K),
+        "teacher": TeacherConfig(),
+        "question_weight": weight,
+    } | algorithm
     config.algorithm = AlgorithmConfig(**values)
     config.optimizer.lr, config.optimizer.lr_warmup_steps, config.rollout.temperature = 1e-3, 2, 1.1
     return config
 
 
 def make_batch() -> Batch:
-    """8 questions x 4 samples; half of the questions are uninformative, some samples are untaught, lengths vary."""
+    """8 questions x 4 samples; half of the questions are uninformative, some samples are untaught,
+    lengths vary.
+    """
     g = torch.Generator().manual_seed(5)
     draw = lambda low, high, n=32: torch.randint(low, high, (n,), generator=g)  # noqa: E731
     prompt_lens, teacher_lens, response_lens = draw(3, 12), draw(8, 20), draw(1, 9)
@@ -205,14 +276,16 @@ def run(config: Config, device: torch.device, batch: Batch, steps: int = STEPS) 
     actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
     trace = []
     for _ in range(steps):
-        share = actor.take(batch)
-        metrics = actor.train_step(share, actor.teach(share))
+        rank_batch = actor.shard(batch)
+        metrics = actor.train_step(rank_batch, actor.teacher_forward(rank_batch))
         trace.append([metrics["loss"], metrics["grad_norm"]])
     return trace
 
 
 def twin(model_dir: str, batch: Batch, config: Config) -> list[float]:
-    """Loss and gradient norm of the first step in float64, from the formulas: one sample at a time, whole vocabulary on one device."""
+    """Loss and gradient norm of the first step in float64, from the formulas: one sample at a time,
+    whole vocabulary on one device.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager")
@@ -220,7 +293,9 @@ def twin(model_dir: str, batch: Batch, config: Config) -> list[float]:
     per_question = batch.question_weight.view(-1, 4)[:, 0]
     mean = per_question[per_question > 0].mean()
     prompts, teachers = batch.prompt_ids.split(batch.prompt_lens.tolist()), batch.context_parts(0)
-    responses, mus = (x.split(batch.response_lens.tolist()) for x in (batch.response_ids, batch.streams["rollout_logp"]))
+    responses, mus = (
+        x.split(batch.response_lens.tolist()) for x in (batch.response_ids, batch.streams["rollout_logp"])
+    )
     total = torch.zeros((), dtype=torch.float64)
     for i, response in enumerate(responses):
         if len(teachers[i]) == 0 or batch.question_weight[i] == 0:
@@ -240,14 +315,20 @@ def twin(model_dir: str, batch: Batch, config: Config) -> list[float]:
 
 
 def check(name: str, trace: list[list[float]], golden: list[list[float]], tolerance: float = 1e-5) -> None:
-    worst = max(abs(a - b) / abs(b) for row, want in zip(trace, golden, strict=True) for a, b in zip(row, want, strict=True))
+    worst = max(
+        abs(a - b) / abs(b)
+        for row, want in zip(trace, golden, strict=True)
+        for a, b in zip(row, want, strict=True)
+    )
     assert worst < tolerance, f"{name}: relative difference {worst:.2e}\n{trace}\n{golden}"
     if int(os.environ["RANK"]) == 0:
         print(f"ok {name} {worst:.1e}", flush=True)
 
 
 def hf_parity(model_dir: str, config: Config, device: torch.device, name: str) -> None:
-    """The actor's logits, gathered here, and its scores against transformers' logits, fp32, at every position that predicts a response."""
+    """The actor's logits, gathered here, and its scores against transformers' logits, fp32, at
+    every position that predicts a response.
+    """
     from transformers import AutoModelForCausalLM
 
     batch = make_batch()
@@ -256,23 +337,33 @@ def hf_parity(model_dir: str, config: Config, device: torch.device, name: str) -
     if not found:
         return
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    prompts, responses = batch.prompt_ids.split(batch.prompt_lens.tolist()), batch.response_ids.split(batch.response_lens.tolist())
+    prompts, responses = (
+        batch.prompt_ids.split(batch.prompt_lens.tolist()),
+        batch.response_ids.split(batch.response_lens.tolist()),
+    )
     with torch.no_grad():
-        logits = [model(torch.cat([p, r])[None]).logits[0, len(p) - 1 : -1] for p, r in zip(prompts, responses, strict=True)]
+        logits = [
+            model(torch.cat([p, r])[None]).logits[0, len(p) - 1 : -1]
+            for p, r in zip(prompts, responses, strict=True)
+        ]
     raw = (whole - torch.cat(logits)).abs().max().item()
     logp = torch.cat(logits).log_softmax(-1)
     worst = (found["logps"] - logp.gather(1, found["ids"])).abs().max().item()
     sampled = (found["logp"] - logp.gather(1, batch.response_ids[:, None])[:, 0]).abs().max().item()
     spread = (found["entropy"] + (logp.exp() * logp).sum(-1)).abs().max().item()
     worst = max(raw, worst, sampled, spread)
-    assert worst < 1e-4, f"{name}: logits {raw:.2e}, sampled {sampled:.2e}, entropy {spread:.2e}, all {worst:.2e}"
+    assert worst < 1e-4, (
+        f"{name}: logits {raw:.2e}, sampled {sampled:.2e}, entropy {spread:.2e}, all {worst:.2e}"
+    )
     if actor.mesh.tp_rank == 0 and actor.mesh.cp_rank == 0:
         print(f"ok hf {name} logits {raw:.1e}, all {worst:.1e}", flush=True)
 
 
 @torch.no_grad()
 def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
-    """Raw logits [R, VOCAB] on the last stage: the vocabulary shards of the actor's own forward, put side by side by the test alone."""
+    """Raw logits [R, VOCAB] on the last stage: the vocabulary shards of the actor's own forward,
+    put side by side by the test alone.
+    """
     mesh, rows = actor.mesh, torch.zeros(len(batch.response_ids), VOCAB)
 
     def read(microbatch: Microbatch, hidden: torch.Tensor) -> None:
@@ -281,7 +372,7 @@ def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
         torch.distributed.all_gather(shards, shard, group=mesh.tp_group)
         rows[microbatch.response_index[microbatch.valid]] = torch.cat(shards, 1)[microbatch.valid, :VOCAB]
 
-    microbatches = actor._microbatches(batch, in_order(batch, actor.costs), None)
+    microbatches = actor._microbatches(batch, microbatches_in_order(batch, actor.costs), None)
     run_microbatches(actor.ddp, microbatches, mesh, actor.model_config, read, forward_only=True)
     if mesh.cp_size > 1 and mesh.is_last_stage:
         torch.distributed.all_reduce(rows, group=mesh.cp_group)
@@ -289,7 +380,9 @@ def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
 
 
 def lone_question(batch: Batch) -> Batch:
-    """Only question 1 is informative, and only one of its samples is taught: most data-parallel ranks have nothing to learn from."""
+    """Only question 1 is informative, and only one of its samples is taught: most data-parallel
+    ranks have nothing to learn from.
+    """
     weight = torch.zeros(32, dtype=torch.float64)
     weight[4:8] = 0.4
     chosen = batch.select(list(range(32)))
@@ -336,27 +429,47 @@ def main() -> None:
         check(name, run(make_config(model_dir, actor), device, batch), golden["dense"])
     for name, actor in BUDGET_CASES[world].items():
         check(name, run(make_config(model_dir, actor), device, batch, steps=2), golden["dense"][:2])
-    if world == 8:  # all dimensions at once; the rest is covered by fewer ranks
+    # all dimensions at once; the rest is covered by fewer ranks
+    if world == 8:
         finish(rank)
         return
-    steps = STEPS if world == 1 else 2  # beside the dense model's layouts
+    # beside the dense model's layouts
+    steps = STEPS if world == 1 else 2
     for name, actor in MOE_CASES[world].items():
         check(name, run(make_config(moe_dir, actor), device, batch, steps=steps), golden["moe"][:steps])
     for name, actor in TIED_CASES[world].items():
         check(name, run(make_config(tied_dir, actor), device, batch, steps=steps), golden["tied"][:steps])
     for name, actor in BF16_CASES[world].items():
-        check(name, run(make_config(model_dir, actor | BF16), device, batch, steps=2), golden["bf16"][:2], tolerance=5e-2)
+        check(
+            name,
+            run(make_config(model_dir, actor | BF16), device, batch, steps=2),
+            golden["bf16"][:2],
+            tolerance=5e-2,
+        )
     layout = {1: {}, 2: PACKED, 4: {TP: 2}}[world]
-    check("lone question", run(make_config(model_dir, layout), device, lone_question(batch), steps=steps), golden["lone"][:steps])
+    check(
+        "lone question",
+        run(make_config(model_dir, layout), device, lone_question(batch), steps=steps),
+        golden["lone"][:steps],
+    )
     token_mean = make_config(model_dir, layout, aggregation="token_mean")
     check("token mean", run(token_mean, device, batch, steps=steps), golden["token_mean"][:steps])
     nothing_to_learn(model_dir, device, batch, layout)
     layout = {1: {"micro_batch_size": 1}, 2: {CP: 2}, 4: {TP: 2, CP: 2, **SP}}[world]
-    for name, algorithm in ALGORITHMS.items() if world != 2 else ():  # four ranks have all that two have
-        check(name, run(make_config(model_dir, layout, **algorithm), device, batch, steps=steps), golden[name][:steps])
+    # four ranks have all that two have
+    for name, algorithm in ALGORITHMS.items() if world != 2 else ():
+        check(
+            name,
+            run(make_config(model_dir, layout, **algorithm), device, batch, steps=steps),
+            golden[name][:steps],
+        )
     for name, (algorithm, split) in METHODS.items() if world == 2 else ():
         check(name, run_method(make_config(model_dir, split, **algorithm), device), golden[name])
-    for name, actor in {1: {"tp1": {}}, 2: {"tp2": {TP: 2}, "pp2": {PP: 2}, "cp2": {CP: 2}}, 4: {"tp2 pp2": {TP: 2, PP: 2}}}[world].items():
+    for name, actor in {
+        1: {"tp1": {}},
+        2: {"tp2": {TP: 2}, "pp2": {PP: 2}, "cp2": {CP: 2}},
+        4: {"tp2 pp2": {TP: 2, PP: 2}},
+    }[world].items():
         hf_parity(model_dir, make_config(model_dir, actor), device, name)
     finish(rank)
 

@@ -1,7 +1,9 @@
-"""A training step without a model, for methods_cases.py: scored groups -> batch -> weights and credit -> loss and gradient of the logits.
+"""A training step without a model, for methods_cases.py: scored groups -> batch -> weights and
+credit -> loss and gradient of the logits.
 
-Everything goes through the public pieces: build_batch, loss/token_weights.py, the readout on vocabulary shards, the objective, the rows of
-algo/recipes.py. Only the model is missing: logits (float64) stand in for it. Every rank makes the same whole tensors and takes its part.
+Everything goes through the public pieces: build_batch, loss/token_weights.py, the readout on
+vocabulary shards, the objective, the rows of algo/recipes.py. Only the model is missing: logits
+(float64) stand in for it. Every rank makes the same whole tensors and takes its part.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ import torch.distributed as dist
 
 from megasd.algo.recipes import RECIPES
 from megasd.algo.stages import at
-from megasd.algo.state import Memory
+from megasd.algo.state import AlgorithmState
 from megasd.batch.balance import by_count
 from megasd.batch.batch import Batch, build_batch
 from megasd.config.schema import AlgorithmConfig
 from megasd.loss.normalise import reduce_metrics
-from megasd.loss.objective import METRIC_WEIGHTS, divergence_of, objective, readout_spec
+from megasd.loss.objective import METRIC_WEIGHTS, logprobs_spec, objective, token_divergence
 from megasd.loss.sequence_stats import EntropyGate
-from megasd.loss.token_weights import Weighed, weigh
+from megasd.loss.token_weights import TokenWeights, token_weights
 from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss
-from megasd.ops.vocab_parallel import Readout, ReadoutSpec, vocab_parallel_readout
+from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec, vocab_parallel_logprobs
 from megasd.types import Group, Prompt, Sample, Verdict
 
 VOCAB, PADDED, ROOM, TEMPERATURE, TOP_K = 13, 16, 8, 0.9, 4
@@ -33,7 +35,9 @@ CLOSE = dict(rtol=1e-12, atol=1e-13)
 class Letters:
     """Stands in for a tokenizer: one id per character."""
 
-    def encode_prompt(self, messages: list[dict[str, str]], *, enable_thinking: bool | None = None) -> list[int]:
+    def encode_prompt(
+        self, messages: list[dict[str, str]], *, enable_thinking: bool | None = None
+    ) -> list[int]:
         return [ord(c) for m in messages for c in m["content"]]
 
 
@@ -68,33 +72,48 @@ def alone(layout: Layout) -> Layout:
 
 @dataclass
 class World:
-    """Scored groups and what models say about their tokens: logits [R, V] of student and teacher, [2, R, V] of contrasting teachers."""
+    """Scored groups and what models say about their tokens: logits [R, V] of student and teacher,
+    [2, R, V] of contrasting teachers.
+    """
 
     groups: list[Group]
     student: torch.Tensor
     teacher: torch.Tensor
     contrasts: torch.Tensor
-    places: torch.Tensor | None = None  # [R] where the logits of a token are; None: in order
+    # [R] where the logits of a token are; None: in order
+    places: torch.Tensor | None = None
 
 
 def logits(shape: tuple[int, ...], seed: int, scale: float = 2.0) -> torch.Tensor:
-    return torch.randn(*shape, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return (
+        torch.randn(*shape, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    )
 
 
 def world(verdicts: list[list[Verdict]], seed: int = 0) -> World:
     g = torch.Generator().manual_seed(seed)
     groups = []
     for j, row in enumerate(verdicts):
-        prompt = Prompt(f"q{j}", [{"role": "user", "content": f"question {j}"}], "42", "by thought\nit is 42", pass_rate=(j % 3 + 1) / 5)
+        prompt = Prompt(
+            f"q{j}",
+            [{"role": "user", "content": f"question {j}"}],
+            "42",
+            "by thought\nit is 42",
+            pass_rate=(j % 3 + 1) / 5,
+        )
         group = Group(prompt)
         for i, verdict in enumerate(row):
             length = int(torch.randint(1, ROOM, (), generator=g))
             ids = torch.randint(VOCAB, (length,), generator=g).tolist()
             logps = (-torch.rand(length, generator=g) * 4).tolist()
-            group.samples.append(Sample(prompt.id, i, [1, 2], ids, logps, f"says {i}", "stop", 0, verdict=verdict))
+            group.samples.append(
+                Sample(prompt.id, i, [1, 2], ids, logps, f"says {i}", "stop", 0, verdict=verdict)
+            )
         groups.append(group)
     tokens = sum(len(s.response_ids) for group in groups for s in group.samples)
-    return World(groups, logits((tokens,), seed + 1), logits((tokens,), seed + 2), logits((2, tokens), seed + 3))
+    return World(
+        groups, logits((tokens,), seed + 1), logits((tokens,), seed + 2), logits((2, tokens), seed + 3)
+    )
 
 
 MIXED = [
@@ -122,71 +141,109 @@ def whole_of(local: torch.Tensor, tp_group: dist.ProcessGroup) -> torch.Tensor:
     return whole[:, :VOCAB]
 
 
-def read_alone(x: torch.Tensor, targets: torch.Tensor, layout: Layout) -> Readout:
-    spec = ReadoutSpec(VOCAB, "none", temperature=TEMPERATURE)
-    return vocab_parallel_readout(shard(x, layout.tp_group), None, targets, spec, tp_group=layout.tp_group)
+def read_alone(x: torch.Tensor, targets: torch.Tensor, layout: Layout) -> LogProbs:
+    spec = LogProbsSpec(VOCAB, "none", temperature=TEMPERATURE)
+    return vocab_parallel_logprobs(shard(x, layout.tp_group), None, targets, spec, tp_group=layout.tp_group)
 
 
-def signals(batch: Batch, mine: World, algorithm: AlgorithmConfig, layout: Layout, old: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """What passes before the student's step leave; garbage where there is no teacher, which nothing may read."""
+def signals(
+    batch: Batch, mine: World, algorithm: AlgorithmConfig, layout: Layout, old: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """What passes before the student's step leave; garbage where there is no teacher, which nothing
+    may read.
+    """
     lens, targets = batch.response_lens, batch.response_ids
     present = (batch.context_lens > 0).repeat_interleave(lens, dim=0).t()
     taught = present[0] if algorithm.teacher is not None else torch.zeros(len(targets), dtype=torch.bool)
-    streams = dict(batch.streams) | {"taught": taught}
+    streams = dict(batch.streams) | {"distilled": taught}
     teacher = read_alone(mine.teacher, targets, layout)
-    streams |= {"teacher_logp": torch.where(taught, teacher.logp_T, 3.0), "teacher_entropy": torch.where(taught, teacher.entropy_T, 9.0)}
+    streams |= {
+        "teacher_logp": torch.where(taught, teacher.logp_T, 3.0),
+        "teacher_entropy": torch.where(taught, teacher.entropy_T, 9.0),
+    }
     contrasts = [read_alone(x, targets, layout).logp_T for x in mine.contrasts[: len(present) - 1]]
     none = teacher.logp_T.new_zeros(0, len(targets))
-    streams |= {"contrast_logp": torch.stack(contrasts) if contrasts else none, "contrast_present": present[1:]}
+    streams |= {
+        "contrast_logp": torch.stack(contrasts) if contrasts else none,
+        "contrast_present": present[1:],
+    }
     credit = algorithm.policy_gradient.credit if algorithm.policy_gradient is not None else None
     if old is not None:
         streams["old_logp"] = old
     elif credit is not None and credit.kind in ("return", "margin"):
         streams["old_logp"] = read_alone(mine.student, targets, layout).logp_T
     if algorithm.distill is not None and algorithm.distill.token_weight == "scan":
-        spec = readout_spec(algorithm, temperature=TEMPERATURE, vocab_size=VOCAB)
+        spec = logprobs_spec(algorithm, temperature=TEMPERATURE, vocab_size=VOCAB)
         x, y = shard(mine.student, layout.tp_group), shard(mine.teacher, layout.tp_group)
-        streams["divergence"] = divergence_of(vocab_parallel_readout(x, y, targets, spec, tp_group=layout.tp_group), algorithm)
+        streams["divergence"] = token_divergence(
+            vocab_parallel_logprobs(x, y, targets, spec, tp_group=layout.tp_group), algorithm
+        )
     return streams
 
 
-def batch_of(groups: list[Group], algorithm: AlgorithmConfig) -> tuple[Batch, Memory]:
-    memory = Memory(algorithm, seed=1, steps=100)
+def batch_of(groups: list[Group], algorithm: AlgorithmConfig) -> tuple[Batch, AlgorithmState]:
+    memory = AlgorithmState(algorithm, seed=1, steps=100)
     options = dict(step=0, max_length=10**6, room=ROOM, answer_of=lambda text: text)
     return build_batch(groups, algorithm, Letters(), memory, **options)[0], memory
 
 
 @dataclass
 class Result:
-    loss: torch.Tensor  # the plain sum of the microbatches' and data-parallel ranks' losses
-    gradient: torch.Tensor  # [R, V] in the student's logits, of all ranks
-    metrics: dict[str, float]  # of the objective
-    weighed: Weighed  # of this rank
-    places: torch.Tensor  # its tokens
+    # the plain sum of the microbatches' and data-parallel ranks' losses
+    loss: torch.Tensor
+    # [R, V] in the student's logits, of all ranks
+    gradient: torch.Tensor
+    # of the objective
+    metrics: dict[str, float]
+    # of this rank
+    token_weights: TokenWeights
+    # its tokens
+    places: torch.Tensor
 
 
-def step(w: World, algorithm: AlgorithmConfig, layout: Layout, *, microbatches: int = 1, fused: bool = False, old=None) -> Result:
-    """One training step without a model. microbatches: tokens dealt in turn. fused: by the fused output layer, on the identity."""
+def step(
+    w: World,
+    algorithm: AlgorithmConfig,
+    layout: Layout,
+    *,
+    microbatches: int = 1,
+    fused: bool = False,
+    old=None,
+) -> Result:
+    """One training step without a model. microbatches: tokens dealt in turn. fused: by the fused
+    output layer, on the identity.
+    """
     batch, memory = batch_of(w.groups, algorithm)
     batch.streams["place"] = torch.arange(len(batch.response_ids), dtype=torch.float32)
     whole, num_tokens = batch, len(batch.response_ids)
     if layout.dp > 1:
-        lengths = (torch.maximum(batch.prompt_lens, batch.context_lens.amax(1)) + batch.response_lens).tolist()
-        batch = batch.select(by_count(lengths, (batch.question_weight > 0).tolist(), layout.dp, 1)[layout.dp_rank].samples)
+        lengths = (
+            torch.maximum(batch.prompt_lens, batch.context_lens.amax(1)) + batch.response_lens
+        ).tolist()
+        batch = batch.select(
+            by_count(lengths, (batch.question_weight > 0).tolist(), layout.dp, 1)[layout.dp_rank].samples
+        )
     places = batch.streams.pop("place").long()
     whole.streams.pop("place", None)
     mine = replace(w, student=w.student[places], teacher=w.teacher[places], contrasts=w.contrasts[:, places])
     gate = EntropyGate(warmup=1, ratio=0.5)
     gate.observe(0.1)
-    mean, kind = memory.dataset_mean([group.prompt for group in w.groups]), algorithm.question_weight.normaliser
+    mean, kind = (
+        memory.dataset_mean([group.prompt for group in w.groups]),
+        algorithm.question_weight.normaliser,
+    )
     options = dict(normaliser=kind, mean_weight=mean, room=ROOM, dp_group=layout.dp_group)
     streams = signals(batch, mine, algorithm, layout, None if old is None else old[places])
-    weighed = weigh(batch, streams, algorithm, observe=lambda median: (gate.observe(median), median), **options)
+    weighed = token_weights(
+        batch, streams, algorithm, observe=lambda median: (gate.observe(median), median), **options
+    )
     loss, gradient = torch.zeros((), dtype=torch.float64), torch.zeros(num_tokens, VOCAB, dtype=torch.float64)
     totals: dict[str, torch.Tensor] = {}
     for m in range(microbatches):
         index = torch.arange(m, len(places), microbatches)
-        part, part_gradient, sums = of_tokens(mine, batch.response_ids, weighed, index, algorithm, layout, fused=fused)
+        part, part_gradient, sums = of_tokens(
+            mine, batch.response_ids, weighed, index, algorithm, layout, fused=fused
+        )
         loss, gradient[places[index]] = loss + part, part_gradient
         totals = {name: totals.get(name, 0) + words for name, words in sums.items()}
     if layout.dp > 1:
@@ -198,26 +255,42 @@ def step(w: World, algorithm: AlgorithmConfig, layout: Layout, *, microbatches: 
 
 
 def of_tokens(
-    mine: World, targets: torch.Tensor, weighed: Weighed, index: torch.Tensor, algorithm: AlgorithmConfig, layout: Layout, *, fused: bool
+    mine: World,
+    targets: torch.Tensor,
+    weighed: TokenWeights,
+    index: torch.Tensor,
+    algorithm: AlgorithmConfig,
+    layout: Layout,
+    *,
+    fused: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(loss, gradient [T, V], metric words) of some tokens."""
     group, valid = layout.tp_group, torch.ones(len(index), dtype=torch.bool)
-    spec = readout_spec(algorithm, temperature=TEMPERATURE, vocab_size=VOCAB)
+    spec = logprobs_spec(algorithm, temperature=TEMPERATURE, vocab_size=VOCAB)
 
-    def loss_fn(readout: Readout, tokens: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        streams, weights = ({k: v[..., index[tokens]] for k, v in d.items()} for d in (weighed.streams, weighed.weights))
+    def loss_fn(readout: LogProbs, tokens: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        streams, weights = (
+            {k: v[..., index[tokens]] for k, v in d.items()} for d in (weighed.streams, weighed.weights)
+        )
         return objective(readout, streams, weights, valid[tokens], algorithm)
 
     student, teacher = mine.student[index], mine.teacher[index]
     if fused:
         weight = shard(torch.eye(VOCAB, dtype=torch.float64), group, 0.0).t().contiguous()
-        hidden, head = student.requires_grad_(), TeacherHead(teacher, weight) if algorithm.distill is not None else None
-        loss, sums = fused_linear_loss(hidden, weight, targets[index], spec, loss_fn, teacher=head, tp_group=group, memory_bytes=1 << 9)
+        hidden, head = (
+            student.requires_grad_(),
+            TeacherHead(teacher, weight) if algorithm.distill is not None else None,
+        )
+        loss, sums = fused_linear_loss(
+            hidden, weight, targets[index], spec, loss_fn, teacher=head, tp_group=group, memory_bytes=1 << 9
+        )
         loss.backward()
         return loss.detach(), hidden.grad, sums
     x = shard(student, group).requires_grad_()
     y = shard(teacher, group) if algorithm.distill is not None else None
-    loss_T, sums = loss_fn(vocab_parallel_readout(x, y, targets[index], spec, tp_group=group), slice(0, len(index)))
+    loss_T, sums = loss_fn(
+        vocab_parallel_logprobs(x, y, targets[index], spec, tp_group=group), slice(0, len(index))
+    )
     loss_T.sum().backward()
     return loss_T.detach().sum(), whole_of(x.grad, group), sums
 
@@ -232,14 +305,19 @@ def small(algorithm: AlgorithmConfig, **changes: object) -> AlgorithmConfig:
 def rows() -> dict[str, AlgorithmConfig]:
     """Every recipe as it is at the first step, and after its stages."""
     found = {name: small(at(row, 0, 100)) for name, row in RECIPES.items()}
-    return found | {f"{name} at the end": small(at(row, 99, 100)) for name, row in RECIPES.items() if row.stages}
+    return found | {
+        f"{name} at the end": small(at(row, 99, 100)) for name, row in RECIPES.items() if row.stages
+    }
 
 
 def same(a: Result, b: Result, *, bits: bool = True) -> None:
     """Equal loss and gradient, and metrics where both have them; to the last bit or to 1e-12."""
     both = a.metrics.keys() & b.metrics.keys()
     if bits:
-        assert torch.equal(a.loss, b.loss) and torch.equal(a.gradient, b.gradient), (a.loss - b.loss, (a.gradient - b.gradient).abs().max())
+        assert torch.equal(a.loss, b.loss) and torch.equal(a.gradient, b.gradient), (
+            a.loss - b.loss,
+            (a.gradient - b.gradient).abs().max(),
+        )
         assert {name: a.metrics[name] for name in both} == {name: b.metrics[name] for name in both}
     else:
         torch.testing.assert_close(a.loss, b.loss, **CLOSE)

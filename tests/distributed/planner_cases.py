@@ -1,13 +1,16 @@
-"""Measures a real actor's tensors by category and holds them against megasd/cluster/planner/memory.py. A script: alone, or under torchrun.
+"""Measures a real actor's tensors by category and holds them against
+megasd/cluster/planner/memory.py. A script: alone, or under torchrun.
 
     python tests/distributed/planner_cases.py '[{"model": {}, "items": ["actor.recompute_granularity=full"]}]'
 
-Prints a line of JSON per case and pipeline stage: {"stage": ..., "planned": {category: bytes}, "measured": {category: bytes}}, measured on
-the rank of the stage that has most of a category; sync is rank 0's.
+Prints a line of JSON per case and pipeline stage: {"stage": ..., "planned": {category: bytes},
+"measured": {category: bytes}}, measured on the rank of the stage that has most of a category; sync
+is rank 0's.
 
-weights, gradients, optimizer, teacher, signal, batch, sync: bytes of the distinct storages of those tensors. activations: peak of the
-distinct storages that autograd keeps between the first forward and the end of the backward (saved-tensor hooks; parameters and what the
-loss keeps are left out). loss: peak of what is allocated while the loss is computed, from the profiler's memory events.
+weights, gradients, optimizer, teacher, signal, batch, sync: bytes of the distinct storages of those
+tensors. activations: peak of the distinct storages that autograd keeps between the first forward
+and the end of the backward (saved-tensor hooks; parameters and what the loss keeps are left out).
+loss: peak of what is allocated while the loss is computed, from the profiler's memory events.
 """
 
 from __future__ import annotations
@@ -31,18 +34,29 @@ from megasd.actor.parallel import init_distributed, init_model_parallel
 from megasd.algo.recipes import RECIPES
 from megasd.batch.batch import Batch
 from megasd.cluster.planner import memory
-from megasd.cluster.planner.hardware import KINDS
-from megasd.cluster.planner.job import Job
+from megasd.cluster.planner.hardware import GPU_KINDS
+from megasd.cluster.planner.job import PlannedRun
 from megasd.cluster.planner.shapes import Model
 from megasd.config.load import load_config
 from megasd.config.schema import Config
-from megasd.models import registry as families
+from megasd.models import registry
 
 QWEN3 = {
-    "model_type": "qwen3", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-    "hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 1e6, "attention_bias": False,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_theta": 1e6,
+    "attention_bias": False,
+}
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -102,24 +116,35 @@ def peak_allocated(profiled: profile) -> int:
 def longest_batch(config: Config, vocab: int, context: int) -> Batch:
     """Every prompt and response as long as the config allows."""
     rollout, generator = config.rollout, torch.Generator().manual_seed(0)
-    n, p, r = rollout.num_prompts * rollout.num_samples, rollout.max_prompt_tokens, rollout.max_response_tokens
+    n, p, r = (
+        rollout.num_prompts * rollout.num_samples,
+        rollout.max_prompt_tokens,
+        rollout.max_response_tokens,
+    )
 
     def ids(count: int) -> Tensor:
         return torch.randint(0, vocab, (count,), generator=generator)
 
     return Batch(
-        prompt_ids=ids(n * p), prompt_lens=torch.full((n,), p), context_ids=ids(n * context), context_lens=torch.full((n, 1), context),
-        response_ids=ids(n * r), response_lens=torch.full((n,), r), question_weight=torch.ones(n, dtype=torch.float64),
-        question_size=torch.full((n,), rollout.num_samples), scored=torch.ones(n, dtype=torch.bool),
-        right=torch.arange(n) % 2 == 0, streams={"rollout_logp": torch.zeros(n * r), "advantage": torch.ones(n * r)},
-    )  # fmt: skip
+        prompt_ids=ids(n * p),
+        prompt_lens=torch.full((n,), p),
+        context_ids=ids(n * context),
+        context_lens=torch.full((n, 1), context),
+        response_ids=ids(n * r),
+        response_lens=torch.full((n,), r),
+        question_weight=torch.ones(n, dtype=torch.float64),
+        question_size=torch.full((n,), rollout.num_samples),
+        scored=torch.ones(n, dtype=torch.bool),
+        right=torch.arange(n) % 2 == 0,
+        streams={"rollout_logp": torch.zeros(n * r), "advantage": torch.ones(n * r)},
+    )
 
 
-def measure(actor: Actor, config: Config, job: Job) -> dict[str, int]:
+def measure(actor: Actor, config: Config, job: PlannedRun) -> dict[str, int]:
     params = list(actor.model.parameters())
     batch = longest_batch(config, actor.vocab_size, job.longest_teacher - config.rollout.max_response_tokens)
-    share = actor.take(batch)
-    signal = actor.teach(share)
+    rank_batch = actor.shard(batch)
+    signal = actor.teacher_forward(rank_batch)
     found = {
         "weights": nbytes(params),
         "gradients": nbytes(b.grad_data for b in (*actor.ddp.buffers, *actor.ddp.expert_parallel_buffers)),
@@ -129,7 +154,9 @@ def measure(actor: Actor, config: Config, job: Job) -> dict[str, int]:
         copied = [] if signal.output_weight_Vh is None else [signal.output_weight_Vh]
         kept = storages([signal.slot_R, *signal.tensors, *copied])
         shadows = storages(actor.teacher.weights.shadow.values())
-        found["signal"] = sum(size for key, size in kept.items() if key not in shadows and key not in storages(params))
+        found["signal"] = sum(
+            size for key, size in kept.items() if key not in shadows and key not in storages(params)
+        )
     cut, parts = actor._microbatches, []
 
     def kept_cut(*args: Any, **kwargs: Any) -> list:
@@ -146,15 +173,19 @@ def measure(actor: Actor, config: Config, job: Job) -> dict[str, int]:
 
     actor._microbatches, actor._loss = kept_cut, loss
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        actor.train_step(share, signal)
+        actor.train_step(rank_batch, signal)
     actor._microbatches, actor._loss = cut, own_loss
-    streams = [*share.streams.values(), *share.weighed.streams.values()]
-    found["batch"] = nbytes([t for one in parts[-1] for t in vars(one).values() if isinstance(t, Tensor)]) + nbytes(streams)
+    streams = [*rank_batch.streams.values(), *rank_batch.token_weights.streams.values()]
+    found["batch"] = nbytes(
+        [t for one in parts[-1] for t in vars(one).values() if isinstance(t, Tensor)]
+    ) + nbytes(streams)
     found |= {"activations": saved.peak, "loss": max(workspaces), "optimizer": optimizer_bytes(actor, params)}
     gather = actor.gather(dtype=None, bucket_bytes=(config.sync.bucket_mib or 24) << 20)
     for _ in gather.replay():
         pass
-    found["sync"] = nbytes(t for slot in gather._slots for t in (slot.flat, *slot.incoming.values()) if t is not None)
+    found["sync"] = nbytes(
+        t for slot in gather._slots for t in (slot.flat, *slot.incoming.values()) if t is not None
+    )
     return found
 
 
@@ -164,7 +195,12 @@ def optimizer_bytes(actor: Actor, params: list[Tensor]) -> int:
     for part in getattr(actor.optimizer, "chained_optimizers", [actor.optimizer]):
         for group in part.optimizer.param_groups:
             tensors += group["params"]
-        tensors += [t for state in part.optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim()]
+        tensors += [
+            t
+            for state in part.optimizer.state.values()
+            for t in state.values()
+            if isinstance(t, Tensor) and t.dim()
+        ]
     own = {key: size for key, size in storages(tensors).items() if key not in storages(params)}
     return sum(own.values())
 
@@ -175,18 +211,22 @@ def run(case: dict[str, Any], directory: Path) -> dict[str, Any]:
         directory.mkdir(parents=True)
         (directory / "config.json").write_text(json.dumps(hf))
         generator = torch.Generator().manual_seed(0)
-        shapes = families.table(hf).expected_tensors()
-        save_file({n: torch.randn(s, generator=generator) * 0.02 for n, s in shapes.items()}, directory / "model.safetensors")
+        shapes = registry.param_table(hf).expected_tensors()
+        save_file(
+            {n: torch.randn(s, generator=generator) * 0.02 for n, s in shapes.items()},
+            directory / "model.safetensors",
+        )
     dist.barrier()
     config = load_config([], [f"model.path={directory}", "data.train=none", *case["items"]], RECIPES)
     device = torch.device("cpu")
     mesh = init_model_parallel(config.actor, device, seed=1)
-    job = Job(config, Model.of(hf), KINDS["cpu"], gpus=dist.get_world_size())
+    job = PlannedRun(config, Model.of(hf), GPU_KINDS["cpu"], gpus=dist.get_world_size())
     measured = measure(Actor(config, mesh), config, job)
     stage = mesh.pp_rank
-    causes = {"sync": 0.0} | memory.static(job, stage) | memory.training(job, stage)
+    causes = {"sync": 0.0} | memory.static(job, stage) | memory.training_memory(job, stage)
     causes |= {"signal": memory.signal_bytes(job, stage)}
-    if mesh.is_last_stage:  # what enters the loss was made before it, and is not measured
+    # what enters the loss was made before it, and is not measured
+    if mesh.is_last_stage:
         causes["loss"] -= memory.loss(job)["entering"]
     if dist.get_rank() != 0:
         measured["sync"] = 0
@@ -198,7 +238,9 @@ def by_stage(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for result in results:
         one = found.setdefault(result["stage"], result)
-        one["measured"] = {name: max(value, result["measured"][name]) for name, value in one["measured"].items()}
+        one["measured"] = {
+            name: max(value, result["measured"][name]) for name, value in one["measured"].items()
+        }
     return [found[stage] for stage in sorted(found)]
 
 

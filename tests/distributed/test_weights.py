@@ -1,9 +1,9 @@
 """Weights through real GPTModels on 4 gloo ranks.
 
-Proves for TP, PP, EP, DP and their products that load_hf fills every parameter of megatron-core's own model, that export_hf gives the
-file bit for bit on world rank 0, in one bucket and in many, and that the log-probs are those of transformers (layouts without pipelining;
-fp32, 2e-5 nats).
-Does not prove TransformerEngine's spec nor NCCL; sampling engines are in tests/integration.
+Proves for TP, PP, EP, DP and their products that load_hf fills every parameter of megatron-core's
+own model, that export_hf gives the file bit for bit on world rank 0, in one bucket and in many, and
+that the log-probs are those of transformers (layouts without pipelining; fp32, 2e-5 nats). Does not
+prove TransformerEngine's spec nor NCCL; sampling engines are in tests/integration.
 """
 
 from __future__ import annotations

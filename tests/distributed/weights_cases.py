@@ -1,4 +1,6 @@
-"""Run by test_weights.py on 4 gloo ranks; its argument is a directory of tiny checkpoints, named after their families."""
+"""Run by test_weights.py on 4 gloo ranks; its argument is a directory of tiny checkpoints, named
+after their families.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megasd.actor import cpu_backend as cpu
+from megasd.actor import cpu_backend
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
 from megasd.config.schema import ActorConfig
-from megasd.models import registry as families
+from megasd.models import registry
 from megasd.models.param_table import global_params
 from megasd.weights.export import export_hf, plan_of
 from megasd.weights.gather import Gather
@@ -23,7 +25,8 @@ from megasd.weights.load import load_hf
 from tests.tiny_weights import transformers_logps
 
 IDS = [1, 5, 9, 2, 44, 95, 7, 3]
-# name -> family, layout; 4 ranks, what is left over is data parallelism. Every family in the common layouts: family_cases.py
+# name -> family, layout; 4 ranks, what is left over is data parallelism. Every family in the common
+# layouts: family_cases.py
 CASES = {
     "TP2 DP2": ("qwen3", {"tensor_model_parallel_size": 2}),
     "PP4 tied": ("qwen3_tied", {"pipeline_model_parallel_size": 4}),
@@ -44,14 +47,24 @@ class MegatronActor:
         self.mesh: Mesh = init_model_parallel(config, torch.device("cpu"), seed=1)
         self.hf, family = read_hf_config(path), build.family_of(str(path))
         transformer = build.transformer_config(family, config, self.mesh.device)
-        self.model, offset = build.build_model(family, transformer, config, self.mesh), build.layer_offset(transformer)
+        self.model, offset = (
+            build.build_model(family, transformer, config, self.mesh),
+            build.layer_offset(transformer),
+        )
         mesh = self.mesh
-        first_expert = families.table(self.hf).num_experts // mesh.ep_size * mesh.ep_rank
-        self.params = global_params(dict(self.model.named_parameters()), layer_offset=offset, expert_offset=first_expert)
+        first_expert = registry.param_table(self.hf).num_experts // mesh.ep_size * mesh.ep_rank
+        self.params = global_params(
+            dict(self.model.named_parameters()), layer_offset=offset, expert_offset=first_expert
+        )
         with torch.no_grad():
             for param in self.model.parameters():
                 param.fill_(torch.nan)
-        ranks = {"tp_rank": mesh.tp_rank, "tp_size": mesh.tp_size, "ep_rank": mesh.ep_rank, "ep_size": mesh.ep_size}
+        ranks = {
+            "tp_rank": mesh.tp_rank,
+            "tp_size": mesh.tp_size,
+            "ep_rank": mesh.ep_rank,
+            "ep_size": mesh.ep_size,
+        }
         load_hf(self.params, path, **ranks)
 
     def export_hf(self, dtype: torch.dtype | None = None, bucket_bytes: int = 256 << 20) -> dict[str, Tensor]:
@@ -65,7 +78,8 @@ class MegatronActor:
     def score_tokens(self, ids: list[int]) -> list[float]:
         """Without pipelining: every rank runs the same sequence, then gathers the vocabulary shards."""
         self.model.eval()
-        hidden = self.model(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0), None)  # [s, 1, h]
+        # [s, 1, h]
+        hidden = self.model(torch.tensor([ids]), torch.arange(len(ids)).unsqueeze(0), None)
         local = (hidden[:, 0] @ self.model.output_weight().T).contiguous()
         shards = [torch.empty_like(local) for _ in range(self.mesh.tp_size)]
         dist.all_gather(shards, local, group=self.mesh.tp_group)
@@ -84,12 +98,18 @@ def round_trip(name: str, path: Path, layout: dict[str, int]) -> MegatronActor:
     actor, stored, rank = MegatronActor(path, layout), load_file(path / "model.safetensors"), dist.get_rank()
     assert not any(param.isnan().any() for param in actor.model.parameters()), name
     mesh = actor.mesh
-    for bucket_bytes in (256 << 20, 5000):  # one bucket; most tensors alone
+    # one bucket; most tensors alone
+    for bucket_bytes in (256 << 20, 5000):
         same(actor.export_hf(bucket_bytes=bucket_bytes), stored if rank == 0 else {}, name)
-    same(actor.export_hf(dtype=torch.bfloat16), {n: t.bfloat16() for n, t in stored.items()} if rank == 0 else {}, name)
+    same(
+        actor.export_hf(dtype=torch.bfloat16),
+        {n: t.bfloat16() for n, t in stored.items()} if rank == 0 else {},
+        name,
+    )
     if mesh.pp_size == 1:
         logps = torch.tensor(actor.score_tokens(IDS))
-        if rank == 0:  # the only one to import transformers
+        # the only one to import transformers
+        if rank == 0:
             difference = (logps - torch.tensor(transformers_logps(hf_model(path), IDS))).abs().max().item()
             assert difference < 2e-5, f"{name}: log-probs {difference} from transformers"
     return actor
@@ -102,7 +122,7 @@ def hf_model(path: Path) -> torch.nn.Module:
 
 
 def main(root: Path) -> None:
-    cpu.install()
+    cpu_backend.install_cpu_backend()
     init_distributed(timeout_minutes=2)
     for name, (family, layout) in CASES.items():
         start = time.perf_counter()

@@ -1,4 +1,6 @@
-"""Collected wherever a CUDA device is. test_golden_gpu.py needs the `te` extra beside the core, the others torch and triton alone."""
+"""Collected wherever a CUDA device is. test_golden_gpu.py needs the `te` extra beside the core, the
+others torch and triton alone.
+"""
 
 import torch
 

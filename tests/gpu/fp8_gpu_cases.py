@@ -1,4 +1,6 @@
-"""FP8 and what else needs TransformerEngine, on one GPU; run by test_fp8_gpu.py under torchrun. fp8_gpu_cases.py MODEL_DIR CASE"""
+"""FP8 and what else needs TransformerEngine, on one GPU; run by test_fp8_gpu.py under torchrun.
+fp8_gpu_cases.py MODEL_DIR CASE
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ from megasd.weights.te_fp8 import is_quantised, plain
 
 VOCAB, SAMPLES, PROMPT, RESPONSE, STEPS = 512, 8, 24, 40, 8
 RECIPES = ("delayed", "tensorwise", "blockwise")
-LOSS, ROUNDING = 0.02, 2.0**-3  # relative: of a loss; of a weight by E4M3 with a scale of its tensor or block (half a step is 1/16)
+# relative: of a loss; of a weight by E4M3 with a scale of its tensor or block (half a step is 1/16)
+LOSS, ROUNDING = 0.02, 2.0**-3
 
 
 def small_checkpoint(directory: Path) -> Path:
@@ -44,15 +47,28 @@ def small_checkpoint(directory: Path) -> Path:
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, max_position_embeddings=512, initializer_range=0.06, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=0.06,
+        tie_word_embeddings=False,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
 
 def fp8(recipe: str, *, parameters: bool = False) -> dict[str, Any]:
-    return {"fp8": "hybrid", "fp8_recipe": recipe, "first_last_layers_bf16": recipe != "delayed", "fp8_param_gather": parameters}
+    return {
+        "fp8": "hybrid",
+        "fp8_recipe": recipe,
+        "first_last_layers_bf16": recipe != "delayed",
+        "fp8_param_gather": parameters,
+    }
 
 
 def make_config(model: Path, actor: dict[str, Any], **teacher: Any) -> Config:
@@ -98,8 +114,8 @@ def make_actor(model: Path, actor: dict[str, Any], device: torch.device, **teach
 
 
 def step(actor: Actor) -> dict[str, float]:
-    share = actor.take(make_batch())
-    return actor.train_step(share, actor.teach(share))
+    rank_batch = actor.shard(make_batch())
+    return actor.train_step(rank_batch, actor.teacher_forward(rank_batch))
 
 
 def losses(model: Path, actor: dict[str, Any], device: torch.device, steps: int = STEPS) -> list[float]:
@@ -125,7 +141,9 @@ def case_losses(model: Path, device: torch.device) -> None:
 
 
 def case_spec(model: Path, device: torch.device) -> None:
-    """The same weights in TransformerEngine's layers and in the local ones; attention back ends; fused rotary embedding."""
+    """The same weights in TransformerEngine's layers and in the local ones; attention back ends;
+    fused rotary embedding.
+    """
     hf, family = read_hf_config(model), build.family_of(str(model))
     torch.backends.cuda.matmul.allow_tf32 = False
     for dtype, tolerance in (("float32", 1e-3), ("bfloat16", 0.03)):
@@ -136,10 +154,14 @@ def case_spec(model: Path, device: torch.device) -> None:
         for name, (extra, local) in kinds.items():
             actor = ActorConfig(dtype=dtype, make_vocab_size_divisible_by=128, **extra)
             mesh = init_model_parallel(actor, device, seed=1)
-            one = build.build_model(family, build.transformer_config(family, actor, device), actor, mesh, local_spec=local).eval()
+            one = build.build_model(
+                family, build.transformer_config(family, actor, device), actor, mesh, local_spec=local
+            ).eval()
             params = global_params(dict(one.named_parameters()))
             load_hf(params, model, tp_rank=0, tp_size=1)
-            ids = torch.randint(hf["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(5)).to(device)
+            ids = torch.randint(hf["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(5)).to(
+                device
+            )
             with torch.no_grad():
                 hidden = one(ids, torch.arange(48, device=device).expand(2, -1), None)
                 found[name] = (hidden @ one.output_weight().t())[..., :VOCAB].float()
@@ -159,23 +181,28 @@ def peak(work: Callable[[], dict[str, float]]) -> tuple[float, int]:
 
 
 def case_memory(model: Path, device: torch.device) -> None:
-    """Parameters alone, by what their storage takes: FP8 holds a byte each, and scales, where bf16 holds two."""
+    """Parameters alone, by what their storage takes: FP8 holds a byte each, and scales, where bf16
+    holds two.
+    """
     sizes = {}
     for name, actor in (("bf16", {}), *((recipe, fp8(recipe, parameters=True)) for recipe in RECIPES)):
         made = make_actor(model, actor, device)
         step(made)
         params = made.params()
         layers = {n for n in params if ".linear_" in n and n.endswith(".weight")}
-        inner = {n for n in layers if ".layers.1." in n or ".layers.2." in n}  # the first and the last layer stay in bf16
+        # the first and the last layer stay in bf16
+        inner = {n for n in layers if ".layers.1." in n or ".layers.2." in n}
         expected = {"bf16": set(), "delayed": layers}.get(name, inner)
         assert {n for n, param in params.items() if is_quantised(param)} == expected, name
-        sizes[name] = sum(buffer.param_data.nbytes for buffer in made.ddp.buffers)  # what is gathered
+        # what is gathered
+        sizes[name] = sum(buffer.param_data.nbytes for buffer in made.ddp.buffers)
     print({name: f"{size / 2**20:.2f} MiB" for name, size in sizes.items()}, flush=True)
     assert all(size < sizes["bf16"] for name, size in sizes.items() if name != "bf16")
 
 
 def case_graph(model: Path, device: torch.device) -> None:
-    fixed = {"micro_batch_size": 3}  # eight samples: the last microbatch has filler rows
+    # eight samples: the last microbatch has filler rows
+    fixed = {"micro_batch_size": 3}
     want = losses(model, fixed, device)
     found = losses(model, fixed | {"cuda_graph": True}, device)
     for number, (a, b) in enumerate(zip(found, want, strict=True)):
@@ -194,7 +221,8 @@ def case_recompute(model: Path, device: torch.device) -> None:
         values, bytes_ = {}, {}
         for name, extra in kinds.items():
             made = make_actor(model, precision | extra, device)
-            step(made)  # optimizer states and FP8 copies are made
+            # optimizer states and FP8 copies are made
+            step(made)
             values[name], bytes_[name] = peak(partial(step, made))
             near(values[name], values["none"], 1e-3, f"{precision or 'bf16'} {name}")
         print({name: f"{size / 2**20:.1f} MiB" for name, size in bytes_.items()}, flush=True)
@@ -212,9 +240,12 @@ def case_export(model: Path, device: torch.device) -> None:
     for recipe in RECIPES:
         actor = make_actor(model, fp8(recipe, parameters=True), device)
         stored = {name: main.clone() for name, _, main in main_parameters(actor)}
-        fresh = make_actor(model, {}, device)  # main parameters must be the checkpoint's, not FP8's rounding of them, nor random
+        # main parameters must be the checkpoint's, not FP8's rounding of them, nor random
+        fresh = make_actor(model, {}, device)
         for name, param in fresh.params().items():
-            assert torch.equal(stored[name], plain(param).float()), f"{recipe}: main parameter of {name} is not the checkpoint's"
+            assert torch.equal(stored[name], plain(param).float()), (
+                f"{recipe}: main parameter of {name} is not the checkpoint's"
+            )
         for _ in range(3):
             step(actor)
         exported = {name: tensor.clone() for name, tensor in export_hf(actor.gather())}
@@ -258,7 +289,9 @@ def case_checkpoint(model: Path, device: torch.device) -> None:
             second = make_actor(model, actor, device, weights="ema")
             second.load(path)
             for number, value in enumerate(want):
-                near(step(second)["loss"], value, LOSS, f"{actor['fp8_recipe']}, step {number} after a resume")
+                near(
+                    step(second)["loss"], value, LOSS, f"{actor['fp8_recipe']}, step {number} after a resume"
+                )
 
 
 def main(model: Path, case: str) -> None:

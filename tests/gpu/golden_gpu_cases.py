@@ -1,4 +1,6 @@
-"""Layouts of the golden step on CUDA; run by test_golden_gpu.py under torchrun. golden_gpu_cases.py MODEL_DIR"""
+"""Layouts of the golden step on CUDA; run by test_golden_gpu.py under torchrun. golden_gpu_cases.py
+MODEL_DIR
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ import torch
 from megasd.actor.parallel import init_distributed
 from tests.distributed.golden_cases import CP, PP, TP, check, make_batch, make_config, run, twin
 
-CASES: dict[int, dict[str, dict]] = {1: {"tp1": {}}, 2: {"tp2": {TP: 2}, "pp2": {PP: 2}, "cp2": {CP: 2}, "dp2": {}}}
+CASES: dict[int, dict[str, dict]] = {
+    1: {"tp1": {}},
+    2: {"tp2": {TP: 2}, "pp2": {PP: 2}, "cp2": {CP: 2}, "dp2": {}},
+}
 TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
@@ -21,9 +26,15 @@ def main() -> None:
     want = [twin(model_dir, batch, make_config(model_dir, {}))]
     for name, actor in CASES[int(os.environ["WORLD_SIZE"])].items():
         for dtype, tolerance in TOLERANCES.items():
-            for packing in (False, True) if dtype == "bfloat16" else (False,):  # packed attention has no float32 kernel
+            # packed attention has no float32 kernel
+            for packing in (False, True) if dtype == "bfloat16" else (False,):
                 layout = actor | {"dtype": dtype, "packing": packing}
-                check(f"{name} {dtype} packing={packing}", run(make_config(model_dir, layout), device, batch, steps=1), want, tolerance)
+                check(
+                    f"{name} {dtype} packing={packing}",
+                    run(make_config(model_dir, layout), device, batch, steps=1),
+                    want,
+                    tolerance,
+                )
     torch.distributed.barrier()
     if int(os.environ["RANK"]) == 0:
         print("all ok", flush=True)

@@ -1,9 +1,10 @@
-"""Measures the allocator's peak of a whole step (teacher's pass, student, optimizer) on one GPU beside the planner's figure.
+"""Measures the allocator's peak of a whole step (teacher's pass, student, optimizer) on one GPU
+beside the planner's figure.
 
     python tests/gpu/planner_gpu_cases.py '[{"model": {...}, "items": [...]}]'
 
-Prints a line of JSON per case: {"planned": bytes, "measured": bytes, "causes": {...}}. planned leaves out what the allocator does not see:
-the CUDA context, NCCL, fragmentation, engines.
+Prints a line of JSON per case: {"planned": bytes, "measured": bytes, "causes": {...}}. planned
+leaves out what the allocator does not see: the CUDA context, NCCL, fragmentation, engines.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from megasd.actor.actor import Actor
 from megasd.actor.parallel import init_distributed, init_model_parallel
 from megasd.algo.recipes import RECIPES
 from megasd.cluster.planner import memory
-from megasd.cluster.planner.hardware import KINDS
-from megasd.cluster.planner.job import Job
+from megasd.cluster.planner.hardware import GPU_KINDS
+from megasd.cluster.planner.job import PlannedRun
 from megasd.cluster.planner.shapes import Model
 from megasd.config.load import load_config
-from megasd.models import registry as families
+from megasd.models import registry
 from tests.distributed.planner_cases import QWEN3, longest_batch
 
 UNSEEN = ("fragmentation", "NCCL", "context", "engine overhead", "engine weights", "KV cache", "sync")
@@ -36,24 +37,36 @@ def run(case: dict[str, Any], directory: Path, device: torch.device) -> dict[str
     hf = QWEN3 | case.get("model", {})
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(hf))
-    shapes = families.table(hf).expected_tensors()
-    save_file({n: (torch.randn(s) * 0.02).bfloat16() for n, s in shapes.items()}, directory / "model.safetensors")
+    shapes = registry.param_table(hf).expected_tensors()
+    save_file(
+        {n: (torch.randn(s) * 0.02).bfloat16() for n, s in shapes.items()}, directory / "model.safetensors"
+    )
     config = load_config([], [f"model.path={directory}", "data.train=none", *case["items"]], RECIPES)
-    job = Job(config, Model.of(hf), KINDS["h200-141g"], gpus=1)
+    job = PlannedRun(config, Model.of(hf), GPU_KINDS["h200-141g"], gpus=1)
     actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
     batch = longest_batch(config, actor.vocab_size, job.longest_teacher - config.rollout.max_response_tokens)
-    for _ in range(2):  # Adam's moments are made by the first step
+    # Adam's moments are made by the first step
+    for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
-        share = actor.take(batch)
-        actor.train_step(share, actor.teach(share))
+        rank_batch = actor.shard(batch)
+        actor.train_step(rank_batch, actor.teacher_forward(rank_batch))
     measured = torch.cuda.max_memory_allocated()
-    phases = memory.memory(job).phases
-    causes = {phase: {k: v for k, v in found.items() if k not in UNSEEN} for phase, found in phases.items() if phase != "sampling"}
+    phases = memory.estimate_memory(job).phases
+    causes = {
+        phase: {k: v for k, v in found.items() if k not in UNSEEN}
+        for phase, found in phases.items()
+        if phase != "sampling"
+    }
     worst = max(causes, key=lambda phase: sum(causes[phase].values()))
-    del actor, share
+    del actor, rank_batch
     gc.collect()
     torch.cuda.empty_cache()
-    return {"planned": sum(causes[worst].values()), "measured": measured, "phase": worst, "causes": causes[worst]}
+    return {
+        "planned": sum(causes[worst].values()),
+        "measured": measured,
+        "phase": worst,
+        "causes": causes[worst],
+    }
 
 
 def main() -> None:

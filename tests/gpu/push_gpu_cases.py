@@ -1,6 +1,8 @@
-"""A random 8B model pushed into a real SGLang engine on CUDA; run by test_push_gpu.py under torchrun. push_gpu_cases.py ROOT TRANSPORT
+"""A random 8B model pushed into a real SGLang engine on CUDA; run by test_push_gpu.py under
+torchrun. push_gpu_cases.py ROOT TRANSPORT
 
-With TRANSPORT=group the engine is one that the run is given the URL of, on the second GPU (NCCL refuses two ranks on one).
+With TRANSPORT=group the engine is one that the run is given the URL of, on the second GPU (NCCL
+refuses two ranks on one).
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import torch
 from megasd.actor import model as build
 from megasd.actor.parallel import init_distributed, init_model_parallel
 from megasd.config.schema import ActorConfig, EngineConfig, RolloutConfig, SyncConfig
-from megasd.engine.client import Engine
-from megasd.engine.sampler import Rollout
-from megasd.models import registry as families
+from megasd.engine.client import EngineClient
+from megasd.engine.sampler import Sampler
+from megasd.models import registry
 from megasd.models.param_table import global_params
 from megasd.weight_sync.sync import WeightSync
 from megasd.weights.export import plan_of
@@ -36,7 +38,7 @@ def write_random(directory: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(hf))
     generator = torch.Generator(device="cuda").manual_seed(0)
     with HFWriter(directory, directory) as writer:
-        for name, shape in families.table(hf).expected_tensors().items():
+        for name, shape in registry.param_table(hf).expected_tensors().items():
             if "norm" in name:
                 tensor = torch.ones(shape, dtype=torch.bfloat16)
             else:
@@ -61,9 +63,17 @@ class Weights:
         return Gather(plan, self.params, device=self.device, make_buffer=make_buffer)
 
 
-def start_elsewhere(settings: EngineConfig, model: Path, root: Path) -> Engine:
+def start_elsewhere(settings: EngineConfig, model: Path, root: Path) -> EngineClient:
     """An engine on the second GPU, which answers."""
-    engine = Engine(settings, index=1, model_path=str(model), device="cuda", dtype="bfloat16", log_path=root / "other.log", seed=1)
+    engine = EngineClient(
+        settings,
+        index=1,
+        model_path=str(model),
+        device="cuda",
+        dtype="bfloat16",
+        log_path=root / "other.log",
+        seed=1,
+    )
 
     async def start() -> None:
         engine.launch()
@@ -86,26 +96,42 @@ def main(root: Path, transport: str) -> None:
     other = start_elsewhere(engine, model, root) if transport == "group" else None
     if other is not None:
         engine = replace(engine, urls=[other.url])
-    rollout = Rollout(
-        RolloutConfig(engine=engine), model_path=str(model), device="cuda", dtype="bfloat16", run_dir=root, seed=1,
-        stop_token_ids=[151645], vocab_size=151936,
-    )  # fmt: skip
+    rollout = Sampler(
+        RolloutConfig(engine=engine),
+        model_path=str(model),
+        device="cuda",
+        dtype="bfloat16",
+        run_dir=root,
+        seed=1,
+        stop_token_ids=[151645],
+        vocab_size=151936,
+    )
     rollout.launch()
     try:
         actor = Weights(model, device)
         rollout.wait_ready()
         settings = SyncConfig(transport=transport, verify="full", verify_every=0)
-        with WeightSync(actor, rollout, settings, root / "run", model_path=str(model), probes=[], device=device) as sync:
+        with WeightSync(
+            actor, rollout, settings, root / "run", model_path=str(model), probes=[], device=device
+        ) as sync:
             for version in range(4):
                 with torch.no_grad():
                     for param in actor.params.values():
                         param.mul_(1.001)
                 metrics = sync.push(version)
-                print(f"{transport} push {version}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
+                print(
+                    f"{transport} push {version}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()),
+                    flush=True,
+                )
         settings = SyncConfig(transport=transport, verify_every=0)
-        with WeightSync(actor, rollout, settings, root / "run", model_path=str(model), probes=[], device=device) as sync:
+        with WeightSync(
+            actor, rollout, settings, root / "run", model_path=str(model), probes=[], device=device
+        ) as sync:
             for version in range(4, 8):
-                print(f"{transport} push {version}, unverified: {sync.push(version)['sync/seconds']:.3f} s", flush=True)
+                print(
+                    f"{transport} push {version}, unverified: {sync.push(version)['sync/seconds']:.3f} s",
+                    flush=True,
+                )
     finally:
         rollout.close()
         if other is not None:

@@ -18,7 +18,13 @@ CASES: dict[str, tuple[dict, dict]] = {
     "bucket": ({}, {}),
     "packed, budget": (PACKED, {}),
     "full": ({}, {"distill": DistillTerm(support="full", beta=0.0)}),
-    "record": (PACKED, {"distill": DistillTerm(support="teacher", top_k=TOP_K, beta=0.0), "teacher": TeacherConfig(transport="record")}),
+    "record": (
+        PACKED,
+        {
+            "distill": DistillTerm(support="teacher", top_k=TOP_K, beta=0.0),
+            "teacher": TeacherConfig(transport="record"),
+        },
+    ),
     "policy gradient": ({}, {"policy_gradient": PolicyGradientTerm(coefficient=0.3)}),
     "credit": ({}, credit("cepo")),
 }
@@ -45,11 +51,12 @@ def main() -> None:
         config = make_config(sys.argv[1], {"dtype": "bfloat16"} | layout, **algorithm)
         actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
         batch = methods_batch() if name == "credit" else make_batch()
-        for step in range(2):  # the first compiles kernels and makes workspaces
+        # the first compiles kernels and makes workspaces
+        for step in range(2):
             if step == 1:
                 watch()
-            share = actor.take(batch)
-            actor.train([share], [actor.teach(share)])
+            rank_batch = actor.shard(batch)
+            actor.train([rank_batch], [actor.teacher_forward(rank_batch)])
         for module in (actor_module, teacher_module):
             module.run_microbatches = real
         print(f"ok {name}", flush=True)

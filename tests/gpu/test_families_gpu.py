@@ -1,9 +1,12 @@
-"""Every model family on CUDA with TransformerEngine's layer spec, against transformers on the CPU; and against megatron-bridge where it is.
+"""Every model family on CUDA with TransformerEngine's layer spec, against transformers on the CPU;
+and against megatron-bridge where it is.
 
-Proves, where a GPU with the `te` extra is: post-norm layers, norms over all heads, windows, rotary tables and biases in
-TransformerEngine's modules give transformers' logits and gradients (float32 to 1e-3; bfloat16 to its rounding, packed too) at TP=1 and, on
-two devices, TP=2 with and without sequence parallelism, PP=2 and CP=2; files come back bit for bit. With megatron-bridge: both fill the
-same Megatron parameters. Does not prove FP8 parameters. tests/te_stand_ins.py runs the same layer spec with torch modules on a CPU.
+Proves, where a GPU with the `te` extra is: post-norm layers, norms over all heads, windows, rotary
+tables and biases in TransformerEngine's modules give transformers' logits and gradients (float32 to
+1e-3; bfloat16 to its rounding, packed too) at TP=1 and, on two devices, TP=2 with and without
+sequence parallelism, PP=2 and CP=2; files come back bit for bit. With megatron-bridge: both fill
+the same Megatron parameters. Does not prove FP8 parameters. tests/te_stand_ins.py runs the same
+layer spec with torch modules on a CPU.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ def test_megatron_bridge_fills_the_same_parameters(checkpoints: Path, family: st
     from tests.distributed.family_cases import FamilyModel
 
     mesh = init_model_parallel(ActorConfig(), init_distributed(timeout_minutes=10), seed=1)
-    ours = FamilyModel(checkpoints / family, {"dtype": "bfloat16", "make_vocab_size_divisible_by": 1}, mesh).params
+    ours = FamilyModel(
+        checkpoints / family, {"dtype": "bfloat16", "make_vocab_size_divisible_by": 1}, mesh
+    ).params
     provider = bridge.AutoBridge.from_hf_pretrained(str(checkpoints / family)).to_megatron_provider()
     provider.make_vocab_size_divisible_by = 1
     provider.finalize()

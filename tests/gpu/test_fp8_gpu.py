@@ -1,10 +1,13 @@
-"""FP8 training, CUDA graphs, recomputation and the layer spec on one GPU with TransformerEngine; the cases are in fp8_gpu_cases.py.
+"""FP8 training, CUDA graphs, recomputation and the layer spec on one GPU with TransformerEngine;
+the cases are in fp8_gpu_cases.py.
 
-Proves, where a Hopper GPU with the `te` extra is: a step in FP8 (each recipe, parameters kept in bf16 or FP8) has bf16's loss to 2 percent
-and the loss falls; TransformerEngine's layers give the local ones' logits; FP8 parameters take less memory than bf16's; graphs change no
-loss; every recompute setting gives the same loss, full in less memory; what an FP8 model exports are its main parameters to FP8's rounding;
-the average teacher stays the average of the student and leaves its bytes alone; checkpoints of FP8 models resume. Does not prove anything
-over several ranks, nor speed (tools/bench_step.py). Never run so far.
+Proves, where a Hopper GPU with the `te` extra is: a step in FP8 (each recipe, parameters kept in
+bf16 or FP8) has bf16's loss to 2 percent and the loss falls; TransformerEngine's layers give the
+local ones' logits; FP8 parameters take less memory than bf16's; graphs change no loss; every
+recompute setting gives the same loss, full in less memory; what an FP8 model exports are its main
+parameters to FP8's rounding; the average teacher stays the average of the student and leaves its
+bytes alone; checkpoints of FP8 models resume. Does not prove anything over several ranks, nor speed
+(tools/bench_step.py). Never run so far.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The golden SC-SDPO step on CUDA with TransformerEngine's layer spec, against the float64 twin on the CPU.
 
-Proves that the GPU path computes the same loss and gradient norm (fp32 to 1e-3: TF32 off, other attention kernels; bf16 to 5e-2) at TP=1
-and, where two devices are, TP=2, PP=2, CP=2 and DP=2 over NCCL. Does not prove FP8.
+Proves that the GPU path computes the same loss and gradient norm (fp32 to 1e-3: TF32 off, other
+attention kernels; bf16 to 5e-2) at TP=1 and, where two devices are, TP=2, PP=2, CP=2 and DP=2 over
+NCCL. Does not prove FP8.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The planner against torch.cuda.max_memory_allocated of a whole bf16 step on one GPU, two sizes, within 10 percent.
+"""The planner against torch.cuda.max_memory_allocated of a whole bf16 step on one GPU, two sizes,
+within 10 percent.
 
-Needs megatron-core and TransformerEngine. Not run yet: no GPU has been at hand. Does not prove NCCL's and the context's bytes, the
-fragmentation margin, or anything about seconds.
+Needs megatron-core and TransformerEngine. Not run yet: no GPU has been at hand. Does not prove
+NCCL's and the context's bytes, the fragmentation margin, or anything about seconds.
 """
 
 from __future__ import annotations
@@ -16,10 +17,26 @@ from tests.launch import torchrun
 if importlib.util.find_spec("transformer_engine") is None:
     pytest.skip("needs TransformerEngine", allow_module_level=True)
 
-SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8}
+SMALL = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
 SMALL |= {"head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 16384}
-LARGE = SMALL | {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_hidden_layers": 8}
-BASE = ("rollout.num_prompts=2", "rollout.num_samples=4", "rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=3072")
+LARGE = SMALL | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 8,
+}
+BASE = (
+    "rollout.num_prompts=2",
+    "rollout.num_samples=4",
+    "rollout.max_prompt_tokens=1024",
+    "rollout.max_response_tokens=3072",
+)
 
 
 @pytest.mark.parametrize("recompute", ["null", "full"])

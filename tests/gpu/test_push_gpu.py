@@ -1,9 +1,10 @@
 """Weights between processes on CUDA.
 
-Needs torch alone: a CUDA IPC handle as the colocated transport writes it is read by another process, again and again out of one buffer;
-checksums and fp8 blocks are those of the CPU; buckets are put together on the device.
-Needs sglang, megatron-core and TransformerEngine: a random 8B model is pushed into a real engine on the same GPU by CUDA IPC (aim: under
-2 s) and, where two GPUs are, by NCCL; every checksum equal, fp8 too by log-probs. Prints seconds by phase.
+Needs torch alone: a CUDA IPC handle as the colocated transport writes it is read by another
+process, again and again out of one buffer; checksums and fp8 blocks are those of the CPU; buckets
+are put together on the device. Needs sglang, megatron-core and TransformerEngine: a random 8B model
+is pushed into a real engine on the same GPU by CUDA IPC (aim: under 2 s) and, where two GPUs are,
+by NCCL; every checksum equal, fp8 too by log-probs. Prints seconds by phase.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tests.launch import torchrun
 from tests.tiny_weights import local_params, tiny_checkpoint
 
 HAVE_ENGINES = all(importlib.util.find_spec(name) for name in ("sglang", "megatron", "transformer_engine"))
-# The reading side of SGLang's flattened buckets, with nothing of SGLang: unpickle, find the GPU by its UUID, copy.
+# The reading side of SGLang's flattened buckets, with nothing of SGLang: unpickle, find the GPU by
+# its UUID, copy.
 READER = """
 import base64, pickle, sys, torch
 from torch.multiprocessing import reductions
@@ -45,7 +47,7 @@ for line in sys.stdin:
     torch.cuda.synchronize()
     del found, flat
     print(repr(sums), flush=True)
-"""
+"""  # noqa: E501
 
 
 def test_another_process_reads_the_handle(tmp_path: Path) -> None:
@@ -53,12 +55,15 @@ def test_another_process_reads_the_handle(tmp_path: Path) -> None:
     params = {n: p.cuda() for n, p in global_params(local_params(read_hf_config(path), tp_size=1)).items()}
     load_hf(params, path, tp_rank=0, tp_size=1)
     gather = Gather(plan_of(params, read_hf_config(path), bucket_bytes=30_000), params, device="cuda")
-    reader = subprocess.Popen([sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         for _ in range(3):
             for bucket, flat in gather.replay():
                 text = handle(bucket, flat)
-                assert len(base64.b64decode(text)) < 100_000  # a handle, not the weights
+                # a handle, not the weights
+                assert len(base64.b64decode(text)) < 100_000
                 reader.stdin.write(text + "\n")
                 reader.stdin.flush()
                 wanted = {name: tensor.double().sum().item() for name, tensor in bucket.views(flat).items()}
@@ -85,6 +90,9 @@ def test_an_8b_model_into_an_engine_on_the_same_gpu(tmp_path: Path) -> None:
     print(torchrun("tests/gpu/push_gpu_cases.py", 1, str(tmp_path), "colocated"))
 
 
-@pytest.mark.skipif(not HAVE_ENGINES or torch.cuda.device_count() < 2, reason="needs sglang, megatron-core, TransformerEngine, 2 GPUs")
+@pytest.mark.skipif(
+    not HAVE_ENGINES or torch.cuda.device_count() < 2,
+    reason="needs sglang, megatron-core, TransformerEngine, 2 GPUs",
+)
 def test_a_push_over_nccl(tmp_path: Path) -> None:
     print(torchrun("tests/gpu/push_gpu_cases.py", 1, str(tmp_path), "group"))

@@ -1,7 +1,8 @@
 """Live weight pushes from 4 gloo ranks into real SGLang servers; run by test_push.py under torchrun.
 
-push_cases.py ROOT: ROOT/dense and ROOT/moe hold models. Three servers (dense with tensor parallel size 1 and 2, MoE with 1) are started
-once; the fleets that are pushed to reach them by URL. Rank 0 prints "ok ..." lines with the figures it saw.
+push_cases.py ROOT: ROOT/dense and ROOT/moe hold models. Three servers (dense with tensor parallel
+size 1 and 2, MoE with 1) are started once; the fleets that are pushed to reach them by URL. Rank 0
+prints "ok ..." lines with the figures it saw.
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import Tensor  # noqa: E402
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from megasd.actor.actor import Actor  # noqa: E402
-from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel  # noqa: E402
-from megasd.batch.batch import Batch  # noqa: E402
-from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig  # noqa: E402
-from megasd.engine.client import Engine, EngineError  # noqa: E402
-from megasd.engine.sampler import Rollout, _versions  # noqa: E402
-from megasd.types import Group, Prompt  # noqa: E402
-from megasd.weight_sync.sync import SAMPLE, SyncError, WeightSync  # noqa: E402
-from tests.distributed.golden_cases import make_config  # noqa: E402
-from tests.launch import generating  # noqa: E402
+from megasd.actor.actor import Actor
+from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel
+from megasd.batch.batch import Batch
+from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig
+from megasd.engine.client import EngineClient, EngineError
+from megasd.engine.sampler import Sampler, _versions
+from megasd.types import Group, Prompt
+from megasd.weight_sync.sync import SAMPLE, SyncError, WeightSync
+from tests.distributed.golden_cases import make_config
+from tests.launch import generating
 
 TP, PP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
-TOLERANCE = 1e-3  # nats
+# nats
+TOLERANCE = 1e-3
 PROMPTS = [[4, 55, 17, 90, 2, 5], [4, *range(20, 60), 2, 5], [91, 80, 81, 0, 3]]
 TOKENS = 16
-LAYOUTS = {"TP2": {TP: 2}, "PP2": {PP: 2}, "TP2 x PP2": {TP: 2, PP: 2}}  # of 4 ranks; the rest is data parallelism
+# of 4 ranks; the rest is data parallelism
+LAYOUTS = {"TP2": {TP: 2}, "PP2": {PP: 2}, "TP2 x PP2": {TP: 2, PP: 2}}
 CHANGED = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -49,8 +52,10 @@ def say(text: str) -> None:
         print(f"ok {text}", flush=True)
 
 
-def compare(actor: Actor, rollout: Rollout | None) -> float:
-    """Every engine's greedy tokens are those the actor holds most likely; returns the largest difference of their log-probs (nats)."""
+def compare(actor: Actor, rollout: Sampler | None) -> float:
+    """Every engine's greedy tokens are those the actor holds most likely; returns the largest
+    difference of their log-probs (nats).
+    """
     worst = 0.0
     engines = int(broadcast_tensors({"n": torch.tensor(len(rollout.engines))} if rollout else None)["n"])
     for index in range(engines):
@@ -74,9 +79,12 @@ def compare(actor: Actor, rollout: Rollout | None) -> float:
                 scored=torch.ones(1, dtype=torch.bool),
             )
             scored = actor.score(batch, top_k=1)
-            if scored:  # the last pipeline stage
+            # the last pipeline stage
+            if scored:
                 wanted = scored["ids"][:, 0]
-                assert torch.equal(wanted, engine["ids"]), f"actor {wanted.tolist()}, engine {engine['ids'].tolist()}"
+                assert torch.equal(wanted, engine["ids"]), (
+                    f"actor {wanted.tolist()}, engine {engine['ids'].tolist()}"
+                )
                 worst = max(worst, (scored["logp"] - engine["logps"]).abs().max().item())
     largest = torch.tensor(worst)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -85,7 +93,7 @@ def compare(actor: Actor, rollout: Rollout | None) -> float:
 
 
 @contextmanager
-def only(rollout: Rollout, index: int) -> Iterator[None]:
+def only(rollout: Sampler, index: int) -> Iterator[None]:
     every, rollout.engines = rollout.engines, [rollout.engines[index]]
     try:
         yield
@@ -95,9 +103,17 @@ def only(rollout: Rollout, index: int) -> Iterator[None]:
 
 @torch.no_grad()
 def disturb(actor: Actor, seed: int) -> None:
-    """Other weights, the same on every copy of a parameter: each is scaled, and its rows rolled (within this rank's part)."""
+    """Other weights, the same on every copy of a parameter: each is scaled, and its rows rolled
+    (within this rank's part).
+    """
     for name, param in sorted(actor.params().items()):
-        factor = 1 + 0.2 * torch.rand((), generator=torch.Generator().manual_seed(seed + len(name) + sum(map(ord, name)))).item()
+        factor = (
+            1
+            + 0.2
+            * torch.rand(
+                (), generator=torch.Generator().manual_seed(seed + len(name) + sum(map(ord, name)))
+            ).item()
+        )
         param.copy_(param.roll(1 + seed % 3, 0) * factor)
 
 
@@ -106,7 +122,7 @@ def make_actor(model: Path, layout: dict[str, int], device: torch.device) -> Act
     return Actor(config, init_model_parallel(config.actor, device, seed=1))
 
 
-def make_sync(actor: Actor, rollout: Rollout | None, root: Path, model: Path, **config: object) -> WeightSync:
+def make_sync(actor: Actor, rollout: Sampler | None, root: Path, model: Path, **config: object) -> WeightSync:
     settings = SyncConfig(**{"tolerance": TOLERANCE, "verify": "full", "bucket_mib": 1, **config})
     return WeightSync(actor, rollout, settings, root / "run", model_path=str(model), probes=PROMPTS)
 
@@ -126,10 +142,10 @@ def failed(sync: WeightSync, version: int, *words: str) -> None:
     say(f"refused: {message}")
 
 
-# ---- the cases -------------------------------------------------------------------------------------------------------------------------
+# ---- the cases -----------------------------------------------------------------------------------
 
 
-def layouts(root: Path, rollout: Rollout | None, device: torch.device) -> None:
+def layouts(root: Path, rollout: Sampler | None, device: torch.device) -> None:
     """Each layout, each transport, two engines of different tensor-parallel sizes at once."""
     version = 0
     for name, layout in LAYOUTS.items():
@@ -141,24 +157,36 @@ def layouts(root: Path, rollout: Rollout | None, device: torch.device) -> None:
                     disturb(actor, 7 * version + seed)
                     sync.push(version)
                 assert sync.plans_made == 1
-                say(f"{name} {transport}: two pushes, every checksum equal, greedy tokens equal, log-probs {compare(actor, rollout):.1e}")
+                say(
+                    f"{name} {transport}: two pushes, every checksum equal, greedy tokens equal, log-probs"
+                    f" {compare(actor, rollout):.1e}"
+                )
 
 
-def experts(root: Path, rollout: Rollout | None, device: torch.device) -> None:
+def experts(root: Path, rollout: Sampler | None, device: torch.device) -> None:
     actor = make_actor(root / "moe", {EP: 2}, device)
     for version, transport in enumerate(("group", "colocated", "disk")):
         with make_sync(actor, rollout, root, root / "moe", transport=transport) as sync:
             disturb(actor, version)
             sync.push(version)
-            say(f"EP2 {transport}: every checksum equal, greedy tokens equal, log-probs {compare(actor, rollout):.1e}")
+            say(
+                f"EP2 {transport}: every checksum equal, greedy tokens equal, log-probs"
+                f" {compare(actor, rollout):.1e}"
+            )
 
 
-def sample(root: Path, rollout: Rollout | None, actor: Actor) -> None:
+def sample(root: Path, rollout: Sampler | None, actor: Actor) -> None:
     """Every parameter's turn comes, and one that differs is found in its turn."""
-    with make_sync(actor, rollout, root, root / "dense", transport="colocated", verify="sample", verify_every=0) as sync:
+    with make_sync(
+        actor, rollout, root, root / "dense", transport="colocated", verify="sample", verify_every=0
+    ) as sync:
         sync.push(90)
         if rollout is not None:
-            Spoiled(sync, -1, lambda tensors: tensors[CHANGED].view(-1)[:1].add_(1) if CHANGED in tensors else None)
+            Spoiled(
+                sync,
+                -1,
+                lambda tensors: tensors[CHANGED].view(-1)[:1].add_(1) if CHANGED in tensors else None,
+            )
         caught = 0
         for version in range(91, 91 + SAMPLE):
             try:
@@ -166,12 +194,13 @@ def sample(root: Path, rollout: Rollout | None, actor: Actor) -> None:
             except (SyncError, RuntimeError) as error:
                 caught += 1
                 assert dist.get_rank() != 0 or "layers.1.mlp.gate_up_proj.weight" in str(error), error
-                sync.pushes += 1  # the turn is over
+                # the turn is over
+                sync.pushes += 1
         assert caught == 1, caught
         say("sample: one corrupted parameter found in eight pushes")
 
 
-def delta(root: Path, rollout: Rollout | None, actor: Actor) -> None:
+def delta(root: Path, rollout: Sampler | None, actor: Actor) -> None:
     """Only what has changed travels; nothing changed: only the stamp."""
     with make_sync(actor, rollout, root, root / "dense", transport="group", delta=True) as sync:
         whole = sync.push(100)
@@ -188,21 +217,28 @@ def delta(root: Path, rollout: Rollout | None, actor: Actor) -> None:
 
 
 class Met:
-    """Requests that the next push meets: `sample` is started when the push is about to pause the engines, and its
-    requests get no further before it has: the schedulers of `owned` are frozen until they have been told.
+    """Requests that the next push meets: `sample` is started when the push is about to pause the
+    engines, and its requests get no further before it has: the schedulers of `owned` are frozen
+    until they have been told.
 
-    `requests`: those in flight then; `held`: per accepted output, the weight versions of its tokens."""
+    `requests`: those in flight then; `held`: per accepted output, the weight versions of its tokens.
+    """
 
-    def __init__(self, rollout: Rollout, owned: list[Rollout], sample: Callable[[], list[Group]]) -> None:
+    def __init__(self, rollout: Sampler, owned: list[Sampler], sample: Callable[[], list[Group]]) -> None:
         self.rollout, self.sample, self.requests, self.paused = rollout, sample, 0, 0
-        family = [child for one in owned for child in psutil.Process(one.engines[0].process.pid).children(recursive=True)]
+        family = [
+            child
+            for one in owned
+            for child in psutil.Process(one.engines[0].process.pid).children(recursive=True)
+        ]
         self.schedulers = [process for process in family if "scheduler" in process.name()]
         assert len(self.schedulers) == sum(engine.tp_size for engine in rollout.engines)
         self.held: list[list[int]] = []
         rollout.open_update = self
 
-    def __call__(self, version: int, mode: str, **kwargs: object) -> list[Engine]:
-        del self.rollout.open_update  # once
+    def __call__(self, version: int, mode: str, **kwargs: object) -> list[EngineClient]:
+        # once
+        del self.rollout.open_update
         self.rollout._why_not = self.why_not
         self.running = ThreadPoolExecutor(1).submit(self.sample)
         for engine in self.rollout.engines:
@@ -212,7 +248,8 @@ class Met:
         for scheduler in self.schedulers:
             scheduler.suspend()
         self.requests = sum(engine.in_flight for engine in self.rollout.engines)
-        if mode == "drain":  # waits for them
+        # waits for them
+        if mode == "drain":
             self.thaw()
         for engine in self.rollout.engines:
             engine.request = partial(self.request, engine.request)
@@ -223,10 +260,13 @@ class Met:
             for engine in self.rollout.engines:
                 del engine.request
 
-    async def request(self, request: Callable[..., Any], method: str, path: str, *args: Any, **kwargs: Any) -> Any:
+    async def request(
+        self, request: Callable[..., Any], method: str, path: str, *args: Any, **kwargs: Any
+    ) -> Any:
         answer = asyncio.ensure_future(request(method, path, *args, **kwargs))
         if path == "/pause_generation":
-            # One that retracts is answered when the scheduler has been written to; one that aborts, when all have left.
+            # One that retracts is answered when the scheduler has been written to; one that aborts,
+            # when all have left.
             await asyncio.wait({answer}, timeout=3)
             self.paused += 1
             if self.paused == len(self.rollout.engines):
@@ -249,20 +289,34 @@ class Met:
             scheduler.resume()
 
 
-def in_flight(root: Path, rollout: Rollout | None, actor: Actor, first_version: int, owned: list[Rollout]) -> None:
+def in_flight(
+    root: Path, rollout: Sampler | None, actor: Actor, first_version: int, owned: list[Sampler]
+) -> None:
     """64 requests run when the push comes: none is lost, and what holds tokens of two versions says so."""
     prompts = [Prompt(id=f"p{i}", messages=[], answer="") for i in range(32)]
-    for number, (mode, allow_stale) in enumerate((("retract", True), ("retract", False), ("abort", False), ("drain", False))):
+    for number, (mode, allow_stale) in enumerate(
+        (("retract", True), ("retract", False), ("abort", False), ("drain", False))
+    ):
         version = first_version + number
         with make_sync(actor, rollout, root, root / "dense", transport="colocated", in_flight=mode) as sync:
             disturb(actor, version)
             met = None
             if rollout is not None:
                 rollout.config.allow_stale = allow_stale
-                met = Met(rollout, owned, lambda: rollout.generate(
-                    prompts, [[4, 10 + i, 17, 2] for i in range(32)], str, step=0, num_samples=2, temperature=1.0, top_p=1.0,
-                    max_response_tokens=200,
-                ))  # fmt: skip
+                met = Met(
+                    rollout,
+                    owned,
+                    lambda: rollout.generate(
+                        prompts,
+                        [[4, 10 + i, 17, 2] for i in range(32)],
+                        str,
+                        step=0,
+                        num_samples=2,
+                        temperature=1.0,
+                        top_p=1.0,
+                        max_response_tokens=200,
+                    ),
+                )
             sync.push(version)
             if rollout is not None:
                 groups, stats = met.result(), rollout.stats
@@ -274,15 +328,22 @@ def in_flight(root: Path, rollout: Rollout | None, actor: Actor, first_version: 
                 assert stats["retries"] == stats["restarts"] == 0, stats
                 assert sorted(sample.version for sample in samples) == sorted(min(held) for held in met.held)
                 if mode == "retract":
-                    # They go on with the new weights, and are kept: no older than the call that asked, and marked so.
+                    # They go on with the new weights, and are kept: no older than the call that
+                    # asked, and marked so.
                     assert any(set(held) == {version - 1, version} for held in met.held), met.held
                     assert not stats["stale"] and not stats["aborted"], stats
                 if mode == "abort":
                     assert stats["aborted"] > 0, stats
                 if mode == "drain":
-                    assert versions == [version - 1] and not stats["stale"] and not stats["aborted"], (versions, stats)
+                    assert versions == [version - 1] and not stats["stale"] and not stats["aborted"], (
+                        versions,
+                        stats,
+                    )
                 both = sum(len(set(held)) == 2 for held in met.held)
-                say(f"64 requests, {mode}, allow_stale {allow_stale}: versions {versions}, of both {both}, {stats}")
+                say(
+                    f"64 requests, {mode}, allow_stale {allow_stale}: versions {versions}, of both {both},"
+                    f" {stats}"
+                )
             compare(actor, rollout)
 
 
@@ -299,13 +360,16 @@ class Spoiled:
 
     def send(self, bucket: object, flat: Tensor, *, last: bool) -> object:
         self.seen += 1
-        if self.at in (self.seen, -1):  # -1: every bucket
+        # -1: every bucket
+        if self.at in (self.seen, -1):
             self.change(bucket.views(flat))
         return self.inner.send(bucket, flat, last=last)
 
 
-def faults(root: Path, rollout: Rollout | None, actor: Actor) -> None:
-    """A corrupted tensor, a name that the engine lacks, two pushes at once: each is named, and the next push heals."""
+def faults(root: Path, rollout: Sampler | None, actor: Actor) -> None:
+    """A corrupted tensor, a name that the engine lacks, two pushes at once: each is named, and the
+    next push heals.
+    """
     first = rollout is not None
     for transport in ("group", "colocated", "disk"):
         with make_sync(actor, rollout, root, root / "dense", transport=transport) as sync:
@@ -331,7 +395,8 @@ def faults(root: Path, rollout: Rollout | None, actor: Actor) -> None:
             compare(actor, rollout)
     with make_sync(actor, rollout, root, root / "dense", transport="group") as sync:
         sync.push(203)
-        if first:  # an engine that lacks a name: here the actor sends one more than it has
+        # an engine that lacks a name: here the actor sends one more than it has
+        if first:
             plan, sync._checked = sync._gather.plan, None
             bucket = plan.buckets[0]
             entry = next(iter(bucket.tensors.values()))
@@ -339,11 +404,16 @@ def faults(root: Path, rollout: Rollout | None, actor: Actor) -> None:
         failed(sync, 204, "has no parameter model.layers.0.mlp.extra.weight")
         if first:
             del bucket.tensors["model.layers.0.mlp.extra.weight"]
-            assert rollout.version == 203 and rollout.score(PROMPTS[0])  # nothing was sent: the old version serves
+            # nothing was sent: the old version serves
+            assert rollout.version == 203 and rollout.score(PROMPTS[0])
         sync.push(204)
         if first:
-            guest = Rollout(RolloutConfig(engine=EngineConfig(urls=[e.url for e in rollout.engines])), **common(root / "dense", root))
-            guest.engines, stranger = [], guest.engines  # do not load the start weights into a server in use
+            guest = Sampler(
+                RolloutConfig(engine=EngineConfig(urls=[e.url for e in rollout.engines])),
+                **common(root / "dense", root),
+            )
+            # do not load the start weights into a server in use
+            guest.engines, stranger = [], guest.engines
             guest.start()
             guest.engines = stranger
             guest._call(ready(stranger))
@@ -366,8 +436,10 @@ async def ready(engines: list) -> None:
         await engine.wait_ready()
 
 
-def death(root: Path, owned: Rollout | None, actor: Actor) -> None:
-    """The engine dies when a part of the weights has been sent: it is restarted and gets all of them, and both versions are whole."""
+def death(root: Path, owned: Sampler | None, actor: Actor) -> None:
+    """The engine dies when a part of the weights has been sent: it is restarted and gets all of
+    them, and both versions are whole.
+    """
     for version, transport in enumerate(("colocated", "group"), start=300):
         with make_sync(actor, owned, root, root / "dense", transport=transport) as sync:
             disturb(actor, version)
@@ -389,13 +461,20 @@ def death(root: Path, owned: Rollout | None, actor: Actor) -> None:
             if owned is not None:
                 assert owned.engines[0].held == version and owned.engines[0].restarts == version - 299
                 taken = time.perf_counter() - start
-                say(f"killed in the middle of a push by {transport}: healed after {taken:.0f} s, log-probs {worst:.1e}")
+                say(
+                    f"killed in the middle of a push by {transport}: healed after {taken:.0f} s, log-probs"
+                    f" {worst:.1e}"
+                )
 
 
-def rest(root: Path, owned: Rollout | None, actor: Actor) -> None:
-    """Memory is given back twice (the second time nothing is asked), nothing is sampled meanwhile, and a push brings all back."""
+def rest(root: Path, owned: Sampler | None, actor: Actor) -> None:
+    """Memory is given back twice (the second time nothing is asked), nothing is sampled meanwhile,
+    and a push brings all back.
+    """
     for version, transport in enumerate(("group", "disk"), start=400):
-        with make_sync(actor, owned, root, root / "dense", transport=transport, delta=transport == "group") as sync:
+        with make_sync(
+            actor, owned, root, root / "dense", transport=transport, delta=transport == "group"
+        ) as sync:
             sync.push(version)
             sync.release()
             sync.release()
@@ -414,9 +493,14 @@ def rest(root: Path, owned: Rollout | None, actor: Actor) -> None:
 
 def common(model: Path, run_dir: Path) -> dict:
     return {
-        "model_path": str(model), "device": "cpu", "dtype": "float32", "run_dir": run_dir, "seed": 1, "stop_token_ids": [3],
+        "model_path": str(model),
+        "device": "cpu",
+        "dtype": "float32",
+        "run_dir": run_dir,
+        "seed": 1,
+        "stop_token_ids": [3],
         "vocab_size": 96,
-    }  # fmt: skip
+    }
 
 
 def main(root: Path) -> None:
@@ -425,14 +509,19 @@ def main(root: Path) -> None:
     try:
         if dist.get_rank() == 0:
             for name, model, size in (("one", "dense", 1), ("two", "dense", 2), ("moe", "moe", 1)):
-                config = RolloutConfig(engine=EngineConfig(tensor_parallel_size=size, max_total_tokens=40_000))
-                owned.append(Rollout(config, **common(root / model, root / name)))
+                config = RolloutConfig(
+                    engine=EngineConfig(tensor_parallel_size=size, max_total_tokens=40_000)
+                )
+                owned.append(Sampler(config, **common(root / model, root / name)))
                 owned[-1].launch()
             for rollout in owned:
                 rollout.wait_ready()
             urls = [[rollout.engines[0].url for rollout in part] for part in (owned[:2], owned[2:])]
             models = (root / "dense", root / "moe")
-            fleets = [Rollout(RolloutConfig(engine=EngineConfig(urls=u)), **common(m, root)) for u, m in zip(urls, models, strict=True)]
+            fleets = [
+                Sampler(RolloutConfig(engine=EngineConfig(urls=u)), **common(m, root))
+                for u, m in zip(urls, models, strict=True)
+            ]
             for fleet in fleets:
                 fleet.start()
         start = time.perf_counter()

@@ -1,5 +1,5 @@
-"""Every recipe for three steps, one after the other in one process, on one SGLang server that each of them finds by URL; run by
-test_recipes.py.
+"""Every recipe for three steps, one after the other in one process, on one SGLang server that each
+of them finds by URL; run by test_recipes.py.
 
     recipe_cases.py START_DIR OUT_DIR [NAME...]
 """
@@ -14,20 +14,37 @@ from pathlib import Path
 from megasd import cli
 from megasd.algo.recipes import RECIPES
 from megasd.config.schema import EngineConfig, RolloutConfig
-from megasd.engine.sampler import Rollout
+from megasd.engine.sampler import Sampler
 
 STEPS = 3
 COMMON = [
-    "rollout.num_prompts=6", "rollout.num_samples=8", "rollout.max_prompt_tokens=64", "rollout.max_response_tokens=16",
-    "actor.dtype=float32", "actor.micro_batch_size=48", "optimizer.lr=1e-4", "optimizer.lr_warmup_steps=1", "run.overwrite=true",
-    f"run.steps={STEPS}", "run.export=false", "run.tensorboard=false", "checkpoint.save_at_end=false", "sync.verify_every=1",
-]  # fmt: skip
-# What a method needs beside its row: a teacher model, what its file in configs/algo sets, or a smaller constant, to act within three steps.
+    "rollout.num_prompts=6",
+    "rollout.num_samples=8",
+    "rollout.max_prompt_tokens=64",
+    "rollout.max_response_tokens=16",
+    "actor.dtype=float32",
+    "actor.micro_batch_size=48",
+    "optimizer.lr=1e-4",
+    "optimizer.lr_warmup_steps=1",
+    "run.overwrite=true",
+    f"run.steps={STEPS}",
+    "run.export=false",
+    "run.tensorboard=false",
+    "checkpoint.save_at_end=false",
+    "sync.verify_every=1",
+]
+# What a method needs beside its row: a teacher model, what its file in configs/algo sets, or a
+# smaller constant, to act within three steps.
 MORE: dict[str, list[str]] = {
     "sft": ["actor.micro_batch_size=6"],
     "akl": ["actor.micro_batch_size=6"],
     "ssd": ["rollout.frozen_policy=true"],
-    "dapo": ["rollout.dynamic_sampling=true", "rollout.max_batches=4", "algorithm.overlong_buffer=8", "algorithm.minibatches=2"],
+    "dapo": [
+        "rollout.dynamic_sampling=true",
+        "rollout.max_batches=4",
+        "algorithm.overlong_buffer=8",
+        "algorithm.minibatches=2",
+    ],
     "gspo": ["algorithm.minibatches=3"],
     "cispo": ["algorithm.minibatches=3"],
     "paced": ["actor.micro_batch_size=6", "algorithm.question_weight.num_samples=4"],
@@ -37,15 +54,19 @@ MORE: dict[str, list[str]] = {
     "antisd": ["algorithm.policy_gradient.credit.gate_warmup=1"],
     "ropd": ["reward.verifier=rubric"],
     "minillm": ["algorithm.epochs=2"],
-}  # fmt: skip
+}
 
 
 def arguments(name: str, start: Path, out: Path, url: str) -> list[str]:
     row = RECIPES[name]
     given = [
-        f"algorithm.recipe={name}", f"model.path={start}/warm", f"data.train={start}/solved.jsonl", f"run.dir={out}/{name}",
-        f"rollout.engine.urls=[{url}]", *COMMON,
-    ]  # fmt: skip
+        f"algorithm.recipe={name}",
+        f"model.path={start}/warm",
+        f"data.train={start}/solved.jsonl",
+        f"run.dir={out}/{name}",
+        f"rollout.engine.urls=[{url}]",
+        *COMMON,
+    ]
     more = MORE.get(name, [])
     if not any(item.startswith("reward.verifier=") for item in more):
         given.append("reward.verifier=exact_match")
@@ -60,8 +81,15 @@ def main() -> None:
     start, out = Path(sys.argv[1]), Path(sys.argv[2])
     names = sys.argv[3:] or list(RECIPES)
     settings = RolloutConfig(engine=EngineConfig(dtype="float32"))
-    engine = Rollout(
-        settings, model_path=str(start / "warm"), device="cpu", dtype="float32", run_dir=out, seed=1, stop_token_ids=[], vocab_size=128
+    engine = Sampler(
+        settings,
+        model_path=str(start / "warm"),
+        device="cpu",
+        dtype="float32",
+        run_dir=out,
+        seed=1,
+        stop_token_ids=[],
+        vocab_size=128,
     )
     with engine:
         engine.wait_ready()
@@ -69,7 +97,10 @@ def main() -> None:
         for name in names:
             began = time.perf_counter()
             code = cli.main(["train", *arguments(name, start, out, url)])
-            print(json.dumps({"recipe": name, "code": code, "seconds": round(time.perf_counter() - began, 1)}), flush=True)
+            print(
+                json.dumps({"recipe": name, "code": code, "seconds": round(time.perf_counter() - began, 1)}),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """`megasd eval` with a real SGLang server on the quickstart model, on the CPU.
 
-Proves: a Megatron checkpoint is converted for the while and served by an engine of its own; through the command, by URL, that engine's
-weights stay and it gives every sample of every question, with figures that equal those of the kept samples; temperature 0 gives the same
-answers each time; --recompute needs no model.
-Does not prove: CUDA, --deterministic (SGLang ignores sampling seeds on a CPU), presets' numbers.
+Proves: a Megatron checkpoint is converted for the while and served by an engine of its own; through
+the command, by URL, that engine's weights stay and it gives every sample of every question, with
+figures that equal those of the kept samples; temperature 0 gives the same answers each time;
+--recompute needs no model. Does not prove: CUDA, --deterministic (SGLang ignores sampling seeds on
+a CPU), presets' numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megasd.cli import main
-from megasd.commands.evaluate import Seeded, decoding_of, model_directory, open_engine
+from megasd.commands.evaluate import SeededSampler, decoding_of, model_directory, open_eval_engine
 from megasd.commands.parser import build_parser
 from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.data.chat import Chat
@@ -39,7 +40,7 @@ def url(quickstart: Path, tmp_path_factory: pytest.TempPathFactory):
     args = build_parser().parse_args(["eval", str(checkpoint), "--seed", "5", "--max-total-tokens", "4096"])
     with model_directory(args.source, None) as model:
         assert model != checkpoint and (model / "model.safetensors").is_file()
-        with open_engine(args, model, Chat(model), decoding_of(args), out) as engine:
+        with open_eval_engine(args, model, Chat(model), decoding_of(args), out) as engine:
             assert (out / "engine.log").is_file()
             yield engine.engines[0].url
     assert not model.exists()
@@ -52,7 +53,14 @@ def load_rows(quickstart: Path):
 
 
 def options(quickstart: Path, out: Path, *more: str) -> list[str]:
-    common = ["--data", str(quickstart / "eval.jsonl"), "--verifier", "exact_match", "--limit", str(QUESTIONS)]
+    common = [
+        "--data",
+        str(quickstart / "eval.jsonl"),
+        "--verifier",
+        "exact_match",
+        "--limit",
+        str(QUESTIONS),
+    ]
     return [*common, "--num-samples", str(SAMPLES), "--max-response-tokens", "8", "--out", str(out), *more]
 
 
@@ -85,16 +93,30 @@ def test_an_engine_by_url_gives_figures_that_its_samples_give_again(quickstart, 
     (tmp_path / "a" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["eval", "--recompute", str(tmp_path / "a"), "--verifier", "exact_match"]) == 0
     again = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert again["verdicts"]["right"] == sum(row["text"].strip() == rows[0]["prompt"]["answer"] for row in rows)
+    assert again["verdicts"]["right"] == sum(
+        row["text"].strip() == rows[0]["prompt"]["answer"] for row in rows
+    )
 
 
 def test_greedy_answers_are_the_same_each_time(quickstart, url, tmp_path):
     for name in ("a", "b"):
-        command = ["eval", url, "--model", str(quickstart / "model"), "--preset", "greedy", *options(quickstart, tmp_path / name)]
+        command = [
+            "eval",
+            url,
+            "--model",
+            str(quickstart / "model"),
+            "--preset",
+            "greedy",
+            *options(quickstart, tmp_path / name),
+        ]
         assert main(command) == 0
     assert texts(tmp_path / "a") == texts(tmp_path / "b")
-    assert all(len(set(answers)) == 1 for answers in texts(tmp_path / "a"))  # and those of a question are one
-    assert main(["eval", url, "--model", str(quickstart / "model"), *options(quickstart, tmp_path / "a")]) == 2  # it holds an evaluation
+    # and those of a question are one
+    assert all(len(set(answers)) == 1 for answers in texts(tmp_path / "a"))
+    # it holds an evaluation
+    assert (
+        main(["eval", url, "--model", str(quickstart / "model"), *options(quickstart, tmp_path / "a")]) == 2
+    )
 
 
 def test_every_sample_may_ask_for_a_seed_of_its_own(quickstart, url, tmp_path):
@@ -103,7 +125,7 @@ def test_every_sample_may_ask_for_a_seed_of_its_own(quickstart, url, tmp_path):
     config = RolloutConfig(engine=EngineConfig(urls=[url]))
     seeds: list[int] = []
 
-    class Seen(Seeded):
+    class Seen(SeededSampler):
         def _request(self, build, name):
             seeds.extend(params["sampling_seed"] for params in build()["sampling_params"])
             return super()._request(build, name)
@@ -113,6 +135,15 @@ def test_every_sample_may_ask_for_a_seed_of_its_own(quickstart, url, tmp_path):
         stop_token_ids=chat.eos_token_ids, vocab_size=chat.vocab_size,
     ) as engine:  # fmt: skip
         ids = [chat.encode_prompt(prompt.messages) for prompt in prompts]
-        groups = engine.generate(prompts, ids, chat.decode, step=0, num_samples=4, temperature=1.0, top_p=1.0, max_response_tokens=4)
+        groups = engine.generate(
+            prompts,
+            ids,
+            chat.decode,
+            step=0,
+            num_samples=4,
+            temperature=1.0,
+            top_p=1.0,
+            max_response_tokens=4,
+        )
     assert [len(group.samples) for group in groups] == [4] * 3
     assert len(seeds) == len(set(seeds)) == 12

@@ -1,8 +1,10 @@
-"""`megasd launch nemo-run --executor local` for real: nemo-run's LocalExecutor starts torchrun, torchrun two ranks, these a real engine.
+"""`megasd launch nemo-run --executor local` for real: nemo-run's LocalExecutor starts torchrun,
+torchrun two ranks, these a real engine.
 
-Proves: a short job runs to its end with exit code 0; SIGUSR1 to the launcher and SIGTERM to torchrun in the middle of a run save it, and
-the next launch goes on at the next step, none twice and none left out. The time from the signal to the saved checkpoint is printed.
-Does not prove: Slurm (make test-slurm), several machines, a GPU.
+Proves: a short job runs to its end with exit code 0; SIGUSR1 to the launcher and SIGTERM to
+torchrun in the middle of a run save it, and the next launch goes on at the next step, none twice
+and none left out. The time from the signal to the saved checkpoint is printed. Does not prove:
+Slurm (make test-slurm), several machines, a GPU.
 """
 
 from __future__ import annotations
@@ -18,19 +20,24 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megasd.preemption import LEFT, MARKER
+from megasd.preemption import EXIT_PREEMPTED, PREEMPTED_MARKER
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.nightly
 STEPS = 60
-AIM = 10.0  # seconds from the signal to the saved checkpoint, on a machine that does nothing else
+# seconds from the signal to the saved checkpoint, on a machine that does nothing else
+AIM = 10.0
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("nemo_run")
     directory = tmp_path_factory.mktemp("launch")
-    subprocess.run([sys.executable, ROOT / "tools" / "make_quickstart.py", directory / "start"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, ROOT / "tools" / "make_quickstart.py", directory / "start"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return directory
 
 
@@ -51,11 +58,26 @@ def launch(start: Path, name: str, steps: int) -> subprocess.Popen[bytes]:
         "run.export": "false",
         "run.tensorboard": "false",
     }
-    command = [sys.executable, "-m", "megasd.cli", "launch", "nemo-run", "configs/quickstart.yaml", "--executor", "local"]
-    environment = {**os.environ, "NEMORUN_HOME": str(start / "nemo"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [
+        sys.executable,
+        "-m",
+        "megasd.cli",
+        "launch",
+        "nemo-run",
+        "configs/quickstart.yaml",
+        "--executor",
+        "local",
+    ]
+    environment = {
+        **os.environ,
+        "NEMORUN_HOME": str(start / "nemo"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     with (start / f"{name}.log").open("ab") as log:
         arguments = [*command, *(f"{key}={value}" for key, value in overrides.items())]
-        return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
 
 
 def steps_done(start: Path, name: str) -> list[int]:
@@ -66,7 +88,9 @@ def steps_done(start: Path, name: str) -> list[int]:
 def wait_for_steps(process: subprocess.Popen[bytes], start: Path, name: str, steps: int) -> None:
     deadline = time.monotonic() + 400
     while len(steps_done(start, name)) < steps:
-        assert process.poll() is None and time.monotonic() < deadline, (start / f"{name}.log").read_text()[-4000:]
+        assert process.poll() is None and time.monotonic() < deadline, (start / f"{name}.log").read_text()[
+            -4000:
+        ]
         time.sleep(0.2)
 
 
@@ -84,7 +108,9 @@ def test_runs_to_the_end(start: Path) -> None:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("number, to_launcher", [(signal.SIGUSR1, True), (signal.SIGTERM, False)], ids=["USR1", "TERM"])
+@pytest.mark.parametrize(
+    "number, to_launcher", [(signal.SIGUSR1, True), (signal.SIGTERM, False)], ids=["USR1", "TERM"]
+)
 def test_told_to_leave_and_launched_again(start: Path, number: signal.Signals, to_launcher: bool) -> None:
     name = f"left-{number.name}"
     process = launch(start, name, STEPS)
@@ -92,13 +118,14 @@ def test_told_to_leave_and_launched_again(start: Path, number: signal.Signals, t
     target = psutil.Process(process.pid) if to_launcher else agents(process)[0]
     began = time.time()
     target.send_signal(number)
-    assert process.wait(timeout=300) == LEFT, (start / f"{name}.log").read_text()[-4000:]
-    taken = (start / name / MARKER).stat().st_mtime - began
+    assert process.wait(timeout=300) == EXIT_PREEMPTED, (start / f"{name}.log").read_text()[-4000:]
+    taken = (start / name / PREEMPTED_MARKER).stat().st_mtime - began
     done = steps_done(start, name)
     print(f"{number.name}: saved {taken:.1f} s after the signal, after step {done[-1]}")
-    assert 2 <= done[-1] < STEPS - 1 and taken < 4 * AIM  # others may be at work
+    # others may be at work
+    assert 2 <= done[-1] < STEPS - 1 and taken < 4 * AIM
 
     again = launch(start, name, done[-1] + 3)
     assert again.wait(timeout=600) == 0, (start / f"{name}.log").read_text()[-4000:]
     assert steps_done(start, name) == list(range(done[-1] + 3))
-    assert not (start / name / MARKER).exists()
+    assert not (start / name / PREEMPTED_MARKER).exists()

@@ -1,6 +1,8 @@
-"""Runs the commands of README.md and docs/*.md: the make targets for real (the quickstart shortened), train and convert on a tiny model.
+"""Runs the commands of README.md and docs/*.md: the make targets for real (the quickstart
+shortened), train and convert on a tiny model.
 
-Does not prove the numbers that the README shows: they come from a full `make quickstart`. Does not run `megasd eval`, `analyze`, `launch`.
+Does not prove the numbers that the README shows: they come from a full `make quickstart`. Does not
+run `megasd eval`, `analyze`, `launch`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(
 
 
 def test_the_readme_names_only_these_make_targets() -> None:
-    assert [c for c in commands(ROOT / "README.md") if c.startswith("make ")] == ["make quickstart", "make test"]
+    assert [c for c in commands(ROOT / "README.md") if c.startswith("make ")] == [
+        "make quickstart",
+        "make test",
+    ]
     ci = (ROOT / ".ci" / "run").read_text()
     assert "make test" in ci.splitlines()
 
@@ -40,18 +45,42 @@ def test_make_quickstart_shortened(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "configs", "tools", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
     warmup = "WARMUP_ARGS=run.steps=12 optimizer.lr_warmup_steps=2 rollout.num_prompts=64"
-    short = "ARGS=run.steps=2 rollout.num_prompts=8 evaluation.num_prompts=8 evaluation.num_samples=2 actor.micro_batch_size=64"
-    done = subprocess.run(["make", "quickstart", warmup, short], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    short = (
+        "ARGS=run.steps=2 rollout.num_prompts=8 evaluation.num_prompts=8 evaluation.num_samples=2"
+        " actor.micro_batch_size=64"
+    )
+    done = subprocess.run(
+        ["make", "quickstart", warmup, short], cwd=tmp_path, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert re.search(r"^step 2/2 pass .* informative .* div .* gnorm .* tok/s .* s: rollout", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"^mean@2 +\S+% +\S+% +[+-]", done.stdout, re.MULTILINE) and "try next: megasd train" in done.stdout
+    assert re.search(
+        r"^step 2/2 pass .* informative .* div .* gnorm .* tok/s .* s: rollout", done.stdout, re.MULTILINE
+    ), done.stdout
+    assert (
+        re.search(r"^mean@2 +\S+% +\S+% +[+-]", done.stdout, re.MULTILINE)
+        and "try next: megasd train" in done.stdout
+    )
     summary = json.loads((tmp_path / "runs" / "quickstart" / "summary.json").read_text())
-    assert {"before", "after", "seconds", "steps", "commit"} <= summary.keys() and {"mean_at_k", "maj_at_k"} <= summary["after"].keys()
+    assert {"before", "after", "seconds", "steps", "commit"} <= summary.keys() and {
+        "mean_at_k",
+        "maj_at_k",
+    } <= summary["after"].keys()
     held = {path.name for path in (tmp_path / "runs" / "quickstart").iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "hf", "engine.log", "summary.json"} <= held
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "rollouts",
+        "checkpoints",
+        "hf",
+        "engine.log",
+        "summary.json",
+    } <= held
 
 
-def test_megasd_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_megasd_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     model = tiny_checkpoint(tmp_path / "model", "qwen3")
@@ -61,7 +90,8 @@ def test_megasd_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     row = json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n"
     (tmp_path / "runs" / "quickstart-start").mkdir(parents=True)
     (tmp_path / "runs" / "quickstart-warmup").mkdir()
-    (tmp_path / "runs" / "quickstart-warmup" / "hf").symlink_to(model)  # what `make quickstart` leaves
+    # what `make quickstart` leaves
+    (tmp_path / "runs" / "quickstart-warmup" / "hf").symlink_to(model)
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text(row)
         (tmp_path / "runs" / "quickstart-start" / name).write_text(row)
@@ -73,8 +103,12 @@ def test_megasd_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert "# ranks " in capsys.readouterr().out
 
 
-def test_megasd_convert_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second one reads what the first made in place of a run's checkpoint (tests/unit/convert/test_conversion.py has those)."""
+def test_megasd_convert_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one reads what the first made in place of a run's checkpoint
+    (tests/unit/convert/test_conversion.py has those).
+    """
     monkeypatch.chdir(tmp_path)
     model = tiny_checkpoint(tmp_path / "model", "qwen3")
     places = {"/models/Qwen3-8B": str(model), "runs/quickstart/checkpoints/step-80": "qwen3-8b-megatron"}

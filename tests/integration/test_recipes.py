@@ -1,8 +1,10 @@
-"""Every row of `megasd recipes` for three steps, end to end: real SGLang, real Megatron, its teacher, its weights, its loss.
+"""Every row of `megasd recipes` for three steps, end to end: real SGLang, real Megatron, its
+teacher, its weights, its loss.
 
-Proves: each recipe runs as `megasd train` runs it, its loss and gradient norm are finite, it learns something, and the metric that is its
-own has a sensible value. Does not prove: that its loss is the paper's (tests/distributed/test_methods.py), layouts
-(tests/distributed/test_golden.py), that it helps (examples/methods).
+Proves: each recipe runs as `megasd train` runs it, its loss and gradient norm are finite, it learns
+something, and the metric that is its own has a sensible value. Does not prove: that its loss is the
+paper's (tests/distributed/test_methods.py), layouts (tests/distributed/test_golden.py), that it
+helps (examples/methods).
 """
 
 from __future__ import annotations
@@ -52,16 +54,37 @@ OWN: dict[str, list[Callable[[Rows], bool]]] = {
     "gspo": [each("train/updates", lambda n: n == 3)],
     "cispo": [each("train/updates", lambda n: n == 3)],
     "sdpo": [DIVERGES, TAUGHT],
-    "sc_sdpo": [DIVERGES, each("weight/mean", between(0.25, 0.5)), each("weight/informative_questions", between(1, 6))],
+    "sc_sdpo": [
+        DIVERGES,
+        each("weight/mean", between(0.25, 0.5)),
+        each("weight/informative_questions", between(1, 6)),
+    ],
     "sdpo_paced": [DIVERGES, each("weight/mean", between(0.0, 0.25))],
-    "paced": [each("weight/mean", between(0.0, 0.25)), lambda rows: "reward/pass_rate" in rows[2] and "reward/pass_rate" not in rows[0]],
-    "opsd": [each("train/divergence", lambda d: d < 1)],  # a clipped sum may be negative
+    "paced": [
+        each("weight/mean", between(0.0, 0.25)),
+        lambda rows: "reward/pass_rate" in rows[2] and "reward/pass_rate" not in rows[0],
+    ],
+    # a clipped sum may be negative
+    "opsd": [each("train/divergence", lambda d: d < 1)],
     "rlsd": [LEAD, each("train/credit_clipped", SHARE), lambda rows: rows[-1]["train/teacher_copies"] == 1],
-    "rlcsd": [LEAD, each("train/second_path", SHARE), lambda rows: any(row["train/second_path"] > 0 for row in rows)],
-    "antisd": [LEAD, lambda rows: rows[0]["train/gate"] == 0, each("train/gate", lambda g: g in (0, 1)), each("train/phi", math.isfinite)],
+    "rlcsd": [
+        LEAD,
+        each("train/second_path", SHARE),
+        lambda rows: any(row["train/second_path"] > 0 for row in rows),
+    ],
+    "antisd": [
+        LEAD,
+        lambda rows: rows[0]["train/gate"] == 0,
+        each("train/gate", lambda g: g in (0, 1)),
+        each("train/phi", math.isfinite),
+    ],
     "egrsd": [LEAD, each("train/credit_clipped", SHARE)],
     "cl_egrsd": [LEAD, each("train/credit_clipped", SHARE)],
-    "srpo": [DIVERGES, each("train/distill_samples", lambda n: n > 0), each("train/policy_gradient_samples", lambda n: n > 0)],
+    "srpo": [
+        DIVERGES,
+        each("train/distill_samples", lambda n: n > 0),
+        each("train/policy_gradient_samples", lambda n: n > 0),
+    ],
     "ssopd": [each("train/distill_samples", between(1, 6))],
     "sdft": [DIVERGES],
     "opcd": [each("train/divergence", math.isfinite)],
@@ -74,7 +97,8 @@ OWN: dict[str, list[Callable[[Rows], bool]]] = {
     "ropd": [each("reward/score", between(0.0, 1.0))],
     "drift": [DIVERGES, lambda rows: "train/policy_gradient_samples" in rows[2]],
 }
-STILL = ("gkd", "akl", "minillm", "tml_opd", "uni_opd")  # the teacher is the start model itself: nothing to learn in the first step
+# the teacher is the start model itself: nothing to learn in the first step
+STILL = ("gkd", "akl", "minillm", "tml_opd", "uni_opd")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +109,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("model", "warm"):
         make_quickstart.write_tokenizer(start / name)
     make_quickstart.write_model(start / "model", seed=1)
-    rows = [{"id": f"row-{i}", "prompt": f"{i % 7}+{i}=", "answer": str(i % 7 + i), "solution": str(i % 7 + i)} for i in range(12)]
+    rows = [
+        {"id": f"row-{i}", "prompt": f"{i % 7}+{i}=", "answer": str(i % 7 + i), "solution": str(i % 7 + i)}
+        for i in range(12)
+    ]
     (start / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     warm = AutoModelForCausalLM.from_pretrained(start / "model", dtype=torch.float32)
     teach_to_toss(warm, Chat(start / "model"), load_prompts(start / "solved.jsonl"))
@@ -93,7 +120,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "tests/integration/recipe_cases.py", str(start), str(out)]
     with (out / "log").open("w") as log:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=540)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=540
+        )
     said = (out / "log").read_text()
     assert done.returncode == 0, said[-5000:]
     print("\n".join(line for line in said.splitlines() if line.startswith('{"recipe"')))

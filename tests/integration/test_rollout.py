@@ -1,9 +1,10 @@
 """The rollout against a real SGLang server on the CPU and Hugging Face transformers on the same weights.
 
-Proves: P x G samples exactly once, in order, with log-probs of the sampled tokens; pushes change what is computed and what is stamped;
-what would kill or fool the engine is refused before it is sent; a dead scheduler, a dead server and a frozen one lose and double nothing
-and never bring the start weights back; URLs; no process outlives the trainer.
-Does not prove: CUDA, several engines at once on several machines, tensor parallelism of the engine, speed.
+Proves: P x G samples exactly once, in order, with log-probs of the sampled tokens; pushes change
+what is computed and what is stamped; what would kill or fool the engine is refused before it is
+sent; a dead scheduler, a dead server and a frozen one lose and double nothing and never bring the
+start weights back; URLs; no process outlives the trainer. Does not prove: CUDA, several engines at
+once on several machines, tensor parallelism of the engine, speed.
 """
 
 from __future__ import annotations
@@ -26,14 +27,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasd.config.schema import EngineConfig, RolloutConfig
-from megasd.engine.client import Engine, EngineError
-from megasd.engine.sampler import Rollout
+from megasd.engine.client import EngineClient, EngineError
+from megasd.engine.sampler import Sampler
 from megasd.types import Group, Prompt, UserError
 from tests.launch import generating
 
 VOCAB, STOP, CONTEXT = 128, 2, 512
-PATIENCE = 120  # seconds; a safety net
-TORCHRUN = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+# seconds; a safety net
+PATIENCE = 120
+TORCHRUN = {
+    "RANK": "0",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
 
 
 def make_model(directory: Path, seed: int) -> Path:
@@ -66,7 +74,9 @@ def hf_model(directory: Path) -> torch.nn.Module:
     return Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
-def hf_logps(directory: Path, prompt_ids: list[int], response_ids: list[int], temperature: float) -> torch.Tensor:
+def hf_logps(
+    directory: Path, prompt_ids: list[int], response_ids: list[int], temperature: float
+) -> torch.Tensor:
     with torch.no_grad():
         logits = hf_model(directory)(torch.tensor([prompt_ids + response_ids])).logits[0]
     logps = torch.log_softmax(logits / temperature, dim=-1)[len(prompt_ids) - 1 : -1]
@@ -92,18 +102,40 @@ def decode(ids: list[int]) -> str:
 
 
 def ask(
-    rollout: Rollout, num: int, num_samples: int, max_response_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0
+    rollout: Sampler,
+    num: int,
+    num_samples: int,
+    max_response_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> list[Group]:
     prompts, ids = questions(num)
     return rollout.generate(
-        prompts, ids, decode, step=0, num_samples=num_samples, temperature=temperature, top_p=top_p, max_response_tokens=max_response_tokens
+        prompts,
+        ids,
+        decode,
+        step=0,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_response_tokens=max_response_tokens,
     )
 
 
 def check_groups(
-    groups: list[Group], directory: Path, num: int, num_samples: int, *, version: int, temperature: float = 1.0, compare: int = 8
+    groups: list[Group],
+    directory: Path,
+    num: int,
+    num_samples: int,
+    *,
+    version: int,
+    temperature: float = 1.0,
+    compare: int = 8,
 ) -> None:
-    """Exactly P x G samples in order, of one version, with the log-probs that transformers gives them under `directory`."""
+    """Exactly P x G samples in order, of one version, with the log-probs that transformers gives
+    them under `directory`.
+    """
     prompts, ids = questions(num)
     assert [group.prompt for group in groups] == prompts
     assert [[(s.prompt_id, s.index) for s in group.samples] for group in groups] == [
@@ -111,9 +143,13 @@ def check_groups(
     ]
     samples = [s for group in groups for s in group.samples]
     assert {s.version for s in samples} == {version}
-    assert all(s.prompt_ids == ids[i // num_samples] and s.text == decode(s.response_ids) for i, s in enumerate(samples))
+    assert all(
+        s.prompt_ids == ids[i // num_samples] and s.text == decode(s.response_ids)
+        for i, s in enumerate(samples)
+    )
     long = [tuple(s.response_ids) for s in samples if len(s.response_ids) > 4]
-    assert len(set(long)) == len(long)  # no output was given out twice
+    # no output was given out twice
+    assert len(set(long)) == len(long)
     for sample in samples[:: max(1, len(samples) // compare)]:
         expected = hf_logps(directory, sample.prompt_ids, sample.response_ids, temperature)
         assert (torch.tensor(sample.response_logps) - expected).abs().max() < 1e-4
@@ -131,7 +167,9 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rollout(start: Path, tmp_path_factory: pytest.TempPathFactory):
-    """One engine for the whole file, started (and restarted) as by a torchrun rank. Afterwards none of its processes is left."""
+    """One engine for the whole file, started (and restarted) as by a torchrun rank. Afterwards none
+    of its processes is left.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in TORCHRUN.items():
             patch.setenv(name, value)
@@ -143,7 +181,7 @@ def rollout(start: Path, tmp_path_factory: pytest.TempPathFactory):
         assert not psutil.wait_procs(tree, timeout=PATIENCE)[1]
 
 
-def engine_processes(rollout: Rollout) -> list[psutil.Process]:
+def engine_processes(rollout: Sampler) -> list[psutil.Process]:
     """The server first, then its children; none when it is down."""
     if rollout.engines[0].process is None:
         return []
@@ -151,14 +189,23 @@ def engine_processes(rollout: Rollout) -> list[psutil.Process]:
     return [server, *server.children(recursive=True)]
 
 
-def make_rollout(config: RolloutConfig, model_path: Path, run_dir: Path) -> Rollout:
-    return Rollout(
-        config, model_path=str(model_path), device="cpu", dtype="float32", run_dir=run_dir, seed=1, stop_token_ids=[STOP], vocab_size=VOCAB
+def make_rollout(config: RolloutConfig, model_path: Path, run_dir: Path) -> Sampler:
+    return Sampler(
+        config,
+        model_path=str(model_path),
+        device="cpu",
+        dtype="float32",
+        run_dir=run_dir,
+        seed=1,
+        stop_token_ids=[STOP],
+        vocab_size=VOCAB,
     )
 
 
 @pytest.mark.parametrize("temperature, max_response_tokens", [(1.0, 6), (0.7, 40)])
-def test_samples_match_transformers(rollout: Rollout, start: Path, temperature: float, max_response_tokens: int) -> None:
+def test_samples_match_transformers(
+    rollout: Sampler, start: Path, temperature: float, max_response_tokens: int
+) -> None:
     groups = ask(rollout, 6, 4, max_response_tokens, temperature=temperature)
     check_groups(groups, start, 6, 4, version=0, temperature=temperature)
     tokens = sum(len(s.response_ids) for group in groups for s in group.samples)
@@ -172,11 +219,11 @@ def test_samples_match_transformers(rollout: Rollout, start: Path, temperature: 
     }
 
 
-def test_logps_are_those_before_top_p(rollout: Rollout, start: Path) -> None:
+def test_logps_are_those_before_top_p(rollout: Sampler, start: Path) -> None:
     check_groups(ask(rollout, 4, 4, 12, top_p=0.7), start, 4, 4, version=0)
 
 
-def test_responses_end_at_the_stop_token(rollout: Rollout) -> None:
+def test_responses_end_at_the_stop_token(rollout: Sampler) -> None:
     samples = [s for group in ask(rollout, 8, 8, 60) for s in group.samples]
     assert {s.finish_reason for s in samples} == {"stop", "length"}
     for sample in samples:
@@ -186,7 +233,7 @@ def test_responses_end_at_the_stop_token(rollout: Rollout) -> None:
             assert STOP not in sample.response_ids and len(sample.response_ids) == 60
 
 
-def test_greedy_and_score_match_transformers(rollout: Rollout, start: Path) -> None:
+def test_greedy_and_score_match_transformers(rollout: Sampler, start: Path) -> None:
     for ids in questions(4)[1]:
         response, logps = rollout.greedy(ids, 10)
         assert response == hf_greedy(start, ids, 10)
@@ -194,7 +241,7 @@ def test_greedy_and_score_match_transformers(rollout: Rollout, start: Path) -> N
         assert (torch.tensor(rollout.score(ids)) - hf_logps(start, ids[:1], ids[1:], 1.0)).abs().max() < 1e-4
 
 
-def test_what_the_engine_could_not_take_is_refused_first(rollout: Rollout, start: Path) -> None:
+def test_what_the_engine_could_not_take_is_refused_first(rollout: Sampler, start: Path) -> None:
     prompts, ids = questions(2)
     settings = dict(step=0, num_samples=1, temperature=1.0, top_p=1.0)
     for bad, room, words in (
@@ -206,11 +253,13 @@ def test_what_the_engine_could_not_take_is_refused_first(rollout: Rollout, start
         with pytest.raises(UserError, match=words):
             rollout.generate(prompts, bad, decode, max_response_tokens=room, **settings)
     # the bound is exact: all the room is used, and not silently less
-    sample = rollout.generate(prompts[:1], ids[:1], decode, max_response_tokens=CONTEXT - 2 - 12, **settings)[0].samples[0]
+    sample = rollout.generate(prompts[:1], ids[:1], decode, max_response_tokens=CONTEXT - 2 - 12, **settings)[
+        0
+    ].samples[0]
     assert sample.finish_reason == "stop" or len(sample.response_ids) == CONTEXT - 2 - 12
 
 
-def test_a_4xx_names_the_prompt_and_is_not_retried(rollout: Rollout) -> None:
+def test_a_4xx_names_the_prompt_and_is_not_retried(rollout: Sampler) -> None:
     with pytest.raises(EngineError, match="prompt q0: .*answered 400.*temperature"):
         ask(rollout, 2, 2, 4, temperature=-1.0)
     assert rollout.stats["retries"] == 0 and rollout.stats["restarts"] == 0
@@ -218,13 +267,21 @@ def test_a_4xx_names_the_prompt_and_is_not_retried(rollout: Rollout) -> None:
     assert [len(group.samples) for group in check_len] == [2, 2]
 
 
-def test_wrong_tensors_are_refused_before_sending(rollout: Rollout, other: Path, tmp_path: Path) -> None:
+def test_wrong_tensors_are_refused_before_sending(rollout: Sampler, other: Path, tmp_path: Path) -> None:
     tensors = load_file(other / "model.safetensors")
     norm = "model.norm.weight"
     for name, changed, words in (
-        ("shape", tensors | {norm: torch.ones(64)}, rf"tensor {norm} has shape \[64\], the engine holds \[128\]"),
+        (
+            "shape",
+            tensors | {norm: torch.ones(64)},
+            rf"tensor {norm} has shape \[64\], the engine holds \[128\]",
+        ),
         ("missing", {k: v for k, v in tensors.items() if k != norm}, f"tensor {norm} is missing"),
-        ("unknown", tensors | {"model.norm.bias": torch.ones(64)}, "tensor model.norm.bias is not in the start model"),
+        (
+            "unknown",
+            tensors | {"model.norm.bias": torch.ones(64)},
+            "tensor model.norm.bias is not in the start model",
+        ),
     ):
         directory = tmp_path / name
         directory.mkdir()
@@ -237,10 +294,11 @@ def test_wrong_tensors_are_refused_before_sending(rollout: Rollout, other: Path,
     with pytest.raises(UserError, match="its header promises"):
         rollout.push(str(cut), 9)
     assert rollout.version == 0
-    rollout.score([5, 6, 7])  # raises if the engine said version 9
+    # raises if the engine said version 9
+    rollout.score([5, 6, 7])
 
 
-def test_push_changes_outputs_and_version(rollout: Rollout, other: Path) -> None:
+def test_push_changes_outputs_and_version(rollout: Sampler, other: Path) -> None:
     rollout.push(str(other), 7)
     assert rollout.version == 7
     check_groups(ask(rollout, 4, 4, 12), other, 4, 4, version=7)
@@ -248,8 +306,12 @@ def test_push_changes_outputs_and_version(rollout: Rollout, other: Path) -> None
     assert rollout.greedy(ids, 10)[0] == hf_greedy(other, ids, 10)
 
 
-def test_a_url_is_used_and_foreign_weights_are_noticed(rollout: Rollout, start: Path, other: Path, tmp_path: Path) -> None:
-    """A second run on the same server puts its weights there; the first one sees foreign versions and puts its own back."""
+def test_a_url_is_used_and_foreign_weights_are_noticed(
+    rollout: Sampler, start: Path, other: Path, tmp_path: Path
+) -> None:
+    """A second run on the same server puts its weights there; the first one sees foreign versions
+    and puts its own back.
+    """
     url = rollout.engines[0].url
     with make_rollout(RolloutConfig(engine=EngineConfig(urls=[url + "/"])), start, tmp_path) as second:
         check_groups(ask(second, 2, 2, 6), start, 2, 2, version=0)
@@ -262,9 +324,11 @@ def test_a_url_is_used_and_foreign_weights_are_noticed(rollout: Rollout, start: 
 
 
 class Strike(threading.Thread):
-    """Does something in the middle of a rollout: once the engine has requests in flight, and the server at `url` is at work on one."""
+    """Does something in the middle of a rollout: once the engine has requests in flight, and the
+    server at `url` is at work on one.
+    """
 
-    def __init__(self, engine: Engine, act: Callable[[], object], url: str | None = None):
+    def __init__(self, engine: EngineClient, act: Callable[[], object], url: str | None = None):
         super().__init__(daemon=True)
         self.engine, self.act, self.url, self.in_flight = engine, act, url or engine.url, 0
 
@@ -275,19 +339,24 @@ class Strike(threading.Thread):
         self.act()
 
 
-def scheduler_of(rollout: Rollout) -> psutil.Process:
+def scheduler_of(rollout: Sampler) -> psutil.Process:
     return next(process for process in engine_processes(rollout) if "scheduler" in process.name())
 
 
-def test_a_frozen_url_is_named(rollout: Rollout, other: Path, tmp_path: Path) -> None:
-    """It accepts requests and finishes none. It belongs to somebody else, so it is reported, not restarted; thawed, it serves on."""
+def test_a_frozen_url_is_named(rollout: Sampler, other: Path, tmp_path: Path) -> None:
+    """It accepts requests and finishes none. It belongs to somebody else, so it is reported, not
+    restarted; thawed, it serves on.
+    """
     engine = EngineConfig(urls=[rollout.engines[0].url], progress_timeout=5.0)
     with make_rollout(RolloutConfig(engine=engine), other, tmp_path) as guest:
         scheduler = scheduler_of(rollout)
         strike = Strike(guest.engines[0], scheduler.suspend)
         strike.start()
         try:
-            with pytest.raises(UserError, match=f"rollout.engine.urls: no engine is left.*{guest.engines[0].url}.*no token in 5 s"):
+            with pytest.raises(
+                UserError,
+                match=f"rollout.engine.urls: no engine is left.*{guest.engines[0].url}.*no token in 5 s",
+            ):
                 ask(guest, 8, 8, 300)
         finally:
             strike.join()
@@ -297,11 +366,12 @@ def test_a_frozen_url_is_named(rollout: Rollout, other: Path, tmp_path: Path) ->
         check_groups(ask(guest, 2, 2, 6), other, 2, 2, version=0)
 
 
-def test_aborted_samples_are_asked_again(rollout: Rollout, other: Path) -> None:
+def test_aborted_samples_are_asked_again(rollout: Sampler, other: Path) -> None:
     def abort_all() -> None:
         url = rollout.engines[0].url + "/abort_request"
         request = urllib.request.Request(url, b'{"abort_all": true}', {"Content-Type": "application/json"})
-        scheduler.suspend()  # nothing is finished before the order has come
+        # nothing is finished before the order has come
+        scheduler.suspend()
         try:
             urllib.request.urlopen(request).close()
         finally:
@@ -334,10 +404,14 @@ asyncio.run(main())
 """
 
 
-def test_another_engine_takes_over(rollout: Rollout, other: Path, tmp_path: Path) -> None:
-    """Two URLs of which one goes away for good in the middle of a rollout. (Both lead to one engine, the second through a forwarder.)"""
+def test_another_engine_takes_over(rollout: Sampler, other: Path, tmp_path: Path) -> None:
+    """Two URLs of which one goes away for good in the middle of a rollout. (Both lead to one
+    engine, the second through a forwarder.)
+    """
     url = rollout.engines[0].url
-    with subprocess.Popen([sys.executable, "-c", FORWARD, url.rsplit(":", 1)[1]], stdout=subprocess.PIPE, text=True) as forwarder:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORWARD, url.rsplit(":", 1)[1]], stdout=subprocess.PIPE, text=True
+    ) as forwarder:
         urls = [f"http://127.0.0.1:{forwarder.stdout.readline().strip()}", url]
         with make_rollout(RolloutConfig(engine=EngineConfig(urls=urls)), other, tmp_path) as guest:
             strike = Strike(guest.engines[0], forwarder.kill)
@@ -347,15 +421,18 @@ def test_another_engine_takes_over(rollout: Rollout, other: Path, tmp_path: Path
             assert strike.in_flight > 0
             check_groups(groups, other, 8, 8, version=0)
             assert guest.stats["retries"] > 0
-            # To whom is left: a push waits until it is sure who that is. Samples do not, and may have been there before.
+            # To whom is left: a push waits until it is sure who that is. Samples do not, and may
+            # have been there before.
             guest.push(str(other), 1)
             assert [engine.alive for engine in guest.engines] == [False, True]
             check_groups(ask(guest, 2, 2, 6), other, 2, 2, version=1)
 
 
 @pytest.mark.parametrize("victim", ["scheduler", "server"])
-def test_a_dead_engine_loses_and_doubles_nothing(rollout: Rollout, other: Path, victim: str) -> None:
-    """Killed in the middle of a rollout, it comes back with the pushed weights, not with those it started from."""
+def test_a_dead_engine_loses_and_doubles_nothing(rollout: Sampler, other: Path, victim: str) -> None:
+    """Killed in the middle of a rollout, it comes back with the pushed weights, not with those it
+    started from.
+    """
     server = engine_processes(rollout)[0]
     strike = Strike(rollout.engines[0], server.kill if victim == "server" else scheduler_of(rollout).kill)
     strike.start()
@@ -367,10 +444,12 @@ def test_a_dead_engine_loses_and_doubles_nothing(rollout: Rollout, other: Path, 
     assert engine_processes(rollout)[0].pid != server.pid
 
 
-def test_restarts_are_bounded(rollout: Rollout) -> None:
+def test_restarts_are_bounded(rollout: Sampler) -> None:
     """The last test of the shared engine: it has used up its restarts."""
     engine_processes(rollout)[0].kill()
-    with pytest.raises(EngineError, match=r"died again after rollout.engine.max_restarts=2: .*status -9.*engine\.log"):
+    with pytest.raises(
+        EngineError, match=r"died again after rollout.engine.max_restarts=2: .*status -9.*engine\.log"
+    ):
         ask(rollout, 1, 1, 4)
 
 
@@ -385,18 +464,25 @@ def test_port_in_use(start: Path, tmp_path: Path) -> None:
 
 
 def test_bad_urls_and_secrets(start: Path, tmp_path: Path) -> None:
-    for url, words in (("localhost:30000", "is not of the form http://host:port"), ("http://127.0.0.1:9", "no SGLang server answers")):
+    for url, words in (
+        ("localhost:30000", "is not of the form http://host:port"),
+        ("http://127.0.0.1:9", "no SGLang server answers"),
+    ):
         with pytest.raises(UserError, match=f"rollout.engine.urls: .*{words}"):
             make_rollout(RolloutConfig(engine=EngineConfig(urls=[url])), start, tmp_path).start()
     with pytest.raises(UserError, match="--api-key would show"):
-        make_rollout(RolloutConfig(engine=EngineConfig(extra_args=["--api-key", "secret"])), start, tmp_path).start()
+        make_rollout(
+            RolloutConfig(engine=EngineConfig(extra_args=["--api-key", "secret"])), start, tmp_path
+        ).start()
 
 
 def test_an_engine_that_cannot_start_says_why(start: Path, tmp_path: Path) -> None:
     """It exits (here over a config.json without a model_type), or it takes too long."""
     broken = shutil.copytree(start, tmp_path / "broken")
     (broken / "config.json").write_text("{}")
-    with pytest.raises(EngineError, match="exited with status 1 while starting: KeyError: 'model_type' .*engine.log"):
+    with pytest.raises(
+        EngineError, match="exited with status 1 while starting: KeyError: 'model_type' .*engine.log"
+    ):
         make_rollout(RolloutConfig(), broken, tmp_path).start()
     with pytest.raises(EngineError, match="no token within rollout.engine.start_timeout=0.5 s: .*engine.log"):
         make_rollout(RolloutConfig(engine=EngineConfig(start_timeout=0.5)), start, tmp_path).start()
@@ -409,13 +495,13 @@ def test_a_killed_trainer_leaves_no_server(start: Path, tmp_path: Path, number: 
 import sys, time
 from pathlib import Path
 from megasd.config.schema import RolloutConfig
-from megasd.engine.sampler import Rollout
-rollout = Rollout(RolloutConfig(), model_path={str(start)!r}, device="cpu", dtype="float32", run_dir=Path({str(tmp_path)!r}), seed=1,
+from megasd.engine.sampler import Sampler
+rollout = Sampler(RolloutConfig(), model_path={str(start)!r}, device="cpu", dtype="float32", run_dir=Path({str(tmp_path)!r}), seed=1,
                   stop_token_ids=[2], vocab_size=128)
 rollout.launch()
 print(rollout.engines[0].process.pid, flush=True)
 time.sleep(600)
-"""
+"""  # noqa: E501
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     server = psutil.Process(int(trainer.stdout.readline()))
     assert server.is_running()

@@ -10,6 +10,7 @@ import sys
 
 from megasd import cli
 
-if __name__ == "__main__":  # Megatron's checkpoint writer is spawned, and imports this file again
+# Megatron's checkpoint writer is spawned, and imports this file again
+if __name__ == "__main__":
     for arguments in json.loads(sys.argv[1]):
         assert cli.main(["train", *arguments]) == 0, arguments

@@ -1,4 +1,6 @@
-"""A model directory and a data file that pass every check the command line makes before torch; no weights are in it."""
+"""A model directory and a data file that pass every check the command line makes before torch; no
+weights are in it.
+"""
 
 from __future__ import annotations
 

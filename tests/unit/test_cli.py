@@ -1,5 +1,6 @@
-"""Proves what the command line does before and around the loop: refusals in one line without torch, the dry run, the ranks it starts,
-and its exit codes. The loop itself is a stand-in of a few lines here (`megasd.train` is put in place by a sitecustomize).
+"""Proves what the command line does before and around the loop: refusals in one line without torch,
+the dry run, the ranks it starts, and its exit codes. The loop itself is a stand-in of a few lines
+here (`megasd.train` is put in place by a sitecustomize).
 """
 
 from __future__ import annotations
@@ -40,12 +41,26 @@ def environment(tmp_path: Path, body: str | None = None, **extra: str) -> dict[s
     (tmp_path / "site").mkdir(exist_ok=True)
     if body is not None:
         (tmp_path / "site" / "sitecustomize.py").write_text(STAND_IN.format(body=body))
-    return {**env, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)]), "OMP_NUM_THREADS": "1", **extra}
+    return {
+        **env,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+        **extra,
+    }
 
 
-def megasd(tmp_path: Path, *args: str, body: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
+def megasd(
+    tmp_path: Path, *args: str, body: str | None = None, **extra: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megasd.cli", *args]
-    return subprocess.run(command, cwd=tmp_path, env=environment(tmp_path, body, **extra), capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment(tmp_path, body, **extra),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], expected: str) -> None:
@@ -71,7 +86,13 @@ def test_refusals(args, expected, tmp_path):
 def test_a_config_is_refused_quickly_and_before_ranks_start(tmp_path):
     """Aim: 2 s. Asserted at 5 s of the processor, which do not depend on what else the machine does."""
     start = processor_seconds()
-    done = megasd(tmp_path, "train", *write_inputs(tmp_path), "actor.tensor_model_parallel_size=3", body="raise SystemExit(9)")
+    done = megasd(
+        tmp_path,
+        "train",
+        *write_inputs(tmp_path),
+        "actor.tensor_model_parallel_size=3",
+        body="raise SystemExit(9)",
+    )
     taken = processor_seconds() - start
     assert_refused(done, "actor.tensor_model_parallel_size=3: does not divide num_attention_heads=8")
     print(f"refused in {taken:.2f} s of the processor")
@@ -82,7 +103,16 @@ def test_dry_run_prints_a_config_that_loads_and_the_plan(tmp_path):
     (tmp_path / "a.yaml").write_text("rollout: {num_prompts: 4}\nactor: {micro_batch_size: 4}\n")
     (tmp_path / "b.yaml").write_text("actor: {tensor_model_parallel_size: 2}\n")
     inputs = write_inputs(tmp_path)
-    done = megasd(tmp_path, "train", "a.yaml", "--dry-run", "b.yaml", *inputs, "run.num_processes=4", body="raise SystemExit(9)")
+    done = megasd(
+        tmp_path,
+        "train",
+        "a.yaml",
+        "--dry-run",
+        "b.yaml",
+        *inputs,
+        "run.num_processes=4",
+        body="raise SystemExit(9)",
+    )
     assert done.returncode == 0 and done.stderr == "", done
     assert "# ranks        4 = TP 2 x PP 1 x CP 1 x DP 2" in done.stdout
     assert "# step         32 samples, at most 65536 tokens" in done.stdout
@@ -95,9 +125,13 @@ def test_dry_run_prints_a_config_that_loads_and_the_plan(tmp_path):
 
 
 def test_dry_run_takes_the_world_size_of_torchrun(tmp_path):
-    done = megasd(tmp_path, "train", *write_inputs(tmp_path), "--dry-run", RANK="0", WORLD_SIZE="8", LOCAL_RANK="0")
+    done = megasd(
+        tmp_path, "train", *write_inputs(tmp_path), "--dry-run", RANK="0", WORLD_SIZE="8", LOCAL_RANK="0"
+    )
     assert "# ranks        8 = TP 1 x PP 1 x CP 1 x DP 8" in done.stdout
-    done = megasd(tmp_path, "train", *write_inputs(tmp_path), "--dry-run", RANK="0", WORLD_SIZE="many", LOCAL_RANK="0")
+    done = megasd(
+        tmp_path, "train", *write_inputs(tmp_path), "--dry-run", RANK="0", WORLD_SIZE="many", LOCAL_RANK="0"
+    )
     assert_refused(done, "WORLD_SIZE='many' is not a number")
 
 
@@ -108,7 +142,8 @@ def test_one_rank_runs_here_and_its_errors_are_one_line(tmp_path):
     body = 'from megasd.types import UserError; raise UserError("rows.jsonl:3: no answer; add one")'
     assert_refused(megasd(tmp_path, "train", *inputs, body=body), "megasd: rows.jsonl:3: no answer; add one")
     done = megasd(tmp_path, "train", *inputs, body='raise RuntimeError("a bug")')
-    assert done.returncode == 1 and "Traceback" in done.stderr  # a bug is not dressed up
+    # a bug is not dressed up
+    assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 def test_ranks_are_started_and_their_refusal_is_one_line(tmp_path):
@@ -159,7 +194,9 @@ if "RANK" not in os.environ:
 def test_interrupt_unwinds_every_rank(ranks, tmp_path):
     inputs = [*write_inputs(tmp_path), f"actor.tensor_model_parallel_size={ranks}"]
     command = [sys.executable, "-m", "megasd.cli", "train", *inputs]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path, UNTIL_TOLD), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path, UNTIL_TOLD), stderr=subprocess.PIPE, text=True
+    )
     try:
         while len(list(tmp_path.glob("started*"))) < ranks:
             assert process.poll() is None
@@ -176,7 +213,14 @@ def test_an_interrupt_while_ranks_are_started_leaves_none_behind(tmp_path):
     env = environment(tmp_path, UNTIL_TOLD)
     with (tmp_path / "site" / "sitecustomize.py").open("a") as file:
         file.write(INTERRUPTED_START)
-    command = [sys.executable, "-m", "megasd.cli", "train", *write_inputs(tmp_path), "actor.tensor_model_parallel_size=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "megasd.cli",
+        "train",
+        *write_inputs(tmp_path),
+        "actor.tensor_model_parallel_size=2",
+    ]
     # Ranks that were left behind would hold stderr open.
     done = subprocess.run(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (130, "megasd: interrupted\n")

@@ -1,4 +1,6 @@
-"""The images as text: hadolint, pins, users, secrets. No image is built here: that takes a registry of base images, and GPUs to run on."""
+"""The images as text: hadolint, pins, users, secrets. No image is built here: that takes a registry
+of base images, and GPUs to run on.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 STAGES = {
-    name: (base, body) for base, name, body in re.findall(r"^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    name: (base, body)
+    for base, name, body in re.findall(
+        r"^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM |\Z)", TEXT, re.MULTILINE | re.DOTALL
+    )
 }
 
 
@@ -28,7 +33,9 @@ def tool(name: str) -> str:
     return found
 
 
-@pytest.mark.parametrize("command", [["hadolint", "--failure-threshold", "info", "Dockerfile"], ["shellcheck", "docker/smoke.sh"]])
+@pytest.mark.parametrize(
+    "command", [["hadolint", "--failure-threshold", "info", "Dockerfile"], ["shellcheck", "docker/smoke.sh"]]
+)
 def test_linters(command: list[str]):
     done = subprocess.run([tool(command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,7 +59,8 @@ def test_every_image_runs_as_an_ordinary_user():
         assert users == ["10001:10001"], name
         assert "org.opencontainers.image.licenses" in STAGES[name][1]
     for name in ("colocated", "smoke"):
-        assert "USER" not in STAGES[name][1]  # that of the stage below
+        # that of the stage below
+        assert "USER" not in STAGES[name][1]
 
 
 def test_no_secret_reaches_a_layer():
@@ -60,19 +68,27 @@ def test_no_secret_reaches_a_layer():
         if re.match(r"(ARG|ENV|COPY|LABEL)\b", line):
             assert not re.search(r"TOKEN|SECRET|PASSW|_KEY|pip\.conf|\.netrc", line, re.IGNORECASE), line
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    assert "*" in ignored  # nothing comes in but what is named
-    copied = {path.rstrip("/") for line in re.findall(r"^COPY (?!--from)(.*)$", TEXT, re.MULTILINE) for path in line.split()[:-1]}
+    # nothing comes in but what is named
+    assert "*" in ignored
+    copied = {
+        path.rstrip("/")
+        for line in re.findall(r"^COPY (?!--from)(.*)$", TEXT, re.MULTILINE)
+        for path in line.split()[:-1]
+    }
     allowed = {line[1:] for line in ignored if line.startswith("!")}
     for path in copied - {"--chown=megasd:megasd"}:
         assert (ROOT / path).exists(), path
-        assert any(path == name or path.startswith(f"{name}/") or name.startswith(f"{path}/") for name in allowed), path
+        assert any(
+            path == name or path.startswith(f"{name}/") or name.startswith(f"{path}/") for name in allowed
+        ), path
 
 
 def test_versions_agree_with_pyproject():
     pins = runpy.run_path(str(ROOT / "docker/pins.py"))["pins"]
     assert set(PROJECT["dependencies"]) < set(pins("trainer", PROJECT))
     assert any(pin.startswith("sglang==") for pin in pins("engine", PROJECT))
-    assert not any(pin.startswith(("torch", "transformers")) for pin in pins("engine", PROJECT))  # SGLang brings its own
+    # SGLang brings its own
+    assert not any(pin.startswith(("torch", "transformers")) for pin in pins("engine", PROJECT))
     (version,) = re.findall(r"^ARG TE_VERSION=(\S+)$", TEXT, re.MULTILINE)
     assert Requirement(PROJECT["optional-dependencies"]["te"][0]).specifier.contains(version)
     for line in re.findall(r"pip install (.*)", TEXT):

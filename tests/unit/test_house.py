@@ -1,5 +1,6 @@
-"""Proves the shape of the house: a file imports only from lower floors or its own folder, without cycles; floor 0 and the command
-line import without torch; nothing refers to a path outside the repository. Imports inside functions count; strings are not followed.
+"""Proves the shape of the house: a file imports only from lower floors or its own folder, without
+cycles; floor 0 and the command line import without torch; nothing refers to a path outside the
+repository. Imports inside functions count; strings are not followed.
 """
 
 from __future__ import annotations
@@ -29,12 +30,23 @@ FLOORS = (
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # The command line reads the rows of the recipes: plain values, no torch.
-LIGHT = ("types", "preemption", "config.schema", "config.load", "config.validate", "algo.recipes", "commands.parser", "cli")
+LIGHT = (
+    "types",
+    "preemption",
+    "config.schema",
+    "config.load",
+    "config.validate",
+    "algo.recipes",
+    "commands.parser",
+    "cli",
+)
 FOREIGN = re.compile(r"(?<![\w./])/work/|\.\./shared|CONTRACTS\.md")
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name below megasd ("algo.context") -> file. Package __init__ files take the package's name; the root's is left out."""
+    """Dotted name below megasd ("algo.context") -> file. Package __init__ files take the package's
+    name; the root's is left out.
+    """
     found = {}
     for path in (ROOT / "megasd").rglob("*.py"):
         parts = path.relative_to(ROOT / "megasd").with_suffix("").parts
@@ -87,7 +99,10 @@ def test_no_import_cycles():
 
 
 def test_floor_0_and_the_command_line_import_without_torch():
-    code = f"import sys, {', '.join(f'megasd.{name}' for name in LIGHT)}; print(*sorted({{n.split('.')[0] for n in sys.modules}}))"
+    code = (
+        f"import sys, {', '.join(f'megasd.{name}' for name in LIGHT)}; print(*sorted({{n.split('.')[0] for n"
+        " in sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "megatron", "transformers", "sglang", "tensorboard", "aiohttp", "omegaconf"}
     assert not heavy & set(done.stdout.split())
@@ -98,7 +113,9 @@ def test_help_answers_at_once():
     taken = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "megasd.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "megasd.cli", "--help"], cwd=ROOT, capture_output=True, text=True
+        )
         taken.append(time.perf_counter() - start)
         assert done.returncode == 0 and "train" in done.stdout
     print(f"megasd --help: {min(taken):.2f} s, best of 3")
@@ -110,10 +127,22 @@ def test_nothing_refers_outside_the_repository():
     found = []
     for directory, folders, files in os.walk(ROOT):
         folders[:] = [
-            f for f in folders if not f.startswith(".") and f not in ("runs", "build", "__pycache__") and not f.endswith(".egg-info")
+            f
+            for f in folders
+            if not f.startswith(".")
+            and f not in ("runs", "build", "__pycache__")
+            and not f.endswith(".egg-info")
         ]
         for path in (Path(directory) / file for file in files):
-            if path.suffix in suffixes and path != Path(__file__).resolve() and path.stat().st_size < 1_000_000:
+            if (
+                path.suffix in suffixes
+                and path != Path(__file__).resolve()
+                and path.stat().st_size < 1_000_000
+            ):
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-                found += [f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in enumerate(lines, 1) if FOREIGN.search(line)]
+                found += [
+                    f"{path.relative_to(ROOT)}:{i}: {line.strip()}"
+                    for i, line in enumerate(lines, 1)
+                    if FOREIGN.search(line)
+                ]
     assert not found, "\n".join(found)

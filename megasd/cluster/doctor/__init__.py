@@ -1,10 +1,13 @@
-"""`megasd doctor`: what of this machine, and of a config if one is given, would stop a run. A line each, with the fix.
+"""`megasd doctor`: what of this machine, and of a config if one is given, would stop a run. A line
+each, with the fix.
 
     megasd doctor
-    megasd doctor run.yaml rollout.engine.port=30000 --json      # {"checks": [{"name", "status", "detail", "fix"}]}
+    # {"checks": [{"name", "status", "detail", "fix"}]}
+    megasd doctor run.yaml rollout.engine.port=30000 --json
 
-Statuses: ok; warn, a run works and something is lost; fail, it would not work. Exit code 0 without a fail, else 1. Takes at most 15 s.
-Nothing is changed, no value of an environment variable is shown, and no GPU is used.
+Statuses: ok; warn, a run works and something is lost; fail, it would not work. Exit code 0 without
+a fail, else 1. Takes at most 15 s. Nothing is changed, no value of an environment variable is
+shown, and no GPU is used.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from collections import Counter
 from dataclasses import asdict
 
 from megasd.algo.recipes import RECIPES
-from megasd.cluster.doctor.report import Check, Finding, Machine, fail, ok, run_checks
+from megasd.cluster.doctor.report import Check, CheckResult, Machine, fail, ok, run_checks
 from megasd.config.load import load_config
 from megasd.config.schema import Config
 from megasd.config.validate import validate
 from megasd.types import UserError
 
-# Name of a check -> module of this package and its function. Imported one by one, so that a missing package costs one line.
+# Name of a check -> module of this package and its function. Imported one by one, so that a missing
+# package costs one line.
 CHECKS = {
     "python": ("packages", "check_python"),
     "packages": ("packages", "check_packages"),
@@ -52,7 +56,7 @@ CHECKS = {
 def checks(skip: tuple[str, ...] = ()) -> dict[str, Check]:
     """The checks, to be run."""
 
-    def check(module: str, function: str, machine: Machine) -> Finding | list[Finding]:
+    def check(module: str, function: str, machine: Machine) -> CheckResult | list[CheckResult]:
         return getattr(importlib.import_module(f"megasd.cluster.doctor.{module}"), function)(machine)
 
     return {name: functools.partial(check, *where) for name, where in CHECKS.items() if name not in skip}
@@ -70,8 +74,10 @@ def run(args: argparse.Namespace, items: list[str]) -> int:
     return int(any(finding.status == "fail" for finding in findings))
 
 
-def read_config(items: list[str]) -> tuple[Config | None, list[str], list[Finding]]:
-    """(config or None, its YAML files, what is wrong with it). One that cannot run is a finding; the machine is checked all the same."""
+def read_config(items: list[str]) -> tuple[Config | None, list[str], list[CheckResult]]:
+    """(config or None, its YAML files, what is wrong with it). One that cannot run is a finding;
+    the machine is checked all the same.
+    """
     if not items:
         return None, [], []
     overrides = [item for item in items if re.match(r"[\w.]+=", item)]
@@ -80,18 +86,29 @@ def read_config(items: list[str]) -> tuple[Config | None, list[str], list[Findin
     try:
         config = load_config(files, overrides, RECIPES)
     except ModuleNotFoundError as error:
-        return None, files, [fail("config", f"cannot be read: {error}", f"pip install {error.name} (make install puts everything in)")]
+        return (
+            None,
+            files,
+            [
+                fail(
+                    "config",
+                    f"cannot be read: {error}",
+                    f"pip install {error.name} (make install puts everything in)",
+                )
+            ],
+        )
     except UserError as error:
         return None, files, [fail("config", str(error), fix)]
     try:
-        validate(config, rank=1)  # not rank 0: run.dir may hold the run that is to be resumed
+        # not rank 0: run.dir may hold the run that is to be resumed
+        validate(config, rank=1)
     except UserError as error:
         return config, files, [fail("config", str(error), fix)]
     given = f" with {len(overrides)} overrides" if overrides else ""
     return config, files, [ok("config", f"{' '.join(files)}{given}: can run")]
 
 
-def lines(findings: list[Finding]) -> list[str]:
+def lines(findings: list[CheckResult]) -> list[str]:
     """The report for a reader: a line each, a fix below it."""
     width = min(32, max(len(finding.name) for finding in findings))
     colour = {"ok": "32", "warn": "33", "fail": "31"} if sys.stdout.isatty() else {}

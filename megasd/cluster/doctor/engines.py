@@ -19,13 +19,16 @@ from packaging.utils import canonicalize_name
 
 from megasd.cluster.doctor.gpus import smi_says
 from megasd.cluster.doctor.host import SKEW_SECONDS
-from megasd.cluster.doctor.report import Finding, Machine, command, fail, ok, one_line, warn
+from megasd.cluster.doctor.report import CheckResult, Machine, command, fail, ok, one_line, warn
 from megasd.config.schema import Config
 from megasd.config.validate import needs_engine
 
-SGLANG = "0.5.23"  # the one whose HTTP interface megasd/rollout speaks
-KEY = "MEGASD_ENGINE_KEY"  # that of engine/auth.py, which this file does not import: it must answer where packages are missing
-ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"  # likewise of engine/process.py
+# the one whose HTTP interface megasd/rollout speaks
+SGLANG = "0.5.23"
+# that of engine/auth.py, which this file does not import: it must answer where packages are missing
+KEY = "MEGASD_ENGINE_KEY"
+# likewise of engine/process.py
+ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"
 ASK_SGLANG = """
 import importlib.metadata as m, importlib.util as u, json
 def version(name):
@@ -36,47 +39,83 @@ def version(name):
 asks = [text for text in m.requires("sglang") or []] if version("sglang") else []
 print(json.dumps({"sglang": version("sglang"), "torch": version("torch"), "saver": version("torch_memory_saver"), "asks": asks,
     "found": u.find_spec("sglang") is not None, "megasd": u.find_spec("megasd") is not None}))
-"""
+"""  # noqa: E501
 PROGRESS = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
 
 
-def check_sglang(machine: Machine) -> Finding:
-    """Version of SGLang in the environment that engines start from; it is not imported, which takes seconds and, without a GPU, fails."""
+def check_sglang(machine: Machine) -> CheckResult:
+    """Version of SGLang in the environment that engines start from; it is not imported, which takes
+    seconds and, without a GPU, fails.
+    """
     python = machine.environment.get(ENGINE_PYTHON) or sys.executable
     status, text = command([python, "-c", ASK_SGLANG])
     if status:
         said = one_line(text.splitlines()[-1] if text else f"exit status {status}")
-        return fail("sglang", f"{python} does not answer: {said}", f"let {ENGINE_PYTHON} name the python of SGLang's environment")
+        return fail(
+            "sglang",
+            f"{python} does not answer: {said}",
+            f"let {ENGINE_PYTHON} name the python of SGLang's environment",
+        )
     key = bool(machine.environment.get(KEY))
-    return judge_sglang(json.loads(text.splitlines()[-1]), python, bool(smi_says()[0]), machine.config, key=key)
+    return judge_sglang(
+        json.loads(text.splitlines()[-1]), python, bool(smi_says()[0]), machine.config, key=key
+    )
 
 
-def judge_sglang(says: dict[str, Any], python: str, gpu: bool, config: Config | None, *, key: bool = False) -> Finding:
-    elsewhere = config is not None and (not needs_engine(config) or bool(config.rollout.engine.urls) or config.rollout.engine.served > 0)
+def judge_sglang(
+    says: dict[str, Any], python: str, gpu: bool, config: Config | None, *, key: bool = False
+) -> CheckResult:
+    elsewhere = config is not None and (
+        not needs_engine(config) or bool(config.rollout.engine.urls) or config.rollout.engine.served > 0
+    )
     install = f"make a second environment: python -m venv engine && engine/bin/pip install 'sglang=={SGLANG}'"
     apart = f"{install}, and export {ENGINE_PYTHON}=$PWD/engine/bin/python"
     if says["sglang"] is None or not says["found"]:
         if elsewhere:
             return ok("sglang", "not installed, and this run starts no engine here")
         bad = fail if config else warn
-        return bad("sglang", f"not installed for {python}", apart if gpu else "make install (it puts the wheel in without CUDA's)")
+        return bad(
+            "sglang",
+            f"not installed for {python}",
+            apart if gpu else "make install (it puts the wheel in without CUDA's)",
+        )
     detail = f"{says['sglang']} for {python}"
     if says["sglang"] != SGLANG:
         return warn("sglang", f"{detail}; megasd speaks to {SGLANG}", f"pip install 'sglang=={SGLANG}' there")
-    wanted = next((r for r in map(Requirement, says["asks"]) if canonicalize_name(r.name) == "torch" and r.marker is None), None)
-    other = wanted is not None and says["torch"] is not None and not wanted.specifier.contains(says["torch"], prereleases=True)
+    wanted = next(
+        (
+            r
+            for r in map(Requirement, says["asks"])
+            if canonicalize_name(r.name) == "torch" and r.marker is None
+        ),
+        None,
+    )
+    other = (
+        wanted is not None
+        and says["torch"] is not None
+        and not wanted.specifier.contains(says["torch"], prereleases=True)
+    )
     if gpu and other:
         detail += f"; it asks for torch{wanted.specifier}, and torch {says['torch']} is there"
         return warn("sglang", detail, apart)
     if key and not says["megasd"]:
         fix = f"pip install --no-deps megasd there, or unset {KEY}"
-        return fail("sglang", f"{detail}; {KEY} is set, and only megasd's own start of the server reads it", fix)
+        return fail(
+            "sglang", f"{detail}; {KEY} is set, and only megasd's own start of the server reads it", fix
+        )
     if gpu and config and config.rollout.engine.release_memory and says["saver"] is None:
-        return fail("sglang", f"{detail}; rollout.engine.release_memory needs torch_memory_saver", "pip install torch_memory_saver there")
-    return ok("sglang", detail + (f" (asks for torch{wanted.specifier}, which its CPU path does without)" if other else ""))
+        return fail(
+            "sglang",
+            f"{detail}; rollout.engine.release_memory needs torch_memory_saver",
+            "pip install torch_memory_saver there",
+        )
+    return ok(
+        "sglang",
+        detail + (f" (asks for torch{wanted.specifier}, which its CPU path does without)" if other else ""),
+    )
 
 
-def check_urls(machine: Machine) -> list[Finding]:
+def check_urls(machine: Machine) -> list[CheckResult]:
     """Every server of rollout.engine.urls, and the router."""
     engine = machine.config.rollout.engine if machine.config else None
     if engine is None or not (engine.urls or engine.router):
@@ -86,39 +125,63 @@ def check_urls(machine: Machine) -> list[Finding]:
     return found + ([_check_router(engine.router, key)] if engine.router else [])
 
 
-def check_url(url: str, config: Config | None = None, key: str | None = None, seconds: float = 3.0) -> Finding:
-    """One server: its model and version, that it generates or makes progress on what it has, and its clock."""
+def check_url(
+    url: str, config: Config | None = None, key: str | None = None, seconds: float = 3.0
+) -> CheckResult:
+    """One server: its model and version, that it generates or makes progress on what it has, and
+    its clock.
+    """
     name, shown = f"engine {_safe(url)}", _safe(url)
-    start = f"start it (megasd serve, or sglang.launch_server), or correct rollout.engine.urls; from here: curl {shown}/model_info"
+    start = (
+        "start it (megasd serve, or sglang.launch_server), or correct rollout.engine.urls; from here: curl"
+        f" {shown}/model_info"
+    )
     try:
         info, date = _get(f"{url.rstrip('/')}/model_info", key, seconds)
     except OSError as error:
         return fail(name, f"does not answer: {_reason(error)}", start)
     except ValueError:
-        return fail(name, "answers /model_info with something that is no JSON", f"is it an SGLang server? {start}")
+        return fail(
+            name, "answers /model_info with something that is no JSON", f"is it an SGLang server? {start}"
+        )
     if not isinstance(info, dict) or "weight_version" not in info:
-        return fail(name, "its /model_info is not that of an SGLang server", f"give the server's URL, or serve with SGLang {SGLANG}")
+        return fail(
+            name,
+            "its /model_info is not that of an SGLang server",
+            f"give the server's URL, or serve with SGLang {SGLANG}",
+        )
     wanted = _architectures(config)
     if wanted and info.get("architectures") and info["architectures"] != wanted:
         fix = "serve model.path there, or give that server's model as model.path"
         return fail(name, f"serves {info['architectures']}, model.path is {wanted}", fix)
     if not (_generates(url, key, seconds) or _moves(url, key, seconds)):
-        return fail(name, "answers, but generates nothing (/health_generate)", "look at its log, and start it anew")
+        return fail(
+            name, "answers, but generates nothing (/health_generate)", "look at its log, and start it anew"
+        )
     detail = f"generates, weight version {info['weight_version']}"
     skew = date - time.time() if date else 0.0
     if abs(skew) > SKEW_SECONDS:
-        return warn(name, f"{detail}; its clock is {skew:+.0f} s off ours", "enable chronyd or systemd-timesyncd on both machines")
+        return warn(
+            name,
+            f"{detail}; its clock is {skew:+.0f} s off ours",
+            "enable chronyd or systemd-timesyncd on both machines",
+        )
     return ok(name, detail)
 
 
-def _check_router(url: str, key: str | None) -> Finding:
+def _check_router(url: str, key: str | None) -> CheckResult:
     name = f"router {_safe(url)}"
     try:
         _get(f"{url.rstrip('/')}/health", key, 3.0)
     except OSError as error:
-        return fail(name, f"does not answer: {_reason(error)}", "start sglang-router, or set rollout.engine.router=null")
+        return fail(
+            name,
+            f"does not answer: {_reason(error)}",
+            "start sglang-router, or set rollout.engine.router=null",
+        )
     except ValueError:
-        pass  # an empty answer: it is there
+        # an empty answer: it is there
+        pass
     return ok(name, "answers")
 
 
@@ -128,7 +191,8 @@ def _generates(url: str, key: str | None, seconds: float) -> bool:
     except OSError:
         return False
     except ValueError:
-        pass  # its answer is empty
+        # its answer is empty
+        pass
     return True
 
 
@@ -149,16 +213,21 @@ def _moves(url: str, key: str | None, seconds: float) -> bool:
 
 
 def _get(url: str, key: str | None, seconds: float) -> tuple[Any, float | None]:
-    """(JSON of the answer, its Date in seconds since 1970). OSError where there is no good answer, ValueError where it is no JSON."""
+    """(JSON of the answer, its Date in seconds since 1970). OSError where there is no good answer,
+    ValueError where it is no JSON.
+    """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     user = re.match(r"https?://([^/@]+)@", url)
     if user:
         headers = {"Authorization": f"Basic {base64.b64encode(user[1].encode()).decode()}"}
     request = urllib.request.Request(_safe(url), headers=headers)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # engines are asked directly, as a run does
+    # engines are asked directly, as a run does
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=seconds) as answer:
         date = answer.headers.get("Date")
-        return json.loads(answer.read(1 << 20)), email.utils.parsedate_to_datetime(date).timestamp() if date else None
+        return json.loads(answer.read(1 << 20)), (
+            email.utils.parsedate_to_datetime(date).timestamp() if date else None
+        )
 
 
 def _reason(error: OSError) -> str:
@@ -180,9 +249,15 @@ def _architectures(config: Config | None) -> list[str] | None:
     return json.loads(path.read_text()).get("architectures")
 
 
-def check_proxy(machine: Machine) -> Finding:
-    """A proxy that would catch requests to engines. Values of the variables are not shown: they may hold passwords."""
-    names = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if machine.environment.get(name)]
+def check_proxy(machine: Machine) -> CheckResult:
+    """A proxy that would catch requests to engines. Values of the variables are not shown: they may
+    hold passwords.
+    """
+    names = [
+        name
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+        if machine.environment.get(name)
+    ]
     if not names:
         return ok("proxy", "none set")
     spared = machine.environment.get("no_proxy") or machine.environment.get("NO_PROXY") or ""

@@ -13,17 +13,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from megasd.cluster.doctor.report import Finding, Machine, fail, gib, ok, one_line, warn
+from megasd.cluster.doctor.report import CheckResult, Machine, fail, gib, ok, one_line, warn
 from megasd.config.schema import Config
 from megasd.types import UserError
 
-RENDEZVOUS = 29500  # torchrun's port where none is given
-LEFT = re.compile(r"sglang_loads_.*\.shm$|sgl_shm_|nccl-|cuda\.shm\.|megasd-\d+-")  # what killed engines and runs leave behind
+# torchrun's port where none is given
+RENDEZVOUS = 29500
+# what killed engines and runs leave behind
+LEFTOVER = re.compile(r"sglang_loads_.*\.shm$|sgl_shm_|nccl-|cuda\.shm\.|megasd-\d+-")
 SKEW_SECONDS = 5.0
-UNSYNCHRONISED = 0x40  # STA_UNSYNC of linux/timex.h
+# STA_UNSYNC of linux/timex.h
+UNSYNCHRONISED = 0x40
 
 
-def check_cpu(machine: Machine) -> Finding:
+def check_cpu(machine: Machine) -> CheckResult:
     """Cores that this process may use, by affinity and cgroup."""
     cores = len(os.sched_getaffinity(0))
     quota = cgroup_cores(machine)
@@ -31,31 +34,50 @@ def check_cpu(machine: Machine) -> Finding:
     detail = f"{cores} of {os.cpu_count()} cores" + (f", cgroup gives {quota:g}" if quota else "")
     wanted = machine.config.run.num_processes if machine.config else 0
     if usable < max(2, wanted):
-        return warn("cpu", f"{detail}; ranks, engine and verifiers share them", "ask for more (sbatch --cpus-per-task, docker run --cpus)")
+        return warn(
+            "cpu",
+            f"{detail}; ranks, engine and verifiers share them",
+            "ask for more (sbatch --cpus-per-task, docker run --cpus)",
+        )
     load = os.getloadavg()[0]
     if load > 3 * os.cpu_count():
-        fix = "end other processes (top shows them); else raise rollout.engine.start_timeout and progress_timeout"
+        fix = (
+            "end other processes (top shows them); else raise rollout.engine.start_timeout and"
+            " progress_timeout"
+        )
         return warn("cpu", f"{detail}, load {load:.0f}: engines and gloo may run into their timeouts", fix)
     return ok("cpu", f"{detail}, load {load:.1f}")
 
 
-def check_memory(machine: Machine) -> Finding:
+def check_memory(machine: Machine) -> CheckResult:
     """Memory that is free, and the limit of the cgroup."""
-    words = [line.split() for line in (machine.proc / "meminfo").read_text().splitlines()]  # not psutil: it may be what is missing
+    # not psutil: it may be what is missing
+    words = [line.split() for line in (machine.proc / "meminfo").read_text().splitlines()]
     memory = {word[0].rstrip(":"): int(word[1]) << 10 for word in words}
     limit = cgroup_memory(machine)
     free = min(memory["MemAvailable"], limit - _cgroup_used(machine)) if limit else memory["MemAvailable"]
-    detail = f"{gib(free)} free of {gib(memory['MemTotal'])}" + (f", cgroup allows {gib(limit)}" if limit else "")
+    detail = f"{gib(free)} free of {gib(memory['MemTotal'])}" + (
+        f", cgroup allows {gib(limit)}" if limit else ""
+    )
     if free < 4 << 30:
-        return warn("memory", f"{detail}; a small engine and a rank take 4 GiB", "end other processes, or raise the limit (sbatch --mem)")
+        return warn(
+            "memory",
+            f"{detail}; a small engine and a rank take 4 GiB",
+            "end other processes, or raise the limit (sbatch --mem)",
+        )
     return ok("memory", detail)
 
 
 def cgroup_cores(machine: Machine) -> float | None:
-    """Cores by quota, None without one. cgroup v2's cpu.max or v1's cpu.cfs_quota_us, the tightest from here to the root."""
+    """Cores by quota, None without one. cgroup v2's cpu.max or v1's cpu.cfs_quota_us, the tightest
+    from here to the root.
+    """
     found = []
     for folder in _cgroups(machine, "cpu"):
-        quota = (_read(folder / "cpu.max") or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}").split()
+        quota = (
+            _read(folder / "cpu.max")
+            or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
+        ).split()
         if len(quota) == 2 and quota[0].isdecimal() and quota[1].isdecimal():
             found.append(int(quota[0]) / int(quota[1]))
     return min(found, default=None)
@@ -63,7 +85,11 @@ def cgroup_cores(machine: Machine) -> float | None:
 
 def cgroup_memory(machine: Machine) -> int | None:
     """Bytes that the cgroup allows, None without a limit."""
-    values = [_read(folder / name) for folder in _cgroups(machine, "memory") for name in ("memory.max", "memory.limit_in_bytes")]
+    values = [
+        _read(folder / name)
+        for folder in _cgroups(machine, "memory")
+        for name in ("memory.max", "memory.limit_in_bytes")
+    ]
     return min((int(value) for value in values if value.isdecimal() and int(value) < 1 << 60), default=None)
 
 
@@ -88,30 +114,48 @@ def _cgroups(machine: Machine, controller: str) -> list[Path]:
     return []
 
 
-def check_shared_memory(machine: Machine) -> list[Finding]:
+def check_shared_memory(machine: Machine) -> list[CheckResult]:
     """Size and room of /dev/shm, and what killed processes have left there."""
     if not machine.shm.is_dir():
-        return [fail("shared memory", f"{machine.shm} is missing", "mount a tmpfs there; docker run --shm-size=16g")]
+        return [
+            fail(
+                "shared memory", f"{machine.shm} is missing", "mount a tmpfs there; docker run --shm-size=16g"
+            )
+        ]
     usage = shutil.disk_usage(machine.shm)
     left = leftovers(machine)
-    return [judge_shared_memory(usage.total, usage.free, machine.config), judge_leftovers(left, usage.total, machine.shm)]
+    return [
+        judge_shared_memory(usage.total, usage.free, machine.config),
+        judge_leftovers(left, usage.total, machine.shm),
+    ]
 
 
-def judge_shared_memory(total: int, free: int, config: Config | None) -> Finding:
+def judge_shared_memory(total: int, free: int, config: Config | None) -> CheckResult:
     """Docker gives 64 MiB, in which NCCL, SGLang's processes and a push of weights do not fit."""
-    detail, fix = f"{gib(free)} free of {gib(total)}", "docker run --shm-size=16g (or --ipc=host); mount -o remount,size=16g /dev/shm"
+    detail, fix = (
+        f"{gib(free)} free of {gib(total)}",
+        "docker run --shm-size=16g (or --ipc=host); mount -o remount,size=16g /dev/shm",
+    )
     if total < 1 << 30:
         return fail("shared memory", f"{detail}; NCCL, SGLang and pushes of weights share it", fix)
     if free < 1 << 30:
-        return warn("shared memory", f"{detail}; a push of weights then goes through run.dir", f"remove what lies there, or {fix}")
+        return warn(
+            "shared memory",
+            f"{detail}; a push of weights then goes through run.dir",
+            f"remove what lies there, or {fix}",
+        )
     if config and config.sync.transport == "colocated" and free < 4 * (config.sync.bucket_mib or 512) << 20:
-        return warn("shared memory", f"{detail}; sync.transport=colocated keeps buckets there", f"lower sync.bucket_mib, or {fix}")
+        return warn(
+            "shared memory",
+            f"{detail}; sync.transport=colocated keeps buckets there",
+            f"lower sync.bucket_mib, or {fix}",
+        )
     return ok("shared memory", detail)
 
 
 def leftovers(machine: Machine) -> list[Path]:
     """Files and staging directories of engines and runs that no process holds any more."""
-    found = [path for path in machine.shm.iterdir() if LEFT.match(path.name)]
+    found = [path for path in machine.shm.iterdir() if LEFTOVER.match(path.name)]
     if not found:
         return []
     held = "\n".join(_read(maps) for maps in machine.proc.glob("[0-9]*/maps"))
@@ -124,8 +168,13 @@ def _owned(path: Path, machine: Machine) -> bool:
     return owner.isdecimal() and (machine.proc / owner).exists()
 
 
-def judge_leftovers(left: list[Path], total: int, shm: Path) -> Finding:
-    nbytes = sum(file.stat().st_size for path in left for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+def judge_leftovers(left: list[Path], total: int, shm: Path) -> CheckResult:
+    nbytes = sum(
+        file.stat().st_size
+        for path in left
+        for file in ([path] if path.is_file() else path.rglob("*"))
+        if file.is_file()
+    )
     detail = f"{len(left)} files of killed engines and runs in {shm}, {gib(nbytes)}"
     if nbytes > 0.05 * total or len(left) > 1000:
         fix = f"while no run and no engine is alive: rm -r {shm}/sglang_loads_*.shm {shm}/megasd-*"
@@ -133,27 +182,33 @@ def judge_leftovers(left: list[Path], total: int, shm: Path) -> Finding:
     return ok("shared memory leftovers", detail)
 
 
-def check_limits(machine: Machine) -> list[Finding]:
+def check_limits(machine: Machine) -> list[CheckResult]:
     """Open files, processes and locked memory that a process may have."""
     files, processes, locked = (
-        resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK)
+        resource.getrlimit(kind)[0]
+        for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK)
     )
     wanted = 4096 + 4 * (machine.config.rollout.max_concurrency if machine.config else 0)
     return [
-        judge_limit("open files", files, wanted, "ulimit -n 65536 (Slurm: LimitNOFILE of slurmd; docker run --ulimit nofile=65536)"),
+        judge_limit(
+            "open files",
+            files,
+            wanted,
+            "ulimit -n 65536 (Slurm: LimitNOFILE of slurmd; docker run --ulimit nofile=65536)",
+        ),
         judge_limit("processes", processes, 4096, "ulimit -u unlimited (docker run --ulimit nproc=-1)"),
         judge_locked(locked, (machine.sys / "class/infiniband").is_dir()),
     ]
 
 
-def judge_limit(name: str, value: int, wanted: int, fix: str) -> Finding:
+def judge_limit(name: str, value: int, wanted: int, fix: str) -> CheckResult:
     shown = "unlimited" if value == resource.RLIM_INFINITY else str(value)
     if value != resource.RLIM_INFINITY and value < wanted:
         return warn(name, f"{shown} allowed, {wanted} may be needed", fix)
     return ok(name, f"{shown} allowed")
 
 
-def judge_locked(value: int, fabric: bool) -> Finding:
+def judge_locked(value: int, fabric: bool) -> CheckResult:
     if value == resource.RLIM_INFINITY:
         return ok("locked memory", "unlimited")
     if fabric:
@@ -162,24 +217,37 @@ def judge_locked(value: int, fabric: bool) -> Finding:
     return ok("locked memory", f"{gib(value)}, enough without InfiniBand")
 
 
-def check_ports(machine: Machine) -> list[Finding]:
+def check_ports(machine: Machine) -> list[CheckResult]:
     """Loopback; torchrun's port; the ports that the config fixes."""
     try:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
     except OSError as error:
-        return [fail("ports", f"127.0.0.1 cannot be bound: {error.strerror}", "bring the loopback interface up: ip link set lo up")]
+        return [
+            fail(
+                "ports",
+                f"127.0.0.1 cannot be bound: {error.strerror}",
+                "bring the loopback interface up: ip link set lo up",
+            )
+        ]
     taken = port_error("127.0.0.1", RENDEZVOUS)
     found = [ok("ports", f"loopback can be bound, {RENDEZVOUS} is free")]
     if taken:
-        fix = f"give torchrun another port (--rdzv-endpoint HOST:PORT or MASTER_PORT); see who has it: ss -ltnp 'sport = :{RENDEZVOUS}'"
+        fix = (
+            "give torchrun another port (--rdzv-endpoint HOST:PORT or MASTER_PORT); see who has it: ss -ltnp"
+            f" 'sport = :{RENDEZVOUS}'"
+        )
         found = [warn("ports", f"{RENDEZVOUS}, torchrun's port where none is given, is taken ({taken})", fix)]
     engine = machine.config.rollout.engine if machine.config else None
     if engine and engine.port and not engine.urls:
         for port in range(engine.port, engine.port + engine.num_engines):
             taken, where = port_error(engine.host, port), f"rollout.engine.port {engine.host}:{port}"
             fix = f"give another one, or 0 for a free one; see who has it: ss -ltnp 'sport = :{port}'"
-            found.append(fail("engine port", f"{where} cannot be bound ({taken})", fix) if taken else ok("engine port", f"{where} is free"))
+            found.append(
+                fail("engine port", f"{where} cannot be bound ({taken})", fix)
+                if taken
+                else ok("engine port", f"{where} is free")
+            )
     return found
 
 
@@ -194,41 +262,58 @@ def port_error(host: str, port: int) -> str:
     return ""
 
 
-def check_host_name(machine: Machine) -> Finding:
+def check_host_name(machine: Machine) -> CheckResult:
     """gloo and torchrun look the machine's own name up."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
-        fix = "add the name to /etc/hosts, or set GLOO_SOCKET_IFNAME (lo on one machine) and NCCL_SOCKET_IFNAME"
+        fix = (
+            "add the name to /etc/hosts, or set GLOO_SOCKET_IFNAME (lo on one machine) and NCCL_SOCKET_IFNAME"
+        )
         return warn("host name", f"{name} has no address ({error})", fix)
     return ok("host name", f"{name} is {address}")
 
 
-def check_clock(machine: Machine) -> list[Finding]:
-    """Whether the wall clock runs as the monotonic one, is kept by NTP, and agrees with the file system of run.dir."""
+def check_clock(machine: Machine) -> list[CheckResult]:
+    """Whether the wall clock runs as the monotonic one, is kept by NTP, and agrees with the file
+    system of run.dir.
+    """
     begun = time.time(), time.monotonic()
     time.sleep(0.2)
     jump = (time.time() - begun[0]) - (time.monotonic() - begun[1])
-    return [judge_clock(jump, file_skew(machine.run_dir), clock_status(), time.strftime("%Y-%m-%d %H:%M:%S %Z"))]
+    return [
+        judge_clock(jump, file_skew(machine.run_dir), clock_status(), time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+    ]
 
 
-def judge_clock(jump: float, skew: float | None, status: int | None, now: str) -> Finding:
-    """jump: seconds of the wall clock over the monotonic one; skew: of the file server's clock over ours; status: the kernel's flags."""
+def judge_clock(jump: float, skew: float | None, status: int | None, now: str) -> CheckResult:
+    """jump: seconds of the wall clock over the monotonic one; skew: of the file server's clock over
+    ours; status: the kernel's flags.
+    """
     ntp = "enable chronyd or systemd-timesyncd on the host"
     if abs(jump) > 0.05:
-        return fail("clock", f"{now}; the wall clock jumped {jump:+.2f} s in 0.2 s", f"something sets it by force: {ntp}")
+        return fail(
+            "clock",
+            f"{now}; the wall clock jumped {jump:+.2f} s in 0.2 s",
+            f"something sets it by force: {ntp}",
+        )
     if skew is not None and abs(skew) > SKEW_SECONDS:
         fix = f"{ntp}, and on the file server: times of files and of this machine must agree"
         return warn("clock", f"{now}; new files in run.dir are stamped {skew:+.0f} s off", fix)
     if status is not None and status & UNSYNCHRONISED:
-        return warn("clock", f"{now}; the kernel says that nothing keeps it synchronised", f"{ntp}; else logs of machines drift apart")
+        return warn(
+            "clock",
+            f"{now}; the kernel says that nothing keeps it synchronised",
+            f"{ntp}; else logs of machines drift apart",
+        )
     return ok("clock", f"{now}; synchronised" if status is not None else now)
 
 
 def clock_status() -> int | None:
     """The status word of adjtimex, None where it may not be asked."""
-    words = (ctypes.c_long * 64)()  # struct timex: modes, offset, freq, maxerror, esterror, status
+    # struct timex: modes, offset, freq, maxerror, esterror, status
+    words = (ctypes.c_long * 64)()
     with contextlib.suppress(AttributeError, OSError):
         if ctypes.CDLL(None).adjtimex(words) >= 0 and ctypes.sizeof(ctypes.c_long) == 8:
             return int(words[5]) & 0xFFFFFFFF
@@ -236,7 +321,9 @@ def clock_status() -> int | None:
 
 
 def file_skew(folder: Path) -> float | None:
-    """Seconds that the clock of a directory's file system is ahead of ours; None where nothing can be written."""
+    """Seconds that the clock of a directory's file system is ahead of ours; None where nothing can
+    be written.
+    """
     try:
         with tempfile.TemporaryFile(dir=nearest(folder)) as file:
             file.write(b"x")
@@ -251,7 +338,7 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def check_sandbox(machine: Machine) -> Finding:
+def check_sandbox(machine: Machine) -> CheckResult:
     """A place for programs of reward.verifier=code."""
     from megasd.rewards.sandbox import find_kind
 
@@ -260,7 +347,9 @@ def check_sandbox(machine: Machine) -> Finding:
     except UserError as error:
         bad = fail if machine.config and machine.config.reward.verifier == "code" else warn
         reason = one_line(str(error).removeprefix("reward.verifier=code: "))
-        return bad("sandbox", reason, "apt-get install bubblewrap; docker run --security-opt seccomp=unconfined")
+        return bad(
+            "sandbox", reason, "apt-get install bubblewrap; docker run --security-opt seccomp=unconfined"
+        )
 
 
 def _read(path: Path) -> str:

@@ -1,4 +1,6 @@
-"""Python and packages: what is installed, what pyproject.toml pins, who asks for something else. Nothing heavy is imported here."""
+"""Python and packages: what is installed, what pyproject.toml pins, who asks for something else.
+Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import megasd
-from megasd.cluster.doctor.report import Finding, Machine, fail, ok, warn
+from megasd.cluster.doctor.report import CheckResult, Machine, fail, ok, warn
 
 # Why a pin is what it is, where the version alone does not tell.
 REASONS = {
@@ -28,38 +30,56 @@ REASONS = {
     "leptonai": "a newer one breaks the import of nemo-run",
     "transformer-engine": "the range that megatron-core 0.16.1 asks for",
 }
-OPTIONAL = ("te", "launch", "eval")  # extras that a run may use: checked where they are installed
-NAME = re.compile(r"[\w.-]+")  # at the start of a requirement
+# extras that a run may use: checked where they are installed
+OPTIONAL = ("te", "launch", "eval")
+# at the start of a requirement
+NAME = re.compile(r"[\w.-]+")
 APEX = "git+https://github.com/NVIDIA/apex.git"
 
 
-def check_python(machine: Machine) -> Finding:
+def check_python(machine: Machine) -> CheckResult:
     """Interpreter against Requires-Python."""
     version = platform.python_version()
     wanted = next(iter(_metadata("Requires-Python")), ">=3.11")
     detail = f"{version} at {sys.executable} (asked: {wanted}; tests run on 3.11)"
     if not SpecifierSet(wanted).contains(version, prereleases=True):
-        return fail("python", detail, "make the environment anew with Python 3.11: make PYTHON=python3.11 install")
+        return fail(
+            "python", detail, "make the environment anew with Python 3.11: make PYTHON=python3.11 install"
+        )
     free_threaded = sysconfig.get_config_var("Py_GIL_DISABLED")
     if free_threaded:
-        return warn("python", f"{detail}, without the GIL, which nobody has tried", "use an ordinary build of Python 3.11")
+        return warn(
+            "python",
+            f"{detail}, without the GIL, which nobody has tried",
+            "use an ordinary build of Python 3.11",
+        )
     return ok("python", detail)
 
 
 def declared(root: Path | None = None) -> tuple[dict[str, Requirement], dict[str, Requirement], bool]:
     """(required, of the OPTIONAL extras, whether the installed metadata differs): by canonical name.
 
-    A checkout's pyproject.toml comes before the metadata of the installation, which an editable install does not follow.
+    A checkout's pyproject.toml comes before the metadata of the installation, which an editable
+    install does not follow.
     """
     installed = [Requirement(text) for text in _metadata("Requires-Dist")]
     path = (root or Path(megasd.__file__).parents[1]) / "pyproject.toml"
     project = tomllib.loads(path.read_text()).get("project", {}) if path.is_file() else {}
     if project.get("name") != "megasd":
-        extras = [(extra, requirement) for requirement in installed for extra in OPTIONAL if _wanted(requirement, extra)]
+        extras = [
+            (extra, requirement)
+            for requirement in installed
+            for extra in OPTIONAL
+            if _wanted(requirement, extra)
+        ]
         return _by_name([r for r in installed if _wanted(r)]), _by_name([r for _, r in extras]), False
     required = [Requirement(text) for text in project["dependencies"]]
-    optional = [Requirement(text) for extra in OPTIONAL for text in project["optional-dependencies"].get(extra, [])]
-    stale = {_text(r) for r in installed if r.marker is None} != {_text(r) for r in required if r.marker is None}
+    optional = [
+        Requirement(text) for extra in OPTIONAL for text in project["optional-dependencies"].get(extra, [])
+    ]
+    stale = {_text(r) for r in installed if r.marker is None} != {
+        _text(r) for r in required if r.marker is None
+    }
     return _by_name([r for r in required if _wanted(r)]), _by_name(optional), stale
 
 
@@ -67,39 +87,50 @@ def declared(root: Path | None = None) -> tuple[dict[str, Requirement], dict[str
 class Installed:
     """A distribution on the path."""
 
-    name: str  # canonical
+    # canonical
+    name: str
     version: str
     summary: str
-    requires: tuple[str, ...]  # as its metadata says
+    # as its metadata says
+    requires: tuple[str, ...]
 
 
-def scan(machine: Machine) -> list[Installed]:
+def scan_packages(machine: Machine) -> list[Installed]:
     """Every distribution on the path, in the order in which Python looks."""
     found = []
     for dist in importlib.metadata.distributions(path=machine.packages or sys.path):
         data = dist.metadata
-        if data.get("Name"):  # a half-removed package has no metadata
+        # a half-removed package has no metadata
+        if data.get("Name"):
             asks = tuple(dist.requires or ())
-            found.append(Installed(canonicalize_name(data["Name"]), data["Version"], data.get("Summary") or "", asks))
+            found.append(
+                Installed(canonicalize_name(data["Name"]), data["Version"], data.get("Summary") or "", asks)
+            )
     return found
 
 
-def check_packages(machine: Machine) -> list[Finding]:
-    """Every required package against its pin, the optional ones that are installed, and what conflicts with them."""
-    dists = scan(machine)
+def check_packages(machine: Machine) -> list[CheckResult]:
+    """Every required package against its pin, the optional ones that are installed, and what
+    conflicts with them.
+    """
+    dists = scan_packages(machine)
     required, optional, stale = declared()
     have: dict[str, list[str]] = {}
     for dist in dists:
         have.setdefault(dist.name, []).append(dist.version)
     found = [_against_pin(name, requirement, have.get(name, [])) for name, requirement in required.items()]
-    found += [_against_pin(name, requirement, have[name]) for name, requirement in optional.items() if name in have]
+    found += [
+        _against_pin(name, requirement, have[name]) for name, requirement in optional.items() if name in have
+    ]
     if stale:
         fix = "pip install --no-deps --editable . in the checkout (make install does it)"
-        found.append(warn("package megasd", "its installed metadata names other requirements than pyproject.toml", fix))
+        found.append(
+            warn("package megasd", "its installed metadata names other requirements than pyproject.toml", fix)
+        )
     return found + conflicts(dists, required | optional, machine.environment)
 
 
-def _against_pin(name: str, requirement: Requirement, versions: list[str]) -> Finding:
+def _against_pin(name: str, requirement: Requirement, versions: list[str]) -> CheckResult:
     line, wanted = f"package {name}", str(requirement.specifier) or "any version"
     fix = f"pip install '{requirement.name}{requirement.specifier}'"
     reason = f" ({REASONS[name]})" if name in REASONS else ""
@@ -107,20 +138,29 @@ def _against_pin(name: str, requirement: Requirement, versions: list[str]) -> Fi
         return fail(line, f"not installed, asked: {wanted}{reason}", fix)
     if len(set(versions)) > 1:
         both = " and ".join(dict.fromkeys(versions))
-        return fail(line, f"{both} are both on the path; Python takes the first", f"pip uninstall {name} until none is left, then {fix}")
+        return fail(
+            line,
+            f"{both} are both on the path; Python takes the first",
+            f"pip uninstall {name} until none is left, then {fix}",
+        )
     if not requirement.specifier.contains(versions[0], prereleases=True):
         return fail(line, f"{versions[0]} is installed, asked: {wanted}{reason}", fix)
     return ok(line, f"{versions[0]} (asked: {wanted})")
 
 
-def conflicts(dists: list[Installed], watched: dict[str, Requirement], environment: Mapping[str, str]) -> list[Finding]:
-    """Installed packages that ask for other versions of `watched`; an apex that is not NVIDIA's; strangers on PYTHONPATH."""
+def conflicts(
+    dists: list[Installed], watched: dict[str, Requirement], environment: Mapping[str, str]
+) -> list[CheckResult]:
+    """Installed packages that ask for other versions of `watched`; an apex that is not NVIDIA's;
+    strangers on PYTHONPATH.
+    """
     have: dict[str, str] = {}
     for dist in dists:
         have.setdefault(dist.name, dist.version)
     found = [finding for dist in dists if dist.name == "apex" for finding in [judge_apex(dist)]]
     for dist in dists:
-        if dist.name in ("sglang", "megasd"):  # sglang: check_sglang
+        # sglang: check_sglang
+        if dist.name in ("sglang", "megasd"):
             continue
         for text in dist.requires:
             name = canonicalize_name(NAME.match(text)[0])
@@ -128,29 +168,49 @@ def conflicts(dists: list[Installed], watched: dict[str, Requirement], environme
                 continue
             requirement = Requirement(text)
             if _wanted(requirement) and not requirement.specifier.contains(have[name], prereleases=True):
-                detail = f"{dist.name} {dist.version} asks for {name}{requirement.specifier}, installed is {have[name]}"
-                fix = f"pip uninstall {dist.name}, or give it an environment of its own; megasd pins {watched[name]}"
+                detail = (
+                    f"{dist.name} {dist.version} asks for {name}{requirement.specifier}, installed is"
+                    f" {have[name]}"
+                )
+                fix = (
+                    f"pip uninstall {dist.name}, or give it an environment of its own; megasd pins"
+                    f" {watched[name]}"
+                )
                 found.append(warn(f"conflict {dist.name}", detail, fix))
     found += _strangers(environment)
     return found or [ok("conflicts", "no installed package asks for other versions of those above")]
 
 
-def judge_apex(dist: Installed) -> Finding:
+def judge_apex(dist: Installed) -> CheckResult:
     """PyPI's apex is a web toolkit of 2013; NVIDIA's is built from git and has version 0.1."""
     if "yramid" in dist.summary or dist.version.startswith("0.9"):
         detail = f"{dist.version} is PyPI's Pyramid toolkit, not NVIDIA's apex; Megatron would import it"
-        return fail("apex", detail, f"pip uninstall apex (Megatron does without), or build NVIDIA's: {APEX} (see Dockerfile)")
+        return fail(
+            "apex",
+            detail,
+            f"pip uninstall apex (Megatron does without), or build NVIDIA's: {APEX} (see Dockerfile)",
+        )
     if importlib.util.find_spec("amp_C") is None:
         detail = f"NVIDIA's {dist.version} without its CUDA extensions (no module amp_C)"
-        return warn("apex", detail, f"build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 from {APEX} (see Dockerfile), or uninstall it")
+        return warn(
+            "apex",
+            detail,
+            f"build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 from {APEX} (see Dockerfile), or uninstall it",
+        )
     return ok("apex", f"NVIDIA's {dist.version} with its CUDA extensions")
 
 
-def _strangers(environment: Mapping[str, str]) -> list[Finding]:
-    """Directories that PYTHONPATH puts before the environment's own packages, where they hold one of those."""
+def _strangers(environment: Mapping[str, str]) -> list[CheckResult]:
+    """Directories that PYTHONPATH puts before the environment's own packages, where they hold one
+    of those.
+    """
     found = []
     for folder in filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)):
-        hidden = [name for name in ("torch", "transformers", "megatron", "numpy", "sglang") if (Path(folder) / name).is_dir()]
+        hidden = [
+            name
+            for name in ("torch", "transformers", "megatron", "numpy", "sglang")
+            if (Path(folder) / name).is_dir()
+        ]
         if hidden:
             detail = f"PYTHONPATH has {folder}, whose {', '.join(hidden)} hides the environment's"
             found.append(warn("conflict PYTHONPATH", detail, "unset PYTHONPATH"))

@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from megasd.cluster.doctor.host import nearest
-from megasd.cluster.doctor.report import Finding, Machine, fail, gib, ok, warn
+from megasd.cluster.doctor.report import CheckResult, Machine, fail, gib, ok, warn
 from megasd.config.schema import Config
 from megasd.types import UserError
 from megasd.weights.safetensors_headers import tensor_shapes
 
-SHADOWED = ("ema", "frozen", "snapshot", "gated", "trust_region")  # algorithm.teacher.weights that a checkpoint holds a copy of
-PASSING = {"overlay": "is lost with the container", "tmpfs": "is memory, and lost with the machine", "ramfs": "is memory"}
+# algorithm.teacher.weights that a checkpoint holds a copy of
+SHADOWED = ("ema", "frozen", "snapshot", "gated", "trust_region")
+PASSING = {
+    "overlay": "is lost with the container",
+    "tmpfs": "is memory, and lost with the machine",
+    "ramfs": "is memory",
+}
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs")
-SMALL = 10 << 30  # free bytes below which a machine without a config is warned of
+# free bytes below which a machine without a config is warned of
+SMALL = 10 << 30
 
 
-def check_disk(machine: Machine) -> list[Finding]:
+def check_disk(machine: Machine) -> list[CheckResult]:
     """Free space against what the run's checkpoints take, and the file system they go to."""
     folder = nearest(machine.run_dir)
     kind = file_system((machine.proc / "mounts").read_text(), folder)
@@ -34,15 +40,22 @@ def check_disk(machine: Machine) -> list[Finding]:
 
 
 def count_parameters(config: Config, files: list[str]) -> int | None:
-    """Of model.path: from the headers of its safetensors, else from its config.json or configs/model/<name>.json; None = not known."""
+    """Of model.path: from the headers of its safetensors, else from its config.json or
+    configs/model/<name>.json; None = not known.
+    """
     path = Path(config.model.path)
     if path.is_dir():
         try:
             return sum(math.prod(shape) for shape in tensor_shapes(path).values())
         except UserError:
-            pass  # weights that are still to come
+            # weights that are still to come
+            pass
     above = [parent for file in files for parent in Path(file).absolute().parents]
-    names = [path / "config.json", *(parent / "model" / f"{path.name}.json" for parent in above), Path(f"configs/model/{path.name}.json")]
+    names = [
+        path / "config.json",
+        *(parent / "model" / f"{path.name}.json" for parent in above),
+        Path(f"configs/model/{path.name}.json"),
+    ]
     for name in names:
         if name.is_file():
             return parameters_of(json.loads(name.read_text()))
@@ -50,7 +63,9 @@ def count_parameters(config: Config, files: list[str]) -> int | None:
 
 
 def parameters_of(hf: Mapping[str, Any]) -> int:
-    """Weights of a model by its config.json: embedding, layers, output. Norms and biases, below 0.1 %, are left out."""
+    """Weights of a model by its config.json: embedding, layers, output. Norms and biases, below 0.1
+    %, are left out.
+    """
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     groups, width = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or hidden // heads
     attention = hidden * width * (2 * heads + 2 * groups)
@@ -63,27 +78,40 @@ def parameters_of(hf: Mapping[str, Any]) -> int:
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """One checkpoint: weights in actor.dtype, fp32 main weights and two moments, and the fp32 copy that the teacher keeps, if any."""
+    """One checkpoint: weights in actor.dtype, fp32 main weights and two moments, and the fp32 copy
+    that the teacher keeps, if any.
+    """
     weights = 2 if config.actor.dtype == "bfloat16" else 4
     teacher = config.algorithm.teacher
     return parameters * (weights + 12 + (4 if teacher is not None and teacher.weights in SHADOWED else 0))
 
 
-def judge_space(free: int, folder: str, writable: bool, config: Config | None, parameters: int | None) -> Finding:
+def judge_space(
+    free: int, folder: str, writable: bool, config: Config | None, parameters: int | None
+) -> CheckResult:
     """While one is written, checkpoint.keep others are still there; run.export adds the weights once."""
     detail = f"{gib(free)} free in {folder}"
     if not writable:
         return fail("disk", f"{folder} cannot be written", "give another run.dir, or permissions there")
     if config is None or parameters is None:
-        why = "" if config is None else "; how large a checkpoint is cannot be told without the model's config.json"
+        why = (
+            ""
+            if config is None
+            else "; how large a checkpoint is cannot be told without the model's config.json"
+        )
         if free < SMALL:
             return warn("disk", f"{detail}{why}", "free some: an 8B model's checkpoint takes 140 GiB")
         return ok("disk", f"{detail}{why}")
     each = checkpoint_bytes(config, parameters)
     export = parameters * (2 if config.actor.dtype == "bfloat16" else 4) if config.run.export else 0
     needed = each * (config.checkpoint.keep + 1) + export
-    size = f"{parameters / 1e9:.2f}B parameters" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M parameters"
-    detail += f", {gib(needed)} needed: {size}, {gib(each)} a checkpoint, {config.checkpoint.keep} + 1 of them, {gib(export)} export"
+    size = (
+        f"{parameters / 1e9:.2f}B parameters" if parameters >= 1e7 else f"{parameters / 1e6:.2f}M parameters"
+    )
+    detail += (
+        f", {gib(needed)} needed: {size}, {gib(each)} a checkpoint, {config.checkpoint.keep} + 1 of them,"
+        f" {gib(export)} export"
+    )
     if free < needed:
         return fail("disk", detail, "give a run.dir with more room, or lower checkpoint.keep")
     if free < 1.5 * needed:
@@ -92,7 +120,9 @@ def judge_space(free: int, folder: str, writable: bool, config: Config | None, p
 
 
 def file_system(mounts: str, folder: Path) -> str:
-    """Kind of the file system of an absolute directory, by the text of /proc/mounts; "?" where that does not say."""
+    """Kind of the file system of an absolute directory, by the text of /proc/mounts; "?" where that
+    does not say.
+    """
     found, depth = "?", -1
     path = folder.resolve()
     for line in mounts.splitlines():
@@ -100,16 +130,24 @@ def file_system(mounts: str, folder: Path) -> str:
         if len(words) < 3:
             continue
         point = Path(words[1].replace("\\040", " "))
-        if (point == path or point in path.parents) and len(point.parts) >= depth:  # of two mounts on one point the later counts
+        # of two mounts on one point the later counts
+        if (point == path or point in path.parents) and len(point.parts) >= depth:
             found, depth = words[2], len(point.parts)
     return found
 
 
-def judge_file_system(kind: str, folder: str, is_run_dir: bool) -> Finding:
+def judge_file_system(kind: str, folder: str, is_run_dir: bool) -> CheckResult:
     what = f"{folder} is on {kind}"
     if kind in PASSING and is_run_dir:
-        return warn("file system", f"{what}, which {PASSING[kind]}", "give a run.dir on a disk that stays (docker run -v /data/runs:/runs)")
+        return warn(
+            "file system",
+            f"{what}, which {PASSING[kind]}",
+            "give a run.dir on a disk that stays (docker run -v /data/runs:/runs)",
+        )
     if kind in NETWORK and is_run_dir:
-        fix = "for large models give a run.dir on a parallel file system (Lustre, GPFS, WekaFS) that all nodes see"
+        fix = (
+            "for large models give a run.dir on a parallel file system (Lustre, GPFS, WekaFS) that all"
+            " nodes see"
+        )
         return warn("file system", f"{what}: every rank writes its part of a checkpoint there at once", fix)
     return ok("file system", what)

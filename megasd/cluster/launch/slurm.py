@@ -1,15 +1,18 @@
-"""One sbatch script from a config. Pure text: the same config gives the same bytes on every machine, and no value of any variable is read.
+"""One sbatch script from a config. Pure text: the same config gives the same bytes on every
+machine, and no value of any variable is read.
 
-What the script does: one srun of torchrun over the actor nodes; where there are engine nodes, one of `megasd serve` over those, in the
-background. USR1, which Slurm sends before the time is over, is handed to the trainer's step, which saves and ends; the file
-<run.dir>/preempted says so, since torchrun's exit code is 1 whatever a rank's was. The job then queues itself again and goes on from there.
+What the script does: one srun of torchrun over the actor nodes; where there are engine nodes, one
+of `megasd serve` over those, in the background. USR1, which Slurm sends before the time is over, is
+handed to the trainer's step, which saves and ends; the file <run.dir>/preempted says so, since
+torchrun's exit code is 1 whatever a rank's was. The job then queues itself again and goes on from
+there.
 """
 
 from __future__ import annotations
 
 from shlex import quote
 
-from megasd.cluster.launch.job import RENDEZVOUS, Job
+from megasd.cluster.launch.job import RENDEZVOUS, LaunchJob
 from megasd.config.schema import ClusterConfig
 
 HEADER = """\
@@ -28,7 +31,7 @@ if [ ! -f "$config" ]; then
 fi
 # What an earlier start of this job left must not be taken for the end of this one.
 rm -f -- "$run_dir/preempted"
-"""
+"""  # noqa: E501
 
 TRAINER = """
 train() {{
@@ -108,17 +111,24 @@ exit "$code"
 """
 
 
-def render(job: Job) -> str:
+def render(job: LaunchJob) -> str:
     """The sbatch script of a job."""
     cluster = job.config.cluster
     several = job.nodes > 1
     parts = [
-        HEADER.format(about=_about(cluster), options=_options(job), run_dir=quote(job.run_dir), config=quote(job.yaml)),
+        HEADER.format(
+            about=_about(cluster), options=_options(job), run_dir=quote(job.run_dir), config=quote(job.yaml)
+        ),
         _nodes(cluster),
         TRAINER.format(setup=_setup(cluster), torchrun=_wrap(_torchrun(job), 8)),
     ]
     if cluster.engine_nodes:
-        parts += [ENGINES.format(setup=_setup(cluster)), "\n", START_ENGINES, _srun(cluster, "engines", cluster.engine_nodes, "serve")]
+        parts += [
+            ENGINES.format(setup=_setup(cluster)),
+            "\n",
+            START_ENGINES,
+            _srun(cluster, "engines", cluster.engine_nodes, "serve"),
+        ]
     else:
         parts.append("\n")
     parts.append(_srun(cluster, "trainer", cluster.actor_nodes, "train", label=several))
@@ -134,7 +144,7 @@ def _about(cluster: ClusterConfig) -> str:
     return f"{actors}; engines share their GPUs."
 
 
-def _options(job: Job) -> str:
+def _options(job: LaunchJob) -> str:
     cluster = job.config.cluster
     values = {
         "job-name": cluster.job_name,
@@ -151,7 +161,9 @@ def _options(job: Job) -> str:
         "export": ",".join(job.exported),
     }
     options = [f"--{name}={quote(str(value))}" for name, value in values.items() if value is not None]
-    return "\n".join(f"#SBATCH {option}" for option in [*options, "--exclusive", "--requeue", *cluster.sbatch])
+    return "\n".join(
+        f"#SBATCH {option}" for option in [*options, "--exclusive", "--requeue", *cluster.sbatch]
+    )
 
 
 def _nodes(cluster: ClusterConfig) -> str:
@@ -168,7 +180,7 @@ def _nodes(cluster: ClusterConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _torchrun(job: Job) -> list[str]:
+def _torchrun(job: LaunchJob) -> list[str]:
     several = job.config.cluster.actor_nodes > 1
     options = job.torchrun(nodes=several)
     if several:
@@ -184,7 +196,14 @@ def _srun(cluster: ClusterConfig, step: str, nodes: int, function: str, *, label
     """One task on each of `nodes` nodes, in the background; its process id in the variable `step`."""
     where = {"trainer": "actors", "engines": "served"}[step]
     # Without --ntasks srun takes SLURM_NTASKS, which is that of the whole job.
-    options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none"]
+    options = [
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--export=ALL",
+        "--kill-on-bad-exit=1",
+        "--cpu-bind=none",
+    ]
     if cluster.actor_nodes + cluster.engine_nodes > 1:
         options += ["--overlap", f'--nodelist="${where}"']
     if label:

@@ -1,7 +1,7 @@
 """A config on given GPUs, and the lengths that everything is reckoned with.
 
-Memory is reckoned for the worst step: every prompt and every response as long as the config allows. Time is reckoned for a mean one:
-MEAN_PROMPT and MEAN_RESPONSE of those lengths.
+Memory is reckoned for the worst step: every prompt and every response as long as the config allows.
+Time is reckoned for a mean one: MEAN_PROMPT and MEAN_RESPONSE of those lengths.
 """
 
 from __future__ import annotations
@@ -10,28 +10,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from megasd.cluster.planner.hardware import Gpu
+from megasd.cluster.planner.hardware import GpuKind
 from megasd.cluster.planner.shapes import Model
 from megasd.config.schema import Config, samples_per_step
 from megasd.config.validate import data_parallel_size, needs_engine, sequence_multiple
 
 # Assumptions: shares of rollout.max_prompt_tokens and max_response_tokens that a step's mean sample takes.
 MEAN_PROMPT, MEAN_RESPONSE = 0.5, 0.5
-SHADOWED = ("ema", "frozen", "snapshot", "gated", "trust_region")  # teachers with fp32 weights of their own (actor/teacher.py)
+# teachers with fp32 weights of their own (actor/teacher.py)
+SHADOWED = ("ema", "frozen", "snapshot", "gated", "trust_region")
 
 
 @dataclass(frozen=True)
-class Job:
-    """gpus: those that train, a rank on each. engine_gpus: engines' own; 0 = engines share the first node of the actor's."""
+class PlannedRun:
+    """gpus: those that train, a rank on each. engine_gpus: engines' own; 0 = engines share the
+    first node of the actor's.
+    """
 
     config: Config
     model: Model
-    gpu: Gpu
+    gpu: GpuKind
     gpus: int
     engine_gpus: int = 0
-    teacher: Model | None = None  # of algorithm.teacher.weights=separate
+    # of algorithm.teacher.weights=separate
+    teacher: Model | None = None
 
-    def change(self, **values: Any) -> Job:
+    def change(self, **values: Any) -> PlannedRun:
         """With other values of dotted config keys, their dots written as "__"."""
         config = self.config
         for key, value in values.items():
@@ -111,7 +115,9 @@ class Job:
 
     @property
     def context(self) -> float:
-        """What the teacher reads beside the student's prompt, in responses: demonstrations, or a row's solution, taken to be as long."""
+        """What the teacher reads beside the student's prompt, in responses: demonstrations, or a
+        row's solution, taken to be as long.
+        """
         teacher = self.config.algorithm.teacher
         if teacher is None or teacher.context in ("answer", "prompt"):
             return 0.0
@@ -121,7 +127,10 @@ class Job:
     def longest_teacher(self) -> int:
         """A sequence of the teacher at most; longer ones stay untaught (batch/build.py)."""
         rollout = self.config.rollout
-        length = self.length(rollout.max_prompt_tokens + int(self.context * rollout.max_response_tokens), rollout.max_response_tokens)
+        length = self.length(
+            rollout.max_prompt_tokens + int(self.context * rollout.max_response_tokens),
+            rollout.max_response_tokens,
+        )
         return min(length, int(self.model.hf.get("max_position_embeddings") or length))
 
     @property
@@ -148,15 +157,23 @@ class Job:
 
     @property
     def microbatches(self) -> int:
-        """Of a mean step; within a token budget as many as there are pipeline stages, if samples last (partition.by_tokens)."""
+        """Of a mean step; within a token budget as many as there are pipeline stages, if samples
+        last (partition.by_tokens).
+        """
         actor = self.config.actor
         if actor.max_tokens_per_microbatch is None:
             return -(-self.samples // actor.micro_batch_size)
         mean = self.length(int(self.mean_prompt), int(self.mean_response))
-        return max(1, -(-int(self.samples * mean) // max(actor.max_tokens_per_microbatch, mean)), min(self.pp, self.samples))
+        return max(
+            1,
+            -(-int(self.samples * mean) // max(actor.max_tokens_per_microbatch, mean)),
+            min(self.pp, self.samples),
+        )
 
     def in_flight(self, stage: int) -> float:
-        """Largest microbatches of the longest sequences that a pipeline stage holds at once, no more than the rank's share has tokens."""
+        """Largest microbatches of the longest sequences that a pipeline stage holds at once, no
+        more than the rank's share has tokens.
+        """
         count = -(-self.samples // self.rows(self.longest))
         if self.config.actor.max_tokens_per_microbatch is not None:
             count = max(count, min(self.pp, self.samples))
@@ -177,11 +194,15 @@ class Job:
 
     @property
     def teacher_passes(self) -> int:
-        """Forward passes of the teacher over a step's samples: contexts, and both of a trust region's weights."""
+        """Forward passes of the teacher over a step's samples: contexts, and both of a trust
+        region's weights.
+        """
         if not self.has_teacher:
             return 0
         teacher, pg = self.config.algorithm.teacher, self.config.algorithm.policy_gradient
-        contrasts = teacher.num_contrasts if teacher.contrast == "failures" else int(teacher.contrast != "none")
+        contrasts = (
+            teacher.num_contrasts if teacher.contrast == "failures" else int(teacher.contrast != "none")
+        )
         contexts = 1 + (contrasts if pg is not None and pg.credit is not None else 0)
         return contexts * (2 if teacher.weights == "trust_region" else 1)
 
@@ -192,8 +213,17 @@ def _set(section: Any, path: list[str], value: Any) -> Any:
     return replace(section, **{path[0]: inner})
 
 
-def headline(job: Job, hf: Mapping[str, Any]) -> str:
+def headline(job: PlannedRun, hf: Mapping[str, Any]) -> str:
     """One line about what is planned."""
-    engines = f"{job.engine_gpus} GPUs for engines" if job.engine_gpus else "engines on the same GPUs" if job.colocated else "no engines"
+    engines = (
+        f"{job.engine_gpus} GPUs for engines"
+        if job.engine_gpus
+        else "engines on the same GPUs"
+        if job.colocated
+        else "no engines"
+    )
     billions = job.model.weights / 1e9
-    return f"{hf.get('model_type')} of {billions:.2f} billion weights on {job.gpus} {job.gpu.name} that train, {engines}"
+    return (
+        f"{hf.get('model_type')} of {billions:.2f} billion weights on {job.gpus} {job.gpu.name} that train,"
+        f" {engines}"
+    )

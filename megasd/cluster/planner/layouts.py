@@ -1,4 +1,6 @@
-"""Parallel layouts of a job: which are possible, which fit, how fast; and the first key to change where the job's own does not fit."""
+"""Parallel layouts of a job: which are possible, which fit, how fast; and the first key to change
+where the job's own does not fit.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +11,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megasd.cluster.planner.job import Job
-from megasd.cluster.planner.memory import GIB, Memory, cache_holds_a_sample, engine, engine_fits, kv_tokens, memory
+from megasd.cluster.planner.job import PlannedRun
+from megasd.cluster.planner.memory import (
+    GIB,
+    MemoryEstimate,
+    cache_holds_a_sample,
+    engine,
+    engine_fits,
+    estimate_memory,
+    kv_tokens,
+)
 from megasd.cluster.planner.time import Time, step_time
 from megasd.config.schema import ConfigError, samples_per_step
 from megasd.config.validate import check_model_values, check_teacher_values, validate_values
 
 ENGINE_TP = (1, 2, 4, 8)
-BIGGER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # actor nodes that are tried for a model that does not fit
-KV_STEP = 8192  # tokens that a smaller cache is rounded to
+# actor nodes that are tried for a model that does not fit
+BIGGER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# tokens that a smaller cache is rounded to
+KV_STEP = 8192
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """A job with what it takes. `refused`: why it cannot run at all, whatever the memory."""
 
-    job: Job
-    memory: Memory | None = None
+    job: PlannedRun
+    memory: MemoryEstimate | None = None
     time: Time | None = None
     refused: str | None = None
 
@@ -34,15 +46,17 @@ class Plan:
         return self.refused is None and self.memory.fits and engine_fits(self.job)
 
 
-def plan(job: Job) -> Plan:
+def plan_layout(job: PlannedRun) -> LayoutPlan:
     why = illegal(job)
-    return Plan(job, refused=why) if why else Plan(job, memory(job), step_time(job))
+    return LayoutPlan(job, refused=why) if why else LayoutPlan(job, estimate_memory(job), step_time(job))
 
 
-def illegal(job: Job) -> str | None:
-    """Why the job cannot run on these GPUs, whatever the memory, as a key with what is wrong; None: it can. What `megasd train` refuses
-    without a look at files, then what the machines refuse."""
-    config = job.change(run__num_processes=0).config  # the GPUs are the plan's matter
+def illegal(job: PlannedRun) -> str | None:
+    """Why the job cannot run on these GPUs, whatever the memory, as a key with what is wrong; None:
+    it can. What `megasd train` refuses without a look at files, then what the machines refuse.
+    """
+    # the GPUs are the plan's matter
+    config = job.change(run__num_processes=0).config
     teacher = config.algorithm.teacher
     try:
         validate_values(config, job.gpus)
@@ -57,59 +71,89 @@ def illegal(job: Job) -> str | None:
     if actor.fp8 is not None and job.gpu.fp8 is None:
         return f"actor.fp8={actor.fp8}: {job.gpu.name} has none; set it to null"
     if actor.packing and actor.dtype == "float32" and not job.gpu.local_spec:
-        return "actor.packing: TransformerEngine's attention takes packed sequences in bfloat16 alone; set actor.dtype"
+        return (
+            "actor.packing: TransformerEngine's attention takes packed sequences in bfloat16 alone; set"
+            " actor.dtype"
+        )
     return _illegal_engines(job) if job.samples_itself else None
 
 
-def _illegal_engines(job: Job) -> str | None:
+def _illegal_engines(job: PlannedRun) -> str | None:
     engine, node = job.config.rollout.engine, job.config.cluster.gpus_per_node
-    tp, key = engine.tensor_parallel_size, f"rollout.engine.tensor_parallel_size={engine.tensor_parallel_size}"
+    tp, key = (
+        engine.tensor_parallel_size,
+        f"rollout.engine.tensor_parallel_size={engine.tensor_parallel_size}",
+    )
     if not engine_splits(job, tp):
         model = job.model
-        return f"{key}: SGLang cannot cut {model.heads} heads, {model.groups} key heads and an MLP of {model.width} so; choose a divisor"
+        return (
+            f"{key}: SGLang cannot cut {model.heads} heads, {model.groups} key heads and an MLP of"
+            f" {model.width} so; choose a divisor"
+        )
     if node % tp:
         return f"{key}: does not divide the {node} GPUs of a node; choose a divisor"
     if not job.engine_gpus:
         fills = engine.num_engines * tp <= node
         return (
-            None if fills else f"rollout.engine.num_engines={engine.num_engines}: x TP {tp}, more than the {node} GPUs of a node; lower it"
+            None
+            if fills
+            else (
+                f"rollout.engine.num_engines={engine.num_engines}: x TP {tp}, more than the {node} GPUs of a"
+                " node; lower it"
+            )
         )
     if engine.served != job.engines:
         return (
-            f"rollout.engine.served={engine.served}: {job.engine_gpus} GPUs serve {job.engines} engines of TP {tp}; set it to {job.engines}"
+            f"rollout.engine.served={engine.served}: {job.engine_gpus} GPUs serve {job.engines} engines of TP"
+            f" {tp}; set it to {job.engines}"
         )
     if engine.release_memory:
-        return "rollout.engine.release_memory: engines on nodes of their own share no GPU with the actor; set it to false"
+        return (
+            "rollout.engine.release_memory: engines on nodes of their own share no GPU with the actor; set it"
+            " to false"
+        )
     return None
 
 
-def engine_splits(job: Job, tp: int) -> bool:
-    """Whether SGLang can give each of `tp` ranks as many heads, key heads (or one of them to several), and columns of the MLP."""
+def engine_splits(job: PlannedRun, tp: int) -> bool:
+    """Whether SGLang can give each of `tp` ranks as many heads, key heads (or one of them to
+    several), and columns of the MLP.
+    """
     model = job.model
     return not (model.heads % tp or model.width % tp or (model.groups % tp and tp % model.groups))
 
 
-def search(job: Job) -> list[Plan]:
-    """Every layout of the job's GPUs that fits, fastest first; of those within 2 percent the one with fewest stages and context ranks."""
+def search(job: PlannedRun) -> list[LayoutPlan]:
+    """Every layout of the job's GPUs that fits, fastest first; of those within 2 percent the one
+    with fewest stages and context ranks.
+    """
     found = [replace(one, time=step_time(one.job)) for one in fitting(candidates(job))]
-    return sorted(found, key=lambda one: (int(math.log(one.time.seconds, 1.02)), one.job.pp * one.job.cp, one.time.seconds))
+    return sorted(
+        found,
+        key=lambda one: (int(math.log(one.time.seconds, 1.02)), one.job.pp * one.job.cp, one.time.seconds),
+    )
 
 
-def fitting(jobs: Iterable[Job]) -> Iterator[Plan]:
+def fitting(jobs: Iterable[PlannedRun]) -> Iterator[LayoutPlan]:
     """Those that fit and that nothing refuses; their time is left out."""
-    plans = (Plan(job, memory(job)) for job in jobs)
+    plans = (LayoutPlan(job, estimate_memory(job)) for job in jobs)
     return (one for one in plans if one.fits and illegal(one.job) is None)
 
 
-def candidates(job: Job, *, lean: bool = False) -> Iterator[Job]:
-    """Jobs to look at, some of which `illegal` refuses. lean: those alone that take least memory, the smallest microbatch and full
-    recomputing."""
+def candidates(job: PlannedRun, *, lean: bool = False) -> Iterator[PlannedRun]:
+    """Jobs to look at, some of which `illegal` refuses. lean: those alone that take least memory,
+    the smallest microbatch and full recomputing.
+    """
     actor, model = job.config.actor, job.model
     for tp in divisors(math.gcd(job.config.cluster.gpus_per_node, model.heads)):
         for pp in divisors(model.layers):
             for cp in (1, 2, 4, 8):
                 for ep in divisors(model.experts) if model.experts else (1,):
-                    if job.gpus % (tp * pp * cp) or job.gpus % (ep * pp) or (ep > 1 and ep > job.config.cluster.gpus_per_node):
+                    if (
+                        job.gpus % (tp * pp * cp)
+                        or job.gpus % (ep * pp)
+                        or (ep > 1 and ep > job.config.cluster.gpus_per_node)
+                    ):
                         continue
                     split = job.change(
                         actor__tensor_model_parallel_size=tp,
@@ -126,17 +170,24 @@ def candidates(job: Job, *, lean: bool = False) -> Iterator[Job]:
                                 yield from _engines(one)
 
 
-def _recomputing(job: Job, *, lean: bool) -> Iterator[Job]:
-    """None, every layer, and what the config has: selective recomputing of core attention frees next to nothing beside flash attention,
-    so it is looked at only if asked for."""
+def _recomputing(job: PlannedRun, *, lean: bool) -> Iterator[PlannedRun]:
+    """None, every layer, and what the config has: selective recomputing of core attention frees
+    next to nothing beside flash attention, so it is looked at only if asked for.
+    """
     actor = job.config.actor
     own = (actor.recompute_granularity, actor.recompute_method, actor.recompute_num_layers)
     full = ("full", "uniform", 1)
-    for granularity, method, count in (full,) if lean and not actor.cuda_graph else dict.fromkeys(((None, "uniform", 1), own, full)):
-        yield job.change(actor__recompute_granularity=granularity, actor__recompute_method=method, actor__recompute_num_layers=count)
+    for granularity, method, count in (
+        (full,) if lean and not actor.cuda_graph else dict.fromkeys(((None, "uniform", 1), own, full))
+    ):
+        yield job.change(
+            actor__recompute_granularity=granularity,
+            actor__recompute_method=method,
+            actor__recompute_num_layers=count,
+        )
 
 
-def _sizes(job: Job) -> Iterator[Job]:
+def _sizes(job: PlannedRun) -> Iterator[PlannedRun]:
     """Microbatches: of 1, 2, 4, 8 samples, or as many of the longest sequences' tokens."""
     if job.config.actor.max_tokens_per_microbatch is None:
         for size in (1, 2, 4, 8):
@@ -147,7 +198,7 @@ def _sizes(job: Job) -> Iterator[Job]:
             yield job.change(actor__max_tokens_per_microbatch=count * job.longest)
 
 
-def _engines(job: Job) -> Iterator[Job]:
+def _engines(job: PlannedRun) -> Iterator[PlannedRun]:
     """Engine sizes that fill the node, or the engines' own nodes; an engine's cache as the config has it."""
     if not job.samples_itself:
         yield job
@@ -186,26 +237,32 @@ class Fix:
         also = "".join(f", {key}={_text(value)}" for key, value in self.with_it)
         return f"{self.key}: {_text(self.old)} -> {_text(self.new)}{also}"
 
-    def apply(self, job: Job) -> Job:
-        return job.change(**{key.replace(".", "__"): value for key, value in ((self.key, self.new), *self.with_it)})
+    def apply(self, job: PlannedRun) -> PlannedRun:
+        return job.change(
+            **{key.replace(".", "__"): value for key, value in ((self.key, self.new), *self.with_it)}
+        )
 
 
 def _text(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def first_fix(own: Plan) -> Fix | None:
-    """The first single change, in the order of what it costs, that makes the job fit. Of one kind the smallest step that does."""
+def first_fix(own: LayoutPlan) -> Fix | None:
+    """The first single change, in the order of what it costs, that makes the job fit. Of one kind
+    the smallest step that does.
+    """
     for fix in fixes(own.job):
         changed = fix.apply(own.job)
-        if illegal(changed) is None and Plan(changed, memory(changed)).fits:
+        if illegal(changed) is None and LayoutPlan(changed, estimate_memory(changed)).fits:
             return fix
     return None
 
 
-def fixes(job: Job) -> Iterator[Fix]:
-    """Changes in the order in which they are tried: those that cost nothing, a smaller engine, smaller microbatches, recomputing, then
-    more ranks a model (tensor parallel, experts, pipeline, context), then more nodes."""
+def fixes(job: PlannedRun) -> Iterator[Fix]:
+    """Changes in the order in which they are tried: those that cost nothing, a smaller engine,
+    smaller microbatches, recomputing, then more ranks a model (tensor parallel, experts, pipeline,
+    context), then more nodes.
+    """
     config, actor, engine = job.config, job.config.actor, job.config.rollout.engine
     if job.colocated and not engine.release_memory:
         yield Fix("rollout.engine.release_memory", False, True)
@@ -217,9 +274,12 @@ def fixes(job: Job) -> Iterator[Fix]:
         yield from _engine_fixes(job)
     teacher, term = config.algorithm.teacher, config.algorithm.distill
     if job.has_teacher and term is not None and term.support == "teacher" and teacher.transport == "hidden":
-        yield Fix("algorithm.teacher.transport", "hidden", "record")  # the same loss, hundreds of bytes a token in place of thousands
+        # the same loss, hundreds of bytes a token in place of thousands
+        yield Fix("algorithm.teacher.transport", "hidden", "record")
     if actor.max_tokens_per_microbatch is None:
-        for size in sorted((n for n in divisors(actor.micro_batch_size) if n < actor.micro_batch_size), reverse=True):
+        for size in sorted(
+            (n for n in divisors(actor.micro_batch_size) if n < actor.micro_batch_size), reverse=True
+        ):
             yield Fix("actor.micro_batch_size", actor.micro_batch_size, size)
     else:
         tokens = actor.max_tokens_per_microbatch
@@ -229,18 +289,27 @@ def fixes(job: Job) -> Iterator[Fix]:
     if actor.loss_memory_mib > 256:
         yield Fix("actor.loss_memory_mib", actor.loss_memory_mib, 256)
     if actor.recompute_granularity != "full":
-        yield Fix("actor.recompute_granularity", actor.recompute_granularity, "full", (("actor.recompute_num_layers", 1),))
+        yield Fix(
+            "actor.recompute_granularity",
+            actor.recompute_granularity,
+            "full",
+            (("actor.recompute_num_layers", 1),),
+        )
     yield from _splits(job)
 
 
-def _engine_fixes(job: Job) -> Iterator[Fix]:
-    engine, longest = job.config.rollout.engine, job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens
+def _engine_fixes(job: PlannedRun) -> Iterator[Fix]:
+    engine, longest = (
+        job.config.rollout.engine,
+        job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens,
+    )
     if engine.mem_fraction_static is not None and not cache_holds_a_sample(job):
         for tenths in range(1, 10):
             if tenths / 10 > engine.mem_fraction_static:
                 yield Fix("rollout.engine.mem_fraction_static", engine.mem_fraction_static, tenths / 10)
     tokens = engine.max_total_tokens
-    while tokens // 2 >= 8 * longest:  # a cache of fewer sequences would starve the engine
+    # a cache of fewer sequences would starve the engine
+    while tokens // 2 >= 8 * longest:
         tokens //= 2
         yield Fix("rollout.engine.max_total_tokens", engine.max_total_tokens, tokens)
     for tp in ENGINE_TP:
@@ -252,7 +321,7 @@ def _engine_fixes(job: Job) -> Iterator[Fix]:
             yield Fix("rollout.engine.tensor_parallel_size", engine.tensor_parallel_size, tp, number + served)
 
 
-def _splits(job: Job) -> Iterator[Fix]:
+def _splits(job: PlannedRun) -> Iterator[Fix]:
     node, model = job.config.cluster.gpus_per_node, job.model
     for tp in divisors(math.gcd(node, model.heads)):
         if tp > job.tp:
@@ -268,9 +337,10 @@ def _splits(job: Job) -> Iterator[Fix]:
             yield Fix("actor.context_parallel_size", job.cp, cp)
 
 
-def refusal(own: Plan) -> str:
+def refusal(own: LayoutPlan) -> str:
     """One line: what does not fit, and the first key to change."""
-    if own.refused:  # which says what to do
+    # which says what to do
+    if own.refused:
         return own.refused
     job, lead = own.job, _lead(own)
     fix = first_fix(own)
@@ -278,58 +348,90 @@ def refusal(own: Plan) -> str:
         return f"{lead}; change {fix}"
     best = next(iter(search(job)), None) if _any_fits(job) else None
     if best is not None:
-        return f"{lead}; no single key does it, together these do: {', '.join(map(str, differences(job, best.job)))}"
+        return (
+            f"{lead}; no single key does it, together these do:"
+            f" {', '.join(map(str, differences(job, best.job)))}"
+        )
     nodes = enough_nodes(job)
     if nodes is not None:
-        return f"{lead}; no layout of {job.gpus} GPUs fits: change cluster.actor_nodes: {job.config.cluster.actor_nodes} -> {nodes}"
-    return f"{lead}; no layout fits on {BIGGER[-1]} nodes either: change cluster.gpu to one with more memory, or take shorter sequences"
+        return (
+            f"{lead}; no layout of {job.gpus} GPUs fits: change cluster.actor_nodes:"
+            f" {job.config.cluster.actor_nodes} -> {nodes}"
+        )
+    return (
+        f"{lead}; no layout fits on {BIGGER[-1]} nodes either: change cluster.gpu to one with more memory, or"
+        " take shorter sequences"
+    )
 
 
-def _lead(own: Plan) -> str:
+def _lead(own: LayoutPlan) -> str:
     job, found = own.job, own.memory
     if found.fits and not cache_holds_a_sample(job):
         longest = job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens
-        return f"does not fit: an engine's cache holds {kv_tokens(job)} tokens, and a sample takes up to {longest}"
+        return (
+            f"does not fit: an engine's cache holds {kv_tokens(job)} tokens, and a sample takes up to"
+            f" {longest}"
+        )
     if found.fits:
         size = job.config.rollout.engine.tensor_parallel_size
-        return f"does not fit: an engine on {size} GPUs of its own needs {_gib(sum(engine(job).values()))} of {_gib(found.limit)}"
+        return (
+            f"does not fit: an engine on {size} GPUs of its own needs {_gib(sum(engine(job).values()))} of"
+            f" {_gib(found.limit)}"
+        )
     causes = sorted(found.phases[found.worst].items(), key=lambda item: -item[1])[:2]
     most = " and ".join(f"{name} {_gib(value)}" for name, value in causes)
-    return f"does not fit: {found.worst} needs {_gib(found.peak)} of {_gib(found.limit)} on pipeline stage {found.stage} ({most})"
+    return (
+        f"does not fit: {found.worst} needs {_gib(found.peak)} of {_gib(found.limit)} on pipeline stage"
+        f" {found.stage} ({most})"
+    )
 
 
 def _gib(value: float) -> str:
     return f"{value / GIB:.1f} GiB"
 
 
-def differences(job: Job, other: Job) -> list[Fix]:
+def differences(job: PlannedRun, other: PlannedRun) -> list[Fix]:
     """Keys in which a found layout differs, the layout's first."""
     keys = (
-        "actor.tensor_model_parallel_size", "actor.sequence_parallel", "actor.pipeline_model_parallel_size", "actor.context_parallel_size",
-        "actor.expert_model_parallel_size", "actor.recompute_granularity", "actor.recompute_method", "actor.recompute_num_layers",
-        "actor.micro_batch_size", "actor.max_tokens_per_microbatch", "actor.use_distributed_optimizer", "actor.tp_comm_overlap",
-        "rollout.engine.tensor_parallel_size", "rollout.engine.num_engines", "rollout.engine.served", "rollout.engine.release_memory",
-    )  # fmt: skip
+        "actor.tensor_model_parallel_size",
+        "actor.sequence_parallel",
+        "actor.pipeline_model_parallel_size",
+        "actor.context_parallel_size",
+        "actor.expert_model_parallel_size",
+        "actor.recompute_granularity",
+        "actor.recompute_method",
+        "actor.recompute_num_layers",
+        "actor.micro_batch_size",
+        "actor.max_tokens_per_microbatch",
+        "actor.use_distributed_optimizer",
+        "actor.tp_comm_overlap",
+        "rollout.engine.tensor_parallel_size",
+        "rollout.engine.num_engines",
+        "rollout.engine.served",
+        "rollout.engine.release_memory",
+    )
     pairs = [(key, _value(job, key), _value(other, key)) for key in keys]
     return [Fix(key, old, new) for key, old, new in pairs if old != new]
 
 
-def _value(job: Job, key: str) -> Any:
+def _value(job: PlannedRun, key: str) -> Any:
     found: Any = job.config
     for name in key.split("."):
         found = getattr(found, name)
     return found
 
 
-def enough_nodes(job: Job) -> int | None:
+def enough_nodes(job: PlannedRun) -> int | None:
     """The fewest of BIGGER actor nodes on which some layout fits."""
     for nodes in BIGGER:
         if nodes * job.config.cluster.gpus_per_node > job.gpus:
-            more = replace(job.change(cluster__actor_nodes=nodes), gpus=nodes * job.config.cluster.gpus_per_node)
+            more = replace(
+                job.change(cluster__actor_nodes=nodes), gpus=nodes * job.config.cluster.gpus_per_node
+            )
             if _any_fits(more):
                 return nodes
     return None
 
 
-def _any_fits(job: Job) -> bool:
+def _any_fits(job: PlannedRun) -> bool:
     return next(fitting(candidates(job, lean=True)), None) is not None

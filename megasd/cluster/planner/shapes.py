@@ -1,5 +1,5 @@
-"""Weights of a rank, counted from config.json through the table of names (models/param_table.py): the same shapes that
-Megatron is given.
+"""Weights of a rank, counted from config.json through the table of names (models/param_table.py):
+the same shapes that Megatron is given.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megasd.config.schema import ActorConfig
-from megasd.models import registry as families
-from megasd.models import tp_layouts as mapping
+from megasd.models import registry, tp_layouts
 from megasd.models.flops import head_dim
-from megasd.models.param_table import Rule, Table
+from megasd.models.param_table import ParamRule, ParamTable
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,13 @@ class Model:
     """A model's sizes. h hidden, f width of the MLP (of one expert), d head size."""
 
     hf: Mapping[str, Any]
-    table: Table = field(compare=False, repr=False)
+    table: ParamTable = field(compare=False, repr=False)
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(hf: Mapping[str, Any]) -> Model:
         """UserError for a config.json that megasd does not train."""
-        return Model(hf, families.table(hf))
+        return Model(hf, registry.param_table(hf))
 
     @property
     def hidden(self) -> int:
@@ -84,7 +83,9 @@ class Model:
         """Of the whole model as its checkpoint has it: no padding, tied weights once."""
         if "weights" not in self._cache:
             layer = self._count(range(self.experts), 1, 1)
-            ends = sum(self._size(self.table.rule(name), 1, None) for name in self._end_names(tied_twice=False))
+            ends = sum(
+                self._size(self.table.rule(name), 1, None) for name in self._end_names(tied_twice=False)
+            )
             self._cache["weights"] = layer.times(self.layers).total + ends
         return self._cache["weights"]
 
@@ -105,9 +106,11 @@ class Model:
         key = ("rank", actor.tensor_model_parallel_size, actor.expert_model_parallel_size, pp, first, last)
         if key not in self._cache:
             embedding, norm, head = (
-                self._size(self.table.rule(name), actor.tensor_model_parallel_size, actor) for name in self._end_names()
+                self._size(self.table.rule(name), actor.tensor_model_parallel_size, actor)
+                for name in self._end_names()
             )
-            # A tied model's output layer is the embedding, of which a last stage that is not the first holds a copy.
+            # A tied model's output layer is the embedding, of which a last stage that is not the
+            # first holds a copy.
             ends = embedding * first + norm * last + head * (last and not (self.table.tied and first))
             self._cache[key] = self.layer(actor).times(self.layers // pp) + Count(ends)
         return self._cache[key]
@@ -122,11 +125,14 @@ class Model:
     def vocabulary(self, actor: ActorConfig) -> int:
         """Rows of the embedding and of the output layer on a rank, padding included."""
         tp = actor.tensor_model_parallel_size
-        return mapping.padded_vocab_size(int(self.hf["vocab_size"]), actor.make_vocab_size_divisible_by, tp) // tp
+        return (
+            tp_layouts.padded_vocab_size(int(self.hf["vocab_size"]), actor.make_vocab_size_divisible_by, tp)
+            // tp
+        )
 
     def buckets(self, limit: int, word: int, stages: int) -> list[list[int]]:
-        """Bytes of each bucket of a push by the pipeline stage that they lie on, as weights/gather_plan.py groups tensors: a parameter of
-        more than `limit` bytes is alone.
+        """Bytes of each bucket of a push by the pipeline stage that they lie on, as
+        weights/gather_plan.py groups tensors: a parameter of more than `limit` bytes is alone.
         """
         key = ("buckets", limit, word, stages)
         if key not in self._cache:
@@ -145,7 +151,9 @@ class Model:
         return 0 if name.startswith("embedding.") else stages - 1
 
     def _sent_names(self) -> list[str]:
-        return [name for name in self.table.names() if not (self.table.tied and name == "output_layer.weight")]
+        return [
+            name for name in self.table.names() if not (self.table.tied and name == "output_layer.weight")
+        ]
 
     def _end_names(self, *, tied_twice: bool = True) -> list[str]:
         names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"]
@@ -161,9 +169,9 @@ class Model:
                 dense += self._size(rule, tp, None)
         return Count(dense, expert)
 
-    def _size(self, rule: Rule, tp: int, actor: ActorConfig | None) -> int:
+    def _size(self, rule: ParamRule, tp: int, actor: ActorConfig | None) -> int:
         shapes = tuple(rule.parts.values())
-        if rule.layout is mapping.vocab:
+        if rule.layout is tp_layouts.vocab:
             rows = shapes[0][0] if actor is None else self.vocabulary(actor)
             return rows * shapes[0][1]
         return math.prod(rule.layout(shapes, 0, tp).shape)

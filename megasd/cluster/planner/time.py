@@ -1,25 +1,30 @@
-"""Seconds of a step by phase, from a roofline: operations over peaks, bytes over bandwidths, each times one stated efficiency.
+"""Seconds of a step by phase, from a roofline: operations over peaks, bytes over bandwidths, each
+times one stated efficiency.
 
-A phase's parts name what they wait for: compute, HBM, NVLink, IB (the network between nodes), disk, CPU (fixed costs), bubble (an idle
-pipeline stage). Within a phase parts that cannot overlap are added; the largest names the phase's cause.
+A phase's parts name what they wait for: compute, HBM, NVLink, IB (the network between nodes), disk,
+CPU (fixed costs), bubble (an idle pipeline stage). Within a phase parts that cannot overlap are
+added; the largest names the phase's cause.
 
     sampling   prefill: one prompt a question (its samples share the cache) / compute
                decode: steps x max(weights + cache of the requests in flight / HBM, their operations / compute) + LAUNCH a step and
                2 all-reduces a layer under TP. Steps: the longest response, or what the cache and rollout.max_concurrency make of all tokens
     teacher    forwards of its contexts
-    student    forward and backward (3 forwards), what is computed anew, the loss's products (student, teacher, two gradients), other
+    student    forward and backward (3 forwards), what is computed anew, the loss's products
+               (student, teacher, two gradients), other
                forwards that the algorithm asks for; then TP (2 all-reduces a layer forward, as many backward; one of n bytes over t ranks
                moves 2 n (t - 1) / t), CP (the others' keys and values a layer, twice backward, under attention), EP (two all-to-alls a
                layer each way), PP (the residual stream to the next stage, its gradient back), bubble (pp - 1) / microbatches of all that
                (2104.04473, section 2.2). FP8's rate is that of the linear layers that are in it: not of attention scores, the output
                layer and the layers left in bf16, of which the busiest stage has most
-    gradients  reduce-scatter in fp32 over DP x CP, gather of the parameters; where the overlap flags are on, EXPOSED of each
+    gradients  reduce-scatter in fp32 over DP x CP, gather of the parameters; where the overlap
+               flags are on, EXPOSED of each
     optimizer  Adam's bytes (30 a weight in bf16) over HBM, the teacher's average
     push       push.py
 
-Phases add up; with engines of their own and rollout.overlap=1, sampling runs beside the rest and the longer of the two counts. Left out:
-verification, batch building, evaluation, checkpoints. NOTHING HERE WAS MEASURED ON A GPU: good for comparing layouts, not for promises.
-"""
+Phases add up; with engines of their own and rollout.overlap=1, sampling runs beside the rest and
+the longer of the two counts. Left out: verification, batch building, evaluation, checkpoints.
+NOTHING HERE WAS MEASURED ON A GPU: good for comparing layouts, not for promises.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -28,26 +33,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from megasd.cluster.planner import push
-from megasd.cluster.planner.job import Job
+from megasd.cluster.planner.job import PlannedRun
 from megasd.cluster.planner.memory import engine_weights, kv_token_bytes, kv_tokens
 from megasd.config.schema import samples_per_step
 from megasd.models.flops import layers_flops, linear_weights, output_flops, recompute_flops, scores_flops
 
 # Assumptions, each stated once.
-COMPUTE = 0.6  # of the dense bf16 peak in training's and prefill's matrix products, attention among them
-COMPUTE_FP8 = 0.45  # of the fp8 peak, scaling and casts included
-BANDWIDTH = push.EFFICIENCY  # of HBM, NVLink and IB
-LAUNCH = 0.002  # seconds of a decode step beside its bytes: CUDA graph launch, sampling, scheduler
-LATENCY = 15e-6  # seconds of a small all-reduce within a node
-EXPOSED = 0.25  # of a collective that overlaps with computing
-PADDING = 1.2  # tokens computed over true ones in padded microbatches of sorted lengths; packed: 1
-SLEEP = 1.0  # seconds that a colocated engine takes to release its memory and to have it back
+# of the dense bf16 peak in training's and prefill's matrix products, attention among them
+COMPUTE = 0.6
+# of the fp8 peak, scaling and casts included
+COMPUTE_FP8 = 0.45
+# of HBM, NVLink and IB
+BANDWIDTH = push.EFFICIENCY
+# seconds of a decode step beside its bytes: CUDA graph launch, sampling, scheduler
+LAUNCH = 0.002
+# seconds of a small all-reduce within a node
+LATENCY = 15e-6
+# of a collective that overlaps with computing
+EXPOSED = 0.25
+# tokens computed over true ones in padded microbatches of sorted lengths; packed: 1
+PADDING = 1.2
+# seconds that a colocated engine takes to release its memory and to have it back
+SLEEP = 1.0
 
 
 @dataclass(frozen=True)
 class Phase:
     name: str
-    parts: dict[str, float]  # what is waited for -> seconds
+    # what is waited for -> seconds
+    parts: dict[str, float]
 
     @property
     def seconds(self) -> float:
@@ -64,7 +78,8 @@ class Time:
 
     phases: list[Phase]
     seconds: float
-    # as throughput.py logs them: over the whole step, a GPU being a rank of the actor; over the seconds of teacher and student
+    # as throughput.py logs them: over the whole step, a GPU being a rank of the actor; over the
+    # seconds of teacher and student
     tokens_per_gpu: float
     mfu: float
 
@@ -73,8 +88,12 @@ class Time:
         return max(self.phases, key=lambda phase: phase.seconds)
 
 
-def step_time(job: Job) -> Time:
-    phases = [*([sampling(job)] if job.samples_itself else []), *([teaching(job)] if job.has_teacher else []), student(job)]
+def step_time(job: PlannedRun) -> Time:
+    phases = [
+        *([sampling(job)] if job.samples_itself else []),
+        *([teacher_phase(job)] if job.has_teacher else []),
+        student(job),
+    ]
     phases += [gradients(job), optimizer(job)]
     if job.samples_itself:
         seconds, link = push.seconds(job)
@@ -84,8 +103,13 @@ def step_time(job: Job) -> Time:
     if job.engine_gpus and job.config.rollout.overlap:
         sampled = phases[0].seconds
         seconds = max(sampled, seconds - sampled)
-    training = sum(phase.seconds for phase in phases if phase.name in ("teacher", "student", "gradients", "optimizer"))
-    samples, peak = samples_per_step(job.config), job.gpu.fp8 if job.config.actor.fp8 and job.gpu.fp8 else job.gpu.bf16
+    training = sum(
+        phase.seconds for phase in phases if phase.name in ("teacher", "student", "gradients", "optimizer")
+    )
+    samples, peak = (
+        samples_per_step(job.config),
+        job.gpu.fp8 if job.config.actor.fp8 and job.gpu.fp8 else job.gpu.bf16,
+    )
     return Time(
         phases,
         seconds,
@@ -94,69 +118,98 @@ def step_time(job: Job) -> Time:
     )
 
 
-def _model_flops(job: Job) -> float:
+def _model_flops(job: PlannedRun) -> float:
     """Of a sample, as throughput.py counts them: three forwards an update, one a pass of the teacher."""
     response, hf = int(job.mean_response), job.model.hf
     student = 3 * job.config.algorithm.epochs * (layers_flops(hf, _mean(job)) + output_flops(hf, response))
     teacher = job.teacher_model.hf
-    return student + job.teacher_passes * (layers_flops(teacher, _mean_teacher(job)) + output_flops(teacher, response))
+    return student + job.teacher_passes * (
+        layers_flops(teacher, _mean_teacher(job)) + output_flops(teacher, response)
+    )
 
 
-def _mean_teacher(job: Job) -> int:
+def _mean_teacher(job: PlannedRun) -> int:
     length = int(job.mean_prompt + job.context * job.mean_response + job.mean_response)
     return min(length, int(job.teacher_model.hf.get("max_position_embeddings") or length))
 
 
-def _mean(job: Job) -> int:
+def _mean(job: PlannedRun) -> int:
     return int(job.mean_prompt + job.mean_response)
 
 
-def _rate(job: Job) -> float:
+def _rate(job: PlannedRun) -> float:
     """FLOP/s of a training GPU in bf16."""
     return job.gpu.bf16 * COMPUTE
 
 
-def _linear_rate(job: Job, layers: int) -> float:
-    """FLOP/s of the linear layers on the stage of a model of `layers` layers that has most of them in bf16."""
+def _linear_rate(job: PlannedRun, layers: int) -> float:
+    """FLOP/s of the linear layers on the stage of a model of `layers` layers that has most of them
+    in bf16.
+    """
     actor = job.config.actor
     if actor.fp8 is None or job.gpu.fp8 is None:
         return _rate(job)
-    ends = (actor.num_layers_at_start_in_bf16, actor.num_layers_at_end_in_bf16) if actor.first_last_layers_bf16 else (0, 0)
+    ends = (
+        (actor.num_layers_at_start_in_bf16, actor.num_layers_at_end_in_bf16)
+        if actor.first_last_layers_bf16
+        else (0, 0)
+    )
     wide = min(1.0, (max(ends) if job.pp > 1 else sum(ends)) * job.pp / layers)
     return 1 / (wide / _rate(job) + (1 - wide) / (job.gpu.fp8 * COMPUTE_FP8))
 
 
-def _forward(job: Job, hf: Mapping[str, Any], length: int) -> float:
+def _forward(job: PlannedRun, hf: Mapping[str, Any], length: int) -> float:
     """Seconds that one GPU would take for all layers of one sequence."""
     scores = scores_flops(hf, length)
-    return (layers_flops(hf, length) - scores) / _linear_rate(job, int(hf["num_hidden_layers"])) + scores / _rate(job)
+    return (layers_flops(hf, length) - scores) / _linear_rate(
+        job, int(hf["num_hidden_layers"])
+    ) + scores / _rate(job)
 
 
-def _anew(job: Job, length: int) -> float:
+def _anew(job: PlannedRun, length: int) -> float:
     """The same of what the backward computes anew."""
     actor, hf = job.config.actor, job.model.hf
-    scores = scores_flops(hf, length) if actor.recompute_granularity == "selective" and "core_attn" in actor.recompute_modules else 0.0
+    scores = (
+        scores_flops(hf, length)
+        if actor.recompute_granularity == "selective" and "core_attn" in actor.recompute_modules
+        else 0.0
+    )
     if actor.recompute_granularity == "full":
         return recompute_flops(hf, length, actor) / layers_flops(hf, length) * _forward(job, hf, length)
-    return (recompute_flops(hf, length, actor) - scores) / _linear_rate(job, job.model.layers) + scores / _rate(job)
+    return (recompute_flops(hf, length, actor) - scores) / _linear_rate(
+        job, job.model.layers
+    ) + scores / _rate(job)
 
 
 # ---- sampling ----
 
 
-def sampling(job: Job) -> Phase:
+def sampling(job: PlannedRun) -> Phase:
     rollout, gpu, tp = job.config.rollout, job.gpu, job.config.rollout.engine.tensor_parallel_size
     engines, hf = max(1, job.engines), job.model.hf
-    samples = samples_per_step(job.config) / engines  # of one engine
+    # of one engine
+    samples = samples_per_step(job.config) / engines
     prompts = rollout.num_prompts / engines
-    room = min(rollout.max_concurrency / engines, kv_tokens(job) / (job.mean_prompt + job.mean_response), samples)
+    room = min(
+        rollout.max_concurrency / engines, kv_tokens(job) / (job.mean_prompt + job.mean_response), samples
+    )
     steps = max(float(rollout.max_response_tokens), samples * job.mean_response / max(room, 1e-9))
-    running = samples * job.mean_response / steps  # requests in a step, on average
+    # requests in a step, on average
+    running = samples * job.mean_response / steps
     cache = running * (job.mean_prompt + job.mean_response / 2) * kv_token_bytes(job)
     moved = (engine_weights(job) * _touched(job, running) + cache) / (gpu.hbm * BANDWIDTH)
-    computed = running * 2 * (linear_weights(hf) * job.model.layers + job.model.hidden * int(hf["vocab_size"])) / tp / (gpu.bf16 * COMPUTE)
+    computed = (
+        running
+        * 2
+        * (linear_weights(hf) * job.model.layers + job.model.hidden * int(hf["vocab_size"]))
+        / tp
+        / (gpu.bf16 * COMPUTE)
+    )
     prefill = prompts * layers_flops(hf, max(1, int(job.mean_prompt))) / tp / (gpu.bf16 * COMPUTE)
-    parts = {"compute": prefill + (steps * computed if computed > moved else 0.0), "HBM": steps * moved if moved >= computed else 0.0}
+    parts = {
+        "compute": prefill + (steps * computed if computed > moved else 0.0),
+        "HBM": steps * moved if moved >= computed else 0.0,
+    }
     parts["CPU"] = steps * LAUNCH
     if tp > 1:
         volume = 2 * (tp - 1) / tp * running * job.model.hidden * job.word / (gpu.nvlink * BANDWIDTH)
@@ -164,8 +217,10 @@ def sampling(job: Job) -> Phase:
     return Phase("sampling", parts)
 
 
-def _touched(job: Job, running: float) -> float:
-    """Share of the weights that a decode step reads: of a mixture of experts, those that some request visits."""
+def _touched(job: PlannedRun, running: float) -> float:
+    """Share of the weights that a decode step reads: of a mixture of experts, those that some
+    request visits.
+    """
     if not job.model.experts:
         return 1.0
     idle = (1 - int(job.model.hf["num_experts_per_tok"]) / job.model.experts) ** max(1.0, running)
@@ -176,7 +231,7 @@ def _touched(job: Job, running: float) -> float:
 # ---- training ----
 
 
-def teaching(job: Job) -> Phase:
+def teacher_phase(job: PlannedRun) -> Phase:
     passes, model = job.teacher_passes, job.teacher_model
     length = _mean_teacher(job)
     samples = job.samples * job.config.algorithm.minibatches
@@ -187,12 +242,14 @@ def teaching(job: Job) -> Phase:
     return Phase("teacher", {name: seconds * passes for name, seconds in parts.items()})
 
 
-def student(job: Job) -> Phase:
+def student(job: PlannedRun) -> Phase:
     actor, algorithm, hf = job.config.actor, job.config.algorithm, job.model.hf
     samples, mean = job.samples * algorithm.minibatches, _mean(job)
-    extra = float(algorithm.minibatches * algorithm.epochs > 1)  # pi_old
+    # pi_old
+    extra = float(algorithm.minibatches * algorithm.epochs > 1)
     extra += algorithm.distill is not None and algorithm.distill.token_weight == "scan"
-    anew = 0.0  # of a forward's collectives
+    # of a forward's collectives
+    anew = 0.0
     if actor.recompute_granularity == "full":
         anew = recompute_flops(hf, mean, actor) / layers_flops(hf, mean)
     elif actor.recompute_granularity == "selective" and {"mlp", "moe"} & set(actor.recompute_modules):
@@ -200,27 +257,41 @@ def student(job: Job) -> Phase:
     passes, share = algorithm.epochs, samples * _padding(job) / (job.tp * job.cp * job.pp)
     forward, again = share * _forward(job, hf, mean), share * _anew(job, mean)
     head = samples * output_flops(hf, int(job.mean_response)) / (job.tp * job.cp) / _rate(job)
-    products = 3 + (job.has_teacher and algorithm.distill is not None and algorithm.teacher.transport == "hidden")
+    products = 3 + (
+        job.has_teacher and algorithm.distill is not None and algorithm.teacher.transport == "hidden"
+    )
     compute = passes * (forward * 3 + again + head * products) + extra * (forward + head)
-    return Phase("student", _with_links(job, compute, samples * mean, forwards=passes + extra, backwards=float(passes), anew=passes * anew))
+    return Phase(
+        "student",
+        _with_links(
+            job, compute, samples * mean, forwards=passes + extra, backwards=float(passes), anew=passes * anew
+        ),
+    )
 
 
-def _padding(job: Job) -> float:
+def _padding(job: PlannedRun) -> float:
     return 1.0 if job.config.actor.packing else PADDING
 
 
-def _with_links(job: Job, compute: float, tokens: float, *, forwards: float, backwards: float, anew: float = 0.0) -> dict[str, float]:
-    """Seconds of the busiest stage's rank: its `compute`, and what passes over `tokens` true tokens of a data-parallel rank send; anew: of
-    the forwards, those that recomputing adds, which send nothing to other stages."""
+def _with_links(
+    job: PlannedRun, compute: float, tokens: float, *, forwards: float, backwards: float, anew: float = 0.0
+) -> dict[str, float]:
+    """Seconds of the busiest stage's rank: its `compute`, and what passes over `tokens` true tokens
+    of a data-parallel rank send; anew: of the forwards, those that recomputing adds, which send
+    nothing to other stages.
+    """
     gpu, model = job.gpu, job.model
     parts = {"compute": compute, "NVLink": 0.0, "IB": 0.0}
     layers, local = model.layers / job.pp, tokens * _padding(job) / job.cp
     hidden = local * model.hidden * job.word
     between, forwards = forwards + backwards, forwards + anew
     if job.tp > 1:
-        again = 0.5 * backwards if job.config.actor.sequence_parallel else 0.0  # inputs of linear layers are gathered once more
+        # inputs of linear layers are gathered once more
+        again = 0.5 * backwards if job.config.actor.sequence_parallel else 0.0
         volume = 2 * (job.tp - 1) / job.tp * hidden * layers * 2 * (forwards + backwards + again)
-        parts["NVLink"] += volume / (gpu.nvlink * BANDWIDTH) * (EXPOSED if job.config.actor.tp_comm_overlap else 1.0)
+        parts["NVLink"] += (
+            volume / (gpu.nvlink * BANDWIDTH) * (EXPOSED if job.config.actor.tp_comm_overlap else 1.0)
+        )
     node = job.config.cluster.gpus_per_node
     if job.cp > 1:
         keys = 2 * local * (job.cp - 1) * max(1.0, model.groups / job.tp) * model.head_dim * job.word
@@ -239,7 +310,7 @@ def _with_links(job: Job, compute: float, tokens: float, *, forwards: float, bac
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 
-def gradients(job: Job) -> Phase:
+def gradients(job: PlannedRun) -> Phase:
     """Reduction and parameter gather of the largest stage."""
     actor, ranks = job.config.actor, job.dp * job.cp
     if ranks == 1:
@@ -248,22 +319,31 @@ def gradients(job: Job) -> Phase:
     within = job.tp * ranks <= job.config.cluster.gpus_per_node
     rate = (job.gpu.nvlink if within else job.gpu.network) * BANDWIDTH
     share = (ranks - 1) / ranks * weights / rate
-    reduce = 4 * share * (1 if actor.use_distributed_optimizer else 2) * (EXPOSED if actor.overlap_grad_reduce else 1.0)
-    gather = job.word * share * (EXPOSED if actor.overlap_param_gather else 1.0) * actor.use_distributed_optimizer
+    reduce = (
+        4
+        * share
+        * (1 if actor.use_distributed_optimizer else 2)
+        * (EXPOSED if actor.overlap_grad_reduce else 1.0)
+    )
+    gather = (
+        job.word * share * (EXPOSED if actor.overlap_param_gather else 1.0) * actor.use_distributed_optimizer
+    )
     return Phase("gradients", {"NVLink" if within else "IB": (reduce + gather) * _updates(job)})
 
 
-def optimizer(job: Job) -> Phase:
+def optimizer(job: PlannedRun) -> Phase:
     actor = job.config.actor
     count = max((job.model.rank(actor, stage) for stage in {0, job.pp - 1}), key=lambda one: one.total)
     shared, experts = (job.dp * job.cp, job.expert_dp) if actor.use_distributed_optimizer else (1, 1)
-    # Read gradient, main copy, moments (16); write main copy, moments (12) and the model's parameter (2). fp32: 16 and 12.
+    # Read gradient, main copy, moments (16); write main copy, moments (12) and the model's
+    # parameter (2). fp32: 16 and 12.
     moved = (30 if job.word == 2 else 28) * (count.dense / shared + count.expert / experts) * _updates(job)
     teacher = job.config.algorithm.teacher
     if teacher is not None and teacher.weights == "ema":
-        moved += (job.word + 8 + 8) * count.total  # widened, then mixed in
+        # widened, then mixed in
+        moved += (job.word + 8 + 8) * count.total
     return Phase("optimizer", {"HBM": moved / (job.gpu.hbm * BANDWIDTH)})
 
 
-def _updates(job: Job) -> int:
+def _updates(job: PlannedRun) -> int:
     return job.config.algorithm.minibatches * job.config.algorithm.epochs

@@ -1,12 +1,15 @@
-"""Sweeps over task coverage: the same run on 1, 8, 64 ... questions (Kim et al., arXiv 2603.24472: |D| in {1, 8, 64, 128, 512}).
+"""Sweeps over task coverage: the same run on 1, 8, 64 ... questions (Kim et al., arXiv 2603.24472:
+|D| in {1, 8, 64, 128, 512}).
 
-The subsets are nested: the questions of a size are the first of one order, drawn from the seed. They are written as rows of the common
-form, so what a data mapping did is done. A size has an overlay, which changes nothing but what the size asks for:
+The subsets are nested: the questions of a size are the first of one order, drawn from the seed.
+They are written as rows of the common form, so what a data mapping did is done. A size has an
+overlay, which changes nothing but what the size asks for:
 
     megasd train CONFIG.yaml OUT/coverage-8.yaml
 
-A subset smaller than a batch shrinks the batch: rollout.num_prompts becomes the size (a batch holds a question once). Steps stay, so a
-small size also sees fewer samples. UNSURE how the paper fills batches of 64 when |D| is 1 or 8.
+A subset smaller than a batch shrinks the batch: rollout.num_prompts becomes the size (a batch holds
+a question once). Steps stay, so a small size also sees fewer samples. UNSURE how the paper fills
+batches of 64 when |D| is 1 or 8.
 """
 
 from __future__ import annotations
@@ -27,29 +30,47 @@ SIZES = (1, 8, 64, 128, 512)
 def parse_sizes(text: str) -> list[int]:
     """ "1,8,64" -> [1, 8, 64], ascending. UserError for what is no list of different positive integers."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len({int(part) for part in parts}) < len(parts):
-        raise UserError(f"--sizes {text}: give different positive integers, as in {','.join(map(str, SIZES))}")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(
+        {int(part) for part in parts}
+    ) < len(parts):
+        raise UserError(
+            f"--sizes {text}: give different positive integers, as in {','.join(map(str, SIZES))}"
+        )
     return sorted(int(part) for part in parts)
 
 
-def nested(prompts: Sequence[Prompt], sizes: Sequence[int], *, seed: int, source: str) -> dict[int, list[Prompt]]:
-    """Size -> its questions, each subset the beginning of the next. UserError when `source` has fewer rows than a size."""
+def nested(
+    prompts: Sequence[Prompt], sizes: Sequence[int], *, seed: int, source: str
+) -> dict[int, list[Prompt]]:
+    """Size -> its questions, each subset the beginning of the next. UserError when `source` has
+    fewer rows than a size.
+    """
     if max(sizes) > len(prompts):
-        raise UserError(f"--sizes: {max(sizes)} is more than the {len(prompts)} rows of {source}; drop that size or add rows")
+        raise UserError(
+            f"--sizes: {max(sizes)} is more than the {len(prompts)} rows of {source}; drop that size or add"
+            " rows"
+        )
     order = list(prompts)
     random.Random(f"coverage/{seed}").shuffle(order)
     return {size: order[:size] for size in sizes}
 
 
-def row(prompt: Prompt) -> str:
+def coverage_row(prompt: Prompt) -> str:
     """A prompt as a JSON line that data.mapping=auto reads back to an equal one."""
     values: dict[str, Any] = {"id": prompt.id, "prompt": prompt.messages, "answer": prompt.answer}
-    values |= {name: value for name in ("solution", "pass_rate", "rubric") if (value := getattr(prompt, name)) is not None}
+    values |= {
+        name: value
+        for name in ("solution", "pass_rate", "rubric")
+        if (value := getattr(prompt, name)) is not None
+    }
     return json.dumps(values, ensure_ascii=False)
 
 
-def overlay(config: Config, size: int, *, data: Path, run_dir: Path, row_bytes: int) -> dict[str, dict[str, Any]]:
-    """The keys that a size changes: its rows, its run directory, and what divides the batch where the batch shrinks.
+def overlay(
+    config: Config, size: int, *, data: Path, run_dir: Path, row_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """The keys that a size changes: its rows, its run directory, and what divides the batch where
+    the batch shrinks.
 
     `row_bytes`: of the longest row written. ConfigError where the ranks cannot share the smaller batch.
     """
@@ -68,8 +89,8 @@ def overlay(config: Config, size: int, *, data: Path, run_dir: Path, row_bytes: 
     ranks = data_parallel_size(config, default_world_size(config))
     if samples % ranks:
         raise ConfigError(
-            f"--sizes: {size} questions make {samples} samples a step, which {ranks} data-parallel ranks cannot share; drop that size, or "
-            "lower run.num_processes"
+            f"--sizes: {size} questions make {samples} samples a step, which {ranks} data-parallel ranks"
+            " cannot share; drop that size, or lower run.num_processes"
         )
     micro = config.actor.micro_batch_size
     if samples // ranks % micro:

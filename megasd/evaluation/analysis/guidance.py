@@ -1,12 +1,15 @@
-"""The four guidance settings of Kim et al. (arXiv 2603.24472), section 3: what a model writes when it is shown a solution. Plain Python.
+"""The four guidance settings of Kim et al. (arXiv 2603.24472), section 3: what a model writes when
+it is shown a solution. Plain Python.
 
     none                        the question alone
-    solution                    and a correct rollout with its thinking (the row's own solution where none was sampled)
+    solution                    and a correct rollout with its thinking (the row's own solution
+                                where none was sampled)
     solution_without_thinking   the same with the thinking taken out
     regenerated                 and a response that the model wrote under `solution`
 
-The correct rollout is the first right sample of the question, the response shown under `regenerated` the first sample under `solution`,
-whatever its verdict (UNSURE: the paper does not say which). All settings are compared on the same questions.
+The correct rollout is the first right sample of the question, the response shown under
+`regenerated` the first sample under `solution`, whatever its verdict (UNSURE: the paper does not
+say which). All settings are compared on the same questions.
 """
 
 from __future__ import annotations
@@ -16,8 +19,13 @@ from dataclasses import dataclass
 
 from megasd.algo.teacher_context import with_solution, without_thinking
 from megasd.evaluation.analysis.markers import MARKERS
-from megasd.evaluation.analysis.rollouts import Measured, figures, marker_rows, measure
-from megasd.evaluation.analysis.tables import Row
+from megasd.evaluation.analysis.rollouts import (
+    MeasuredResponse,
+    marker_rows,
+    measure_response,
+    response_metrics,
+)
+from megasd.evaluation.analysis.tables import TableRow
 from megasd.types import Group, Message, UserError, Verdict
 
 SETTINGS = ("none", "solution", "solution_without_thinking", "regenerated")
@@ -26,7 +34,9 @@ GUIDED = SETTINGS[1:]
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What a question's guided prompt shows under `solution`. `index`: the sample it came from; None for the row's own solution."""
+    """What a question's guided prompt shows under `solution`. `index`: the sample it came from;
+    None for the row's own solution.
+    """
 
     text: str
     index: int | None
@@ -42,7 +52,9 @@ def within(groups: Sequence[Group], low: float, high: float) -> list[Group]:
 
 
 def demonstration(group: Group) -> Demonstration | None:
-    """The first right sample, else the row's solution, else None. UserError for a solution that is nothing but thinking."""
+    """The first right sample, else the row's solution, else None. UserError for a solution that is
+    nothing but thinking.
+    """
     right = next((sample for sample in group.samples if sample.verdict is Verdict.RIGHT), None)
     if right is not None:
         found = Demonstration(right.text, right.index)
@@ -51,7 +63,10 @@ def demonstration(group: Group) -> Demonstration | None:
     else:
         return None
     if not found.without_thinking:
-        raise UserError(f"row {group.prompt.id!r}: nothing is left of its solution without the thinking; write one that ends in an answer")
+        raise UserError(
+            f"row {group.prompt.id!r}: nothing is left of its solution without the thinking; write one that"
+            " ends in an answer"
+        )
     return found
 
 
@@ -61,7 +76,9 @@ def guided_messages(group: Group, shown: str, *, template: str) -> list[Message]
 
 
 def shown_text(setting: str, demonstrated: Demonstration, under_solution: Group | None) -> str:
-    """The privileged text of a guided setting; `under_solution`: the question's samples under `solution`, read by `regenerated`."""
+    """The privileged text of a guided setting; `under_solution`: the question's samples under
+    `solution`, read by `regenerated`.
+    """
     if setting == "solution":
         return demonstrated.text
     if setting == "solution_without_thinking":
@@ -71,20 +88,36 @@ def shown_text(setting: str, demonstrated: Demonstration, under_solution: Group 
     raise ValueError(f"no privileged text for setting {setting!r}")
 
 
-def measured(samples: dict[str, list[Group]]) -> dict[str, list[Measured]]:
+def measured(samples: dict[str, list[Group]]) -> dict[str, list[MeasuredResponse]]:
     """Setting -> its responses, measured."""
-    return {setting: [measure(s, source=setting) for group in groups for s in group.samples] for setting, groups in samples.items()}
+    return {
+        setting: [measure_response(s, source=setting) for group in groups for s in group.samples]
+        for setting, groups in samples.items()
+    }
 
 
-def table(samples: dict[str, list[Group]]) -> list[Row]:
-    """The paper's table: a row for each setting, with score, mean tokens, E(y), and a column for each marker (substrings a response)."""
+def guidance_table(samples: dict[str, list[Group]]) -> list[TableRow]:
+    """The paper's table: a row for each setting, with score, mean tokens, E(y), and a column for
+    each marker (substrings a response).
+    """
     rows = []
     for setting, responses in measured(samples).items():
         per_marker = {line["marker"]: line["substrings_per_response"] for line in marker_rows(responses)}
-        rows.append({"setting": setting, "questions": len(samples[setting]), **figures(responses), **{m: per_marker[m] for m in MARKERS}})
+        rows.append(
+            {
+                "setting": setting,
+                "questions": len(samples[setting]),
+                **response_metrics(responses),
+                **{m: per_marker[m] for m in MARKERS},
+            }
+        )
     return rows
 
 
-def by_marker(samples: dict[str, list[Group]]) -> list[Row]:
+def guidance_by_marker(samples: dict[str, list[Group]]) -> list[TableRow]:
     """Long form: a row for each setting and marker, substring and whole-word counts."""
-    return [{"setting": setting, **line} for setting, responses in measured(samples).items() for line in marker_rows(responses)]
+    return [
+        {"setting": setting, **line}
+        for setting, responses in measured(samples).items()
+        for line in marker_rows(responses)
+    ]

@@ -1,7 +1,9 @@
-"""Score, length and epistemic markers of kept rollouts, by step and by verdict (Kim et al., arXiv 2603.24472). Plain Python.
+"""Score, length and epistemic markers of kept rollouts, by step and by verdict (Kim et al., arXiv
+2603.24472). Plain Python.
 
-The files are those that a run keeps, <run.dir>/rollouts/step-*.jsonl, one a step. Score is the share of right answers among those that
-could be judged: verifier errors and timeouts are counted apart and leave the score, as they leave pass rates.
+The files are those that a run keeps, <run.dir>/rollouts/step-*.jsonl, one a step. Score is the
+share of right answers among those that could be judged: verifier errors and timeouts are counted
+apart and leave the score, as they leave pass rates.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from megasd.data.rollout_log import load_groups
 from megasd.evaluation.analysis.markers import MARKERS, substring_counts, word_counts
-from megasd.evaluation.analysis.tables import Row, mean, ratio
+from megasd.evaluation.analysis.tables import TableRow, mean, ratio
 from megasd.types import Sample, UserError, Verdict
 
 STEP = re.compile(r"step-(\d+)\.jsonl$")
@@ -22,12 +24,13 @@ VERDICTS = (*(verdict.value for verdict in Verdict), UNSCORED)
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredResponse:
     """A response, measured. `words` counts whole words, `substrings` as the paper does."""
 
     source: str
     step: int | None
-    verdict: str  # right | wrong | error | timeout | unscored
+    # right | wrong | error | timeout | unscored
+    verdict: str
     tokens: int
     truncated: bool
     substrings: dict[str, int]
@@ -39,9 +42,11 @@ class Measured:
         return sum(self.substrings.values())
 
 
-def measure(sample: Sample, *, source: str = "", step: int | None = None) -> Measured:
-    """Tokens are response tokens, the stop token included; markers are counted in the whole text, thinking included."""
-    return Measured(
+def measure_response(sample: Sample, *, source: str = "", step: int | None = None) -> MeasuredResponse:
+    """Tokens are response tokens, the stop token included; markers are counted in the whole text,
+    thinking included.
+    """
+    return MeasuredResponse(
         source=source,
         step=step,
         verdict=UNSCORED if sample.verdict is None else sample.verdict.value,
@@ -53,15 +58,25 @@ def measure(sample: Sample, *, source: str = "", step: int | None = None) -> Mea
 
 
 def rollout_files(source: Path) -> list[Path]:
-    """The rollout files of a run directory (or of its rollouts/), in the order of their steps; a file as it is. UserError without any."""
+    """The rollout files of a run directory (or of its rollouts/), in the order of their steps; a
+    file as it is. UserError without any.
+    """
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise UserError(f"{source}: no such file or directory; give a run's directory, or a rollouts/*.jsonl of one")
+        raise UserError(
+            f"{source}: no such file or directory; give a run's directory, or a rollouts/*.jsonl of one"
+        )
     directory = source / "rollouts" if (source / "rollouts").is_dir() else source
-    files = sorted((path for path in directory.glob("step-*.jsonl") if STEP.match(path.name)), key=lambda path: step_of(path) or 0)
+    files = sorted(
+        (path for path in directory.glob("step-*.jsonl") if STEP.match(path.name)),
+        key=lambda path: step_of(path) or 0,
+    )
     if not files:
-        raise UserError(f"{directory}: holds no step-*.jsonl; give the directory of a run that sampled (run.dir), or a JSONL file of it")
+        raise UserError(
+            f"{directory}: holds no step-*.jsonl; give the directory of a run that sampled (run.dir), or a"
+            " JSONL file of it"
+        )
     return files
 
 
@@ -71,10 +86,10 @@ def step_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def read(sources: Sequence[Path]) -> list[Measured]:
+def read_responses(sources: Sequence[Path]) -> list[MeasuredResponse]:
     """Every response of the sources, a file in memory at a time. UserError for what is no rollout file."""
     return [
-        measure(sample, source=str(source), step=step_of(path))
+        measure_response(sample, source=str(source), step=step_of(path))
         for source in sources
         for path in rollout_files(source)
         for group in load_groups(path)
@@ -82,8 +97,10 @@ def read(sources: Sequence[Path]) -> list[Measured]:
     ]
 
 
-def figures(rows: Sequence[Measured]) -> Row:
-    """One line of a table: how many, score, mean tokens (of all, of right, of wrong), markers a response and per 1000 tokens."""
+def response_metrics(rows: Sequence[MeasuredResponse]) -> TableRow:
+    """One line of a table: how many, score, mean tokens (of all, of right, of wrong), markers a
+    response and per 1000 tokens.
+    """
     scored = [row for row in rows if row.verdict in ("right", "wrong")]
     tokens = sum(row.tokens for row in rows)
     epistemic, words = sum(row.epistemic for row in rows), sum(sum(row.words.values()) for row in rows)
@@ -101,12 +118,15 @@ def figures(rows: Sequence[Measured]) -> Row:
     }
 
 
-def by_step(rows: Sequence[Measured]) -> list[Row]:
+def by_step(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
     """A row for each source and step, in that order."""
-    return [{"source": source, "step": step, **figures(chosen)} for (source, step), chosen in _grouped(rows)]
+    return [
+        {"source": source, "step": step, **response_metrics(chosen)}
+        for (source, step), chosen in _grouped(rows)
+    ]
 
 
-def by_verdict(rows: Sequence[Measured]) -> list[Row]:
+def by_verdict(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
     """A row for each source and verdict that occurs, and one for all."""
     table = []
     for source in dict.fromkeys(row.source for row in rows):
@@ -114,14 +134,20 @@ def by_verdict(rows: Sequence[Measured]) -> list[Row]:
         for verdict in ("all", *VERDICTS):
             chosen = [row for row in own if verdict in ("all", row.verdict)]
             if chosen:
-                line = {name: value for name, value in figures(chosen).items() if name in ("samples", "tokens") or name.startswith("epist")}
+                line = {
+                    name: value
+                    for name, value in response_metrics(chosen).items()
+                    if name in ("samples", "tokens") or name.startswith("epist")
+                }
                 table.append({"source": source, "verdict": verdict, "share": len(chosen) / len(own), **line})
     return table
 
 
-def by_marker(rows: Sequence[Measured]) -> list[Row]:
-    """Long form, a row for each source, step, verdict and marker; step and verdict "all" are sums over them."""
-    table: list[Row] = []
+def by_marker(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
+    """Long form, a row for each source, step, verdict and marker; step and verdict "all" are sums
+    over them.
+    """
+    table: list[TableRow] = []
     for source in dict.fromkeys(row.source for row in rows):
         own = [row for row in rows if row.source == source]
         for step, at_step in [("all", own), *((step, chosen) for (_, step), chosen in _grouped(own))]:
@@ -132,11 +158,14 @@ def by_marker(rows: Sequence[Measured]) -> list[Row]:
     return table
 
 
-def marker_rows(rows: Sequence[Measured]) -> list[Row]:
+def marker_rows(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
     """A row for each marker: substring and whole-word counts, in all and a response."""
     table = []
     for marker in MARKERS:
-        substrings, words = sum(row.substrings[marker] for row in rows), sum(row.words[marker] for row in rows)
+        substrings, words = (
+            sum(row.substrings[marker] for row in rows),
+            sum(row.words[marker] for row in rows),
+        )
         table.append(
             {
                 "marker": marker,
@@ -149,8 +178,8 @@ def marker_rows(rows: Sequence[Measured]) -> list[Row]:
     return table
 
 
-def _grouped(rows: Iterable[Measured]) -> list[tuple[tuple[str, int | None], list[Measured]]]:
-    groups: dict[tuple[str, int | None], list[Measured]] = {}
+def _grouped(rows: Iterable[MeasuredResponse]) -> list[tuple[tuple[str, int | None], list[MeasuredResponse]]]:
+    groups: dict[tuple[str, int | None], list[MeasuredResponse]] = {}
     for row in rows:
         groups.setdefault((row.source, row.step), []).append(row)
     return list(groups.items())

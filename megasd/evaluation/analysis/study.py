@@ -1,7 +1,9 @@
-"""One guidance analysis on a live engine: which questions, their samples under every setting, the KL of teacher and student.
+"""One guidance analysis on a live engine: which questions, their samples under every setting, the
+KL of teacher and student.
 
-After Kim et al. (arXiv 2603.24472): questions whose accuracy over unguided samples lies within bounds, compared under the settings of
-guidance.py. A question that cannot be asked under one setting is left out of all, and named.
+After Kim et al. (arXiv 2603.24472): questions whose accuracy over unguided samples lies within
+bounds, compared under the settings of guidance.py. A question that cannot be asked under one
+setting is left out of all, and named.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from megasd.data.chat import Chat
 from megasd.evaluation.analysis import guidance
 from megasd.evaluation.analysis.divergence import Tally, full_kl, top_k_kl
 from megasd.evaluation.analysis.markers import marker_tokens
-from megasd.evaluation.analysis.tables import Row
-from megasd.evaluation.engine_for import Guest
+from megasd.evaluation.analysis.tables import TableRow
+from megasd.evaluation.engine_for import EvalSampler
 from megasd.rewards.verifiers import RewardPool
 from megasd.types import Group, Prompt, UserError
 
-ROUND = 64  # questions asked at a time until enough of them have an accuracy within the bounds
+# questions asked at a time until enough of them have an accuracy within the bounds
+ROUND = 64
 DIRECTIONS = ("KL(T||S)", "KL(S||T)")
 
 
@@ -35,59 +38,89 @@ class Bounds(NamedTuple):
 class Study:
     """The samples of a guidance analysis and what is measured on them.
 
-    study.sample(prompts, bounds)    asks the engine; `samples` then holds setting -> groups, of the same questions in the same order
+    study.sample(prompts, bounds)    asks the engine; `samples` then holds setting -> groups, of the
+                                     same questions in the same order
     study.engine_kl(...), full_kl()  rows of the KL table; full_kl needs no engine any more
 
     accuracy   pass rate of every question asked, by id; None where no sample could be judged
     left_out   questions within the bounds that are not compared, and why
     """
 
-    def __init__(self, config: Config, chat: Chat, engine: Guest, rewards: RewardPool, *, say: Callable[[str], None]) -> None:
-        """`config`: its rollout, reward, run.seed and algorithm.teacher.template are read. `say` is told of progress, a line a call."""
+    def __init__(
+        self,
+        config: Config,
+        chat: Chat,
+        engine: EvalSampler,
+        rewards: RewardPool,
+        *,
+        say: Callable[[str], None],
+    ) -> None:
+        """`config`: its rollout, reward, run.seed and algorithm.teacher.template are read. `say` is
+        told of progress, a line a call.
+        """
         self.config, self.chat, self.engine, self.rewards, self.say = config, chat, engine, rewards, say
         teacher = config.algorithm.teacher
         self.template = teacher.template if teacher is not None else DEFAULT_TEMPLATE
         self.accuracy: dict[str, float | None] = {}
         self.left_out: dict[str, str] = {}
         self.demonstrations: dict[str, guidance.Demonstration] = {}
-        self.kl_responses = 0  # whose KL was taken
-        self._groups: dict[str, dict[str, Group]] = {}  # setting -> question -> samples
+        # whose KL was taken
+        self.kl_responses = 0
+        # setting -> question -> samples
+        self._groups: dict[str, dict[str, Group]] = {}
         self._prompt_ids: dict[str, dict[str, list[int]]] = {}
 
     @property
     def samples(self) -> dict[str, list[Group]]:
         """Setting -> the groups of the questions that are compared."""
-        return {setting: [group for name, group in groups.items() if name not in self.left_out] for setting, groups in self._groups.items()}
+        return {
+            setting: [group for name, group in groups.items() if name not in self.left_out]
+            for setting, groups in self._groups.items()
+        }
 
-    def sample(self, prompts: list[Prompt], bounds: Bounds, keep: Callable[[dict[str, list[Group]]], None]) -> None:
-        """Choose the questions and sample every setting; `keep` is given what there is after each. UserError when no question is left."""
+    def sample(
+        self, prompts: list[Prompt], bounds: Bounds, keep: Callable[[dict[str, list[Group]]], None]
+    ) -> None:
+        """Choose the questions and sample every setting; `keep` is given what there is after each.
+        UserError when no question is left.
+        """
         self._choose(prompts, bounds)
         keep(self.samples)
         for setting in guidance.GUIDED:
             asked = self._guided_prompts(setting)
             if not asked:
                 why = next(iter(self.left_out.values()))
-                raise UserError(f"{self.config.data.train}: no question is left to compare ({why}); raise rollout.engine.max_total_tokens")
+                raise UserError(
+                    f"{self.config.data.train}: no question is left to compare ({why}); raise"
+                    " rollout.engine.max_total_tokens"
+                )
             self._keep_groups(setting, self._ask(asked), asked)
             self.say(f"sampled {setting}: {len(asked)} questions")
             keep(self.samples)
 
     def _choose(self, prompts: list[Prompt], bounds: Bounds) -> None:
-        """Unguided samples, in an order drawn from the seed, until enough questions are within the bounds and have a solution to show."""
+        """Unguided samples, in an order drawn from the seed, until enough questions are within the
+        bounds and have a solution to show.
+        """
         order, chosen = list(prompts), []
         random.Random(f"guidance/{self.config.run.seed}").shuffle(order)
         asked = [(prompt, self._question_ids(prompt)) for prompt in order]
         for start in range(0, len(asked), ROUND):
             groups = self._ask(asked[start : start + ROUND])
             self.accuracy |= {group.prompt.id: group.pass_rate for group in groups}
-            chosen += [group for group in guidance.within(groups, bounds.low, bounds.high) if self._find_demonstration(group)]
+            chosen += [
+                group
+                for group in guidance.within(groups, bounds.low, bounds.high)
+                if self._find_demonstration(group)
+            ]
             self.say(f"asked {len(self.accuracy)} questions, {len(chosen)} within the bounds")
             if len(chosen) >= bounds.questions:
                 break
         if not chosen:
             raise UserError(
-                f"{self.config.data.train}: none of the {len(self.accuracy)} questions asked has an accuracy within "
-                f"[{bounds.low:g}, {bounds.high:g}] and a solution to show; change --min-accuracy or --max-accuracy, or take other rows"
+                f"{self.config.data.train}: none of the {len(self.accuracy)} questions asked has an accuracy"
+                f" within [{bounds.low:g}, {bounds.high:g}] and a solution to show; change --min-accuracy or"
+                " --max-accuracy, or take other rows"
             )
         self._keep_groups("none", chosen[: bounds.questions], asked)
 
@@ -103,13 +136,15 @@ class Study:
         ids, limit = self.chat.encode_prompt(prompt.messages), self.config.rollout.max_prompt_tokens
         if len(ids) > limit:
             raise UserError(
-                f"{self.config.data.train}: row {prompt.id!r} has {len(ids)} prompt tokens, more than rollout.max_prompt_tokens={limit}; "
-                "raise it or drop the row"
+                f"{self.config.data.train}: row {prompt.id!r} has {len(ids)} prompt tokens, more than"
+                f" rollout.max_prompt_tokens={limit}; raise it or drop the row"
             )
         return ids
 
     def _guided_prompts(self, setting: str) -> list[tuple[Prompt, list[int]]]:
-        """Questions with their guided prompts' ids. One that leaves no room for a response is left out of every setting."""
+        """Questions with their guided prompts' ids. One that leaves no room for a response is left
+        out of every setting.
+        """
         under_solution, longest = self._groups.get("solution", {}), self.engine.longest
         room, found = self.config.rollout.max_response_tokens, []
         for group in self.samples["none"]:
@@ -117,7 +152,9 @@ class Study:
             shown = guidance.shown_text(setting, self.demonstrations[name], under_solution.get(name))
             ids = self.chat.encode_prompt(guidance.guided_messages(group, shown, template=self.template))
             if longest is not None and len(ids) + room > longest:
-                self.left_out[name] = f"{setting}: {len(ids)} prompt + {room} response tokens exceed the engine's {longest}"
+                self.left_out[name] = (
+                    f"{setting}: {len(ids)} prompt + {room} response tokens exceed the engine's {longest}"
+                )
             else:
                 found.append((group.prompt, ids))
         return found
@@ -126,9 +163,15 @@ class Study:
         """Scored samples."""
         rollout = self.config.rollout
         groups = self.engine.generate(
-            [prompt for prompt, _ in asked], [ids for _, ids in asked], self.chat.decode, step=0, num_samples=rollout.num_samples,
-            temperature=rollout.temperature, top_p=rollout.top_p, max_response_tokens=rollout.max_response_tokens,
-        )  # fmt: skip
+            [prompt for prompt, _ in asked],
+            [ids for _, ids in asked],
+            self.chat.decode,
+            step=0,
+            num_samples=rollout.num_samples,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_response_tokens=rollout.max_response_tokens,
+        )
         self.rewards.score(groups)
         return groups
 
@@ -139,33 +182,49 @@ class Study:
     # ---- KL ----
 
     def _responses(self, per_question: int) -> list[tuple[str, list[int], dict[str, list[int]]]]:
-        """(question, response ids, marker positions) of unguided responses, the one that is shown to the teacher left out."""
+        """(question, response ids, marker positions) of unguided responses, the one that is shown
+        to the teacher left out.
+        """
         found = []
         for group in self.samples["none"]:
             shown = self.demonstrations[group.prompt.id].index
-            own = [sample for sample in group.samples if sample.index != shown and sample.response_ids][:per_question]
-            found += [(group.prompt.id, sample.response_ids, marker_tokens(sample.response_ids, self.chat.decode)) for sample in own]
+            own = [sample for sample in group.samples if sample.index != shown and sample.response_ids][
+                :per_question
+            ]
+            found += [
+                (group.prompt.id, sample.response_ids, marker_tokens(sample.response_ids, self.chat.decode))
+                for sample in own
+            ]
         self.kl_responses = len(found)
         return found
 
-    def engine_kl(self, *, per_question: int, top_k: int) -> list[Row]:
-        """Rows of KL(T||S) on the engine's top K of either side and a bucket: a lower bound of the whole vocabulary's."""
+    def engine_kl(self, *, per_question: int, top_k: int) -> list[TableRow]:
+        """Rows of KL(T||S) on the engine's top K of either side and a bucket: a lower bound of the
+        whole vocabulary's.
+        """
         tallies = {setting: Tally() for setting in guidance.GUIDED}
         for name, response, positions in self._responses(per_question):
             asked = [(self._prompt_ids[setting][name], response) for setting in guidance.SETTINGS]
             student, *teachers = self.engine.top_logprobs(asked, top_k)
             for tally, teacher in zip(tallies.values(), teachers, strict=True):
                 tally.add([top_k_kl(t, s) for t, s in zip(teacher, student, strict=True)], positions)
-        head = {"divergence": DIRECTIONS[0], "support": f"top {min(top_k, self.chat.vocab_size)} of both sides and a bucket (lower bound)"}
+        head = {
+            "divergence": DIRECTIONS[0],
+            "support": f"top {min(top_k, self.chat.vocab_size)} of both sides and a bucket (lower bound)",
+        }
         return [row for setting, tally in tallies.items() for row in tally.rows(setting=setting, **head)]
 
-    def full_kl(self, *, per_question: int) -> list[Row]:
-        """Rows of the KL in both directions over the whole vocabulary, by transformers in float32, on a GPU where there is one."""
+    def full_kl(self, *, per_question: int) -> list[TableRow]:
+        """Rows of the KL in both directions over the whole vocabulary, by transformers in float32,
+        on a GPU where there is one.
+        """
         model = load_model(self.config.model.path)
         tallies = {(setting, direction): Tally() for setting in guidance.GUIDED for direction in DIRECTIONS}
         for name, response, positions in self._responses(per_question):
             student, *teachers = (self._prompt_ids[setting][name] for setting in guidance.SETTINGS)
-            for setting, both in zip(guidance.GUIDED, full_kl(model, student, teachers, response), strict=True):
+            for setting, both in zip(
+                guidance.GUIDED, full_kl(model, student, teachers, response), strict=True
+            ):
                 for direction, values in zip(DIRECTIONS, both, strict=True):
                     tallies[setting, direction].add(values, positions)
         return [
@@ -183,4 +242,8 @@ def load_model(path: str) -> Any:
 
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).to(device).eval()
+    return (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        .to(device)
+        .eval()
+    )

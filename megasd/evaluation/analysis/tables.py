@@ -1,6 +1,8 @@
-"""Tables as CSV and markdown, and plots as PNG. matplotlib is optional: without it the tables are written and the plots are not.
+"""Tables as CSV and markdown, and plots as PNG. matplotlib is optional: without it the tables are
+written and the plots are not.
 
-A table is a list of rows, a row a dict of column -> value; None is a value that could not be measured ("-" in markdown, empty in CSV).
+A table is a list of rows, a row a dict of column -> value; None is a value that could not be
+measured ("-" in markdown, empty in CSV).
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-NO_PLOTS = "plots skipped: matplotlib is not installed; pip install 'matplotlib>=3.9,<4' draws them on the next call"
-MAX_MARKDOWN_ROWS = 60  # a longer table is thinned out in markdown; the CSV holds every row
+TableRow = dict[str, Any]
+NO_PLOTS = (
+    "plots skipped: matplotlib is not installed; pip install 'matplotlib>=3.9,<4' draws them on the next call"
+)
+# a longer table is thinned out in markdown; the CSV holds every row
+MAX_MARKDOWN_ROWS = 60
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -27,23 +32,26 @@ def ratio(value: float | None, of: float | None) -> float | None:
     return value / of if value is not None and of else None
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
+def columns(rows: Sequence[TableRow]) -> list[str]:
     """Every column, in the order in which they first occur."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def pivot(rows: Sequence[Row], index: str, across: str, values: Sequence[str]) -> list[Row]:
-    """Wide from long: a row for each value of `index`, and for each value of `across` a column a value, named "across value".
+def pivot(rows: Sequence[TableRow], index: str, across: str, values: Sequence[str]) -> list[TableRow]:
+    """Wide from long: a row for each value of `index`, and for each value of `across` a column a
+    value, named "across value".
 
     pivot([{"m": "wait", "s": "none", "n": 3}], "m", "s", ["n"]) == [{"m": "wait", "none n": 3}]
     """
-    found: dict[Any, Row] = {}
+    found: dict[Any, TableRow] = {}
     for row in rows:
-        found.setdefault(row[index], {index: row[index]}).update({f"{row[across]} {name}": row[name] for name in values})
+        found.setdefault(row[index], {index: row[index]}).update(
+            {f"{row[across]} {name}": row[name] for name in values}
+        )
     return list(found.values())
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[TableRow]) -> None:
     """All digits, one line a row; written beside and renamed when whole."""
     writing = path.with_name(path.name + ".writing")
     with writing.open("w", encoding="utf-8", newline="") as file:
@@ -53,8 +61,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     os.replace(writing, path)
 
 
-def markdown(rows: Sequence[Row], *, limit: int | None = MAX_MARKDOWN_ROWS) -> str:
-    """A pipe table. More rows than `limit` are thinned out evenly, first and last kept, and a line says so."""
+def markdown(rows: Sequence[TableRow], *, limit: int | None = MAX_MARKDOWN_ROWS) -> str:
+    """A pipe table. More rows than `limit` are thinned out evenly, first and last kept, and a line
+    says so.
+    """
     if not rows:
         return "(no rows)\n"
     chosen = list(rows)
@@ -81,13 +91,25 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot_lines(path: Path, panels: Sequence[tuple[str, dict[str, tuple[list[float], list[float | None]]]]], *, x_label: str) -> None:
-    """Panels one below the other; a panel is (y label, {line: (x values, y values)}). Points without a value are left out."""
+def plot_lines(
+    path: Path,
+    panels: Sequence[tuple[str, dict[str, tuple[list[float], list[float | None]]]]],
+    *,
+    x_label: str,
+) -> None:
+    """Panels one below the other; a panel is (y label, {line: (x values, y values)}). Points
+    without a value are left out.
+    """
     figure, axes = _figure(len(panels), height=2.6)
     for axis, (label, lines) in zip(axes, panels, strict=True):
         for name, (xs, ys) in lines.items():
             points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
-            axis.plot([x for x, _ in points], [y for _, y in points], label=name, marker="." if len(points) < 30 else None)
+            axis.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                label=name,
+                marker="." if len(points) < 30 else None,
+            )
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         if len(lines) > 1:
@@ -96,8 +118,12 @@ def plot_lines(path: Path, panels: Sequence[tuple[str, dict[str, tuple[list[floa
     _save(figure, path)
 
 
-def plot_bars(path: Path, panels: Sequence[tuple[str, dict[str, list[float | None]]]], groups: Sequence[str]) -> None:
-    """Grouped bars, a panel each: (y label, {series: a value for each of `groups`}). No bar where there is no value."""
+def plot_bars(
+    path: Path, panels: Sequence[tuple[str, dict[str, list[float | None]]]], groups: Sequence[str]
+) -> None:
+    """Grouped bars, a panel each: (y label, {series: a value for each of `groups`}). No bar where
+    there is no value.
+    """
     figure, axes = _figure(len(panels), height=2.8)
     for axis, (label, series) in zip(axes, panels, strict=True):
         width = 0.8 / max(len(series), 1)
@@ -115,7 +141,9 @@ def plot_bars(path: Path, panels: Sequence[tuple[str, dict[str, list[float | Non
 
 def _figure(panels: int, *, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: it would look for a display, and keep every figure
+
+    # no pyplot: it would look for a display, and keep every figure
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, height * panels), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,8 +1,10 @@
-"""Nobody in the microbatch loop waits for the device: passes of the teacher and of the student, forward and backward, on one CPU rank.
+"""Nobody in the microbatch loop waits for the device: passes of the teacher and of the student,
+forward and backward, on one CPU rank.
 
-Every torch call in the loop is looked at, and one that would make a GPU's host wait (a value read, a mask as an index, a blocking copy)
-fails the test, with the line that made it. Not looked at: what stands in for GPU kernels on a CPU. Does not prove kernels and
-TransformerEngine, nor what C++ does: tests/gpu/test_sync_gpu.py asks the driver.
+Every torch call in the loop is looked at, and one that would make a GPU's host wait (a value read,
+a mask as an index, a blocking copy) fails the test, with the line that made it. Not looked at: what
+stands in for GPU kernels on a CPU. Does not prove kernels and TransformerEngine, nor what C++ does:
+tests/gpu/test_sync_gpu.py asks the driver.
 """
 
 from __future__ import annotations
@@ -25,7 +27,20 @@ from megasd.config.schema import ActorConfig, DistillTerm, PolicyGradientTerm, T
 from tests.distributed.golden_cases import TOP_K, credit, make_batch, make_config, methods_batch
 from tests.tiny_weights import tiny_checkpoint
 
-READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "argwhere", "masked_select", "equal"}
+READS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "nonzero",
+    "argwhere",
+    "masked_select",
+    "equal",
+}
 READS |= {"allclose", "unique", "unique_consecutive", "bincount", "cuda"}
 STAND_INS = (
     "ops/kernels_torch.py",
@@ -33,8 +48,10 @@ STAND_INS = (
     "actor/cpu_backend.py",
     "ops/divergence_terms.py",
 )  # of GPU kernels; the last asks a CPU only
-FIRST = ("actor/layers.py",)  # rotary frequencies, moved at the first forward of a run
-MEGATRON = ("rope_utils.py",)  # lengths of packed sequences, without actor.apply_rope_fusion
+# rotary frequencies, moved at the first forward of a run
+FIRST = ("actor/layers.py",)
+# lengths of packed sequences, without actor.apply_rope_fusion
+MEGATRON = ("rope_utils.py",)
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -46,7 +63,9 @@ class Waits(TorchFunctionMode):
         self.found: list[str] = []
         self.calls = 0
 
-    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         self.calls += 1
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
         indexed = name in ("__getitem__", "__setitem__") and _reads(args[1])
@@ -55,7 +74,9 @@ class Waits(TorchFunctionMode):
             and not kwargs.get("non_blocking")
             and any(isinstance(a, torch.device | str) for a in (*args[1:], *kwargs.values()))
         )
-        repeated = name == "repeat_interleave" and isinstance(args[-1], torch.Tensor) and "output_size" not in kwargs
+        repeated = (
+            name == "repeat_interleave" and isinstance(args[-1], torch.Tensor) and "output_size" not in kwargs
+        )
         if name in READS or indexed or moved or repeated or (name == "where" and len(args) == 1):
             where = _caller()
             if not any(file in where for file in (*STAND_INS, *FIRST, *MEGATRON)):
@@ -71,7 +92,9 @@ def _reads(index: object) -> bool:
 
 def _caller() -> str:
     frame = sys._getframe(2)
-    while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while frame is not None and (
+        "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "?"
 
@@ -102,7 +125,16 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
 
 def test_the_meter_sees_what_waits() -> None:
     x = torch.arange(4.0)
-    for wrong in (x.sum().item, x.tolist, x.cpu, lambda: x[x > 1], lambda: x.to("cpu"), lambda: bool(x[0]), lambda: x[[0, 1]], x.nonzero):
+    for wrong in (
+        x.sum().item,
+        x.tolist,
+        x.cpu,
+        lambda: x[x > 1],
+        lambda: x.to("cpu"),
+        lambda: bool(x[0]),
+        lambda: x[[0, 1]],
+        x.nonzero,
+    ):
         with Waits() as mode:
             wrong()
         assert len(mode.found) == 1 and __file__.rsplit("/", 1)[-1] not in mode.found[0]
@@ -116,10 +148,19 @@ CASES: dict[str, tuple[dict, dict]] = {
     "bucket": ({}, {}),
     "packed, budget": ({"packing": True, "max_tokens_per_microbatch": 60}, {}),
     "full": ({}, {"distill": DistillTerm(support="full", beta=0.0)}),
-    "record": ({}, {"distill": DistillTerm(support="teacher", top_k=TOP_K, beta=0.0), "teacher": TeacherConfig(transport="record")}),
+    "record": (
+        {},
+        {
+            "distill": DistillTerm(support="teacher", top_k=TOP_K, beta=0.0),
+            "teacher": TeacherConfig(transport="record"),
+        },
+    ),
     "policy gradient": ({}, {"policy_gradient": PolicyGradientTerm(coefficient=0.3)}),
     "credit": ({"packing": True}, credit("cepo")),
-    "scan": ({}, {"distill": DistillTerm(support="full", beta=0.0, token_weight="scan", token_weight_scale=5.0)}),
+    "scan": (
+        {},
+        {"distill": DistillTerm(support="full", beta=0.0, token_weight="scan", token_weight_scale=5.0)},
+    ),
     "two updates": ({}, {"policy_gradient": PolicyGradientTerm(surrogate="gspo"), "minibatches": 2}),
 }
 
@@ -130,6 +171,6 @@ def test_nobody_waits(name: str, model: str, waits: Waits) -> None:
     config = make_config(model, {"micro_batch_size": 8} | layout, **algorithm)
     actor = Actor(config, init_model_parallel(ActorConfig(), torch.device("cpu"), seed=1))
     batch = methods_batch() if name == "credit" else make_batch()
-    shares = [actor.take(part) for part in batch.parts(config.algorithm.minibatches)]
-    actor.train(shares, [actor.teach(share) for share in shares])
+    rank_batches = [actor.shard(part) for part in batch.parts(config.algorithm.minibatches)]
+    actor.train(rank_batches, [actor.teacher_forward(rank_batch) for rank_batch in rank_batches])
     assert waits.found == [] and waits.calls > 500

@@ -1,8 +1,9 @@
 """Activations computed anew, on one rank of the CPU path.
 
-Proves that settings of recompute_granularity, _method, _num_layers and _modules give the loss and gradient norm of none, in float32 to
-rounding, with experts too, and that they really compute anew what they say (counted calls). Does not prove that memory falls
-(tests/gpu/test_fp8_gpu.py does, on a GPU), nor anything about pipelines (tests/distributed).
+Proves that settings of recompute_granularity, _method, _num_layers and _modules give the loss and
+gradient norm of none, in float32 to rounding, with experts too, and that they really compute anew
+what they say (counted calls). Does not prove that memory falls (tests/gpu/test_fp8_gpu.py does, on
+a GPU), nor anything about pipelines (tests/distributed).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ CASES: list[tuple[str, dict, int, int]] = [
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     device, threads = init_distributed(), torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny products: more threads only wait for each other
+    # tiny products: more threads only wait for each other
+    torch.set_num_threads(1)
     yield init_model_parallel(ActorConfig(), device, seed=1)
     torch.set_num_threads(threads)
     parallel_state.destroy_model_parallel()
@@ -63,7 +65,10 @@ def trained(path: Path, settings: dict, mesh: Mesh) -> tuple[float, float, int, 
     ddp, losses = wrap_data_parallel(chunk, model.config, model.actor), []
     for layer in chunk.decoder.layers:
         # A mixture of experts computes itself anew from within its forward.
-        for name, module in (("attention", layer.self_attention.core_attention), ("mlp", getattr(layer.mlp, "router", layer.mlp))):
+        for name, module in (
+            ("attention", layer.self_attention.core_attention),
+            ("mlp", getattr(layer.mlp, "router", layer.mlp)),
+        ):
             module.register_forward_pre_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
 
     def loss(microbatch: Microbatch, hidden: torch.Tensor) -> tuple:
@@ -81,12 +86,22 @@ def trained(path: Path, settings: dict, mesh: Mesh) -> tuple[float, float, int, 
 def plain(checkpoints: dict[str, Path], mesh: Mesh) -> dict[tuple[str, bool], tuple]:
     """What comes out without recomputation."""
     kinds = {(family, settings.get("packing", False)) for family, settings, _, _ in CASES}
-    return {(family, packing): trained(checkpoints[family], {"packing": packing}, mesh) for family, packing in kinds}
+    return {
+        (family, packing): trained(checkpoints[family], {"packing": packing}, mesh)
+        for family, packing in kinds
+    }
 
 
-@pytest.mark.parametrize(("family", "settings", "attention", "mlp"), CASES, ids=[f"{c[0]} {c[1]}" for c in CASES])
-def test_same_loss_and_gradient(family: str, settings: dict, attention: int, mlp: int, checkpoints: dict, plain: dict, mesh: Mesh) -> None:
-    without, found = plain[family, settings.get("packing", False)], trained(checkpoints[family], settings, mesh)
+@pytest.mark.parametrize(
+    ("family", "settings", "attention", "mlp"), CASES, ids=[f"{c[0]} {c[1]}" for c in CASES]
+)
+def test_same_loss_and_gradient(
+    family: str, settings: dict, attention: int, mlp: int, checkpoints: dict, plain: dict, mesh: Mesh
+) -> None:
+    without, found = (
+        plain[family, settings.get("packing", False)],
+        trained(checkpoints[family], settings, mesh),
+    )
     assert found[:2] == pytest.approx(without[:2], rel=1e-6)
     assert without[2:] == (LAYERS * MICROBATCHES, LAYERS * MICROBATCHES)
     assert found[2:] == ((LAYERS + attention) * MICROBATCHES, (LAYERS + mlp) * MICROBATCHES)
@@ -105,10 +120,18 @@ def test_rows_of_a_fixed_shape(checkpoints: dict, mesh: Mesh) -> None:
     for microbatches in (plain, fixed):
         hidden: list[torch.Tensor] = []
         model.chunks[0].eval()
-        run_microbatches(model.chunks[0], microbatches, mesh, model.config, lambda _, h, to=hidden: to.append(h), forward_only=True)
+        run_microbatches(
+            model.chunks[0],
+            microbatches,
+            mesh,
+            model.config,
+            lambda _, h, to=hidden: to.append(h),
+            forward_only=True,
+        )
         found.append(torch.cat(hidden))
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
-    assert fixed_shape.fix_shapes(plain, actor, length - 1, is_student=False) is plain  # a teacher's pass goes outside the graphs
+    # a teacher's pass goes outside the graphs
+    assert fixed_shape.fix_shapes(plain, actor, length - 1, is_student=False) is plain
     with pytest.raises(Exception, match="raise those, or set actor.cuda_graph=false"):
         fixed_shape.fix_shapes(plain, actor, length - 1, is_student=True)
 

@@ -1,6 +1,8 @@
-"""The teacher's signal finds its token whatever the layout: by (sample, response offset), hidden states or records, and its size is known.
+"""The teacher's signal finds its token whatever the layout: by (sample, response offset), hidden
+states or records, and its size is known.
 
-Proves: rows, spare row, bytes. The whole way through a model, layouts and context parallelism: tests/distributed/test_golden.py.
+Proves: rows, spare row, bytes. The whole way through a model, layouts and context parallelism:
+tests/distributed/test_golden.py.
 """
 
 from __future__ import annotations
@@ -33,17 +35,23 @@ def batch() -> Batch:
 
 
 def signal(top_k: int | None) -> TeacherSignal:
-    return TeacherSignal.empty(batch(), [0, 2], hidden_size=6, top_k=top_k, dtype=torch.bfloat16, device=torch.device("cpu"))
+    return TeacherSignal.empty(
+        batch(), [0, 2], hidden_size=6, top_k=top_k, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
 
 
 def test_states_filled_in_teacher_order_are_read_in_student_order():
-    """Teacher: one packed microbatch per context rank of two; student: padded, another microbatch size, no context parallelism."""
+    """Teacher: one packed microbatch per context rank of two; student: padded, another microbatch
+    size, no context parallelism.
+    """
     kept = signal(None)
     for cp_rank in (0, 1):
         cut = dict(packing=True, cp_rank=cp_rank, cp_size=2, multiple=4)
         for microbatch in make_microbatches(batch(), [[0], [2]], 0, **cut):
             slots = kept.slot_R[microbatch.response_index[microbatch.valid]]
-            kept.hidden_Sh[slots] = microbatch.response_index[microbatch.valid].to(torch.bfloat16)[:, None].expand(-1, 6) + 1
+            kept.hidden_Sh[slots] = (
+                microbatch.response_index[microbatch.valid].to(torch.bfloat16)[:, None].expand(-1, 6) + 1
+            )
     kept.complete(None)
     (student,) = make_microbatches(batch(), [[0, 1, 2]], None, packing=False)
     head = kept.of(student.response_index)
@@ -58,13 +66,16 @@ def test_a_record_and_its_spare_row():
     kept = signal(4)
     kept.record.ids_TK[:], kept.record.logq_TK[:] = torch.arange(4, dtype=torch.int32), -1.0
     kept.complete(None)
-    record = kept.of(torch.tensor([8, 3, 0]))  # last token of sample 2, an untaught token, the first of sample 0
+    # last token of sample 2, an untaught token, the first of sample 0
+    record = kept.of(torch.tensor([8, 3, 0]))
     assert isinstance(record, TeacherRecord)
     assert record.ids_TK.tolist() == [[0, 1, 2, 3], [-1] * 4, [0, 1, 2, 3]]
     assert kept.num_bytes == (7 + 1) * (8 * 4 + 4)
 
 
 def test_no_taught_sample():
-    kept = TeacherSignal.empty(batch(), [], hidden_size=6, top_k=None, dtype=torch.float32, device=torch.device("cpu"))
+    kept = TeacherSignal.empty(
+        batch(), [], hidden_size=6, top_k=None, dtype=torch.float32, device=torch.device("cpu")
+    )
     kept.complete(None)
     assert kept.of(torch.tensor([0, 5])).hidden_Th.shape == (2, 6)

@@ -1,6 +1,8 @@
-"""algo/advantage.py: rewards as they are shaped, group advantages with golden vectors, running whitening. Pure Python.
+"""algo/advantage.py: rewards as they are shaped, group advantages with golden vectors, running
+whitening. Pure Python.
 
-Proves the definitions, samples without a verdict, lone samples, the whitener's state. Does not prove that a shaped reward trains well.
+Proves the definitions, samples without a verdict, lone samples, the whitener's state. Does not
+prove that a shaped reward trains well.
 """
 
 from __future__ import annotations
@@ -10,17 +12,27 @@ import statistics
 
 import pytest
 
-from megasd.algo.advantage import Whitener, advantages, group_mean, group_std, overlong_penalty, shaped_rewards
+from megasd.algo.advantage import (
+    Whitener,
+    advantages,
+    group_mean,
+    group_std,
+    overlong_penalty,
+    shaped_rewards,
+)
 from megasd.config.schema import AlgorithmConfig, PolicyGradientTerm
 from megasd.types import Group, Prompt, Sample, Verdict
 
 R, W, E, T = Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR, Verdict.TIMEOUT
 
 
-def group(*verdicts: Verdict | None, lens: list[int] | None = None, scores: list[float | None] | None = None) -> Group:
+def group(
+    *verdicts: Verdict | None, lens: list[int] | None = None, scores: list[float | None] | None = None
+) -> Group:
     lens, scores = lens or [1] * len(verdicts), scores or [None] * len(verdicts)
     samples = [
-        Sample("q", i, [1], [2] * lens[i], [-0.5] * lens[i], "", "stop", 0, verdict=v, score=scores[i]) for i, v in enumerate(verdicts)
+        Sample("q", i, [1], [2] * lens[i], [-0.5] * lens[i], "", "stop", 0, verdict=v, score=scores[i])
+        for i, v in enumerate(verdicts)
     ]
     return Group(Prompt("q", [{"role": "user", "content": "?"}], "1"), samples)
 
@@ -35,7 +47,8 @@ def term(advantage: str) -> PolicyGradientTerm:
 def test_rewards_are_verdicts_or_scores():
     plain = AlgorithmConfig()
     assert shaped_rewards(group(R, T, W, E), plain, room=8) == [1.0, None, 0.0, None]
-    assert shaped_rewards(group(R, W, E, scores=[0.8, 0.3, 0.9]), plain, room=8) == [0.8, 0.3, None]  # no verdict, no reward
+    # no verdict, no reward
+    assert shaped_rewards(group(R, W, E, scores=[0.8, 0.3, 0.9]), plain, room=8) == [0.8, 0.3, None]
     with pytest.raises(ValueError, match=r"samples \[1\] of q have not been scored"):
         shaped_rewards(group(R, None), plain, room=8)
 
@@ -43,7 +56,12 @@ def test_rewards_are_verdicts_or_scores():
 def test_golden_overlong_penalty():
     """DAPO 2503.14476: room 20480, buffer 4096, factor 1."""
     lengths = (16000, 16384, 18432, 20480)
-    assert [overlong_penalty(n, room=20480, buffer=4096, penalty=1.0) for n in lengths] == [0.0, 0.0, -0.5, -1.0]
+    assert [overlong_penalty(n, room=20480, buffer=4096, penalty=1.0) for n in lengths] == [
+        0.0,
+        0.0,
+        -0.5,
+        -1.0,
+    ]
     shaped = AlgorithmConfig(overlong_buffer=4096, overlong_penalty=1.0)
     assert shaped_rewards(group(W, W, W, W, lens=list(lengths)), shaped, room=20480) == [0.0, 0.0, -0.5, -1.0]
     assert shaped_rewards(group(R, T, lens=[18432, 20480]), shaped, room=20480) == [0.5, None]
@@ -134,7 +152,8 @@ def test_later_steps_are_whitened_by_all_earlier_ones_in_any_order():
     mean, deviation = statistics.mean(seen), statistics.stdev(seen)
     expected = [(1.0 - mean) / deviation, 0.0, (0.2 - mean) / deviation]
     assert whitener([1.0, None, 0.2]) == pytest.approx(expected, rel=1e-12)
-    assert whitener([1.0, None, 0.2]) == pytest.approx(expected, rel=1e-12)  # a step's own rewards wait for its end
+    # a step's own rewards wait for its end
+    assert whitener([1.0, None, 0.2]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_whitener_comes_back_from_a_checkpoint():

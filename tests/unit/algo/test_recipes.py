@@ -1,6 +1,8 @@
-"""Proves: every recipe has a row, a paper, a file in configs/algo that loads and passes validation, and stands in `megasd recipes`.
+"""Proves: every recipe has a row, a paper, a file in configs/algo that loads and passes validation,
+and stands in `megasd recipes`.
 
-Does not prove what the losses are (tests/distributed/test_methods.py) nor that they run (tests/integration/test_recipes.py).
+Does not prove what the losses are (tests/distributed/test_methods.py) nor that they run
+(tests/integration/test_recipes.py).
 """
 
 from __future__ import annotations
@@ -23,14 +25,19 @@ from megasd.config.validate import validate
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = """sft ssd grpo dr_grpo dapo gspo cispo sdpo sc_sdpo paced sdpo_paced opsd rlsd rlcsd antisd egrsd cl_egrsd srpo ssopd sdft opcd
-gkd akl minillm tml_opd atesd uni_opd ropd drift""".split()
+gkd akl minillm tml_opd atesd uni_opd ropd drift""".split()  # noqa: E501
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What validation looks at of a model and its rows."""
     directory = tmp_path_factory.mktemp("model")
-    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4, "intermediate_size": 64}
+    sizes = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+    }
     config = {"model_type": "qwen3", "max_position_embeddings": 65536, **sizes}
     (directory / "config.json").write_text(json.dumps(config))
     for name in ("model.safetensors", "tokenizer.json", "rows.jsonl"):
@@ -59,19 +66,26 @@ def test_the_file_of_a_recipe_passes_validation(name: str, model: Path, tmp_path
 
 
 def test_the_engines_ratio_is_where_a_paper_has_it() -> None:
-    """pi_old / mu, cut at 2: SC-SDPO's arms (2605.27765, Tables 3-4) and methods whose own texts have such a ratio."""
+    """pi_old / mu, cut at 2: SC-SDPO's arms (2605.27765, Tables 3-4) and methods whose own texts
+    have such a ratio.
+    """
     assert {name for name, row in RECIPES.items() if row.tis_clip is not None} == {
         "grpo", "sdpo", "sc_sdpo", "sdpo_paced", "srpo", "drift", "sdft", "tml_opd", "uni_opd",
     }  # fmt: skip
     plain = replace(RECIPES["grpo"], recipe="dapo", aggregation="token_mean", tis_clip=None)
-    assert replace(RECIPES["dapo"], policy_gradient=replace(RECIPES["dapo"].policy_gradient, dual_clip=None)) == plain
+    assert (
+        replace(RECIPES["dapo"], policy_gradient=replace(RECIPES["dapo"].policy_gradient, dual_clip=None))
+        == plain
+    )
 
 
 @pytest.mark.parametrize("name", ["opsd", "egrsd", "cl_egrsd", "atesd", "sdft", "rlsd"])
 def test_a_teacher_that_reads_a_row_is_told_what_to_do_with_it(name: str) -> None:
     """Not SDPO's words: what they show is no other sample of the student's."""
     given = ["model.path=m", "data.train=d"]
-    template = load_config([str(ROOT / "configs" / "algo" / f"{name}.yaml")], given, RECIPES).algorithm.teacher.template
+    template = load_config(
+        [str(ROOT / "configs" / "algo" / f"{name}.yaml")], given, RECIPES
+    ).algorithm.teacher.template
     check_template(template)
     assert template != DEFAULT_TEMPLATE and template.index("{prompt}") < template.index("{solution}")
 

@@ -1,8 +1,9 @@
 """algo/teacher_context.py: who is taught, by whom, with which text, and what that is contrasted with.
 
-Proves the released SDPO semantics (first other success, lone success untaught), every key of algorithm.teacher that chooses text, that
-failed verifiers never demonstrate, and that the template is filled in one pass. Does not prove that a real chat template accepts the
-messages (test_chat) nor any tensor alignment.
+Proves the released SDPO semantics (first other success, lone success untaught), every key of
+algorithm.teacher that chooses text, that failed verifiers never demonstrate, and that the template
+is filled in one pass. Does not prove that a real chat template accepts the messages (test_chat) nor
+any tensor alignment.
 """
 
 from __future__ import annotations
@@ -26,16 +27,26 @@ SHORT = "{prompt}|{solution}|now"
 
 
 def make_group(
-    *verdicts: Verdict | None, solution: str | None = None, texts: list[str] | None = None, lens: list[int] | None = None
+    *verdicts: Verdict | None,
+    solution: str | None = None,
+    texts: list[str] | None = None,
+    lens: list[int] | None = None,
 ) -> Group:
-    prompt = Prompt("p", [{"role": "system", "content": "s"}, {"role": "user", "content": "7+8="}], "15", solution)
+    prompt = Prompt(
+        "p", [{"role": "system", "content": "s"}, {"role": "user", "content": "7+8="}], "15", solution
+    )
     texts, lens = texts or [f"text {i}" for i in range(len(verdicts))], lens or [1] * len(verdicts)
-    samples = [Sample("p", i, [1], [2] * lens[i], [-0.1] * lens[i], texts[i], "stop", 0, verdict) for i, verdict in enumerate(verdicts)]
+    samples = [
+        Sample("p", i, [1], [2] * lens[i], [-0.1] * lens[i], texts[i], "stop", 0, verdict)
+        for i, verdict in enumerate(verdicts)
+    ]
     return Group(prompt, samples)
 
 
 def contexts_of(group: Group, *, seed: str = "1/0/p", **options) -> list[list[TeacherContext]]:
-    given = {name: options.pop(name) for name in ("prefix_fraction", "buffer", "answer_of") if name in options}
+    given = {
+        name: options.pop(name) for name in ("prefix_fraction", "buffer", "answer_of") if name in options
+    }
     return teacher_contexts(group, TeacherConfig(**options), seed=seed, **given)
 
 
@@ -55,14 +66,18 @@ def turns(group: Group, **options) -> list[list[str]]:
 @pytest.mark.parametrize(
     "verdicts, expected",
     [
-        ((W, R, W, W), ["sibling 1", None, "sibling 1", "sibling 1"]),  # the lone success is untaught
-        ((W, R, R, W), ["sibling 1", "sibling 2", "sibling 1", "sibling 1"]),  # the first success reads the second
+        # the lone success is untaught
+        ((W, R, W, W), ["sibling 1", None, "sibling 1", "sibling 1"]),
+        # the first success reads the second
+        ((W, R, R, W), ["sibling 1", "sibling 2", "sibling 1", "sibling 1"]),
         ((R, R, R), ["sibling 1", "sibling 0", "sibling 0"]),
         ((W, W), [None, None]),
-        ((E, T, R, W), ["sibling 2", "sibling 2", None, "sibling 2"]),  # failed verifiers are taught, never teach
+        # failed verifiers are taught, never teach
+        ((E, T, R, W), ["sibling 2", "sibling 2", None, "sibling 2"]),
         ((E, T), [None, None]),
         ((R,), [None]),
-        ((None, W), [None, None]),  # an unscored sample never demonstrates
+        # an unscored sample never demonstrates
+        ((None, W), [None, None]),
         ((), []),
     ],
 )
@@ -76,15 +91,20 @@ def test_the_last_user_turn_carries_prompt_solution_instruction():
     assert found[0] == [] and len(found[1]) == 1
     system, user = found[1][0].messages
     assert system == {"role": "system", "content": "s"} and user["role"] == "user"
-    assert user["content"] == "7+8=\n\nA correct solution:\n\ntext 0\n\nNow solve the original question correctly."
-    assert group.prompt.messages[-1]["content"] == "7+8="  # nothing changed in place
+    assert (
+        user["content"]
+        == "7+8=\n\nA correct solution:\n\ntext 0\n\nNow solve the original question correctly."
+    )
+    # nothing changed in place
+    assert group.prompt.messages[-1]["content"] == "7+8="
 
 
 def test_thinking_is_stripped_unless_asked_for():
     group = make_group(R, W, texts=["<think>long {prompt}</think>\n\n15", "?"])
     assert turns(group)[1] == ["7+8=|15|now"]
     kept = turns(group, strip_thinking=False)[1]
-    assert kept == ["7+8=|<think>long {prompt}</think>\n\n15|now"]  # and the braces of a text are not filled in
+    # and the braces of a text are not filled in
+    assert kept == ["7+8=|<think>long {prompt}</think>\n\n15|now"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +121,9 @@ def test_without_thinking(text, left):
 
 
 def test_feedback_stands_between_solution_and_instruction():
-    """SDPO 2601.20802: prompt, solution, feedback, instruction; either block alone; taught with feedback alone."""
+    """SDPO 2601.20802: prompt, solution, feedback, instruction; either block alone; taught with
+    feedback alone.
+    """
     group = make_group(R, W, W)
     group.samples[1].feedback = "no box {solution}"
     block = "\n\nFeedback on an earlier attempt that failed:\n\nno box {solution}"
@@ -113,7 +135,10 @@ def test_feedback_stands_between_solution_and_instruction():
     for when in ("always", "without_demonstration"):
         assert sources(alone, feedback=when) == [None, "feedback"]
         turn = turns(alone, feedback=when, template=DEFAULT_TEMPLATE)[1][0]
-        assert turn == "7+8=\n\nFeedback on an earlier attempt that failed:\n\nno box\n\nNow solve the original question correctly."
+        assert (
+            turn == "7+8=\n\nFeedback on an earlier attempt that failed:\n\nno box\n\nNow solve the original"
+            " question correctly."
+        )
     assert turns(alone) == [[], []]
     before = turns(alone, feedback="always", template="Known: {solution}\nQuestion: {prompt}!")[1]
     assert before == ["Feedback on an earlier attempt that failed:\n\nno box\nQuestion: 7+8=!"]
@@ -124,7 +149,12 @@ def test_feedback_stands_between_solution_and_instruction():
 
 def test_several_demonstrations_share_a_context():
     group = make_group(R, W, R, R)
-    assert sources(group, num_demonstrations=2) == ["sibling 2, 3", "sibling 0, 2", "sibling 0, 3", "sibling 0, 2"]
+    assert sources(group, num_demonstrations=2) == [
+        "sibling 2, 3",
+        "sibling 0, 2",
+        "sibling 0, 3",
+        "sibling 0, 2",
+    ]
     assert turns(group, num_demonstrations=9)[1] == [
         "7+8=|text 0\n\nAnother correct solution:\n\ntext 2\n\nAnother correct solution:\n\ntext 3|now"
     ]
@@ -145,13 +175,15 @@ def test_random_successes_are_right_others_and_follow_the_seed():
     for position in range(6):
         assert {one[position] for one in drawn} == {f"sibling {i}" for i in (0, 2, 3, 4) if i != position}
     assert drawn[7] == sources(group, context="random_success", seed="7")
-    assert any(one[1] != one[5] for one in drawn)  # each sample draws its own
+    # each sample draws its own
+    assert any(one[1] != one[5] for one in drawn)
 
 
 def test_samples_without_a_sibling_fall_back():
     group = make_group(R, W, solution="7+8=15")
     assert sources(group, fallback="solution") == ["solution", "sibling 0"]
-    assert sources(make_group(R, W), fallback="solution") == [None, "sibling 0"]  # AntiSD on rows without solutions (DAPO-Math-17k)
+    # AntiSD on rows without solutions (DAPO-Math-17k)
+    assert sources(make_group(R, W), fallback="solution") == [None, "sibling 0"]
     lone = make_group(W, W)
     buffer = {"p": "<think>x</think>old 15", "q": "no"}
     assert sources(lone, fallback="buffer", buffer=buffer) == ["buffer", "buffer"]
@@ -176,13 +208,16 @@ def test_a_prefix_is_whole_lines_and_the_boxed_answer(fraction, lines):
     shown = ["7+8", "7+8\n\n= 10+5"][lines - 1] + "\n" if lines else ""
     assert solution_prefix(solution, "15", fraction) == shown + "\\boxed{15}"
     assert solution_prefix(solution, "15", 1.0) == solution
-    assert turns(make_group(W, solution=solution), context="prefix", prefix_fraction=fraction) == [[f"7+8=|{shown}\\boxed{{15}}|now"]]
+    assert turns(make_group(W, solution=solution), context="prefix", prefix_fraction=fraction) == [
+        [f"7+8=|{shown}\\boxed{{15}}|now"]
+    ]
 
 
 def test_prefixes_of_many_lines_count_exactly():
     solution = "\n".join(map(str, range(100)))
     assert solution_prefix(solution, "x", 0.29).splitlines() == [*map(str, range(29)), "\\boxed{x}"]
-    assert turns(make_group(W, solution=solution), context="prefix")[0][0].count("\n") == 50  # the config's half
+    # the config's half
+    assert turns(make_group(W, solution=solution), context="prefix")[0][0].count("\n") == 50
 
 
 def test_a_bare_prompt_and_a_system_turn():
@@ -193,7 +228,10 @@ def test_a_bare_prompt_and_a_system_turn():
     assert told == [{"role": "system", "content": "s\n\nBe brief."}, group.prompt.messages[1]]
     group.prompt.messages = group.prompt.messages[1:]
     told = contexts_of(group, context="first_success", system="Be brief.", template=SHORT)[0][0].messages
-    assert told == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7+8=|text 1|now"}]
+    assert told == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "7+8=|text 1|now"},
+    ]
     group.samples[0].feedback = "wrong"
     assert turns(group, context="prompt", feedback="always")[0][0].startswith("7+8=\n\nFeedback on")
 
@@ -213,13 +251,16 @@ def test_the_teacher_is_told_the_verdict():
 
 
 def test_failures_contrast_in_the_same_words():
-    """RLCSD 2606.11709: up to K wrong siblings, itself excluded, in the demonstration's template; a failed check is no wrong answer."""
+    """RLCSD 2606.11709: up to K wrong siblings, itself excluded, in the demonstration's template; a
+    failed check is no wrong answer.
+    """
     group = make_group(W, R, W, E, W)
     found = turns(group, contrast="failures", num_contrasts=2)
     assert found[0] == [f"7+8=|text {i}|now" for i in (1, 2, 4)]
     assert found[2] == [f"7+8=|text {i}|now" for i in (1, 0, 4)]
     assert found[3] == [f"7+8=|text {i}|now" for i in (1, 0, 2)]
-    assert found[1] == []  # the lone success: nothing to contrast with
+    # the lone success: nothing to contrast with
+    assert found[1] == []
     names = [context.source for context in contexts_of(group, contrast="failures")[4]]
     assert names == ["sibling 1", "wrong sibling 0", "wrong sibling 2"]
     assert turns(make_group(R, R), contrast="failures") == [["7+8=|text 1|now"], ["7+8=|text 0|now"]]
@@ -230,10 +271,16 @@ def test_failures_contrast_in_the_same_words():
 def test_the_worst_wrong_answer_contrasts():
     """CEPO 2605.19436: the answer of the group's lowest reward, for every sample; none wrong: none."""
     group = make_group(W, R, W, texts=["so \\boxed{3\\frac{1}{2}}", "15", "\\boxed{4}"])
-    assert turns(group, context="answer", contrast="wrong_answer") == [["7+8=|15|now", "7+8=|3\\frac{1}{2}|now"]] * 3
+    assert (
+        turns(group, context="answer", contrast="wrong_answer")
+        == [["7+8=|15|now", "7+8=|3\\frac{1}{2}|now"]] * 3
+    )
     group.samples[2].score, group.samples[0].score = 0.1, 0.3
     assert turns(group, context="answer", contrast="wrong_answer")[0][1] == "7+8=|4|now"
-    assert turns(group, context="answer", contrast="wrong_answer", answer_of=lambda text: None) == [["7+8=|15|now"]] * 3
+    assert (
+        turns(group, context="answer", contrast="wrong_answer", answer_of=lambda text: None)
+        == [["7+8=|15|now"]] * 3
+    )
     assert turns(make_group(R, R), context="answer", contrast="wrong_answer") == [["7+8=|15|now"]] * 2
 
 
@@ -255,7 +302,9 @@ def test_final_answer(text, answer):
 
 
 def test_latex_braces_in_template_and_texts_survive():
-    messages = with_solution([{"role": "user", "content": r"\frac{1}{2}"}], r"\boxed{x}", template=r"\text{Q} {prompt} {solution}")
+    messages = with_solution(
+        [{"role": "user", "content": r"\frac{1}{2}"}], r"\boxed{x}", template=r"\text{Q} {prompt} {solution}"
+    )
     assert messages[-1]["content"] == r"\text{Q} \frac{1}{2} \boxed{x}"
 
 

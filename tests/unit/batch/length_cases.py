@@ -1,4 +1,6 @@
-"""Ten length distributions of a step's samples, by name: seeded generators, and the recorded lengths of a step of the quickstart."""
+"""Ten length distributions of a step's samples, by name: seeded generators, and the recorded
+lengths of a step of the quickstart.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-Lengths = list[tuple[int, int, int]]  # (prompt, response, teacher's prompt; 0 = untaught) of each sample, tokens
-LIMIT = 16384  # of a response
+# (prompt, response, teacher's prompt; 0 = untaught) of each sample, tokens
+Lengths = list[tuple[int, int, int]]
+# of a response
+LIMIT = 16384
 
 
 def _samples(draw: Callable[[random.Random], float], *, questions: int = 64, group: int = 8) -> Lengths:
-    """Samples of a question share its prompt; a teacher reads a sibling's response too, and a fifth of the samples has none."""
+    """Samples of a question share its prompt; a teacher reads a sibling's response too, and a fifth
+    of the samples has none.
+    """
     rng = random.Random(20260527)
     found: Lengths = []
     for _ in range(questions):
@@ -32,9 +38,13 @@ DISTRIBUTIONS: dict[str, Callable[[], Lengths]] = {
     "uniform": lambda: _samples(lambda rng: rng.uniform(16, 8192)),
     "lognormal": lambda: _samples(lambda rng: rng.lognormvariate(6.5, 0.6)),
     "lognormal, long tail": lambda: _samples(lambda rng: rng.lognormvariate(7.0, 1.2), questions=128),
-    "bimodal": lambda: _samples(lambda rng: rng.gauss(600, 150) if rng.random() < 0.8 else rng.gauss(9000, 1500)),
+    "bimodal": lambda: _samples(
+        lambda rng: rng.gauss(600, 150) if rng.random() < 0.8 else rng.gauss(9000, 1500)
+    ),
     "zipf": lambda: _samples(lambda rng: 50 * rng.paretovariate(1.1), questions=128),
-    "truncated": lambda: _samples(lambda rng: LIMIT if rng.random() < 0.15 else rng.lognormvariate(7.5, 0.7), questions=128),
+    "truncated": lambda: _samples(
+        lambda rng: LIMIT if rng.random() < 0.15 else rng.lognormvariate(7.5, 0.7), questions=128
+    ),
     "equal": lambda: _samples(lambda rng: 2048),
     "short": lambda: _samples(lambda rng: rng.randint(1, 64), questions=32),
     "exponential": lambda: _samples(lambda rng: rng.expovariate(1 / 1500), questions=128),

@@ -1,4 +1,5 @@
-"""Batch and microbatches: every response token is predicted exactly once, by the right row, in both views, whatever the cut.
+"""Batch and microbatches: every response token is predicted exactly once, by the right row, in both
+views, whatever the cut.
 
 Does not prove the model's numbers (tests/distributed/test_golden.py).
 """
@@ -22,7 +23,8 @@ def make_batch(num: int = 7) -> Batch:
         prompt_ids=torch.arange(int(prompt.sum())),
         prompt_lens=prompt,
         context_ids=torch.arange(1000, 1000 + 2 * int(teacher.sum())),
-        context_lens=torch.stack([teacher, teacher], dim=1),  # a teacher's prompt and one to contrast it with
+        # a teacher's prompt and one to contrast it with
+        context_lens=torch.stack([teacher, teacher], dim=1),
         response_ids=torch.arange(100, 100 + tokens),
         response_lens=response,
         question_weight=torch.ones(num, dtype=torch.float64),
@@ -36,10 +38,13 @@ def make_batch(num: int = 7) -> Batch:
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
-def test_each_response_token_is_predicted_once(context: int | None, packing: bool, cp_size: int, micro_batch_size: int) -> None:
+def test_each_response_token_is_predicted_once(
+    context: int | None, packing: bool, cp_size: int, micro_batch_size: int
+) -> None:
     batch = make_batch()
-    samples = [i for i in range(len(batch)) if context is None or batch.taught[i]]
-    count = -(-len(samples) // micro_batch_size) + 1  # one of filler
+    samples = [i for i in range(len(batch)) if context is None or batch.distilled[i]]
+    # one of filler
+    count = -(-len(samples) // micro_batch_size) + 1
     seen: list[int] = []
     for cp_rank in range(cp_size):
         cut = make_microbatches(
@@ -48,7 +53,8 @@ def test_each_response_token_is_predicted_once(context: int | None, packing: boo
         )  # fmt: skip
         assert len(cut) == count
         for m in cut:
-            flat = m.tokens[0] if packing else m.tokens.T.reshape(-1)  # rows of Megatron's hidden [s, b, h]
+            # rows of Megatron's hidden [s, b, h]
+            flat = m.tokens[0] if packing else m.tokens.T.reshape(-1)
             positions = m.position_ids[0] if packing else m.position_ids.T.reshape(-1)
             assert m.tokens.shape == m.position_ids.shape and len(m.rows) == len(m.valid) > 0
             assert m.valid.all() != m.is_filler and (len(m.valid) == 1 or not m.is_filler)
@@ -58,7 +64,9 @@ def test_each_response_token_is_predicted_once(context: int | None, packing: boo
                 before = int(flat[row])
                 assert before == 100 + index - 1 or before not in batch.response_ids.tolist()
                 assert positions[row] >= 0
-    taught = torch.isin(torch.arange(len(batch)), torch.tensor(samples)).repeat_interleave(batch.response_lens)
+    taught = torch.isin(torch.arange(len(batch)), torch.tensor(samples)).repeat_interleave(
+        batch.response_lens
+    )
     assert sorted(seen) == taught.nonzero().squeeze(1).tolist()
 
 
@@ -76,7 +84,10 @@ def test_shards_hold_every_sample_once_and_share_the_work() -> None:
 def test_tensors_and_back() -> None:
     batch = make_batch()
     again = Batch.from_tensors(batch.to_tensors())
-    assert all(torch.equal(a, b) for a, b in zip(batch.to_tensors().values(), again.to_tensors().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(batch.to_tensors().values(), again.to_tensors().values(), strict=True)
+    )
 
 
 def test_inconsistent_batches_are_refused() -> None:

@@ -1,15 +1,17 @@
-"""Proves what `megasd launch` would submit: byte for byte the files in examples/slurm and tests/unit/cluster/golden, shellcheck-clean,
-with names of variables and no values, no path of this machine; what reaches sbatch is what --dry-run printed; what cannot run is refused
-in a line.
+"""Proves what `megasd launch` would submit: byte for byte the files in examples/slurm and
+tests/unit/cluster/golden, shellcheck-clean, with names of variables and no values, no path of this
+machine; what reaches sbatch is what --dry-run printed; what cannot run is refused in a line.
 
-Does not prove: that Slurm takes it (make test-slurm), nor that a job runs (tests/integration/test_launch_local.py).
-To write the golden files anew: MEGASD_GOLDEN=write pytest tests/unit/cluster/test_launch.py; then read what git diff shows.
+Does not prove: that Slurm takes it (make test-slurm), nor that a job runs
+(tests/integration/test_launch_local.py). To write the golden files anew: MEGASD_GOLDEN=write pytest
+tests/unit/cluster/test_launch.py; then read what git diff shows.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ import pytest
 from megasd import cli
 from megasd.algo.recipes import RECIPES
 from megasd.cluster.launch import nemo
-from megasd.cluster.launch.job import make_job, read_job, write_config
+from megasd.cluster.launch.job import make_launch_job, read_job, write_job_config
 from megasd.config.load import load_config
 from megasd.config.validate import validate_values
 from megasd.types import UserError
@@ -31,7 +33,9 @@ def logging_as_it_was() -> Iterator[None]:
     """nemo_run sets up this process's logging for itself, and later tests read warnings."""
     root, known = logging.getLogger(), logging.root.manager.loggerDict
     before = root.level, list(root.handlers), logging.root.manager.disable
-    loggers = {name: (one.disabled, one.propagate) for name, one in known.items() if isinstance(one, logging.Logger)}
+    loggers = {
+        name: (one.disabled, one.propagate) for name, one in known.items() if isinstance(one, logging.Logger)
+    }
     yield
     root.level, root.handlers[:], logging.root.manager.disable = before
     for name, one in known.items():
@@ -73,7 +77,10 @@ def same(text: str, path: Path) -> None:
 
 @pytest.mark.parametrize("config", RECIPE_FILES, ids=lambda path: path.stem)
 def test_slurm_recipes_are_the_examples(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    same(shown(capsys, "slurm", str(config.relative_to(ROOT))), ROOT / "examples" / "slurm" / f"{config.stem}.sbatch")
+    same(
+        shown(capsys, "slurm", str(config.relative_to(ROOT))),
+        ROOT / "examples" / "slurm" / f"{config.stem}.sbatch",
+    )
 
 
 def test_slurm_with_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,26 +106,40 @@ def test_nemo_run_renders_the_golden_scripts(config: Path, capsys: pytest.Captur
 
 def test_nemo_run_here(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nemo_run")
-    out = shown(capsys, "nemo-run", "configs/quickstart.yaml", "cluster.gpus_per_node=2", "--executor", "local")
+    out = shown(
+        capsys, "nemo-run", "configs/quickstart.yaml", "cluster.gpus_per_node=2", "--executor", "local"
+    )
     assert "torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0" in out and "--nproc-per-node 2" in out
     assert "PET_SHUTDOWN_TIMEOUT=300 PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 " in out
-    assert out.endswith("-m megasd.cli train runs/quickstart/launch/megasd.yaml run.resume=auto\n") and VALUE not in out
+    assert (
+        out.endswith("-m megasd.cli train runs/quickstart/launch/megasd.yaml run.resume=auto\n")
+        and VALUE not in out
+    )
 
 
 def test_executors_are_nemo_runs_own() -> None:
     run = pytest.importorskip("nemo_run")
     overrides = ["cluster.max_requeues=7", "cluster.sbatch=[--constraint=h100]"]
-    job = make_job(load_config(["configs/cluster/qwen3_32b_4nodes.yaml"], overrides, RECIPES))
+    job = make_launch_job(load_config(["configs/cluster/qwen3_32b_4nodes.yaml"], overrides, RECIPES))
     actors, engines = nemo.actor_executor(job), nemo.engine_executor(job)
     packager = run.GitArchivePackager if (ROOT / ".git").exists() else run.Packager
-    assert isinstance(actors, run.SlurmExecutor) and type(actors.packager) is packager and actors.heterogeneous
+    assert (
+        isinstance(actors, run.SlurmExecutor) and type(actors.packager) is packager and actors.heterogeneous
+    )
     assert (actors.nodes, engines.nodes, actors.gpus_per_node, actors.retries) == (2, 2, 8, 7)
-    assert actors.env_vars == {} and actors.additional_parameters["export"] == "HF_TOKEN,HOME,LANG,PATH,USER,WANDB_API_KEY"
+    assert (
+        actors.env_vars == {}
+        and actors.additional_parameters["export"] == "HF_TOKEN,HOME,LANG,PATH,USER,WANDB_API_KEY"
+    )
     assert actors.additional_parameters["constraint"] == "h100"
 
 
-def test_submits_what_the_dry_run_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A program named sbatch that keeps what it is given: what reaches it, the files beside it, and its exit code."""
+def test_submits_what_the_dry_run_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A program named sbatch that keeps what it is given: what reaches it, the files beside it, and
+    its exit code.
+    """
     printed = shown(capsys, "slurm", *SMALL)
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
@@ -127,7 +148,11 @@ def test_submits_what_the_dry_run_printed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["launch", "slurm", str(ROOT / SMALL[0]), SMALL[1]]) == 3
-    assert (tmp_path / "taken").read_text() == printed == (tmp_path / "out" / "launch" / "qwen3-8b.sbatch").read_text()
+    assert (
+        (tmp_path / "taken").read_text()
+        == printed
+        == (tmp_path / "out" / "launch" / "qwen3-8b.sbatch").read_text()
+    )
     assert (tmp_path / "args").read_text() == "args:\n"
     config = load_config([str(tmp_path / "out" / "launch" / "qwen3-8b.yaml")], [], RECIPES)
     assert config == load_config([str(ROOT / SMALL[0])], [SMALL[1]], RECIPES)
@@ -136,59 +161,95 @@ def test_submits_what_the_dry_run_printed(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_run_that_is_there_is_not_gone_on_with_by_chance(tmp_path: Path) -> None:
     job = read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}"])
-    write_config(job)
-    write_config(job)  # the same again
+    write_job_config(job)
+    # the same again
+    write_job_config(job)
     with pytest.raises(UserError, match="belongs to another job of this name"):
-        write_config(read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}", "optimizer.lr=0.5"]))
+        write_job_config(read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}", "optimizer.lr=0.5"]))
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"already holds a run \(checkpoints\); set run.resume=auto"):
-        write_config(job)
-    write_config(read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}", "run.resume=auto"]))
-    (tmp_path / "preempted").touch()  # told to leave: the same launch goes on
-    write_config(job)
+        write_job_config(job)
+    write_job_config(read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}", "run.resume=auto"]))
+    # told to leave: the same launch goes on
+    (tmp_path / "preempted").touch()
+    write_job_config(job)
 
 
 APART = ["rollout.engine.num_engines=1", "rollout.engine.release_memory=false", "sync.transport=group"]
 BAD = {
     "layout": (["actor.tensor_model_parallel_size=3"], "8 ranks cannot be split into TP 3"),
-    "samples": (["rollout.num_prompts=1", "rollout.num_samples=9"], "cannot be shared by 2 data-parallel ranks"),
-    "engines without nodes": ([*APART, "rollout.engine.served=2"], "cluster.engine_nodes=0 gives those engines no node"),
-    "too many engines": (["rollout.engine.num_engines=4"], "they take 16 GPUs, and a node has cluster.gpus_per_node=8"),
+    "samples": (
+        ["rollout.num_prompts=1", "rollout.num_samples=9"],
+        "cannot be shared by 2 data-parallel ranks",
+    ),
+    "engines without nodes": (
+        [*APART, "rollout.engine.served=2"],
+        "cluster.engine_nodes=0 gives those engines no node",
+    ),
+    "too many engines": (
+        ["rollout.engine.num_engines=4"],
+        "they take 16 GPUs, and a node has cluster.gpus_per_node=8",
+    ),
     "served": ([*APART, "cluster.engine_nodes=1"], "set rollout.engine.served=2"),
-    "engine size": ([*APART, "cluster.engine_nodes=1", "rollout.engine.tensor_parallel_size=3"], "does not divide the 8 GPUs of an engine"),
-    "urls too": ([*APART, "cluster.engine_nodes=1", "rollout.engine.urls=[http://a:1]"], "drop one of the two"),
-    "transport": ([*APART, "cluster.engine_nodes=1", "rollout.engine.served=2", "sync.transport=colocated"], "take group or disk"),
-    "memory": ([*APART, "cluster.engine_nodes=1", "rollout.engine.served=2", "rollout.engine.release_memory=true"], "share no GPU"),
+    "engine size": (
+        [*APART, "cluster.engine_nodes=1", "rollout.engine.tensor_parallel_size=3"],
+        "does not divide the 8 GPUs of an engine",
+    ),
+    "urls too": (
+        [*APART, "cluster.engine_nodes=1", "rollout.engine.urls=[http://a:1]"],
+        "drop one of the two",
+    ),
+    "transport": (
+        [*APART, "cluster.engine_nodes=1", "rollout.engine.served=2", "sync.transport=colocated"],
+        "take group or disk",
+    ),
+    "memory": (
+        [*APART, "cluster.engine_nodes=1", "rollout.engine.served=2", "rollout.engine.release_memory=true"],
+        "share no GPU",
+    ),
     "resume": (["run.resume=somewhere"], "goes on from its own run.dir (auto)"),
     "overwrite": (["run.overwrite=true"], "would begin anew"),
     "time": (["cluster.time=soon"], "must be hh:mm:ss"),
     "a value in env": (["cluster.env=[HF_TOKEN=abc]"], "each must be the name of a variable"),
-    "told at once": (["cluster.time=00:04:00", "cluster.signal_seconds=600"], "told to leave as soon as it starts"),
+    "told at once": (
+        ["cluster.time=00:04:00", "cluster.signal_seconds=600"],
+        "told to leave as soon as it starts",
+    ),
     "unknown key": (["cluster.nodes=4"], "unknown key"),
 }
 
 
 @pytest.mark.parametrize("overrides, words", BAD.values(), ids=BAD)
-def test_what_cannot_run_is_refused_in_a_line(overrides: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_run_is_refused_in_a_line(
+    overrides: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["launch", "slurm", *SMALL, *overrides, "--dry-run"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("megasd: ") and words in err
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "nemo-run"])
-def test_without_sbatch(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_sbatch(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if launcher == "nemo-run":
         pytest.importorskip("nemo_run")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["launch", launcher, SMALL[0], f"run.dir={tmp_path / 'run'}"]) == 2
     err = capsys.readouterr().err
-    assert err == "megasd: sbatch: not found on this machine; run this where Slurm is, or see the script with --dry-run\n"
+    assert (
+        err == "megasd: sbatch: not found on this machine; run this where Slurm is, or see the script with"
+        " --dry-run\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_local_is_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nemo_run")
-    for argv, words in (([], "is this machine alone"), (["cluster.actor_nodes=1", "--detach"], "cannot leave a local run alone")):
+    for argv, words in (
+        ([], "is this machine alone"),
+        (["cluster.actor_nodes=1", "--detach"], "cannot leave a local run alone"),
+    ):
         overrides = ["cluster.actor_nodes=2", "rollout.engine.num_engines=1", *argv]
         assert cli.main(["launch", "nemo-run", *SMALL, *overrides, "--executor", "local", "--dry-run"]) == 2
         err = capsys.readouterr().err
@@ -197,7 +258,9 @@ def test_local_is_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("config", RECIPE_FILES, ids=lambda path: path.stem)
 def test_recipes_split_their_models(config: Path) -> None:
-    """The layout of each recipe against the published config.json of its model, and no path of anybody's machine in it."""
+    """The layout of each recipe against the published config.json of its model, and no path of
+    anybody's machine in it.
+    """
     import json
 
     from megasd.config.validate import _check_split
@@ -207,14 +270,17 @@ def test_recipes_split_their_models(config: Path) -> None:
     model = json.loads((ROOT / "configs" / "model" / f"{Path(loaded.model.path).name}.json").read_text())
     limit = _check_split(loaded, model, Path(loaded.model.path), "model.path")
     assert loaded.rollout.max_prompt_tokens + loaded.rollout.max_response_tokens <= limit
-    assert not any(str(path).startswith("/") for path in (loaded.model.path, loaded.data.train, loaded.data.eval, loaded.run.dir))
+    assert not any(
+        str(path).startswith("/")
+        for path in (loaded.model.path, loaded.data.train, loaded.data.eval, loaded.run.dir)
+    )
 
 
 def test_examples_build_the_same_tasks() -> None:
     """Each script of examples/nemo_run submits what `megasd launch nemo-run` does: read, not run."""
     scripts = sorted((ROOT / "examples" / "nemo_run").glob("*.py"))
     assert [path.stem for path in scripts] == ["llama3_70b", "local", "qwen3_32b", "qwen3_8b"]
-    named = [line.split('"')[1] for path in scripts for line in path.read_text().splitlines() if "read_job([" in line]
+    named = [re.search(r'read_job\(\s*\[\s*"([^"]+)"', path.read_text())[1] for path in scripts]
     assert named == [
         "configs/cluster/llama3_70b_8nodes.yaml",
         "configs/quickstart.yaml",
@@ -227,7 +293,9 @@ def test_examples_build_the_same_tasks() -> None:
 
 def loaded_modules() -> Iterator[str]:
     code = "import sys, megasd.commands.launch; print(*sys.modules)"
-    yield from subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    yield from subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 def test_the_launcher_imports_neither_torch_nor_nemo_run() -> None:

@@ -1,5 +1,6 @@
-"""Proves that a config is exactly its dataclasses (merge order, types, names, ranges) and that what cannot run is refused in one line
-that names the key and what to do. Does not prove that what is accepted trains: models here are empty files.
+"""Proves that a config is exactly its dataclasses (merge order, types, names, ranges) and that what
+cannot run is refused in one line that names the key and what to do. Does not prove that what is
+accepted trains: models here are empty files.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def test_order_is_defaults_recipe_files_overrides(tmp_path):
     second.write_text("algorithm: {distill: {beta: 0.2}}\nrun: {steps: 4}\n")
     config = load("run.steps=5", files=[str(first), str(second)])
     assert config.algorithm.distill == DistillTerm(beta=0.2, top_k=7)
-    assert config.algorithm.question_weight.kind == "none"  # the row of sdpo, not the default sc_sdpo
+    # the row of sdpo, not the default sc_sdpo
+    assert config.algorithm.question_weight.kind == "none"
     assert (config.run.steps, config.run.seed) == (5, 1)
 
 
@@ -53,15 +55,24 @@ def test_default_recipe_and_rows_are_not_shared():
 
 def test_null_switches_a_term_off_and_a_key_below_builds_it():
     assert load("algorithm.distill=null").algorithm.distill is None
-    assert load("algorithm.distill=null", "algorithm.distill.beta=0.1").algorithm.distill == DistillTerm(beta=0.1)
+    assert load("algorithm.distill=null", "algorithm.distill.beta=0.1").algorithm.distill == DistillTerm(
+        beta=0.1
+    )
     assert load("algorithm.nll.coefficient=0.5").algorithm.nll.coefficient == 0.5
     assert load("algorithm.distill={beta: 0.2}").algorithm.distill.beta == 0.2
     assert load("algorithm.tis_clip=null").algorithm.tis_clip is None
 
 
 def test_string_overrides_are_taken_as_written():
-    config = load("run.dir=no", "model.path=0123", "data.eval=null", "run.resume='auto'", "rollout.stop=['no', b]")
-    assert (config.run.dir, config.model.path, config.data.eval, config.run.resume) == ("no", "0123", None, "auto")
+    config = load(
+        "run.dir=no", "model.path=0123", "data.eval=null", "run.resume='auto'", "rollout.stop=['no', b]"
+    )
+    assert (config.run.dir, config.model.path, config.data.eval, config.run.resume) == (
+        "no",
+        "0123",
+        None,
+        "auto",
+    )
     assert config.rollout.stop == ["no", "b"]
 
 
@@ -93,7 +104,9 @@ def test_shipped_files_load(path):
 # --- one bad value: the source, the key, the rule ---
 
 BAD_OVERRIDES = {
-    "algorithm.distill.betta=0.1": "command line: algorithm.distill.betta: unknown key; did you mean algorithm.distill.beta?",
+    "algorithm.distill.betta=0.1": (
+        "command line: algorithm.distill.betta: unknown key; did you mean algorithm.distill.beta?"
+    ),
     "algorthm.recipe=sdpo": "command line: algorthm: unknown key; did you mean algorithm?",
     "lr=1": "command line: lr: unknown key; did you mean optimizer.lr?",
     "zzz.yyy=1": "the keys of the top level are model, data, algorithm",
@@ -111,7 +124,9 @@ BAD_OVERRIDES = {
     "run.tensorboard=1": "run.tensorboard=1: must be true or false",
     "run.dir=": "run.dir='': must not be empty",
     "run.seed=-1": "run.seed=-1: must lie in [0, 2**31)",
-    "run.seed=${rollout.num_prompt}": "command line: run.seed: Interpolation key 'rollout.num_prompt' not found",
+    "run.seed=${rollout.num_prompt}": (
+        "command line: run.seed: Interpolation key 'rollout.num_prompt' not found"
+    ),
     "optimizer.lr=0": "optimizer.lr=0.0: must be greater than 0",
     "optimizer.lr=.nan": "optimizer.lr=nan: must be a finite number",
     "optimizer.lr=fast": "optimizer.lr='fast': must be a number",
@@ -183,9 +198,13 @@ def test_missing_file_and_directory(tmp_path):
 def test_mandatory_values(tmp_path):
     template = tmp_path / "template.yaml"
     template.write_text('model: {path: "???"}\n')
-    assert "template.yaml: model.path: is mandatory; set it" in refusal([str(template)], ["data.train=d"], RECIPES, call=load_config)
+    assert "template.yaml: model.path: is mandatory; set it" in refusal(
+        [str(template)], ["data.train=d"], RECIPES, call=load_config
+    )
     assert load(files=[str(template)]).model.path == "m"
-    assert "command line: data.train: is mandatory" in refusal([], ["model.path=m"], RECIPES, call=load_config)
+    assert "command line: data.train: is mandatory" in refusal(
+        [], ["model.path=m"], RECIPES, call=load_config
+    )
 
 
 # --- values that do not go together ---
@@ -202,50 +221,123 @@ TP, PP, CP, EP = (f"actor.{n}_model_parallel_size" for n in ("tensor", "pipeline
 CP = "actor.context_parallel_size"
 BAD_TOGETHER = [
     (["algorithm.teacher=null"], "algorithm.teacher: algorithm.distill reads a teacher; give one"),
-    (["algorithm.distill=null", "algorithm.policy_gradient.coefficient=1"], "algorithm.teacher: no term reads the teacher"),
+    (
+        ["algorithm.distill=null", "algorithm.policy_gradient.coefficient=1"],
+        "algorithm.teacher: no term reads the teacher",
+    ),
     (["algorithm.distill=null", "algorithm.teacher=null"], "algorithm: no term to train on"),
-    (["algorithm.source=dataset"], "algorithm.question_weight.kind=sqrt_pq: algorithm.source=dataset has rows without pass rates"),
-    (["algorithm.recipe=sdpo", "algorithm.source=dataset"], "algorithm.tis_clip: algorithm.source=dataset has rows that no engine sampled"),
-    (["algorithm.recipe=rlsd", "algorithm.teacher=null"], "algorithm.teacher: algorithm.policy_gradient.credit reads a teacher"),
-    (["algorithm.recipe=gkd"], "algorithm.teacher.model_path=None: goes with algorithm.teacher.weights=separate"),
-    (["algorithm.distill.divergence=adaptive", "algorithm.distill.support=full"], "algorithm.distill.divergence=adaptive: weighs buckets"),
-    (["algorithm.recipe=grpo", "algorithm.policy_gradient.advantage=none"], "advantage=none: nothing is left to learn from"),
-    (["algorithm.recipe=grpo", "algorithm.policy_gradient.samples=undistilled"], "there is no algorithm.distill to leave samples"),
-    (["algorithm.recipe=rlcsd", "algorithm.teacher.contrast=none"], "algorithm.teacher.contrast: credit rlcsd contrasts two teachers"),
-    (["algorithm.teacher.context=prompt", "algorithm.teacher.weights=live"], "a live teacher that reads the student's own prompt"),
-    (["algorithm.teacher.adaptive_prefix=true"], "algorithm.teacher.adaptive_prefix: moves the share shown by context=prefix"),
-    (["algorithm.question_weight.normaliser=dataset"], "asks for the rates of all rows; set pass_rate=frozen"),
+    (
+        ["algorithm.source=dataset"],
+        "algorithm.question_weight.kind=sqrt_pq: algorithm.source=dataset has rows without pass rates",
+    ),
+    (
+        ["algorithm.recipe=sdpo", "algorithm.source=dataset"],
+        "algorithm.tis_clip: algorithm.source=dataset has rows that no engine sampled",
+    ),
+    (
+        ["algorithm.recipe=rlsd", "algorithm.teacher=null"],
+        "algorithm.teacher: algorithm.policy_gradient.credit reads a teacher",
+    ),
+    (
+        ["algorithm.recipe=gkd"],
+        "algorithm.teacher.model_path=None: goes with algorithm.teacher.weights=separate",
+    ),
+    (
+        ["algorithm.distill.divergence=adaptive", "algorithm.distill.support=full"],
+        "algorithm.distill.divergence=adaptive: weighs buckets",
+    ),
+    (
+        ["algorithm.recipe=grpo", "algorithm.policy_gradient.advantage=none"],
+        "advantage=none: nothing is left to learn from",
+    ),
+    (
+        ["algorithm.recipe=grpo", "algorithm.policy_gradient.samples=undistilled"],
+        "there is no algorithm.distill to leave samples",
+    ),
+    (
+        ["algorithm.recipe=rlcsd", "algorithm.teacher.contrast=none"],
+        "algorithm.teacher.contrast: credit rlcsd contrasts two teachers",
+    ),
+    (
+        ["algorithm.teacher.context=prompt", "algorithm.teacher.weights=live"],
+        "a live teacher that reads the student's own prompt",
+    ),
+    (
+        ["algorithm.teacher.adaptive_prefix=true"],
+        "algorithm.teacher.adaptive_prefix: moves the share shown by context=prefix",
+    ),
+    (
+        ["algorithm.question_weight.normaliser=dataset"],
+        "asks for the rates of all rows; set pass_rate=frozen",
+    ),
     (["algorithm.tis_mode=mask", "algorithm.tis_clip=null"], "algorithm.tis_mode=mask: needs an upper bound"),
     (["algorithm.minibatches=33"], "algorithm.minibatches=33: exceeds the rollout.num_prompts=32"),
-    (["algorithm.distill.skip_tokens=9", "algorithm.distill.max_tokens=9"], "leaves nothing of the first max_tokens=9"),
-    (["algorithm.overlong_buffer=1024"], "algorithm.overlong_buffer=1024: must be smaller than rollout.max_response_tokens"),
-    (["rollout.frozen_policy=true", "evaluation.every=5"], "the engine keeps the start model until the end; set evaluation.every=0"),
-    (["algorithm.recipe=grpo", "algorithm.source=dataset"], "algorithm.policy_gradient: learns from sampled responses"),
-    (["algorithm.recipe=sft", "algorithm.question_weight.kind=pq"], "algorithm.question_weight.kind=pq: algorithm.source=dataset has rows"),
-    (["algorithm.teacher.transport=record"], "algorithm.teacher.transport=record: holds the teacher's own top tokens"),
+    (
+        ["algorithm.distill.skip_tokens=9", "algorithm.distill.max_tokens=9"],
+        "leaves nothing of the first max_tokens=9",
+    ),
+    (
+        ["algorithm.overlong_buffer=1024"],
+        "algorithm.overlong_buffer=1024: must be smaller than rollout.max_response_tokens",
+    ),
+    (
+        ["rollout.frozen_policy=true", "evaluation.every=5"],
+        "the engine keeps the start model until the end; set evaluation.every=0",
+    ),
+    (
+        ["algorithm.recipe=grpo", "algorithm.source=dataset"],
+        "algorithm.policy_gradient: learns from sampled responses",
+    ),
+    (
+        ["algorithm.recipe=sft", "algorithm.question_weight.kind=pq"],
+        "algorithm.question_weight.kind=pq: algorithm.source=dataset has rows",
+    ),
+    (
+        ["algorithm.teacher.transport=record"],
+        "algorithm.teacher.transport=record: holds the teacher's own top tokens",
+    ),
     (["algorithm.nll.context_fraction=0.5"], "algorithm.nll.context_fraction: needs the rows' solutions"),
-    (["algorithm.recipe=rlcsd", "algorithm.policy_gradient.advantage=none"], "advantage=none: nothing is left to learn from"),
-    (["algorithm.recipe=rlcsd", "algorithm.teacher.context=prompt"], "algorithm.teacher.context=prompt: shows nothing for credit rlcsd"),
+    (
+        ["algorithm.recipe=rlcsd", "algorithm.policy_gradient.advantage=none"],
+        "advantage=none: nothing is left to learn from",
+    ),
+    (
+        ["algorithm.recipe=rlcsd", "algorithm.teacher.context=prompt"],
+        "algorithm.teacher.context=prompt: shows nothing for credit rlcsd",
+    ),
     (
         ["algorithm.recipe=rlsd", "algorithm.teacher.contrast=failures"],
         "algorithm.teacher.contrast=failures: only the credits rlcsd and cepo",
     ),
-    (["algorithm.teacher.contrast=wrong_answer"], "algorithm.teacher.contrast=wrong_answer: only the credits rlcsd and cepo read it"),
+    (
+        ["algorithm.teacher.contrast=wrong_answer"],
+        "algorithm.teacher.contrast=wrong_answer: only the credits rlcsd and cepo read it",
+    ),
     (
         ["algorithm.distill.samples=positive"],
         "algorithm.distill.samples=positive: there is no algorithm.policy_gradient to give advantages",
     ),
     (
-        ["algorithm.recipe=grpo", "algorithm.question_weight.kind=pq", "algorithm.question_weight.terms=distill"],
+        [
+            "algorithm.recipe=grpo",
+            "algorithm.question_weight.kind=pq",
+            "algorithm.question_weight.terms=distill",
+        ],
         "terms=distill: there is no",
     ),
     (
         ["rollout.num_samples=1"],
-        "algorithm.teacher.context=first_success: reads other samples of a question, and with rollout.num_samples=1",
+        (
+            "algorithm.teacher.context=first_success: reads other samples of a question, and with"
+            " rollout.num_samples=1"
+        ),
     ),
     (
         ["algorithm.recipe=sdpo", "algorithm.source=dataset", "algorithm.tis_clip=null"],
-        "algorithm.teacher.context=first_success: reads other samples of a question, and with algorithm.source=dataset there are none",
+        (
+            "algorithm.teacher.context=first_success: reads other samples of a question, and with"
+            " algorithm.source=dataset there are none"
+        ),
     ),
     (
         ["algorithm.recipe=rlcsd", "algorithm.teacher.context=answer", "rollout.num_samples=1"],
@@ -253,62 +345,113 @@ BAD_TOGETHER = [
     ),
     (
         ["algorithm.recipe=grpo", "algorithm.question_weight.kind=sqrt_pq", "rollout.num_samples=1"],
-        "algorithm.question_weight.kind=sqrt_pq: is 0 for the pass rates 0 and 1, and with rollout.num_samples=1",
+        (
+            "algorithm.question_weight.kind=sqrt_pq: is 0 for the pass rates 0 and 1, and with"
+            " rollout.num_samples=1"
+        ),
     ),
     (
         ["algorithm.recipe=grpo", "algorithm.question_weight.kind=band", "rollout.num_samples=1"],
         "algorithm.question_weight.kind=band: is 0 for the pass rates 0 and 1",
     ),
-    (["algorithm.recipe=grpo", "rollout.dynamic_sampling=true", "rollout.num_samples=1"], "rollout.dynamic_sampling: looks for questions"),
-    (["algorithm.recipe=sft", "rollout.dynamic_sampling=true"], "rollout.dynamic_sampling: asks for samples of every question"),
+    (
+        ["algorithm.recipe=grpo", "rollout.dynamic_sampling=true", "rollout.num_samples=1"],
+        "rollout.dynamic_sampling: looks for questions",
+    ),
+    (
+        ["algorithm.recipe=sft", "rollout.dynamic_sampling=true"],
+        "rollout.dynamic_sampling: asks for samples of every question",
+    ),
     (
         ["algorithm.recipe=gkd", "algorithm.teacher.model_path={model}", "rollout.dynamic_sampling=true"],
-        "rollout.dynamic_sampling: asks for samples of every question, and algorithm.source=mixed brings rows",
+        (
+            "rollout.dynamic_sampling: asks for samples of every question, and algorithm.source=mixed brings"
+            " rows"
+        ),
     ),
     (
         ["algorithm.recipe=cispo", "algorithm.policy_gradient.dual_clip=3"],
         "algorithm.policy_gradient.dual_clip: is of ppo and gspo, and the surrogate is cispo",
     ),
     (
-        ["algorithm.recipe=gkd", "algorithm.teacher.model_path={model}", "algorithm.policy_gradient.coefficient=1"],
-        "algorithm.policy_gradient: learns from sampled responses, and algorithm.source=mixed has rows among them",
+        [
+            "algorithm.recipe=gkd",
+            "algorithm.teacher.model_path={model}",
+            "algorithm.policy_gradient.coefficient=1",
+        ],
+        (
+            "algorithm.policy_gradient: learns from sampled responses, and algorithm.source=mixed has rows"
+            " among them"
+        ),
     ),
     (
-        ["algorithm.teacher.transport=record", "algorithm.distill.support=teacher", "algorithm.teacher.weights=trust_region"],
+        [
+            "algorithm.teacher.transport=record",
+            "algorithm.distill.support=teacher",
+            "algorithm.teacher.weights=trust_region",
+        ],
         "algorithm.teacher.transport=record: is of one model's logits",
     ),
     (
-        ["algorithm.recipe=sft", "algorithm.minibatches=16", "run.num_processes=4", "actor.micro_batch_size=1"],
+        [
+            "algorithm.recipe=sft",
+            "algorithm.minibatches=16",
+            "run.num_processes=4",
+            "actor.micro_batch_size=1",
+        ],
         "algorithm.minibatches=16: leaves 2 samples in the smallest, fewer than the 4 data-parallel ranks",
     ),
     (["optimizer.min_lr=1"], "optimizer.min_lr=1.0: exceeds optimizer.lr=1e-05"),
-    (["optimizer.lr_decay_style=cosine", "run.steps=10"], "optimizer.lr_warmup_steps=10: cosine decay over run.steps=10 never begins"),
+    (
+        ["optimizer.lr_decay_style=cosine", "run.steps=10"],
+        "optimizer.lr_warmup_steps=10: cosine decay over run.steps=10 never begins",
+    ),
     (["evaluation.every=5"], "data.eval: evaluation.every asks for held-out rows"),
-    (["rollout.engine.max_total_tokens=2047"], "rollout.engine.max_total_tokens=2047: holds not even one sample"),
+    (
+        ["rollout.engine.max_total_tokens=2047"],
+        "rollout.engine.max_total_tokens=2047: holds not even one sample",
+    ),
     ([f"{TP}=3"], f"{TP}=3: does not divide num_attention_heads=8"),
     ([f"{PP}=3"], f"{PP}=3: does not divide num_hidden_layers=4"),
     ([f"{EP}=2"], "actor.expert_model_parallel_size: "),
     (["actor.sequence_parallel=true"], "actor.sequence_parallel: needs actor.tensor_model_parallel_size > 1"),
-    (["run.num_processes=3", f"{TP}=2"], "run.num_processes: 3 ranks cannot be split into TP 2 x PP 1 x CP 1; start a multiple of 2"),
+    (
+        ["run.num_processes=3", f"{TP}=2"],
+        "run.num_processes: 3 ranks cannot be split into TP 2 x PP 1 x CP 1; start a multiple of 2",
+    ),
     (["run.num_processes=3"], "= 256 samples a step cannot be shared by 3 data-parallel ranks"),
     (
         ["actor.micro_batch_size=7"],
-        "actor.micro_batch_size=7: does not divide the 256 samples of a data-parallel rank; the nearest that does is 4",
+        (
+            "actor.micro_batch_size=7: does not divide the 256 samples of a data-parallel rank; the nearest"
+            " that does is 4"
+        ),
     ),
     (["rollout.num_prompts=1", "actor.micro_batch_size=16"], "the nearest that does is 8"),
     (
         [f"{CP}=2", "rollout.max_response_tokens=1001", "actor.max_tokens_per_microbatch=2027"],
-        "actor.max_tokens_per_microbatch=2027: holds not even one sample of rollout.max_prompt_tokens + rollout.max_response_tokens = 2028 "
-        "(padded to 4); raise it",
+        (
+            "actor.max_tokens_per_microbatch=2027: holds not even one sample of rollout.max_prompt_tokens +"
+            " rollout.max_response_tokens = 2028 (padded to 4); raise it"
+        ),
     ),
-    (["rollout.max_response_tokens=3073"], "a sequence takes 4097 tokens (padded to 1), above max_position_embeddings=4096"),
+    (
+        ["rollout.max_response_tokens=3073"],
+        "a sequence takes 4097 tokens (padded to 1), above max_position_embeddings=4096",
+    ),
     ([f"{CP}=2", "rollout.max_response_tokens=3073"], "a sequence takes 4100 tokens (padded to 4)"),
-    (["evaluation.max_response_tokens=4000"], "evaluation.max_response_tokens=4000: with rollout.max_prompt_tokens=1024 it exceeds"),
+    (
+        ["evaluation.max_response_tokens=4000"],
+        "evaluation.max_response_tokens=4000: with rollout.max_prompt_tokens=1024 it exceeds",
+    ),
     (["model.path=/nowhere"], "model.path=/nowhere: no such directory"),
     (["data.train=/nowhere.jsonl"], "data.train=/nowhere.jsonl: no such file"),
     (["data.eval=/nowhere.jsonl"], "data.eval=/nowhere.jsonl: no such file"),
     (["rollout.replay_dir=/nowhere"], "rollout.replay_dir=/nowhere: holds no rollouts/"),
-    (["run.resume=/nowhere"], "run.resume=/nowhere: no such checkpoint directory; give one, or none, or auto"),
+    (
+        ["run.resume=/nowhere"],
+        "run.resume=/nowhere: no such checkpoint directory; give one, or none, or auto",
+    ),
     (["run.resume=auto", "run.overwrite=true"], "run.overwrite: a run cannot be resumed"),
     (["sync.delta=true"], "sync.delta: a file holds the whole model; take sync.transport=group or colocated"),
     (
@@ -316,18 +459,45 @@ BAD_TOGETHER = [
         "sync.transport=colocated: http://10.0.0.7:30000 is not on this machine",
     ),
     (["rollout.engine.model_path=/nowhere"], "rollout.engine.model_path: /nowhere holds no config.json"),
-    (["rollout.engine.served=2", "rollout.engine.urls=[http://a:1]"], "rollout.engine.urls names engines already; keep one of the two"),
-    (["rollout.engine.served=2", "rollout.engine.num_engines=2"], "with rollout.engine.served the run starts none; set it to 1"),
-    (["rollout.engine.num_engines=2", "rollout.engine.port=65535"], "rollout.engine.port=65535: leaves no ports for 2 engines"),
+    (
+        ["rollout.engine.served=2", "rollout.engine.urls=[http://a:1]"],
+        "rollout.engine.urls names engines already; keep one of the two",
+    ),
+    (
+        ["rollout.engine.served=2", "rollout.engine.num_engines=2"],
+        "with rollout.engine.served the run starts none; set it to 1",
+    ),
+    (
+        ["rollout.engine.num_engines=2", "rollout.engine.port=65535"],
+        "rollout.engine.port=65535: leaves no ports for 2 engines",
+    ),
     (["rollout.engine.urls=[http://a:1,http://a:1/]"], "names one engine twice"),
     (["evaluation.max_response_tokens=99999"], "evaluation.max_response_tokens = "),
-    (["rollout.engine.release_memory=true", "rollout.engine.urls=[http://a:1]"], "are not the run's to empty; set it to false"),
-    (["rollout.engine.served=2", "sync.transport=colocated"], "the engines of rollout.engine.served are on other machines"),
-    (["rollout.frozen_policy=true", "rollout.engine.release_memory=true"], "nothing gives the engine its weights back"),
-    (["rollout.overlap=1", "rollout.engine.release_memory=true"], "the engine samples while the actor trains under rollout.engine.release"),
+    (
+        ["rollout.engine.release_memory=true", "rollout.engine.urls=[http://a:1]"],
+        "are not the run's to empty; set it to false",
+    ),
+    (
+        ["rollout.engine.served=2", "sync.transport=colocated"],
+        "the engines of rollout.engine.served are on other machines",
+    ),
+    (
+        ["rollout.frozen_policy=true", "rollout.engine.release_memory=true"],
+        "nothing gives the engine its weights back",
+    ),
+    (
+        ["rollout.overlap=1", "rollout.engine.release_memory=true"],
+        "the engine samples while the actor trains under rollout.engine.release",
+    ),
     (["rollout.overlap=1", "algorithm.tis_clip=null"], "set algorithm.tis_clip (2.0), or rollout.overlap=0"),
-    (["rollout.overlap=1", "algorithm.recipe=sft"], "rollout.overlap=1: algorithm.source=dataset learns rows; set it to 0"),
-    (["rollout.overlap=1", "rollout.frozen_policy=true"], "samples of the start model are of no step under rollout.frozen_policy"),
+    (
+        ["rollout.overlap=1", "algorithm.recipe=sft"],
+        "rollout.overlap=1: algorithm.source=dataset learns rows; set it to 0",
+    ),
+    (
+        ["rollout.overlap=1", "rollout.frozen_policy=true"],
+        "samples of the start model are of no step under rollout.frozen_policy",
+    ),
     (["run.dir=/dev/null/run"], "run.dir=/dev/null/run: /dev/null is not a directory that can be written to"),
 ]
 
@@ -338,7 +508,9 @@ def test_bad_together(overrides, expected, tmp_path):
 
 
 def test_torchrun_world_size_against_config(tmp_path):
-    assert "run.num_processes=4: torchrun started 2 ranks" in refusal(tmp_path, "run.num_processes=4", world_size=2, call=check)
+    assert "run.num_processes=4: torchrun started 2 ranks" in refusal(
+        tmp_path, "run.num_processes=4", world_size=2, call=check
+    )
     assert "1 ranks cannot be split into TP 2" in refusal(tmp_path, f"{TP}=2", world_size=1, call=check)
 
 
@@ -346,13 +518,25 @@ BAD_MODELS = [
     ({"model_type": "gpt2"}, [], "says model_type='gpt2'; supported are qwen2, qwen3, qwen3_moe, llama"),
     ({"model_type": "olmo2"}, [f"{TP}=8"], "normalises all key heads together"),
     ({"model_type": "mistral", "sliding_window": 64}, [], "sliding_window=64, which SGLang does not apply"),
-    ({"model_type": "olmo3", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, [], "rope_parameters by layer type"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.3}}, [], "attention_factor=1.3, of which SGLang knows only"),
+    (
+        {"model_type": "olmo3", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+        [],
+        "rope_parameters by layer type",
+    ),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.3}},
+        [],
+        "attention_factor=1.3, of which SGLang knows only",
+    ),
     ({"num_attention_heads": None}, [], "num_attention_heads must be a positive integer, not None"),
     ({"num_key_value_heads": 3}, [f"{TP}=2"], "is neither a divisor nor a multiple of num_key_value_heads=3"),
     ({"intermediate_size": 63}, [f"{TP}=2"], f"{TP}=2: does not divide intermediate_size=63"),
     ({**MOE}, [f"{EP}=4"], f"{EP}=4: does not divide num_experts=6"),
-    ({**MOE}, [f"{EP}=2", f"{TP}=2"], "actor.sequence_parallel: Megatron trains a mixture of experts under TP only with it"),
+    (
+        {**MOE},
+        [f"{EP}=2", f"{TP}=2"],
+        "actor.sequence_parallel: Megatron trains a mixture of experts under TP only with it",
+    ),
 ]
 
 
@@ -362,17 +546,43 @@ def test_bad_model(model, overrides, expected, tmp_path):
 
 
 BAD_TEACHERS = [
-    (None, [], "algorithm.teacher.model_path={teacher}: no such directory; give a Hugging Face model directory"),
-    ({"model_type": "gpt2"}, [], "algorithm.teacher.model_path: {teacher}/config.json says model_type='gpt2'"),
-    ({"num_attention_heads": 9}, [f"{TP}=2"], f"algorithm.teacher.model_path: {TP}=2: does not divide num_attention_heads=9"),
-    ({"num_hidden_layers": 5}, [f"{PP}=2"], f"algorithm.teacher.model_path: {PP}=2: does not divide num_hidden_layers=5"),
-    ({**MOE, "num_experts": 5}, [f"{EP}=2"], f"algorithm.teacher.model_path: {EP}=2: does not divide num_experts=5"),
+    (
+        None,
+        [],
+        "algorithm.teacher.model_path={teacher}: no such directory; give a Hugging Face model directory",
+    ),
+    (
+        {"model_type": "gpt2"},
+        [],
+        "algorithm.teacher.model_path: {teacher}/config.json says model_type='gpt2'",
+    ),
+    (
+        {"num_attention_heads": 9},
+        [f"{TP}=2"],
+        f"algorithm.teacher.model_path: {TP}=2: does not divide num_attention_heads=9",
+    ),
+    (
+        {"num_hidden_layers": 5},
+        [f"{PP}=2"],
+        f"algorithm.teacher.model_path: {PP}=2: does not divide num_hidden_layers=5",
+    ),
+    (
+        {**MOE, "num_experts": 5},
+        [f"{EP}=2"],
+        f"algorithm.teacher.model_path: {EP}=2: does not divide num_experts=5",
+    ),
     ({}, [f"{EP}=2"], "algorithm.teacher.model_path: actor.expert_model_parallel_size: "),
-    ({"max_position_embeddings": 2047}, [], "takes sequences of max_position_embeddings=2047, and rollout.max_prompt_tokens + "),
+    (
+        {"max_position_embeddings": 2047},
+        [],
+        "takes sequences of max_position_embeddings=2047, and rollout.max_prompt_tokens + ",
+    ),
 ]
 
 
-@pytest.mark.parametrize("teacher, overrides, expected", BAD_TEACHERS, ids=[str(t) for t, _, _ in BAD_TEACHERS])
+@pytest.mark.parametrize(
+    "teacher, overrides, expected", BAD_TEACHERS, ids=[str(t) for t, _, _ in BAD_TEACHERS]
+)
 def test_bad_separate_teacher(teacher, overrides, expected, tmp_path):
     """A dense or a sparse student that the ranks can hold; the teacher is what they cannot."""
     path = tmp_path / "teacher"
@@ -388,7 +598,10 @@ def test_bad_separate_teacher(teacher, overrides, expected, tmp_path):
 def test_what_engines_read_passes(tmp_path):
     published = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836}
     for number, changes in enumerate(
-        ({"model_type": "mistral", "sliding_window": 4096}, {"model_type": "olmo3", "rope_scaling": published})
+        (
+            {"model_type": "mistral", "sliding_window": 4096},
+            {"model_type": "olmo3", "rope_scaling": published},
+        )
     ):
         check(tmp_path / str(number), **changes)
 
@@ -403,7 +616,9 @@ def test_model_files(tmp_path):
 
     index = model / "model.safetensors.index.json"
     shards = {"a": "model-1.safetensors", "b": "model.safetensors"}
-    assert "names model-1.safetensors, which is missing" in after(lambda: index.write_text(json.dumps({"weight_map": shards})))
+    assert "names model-1.safetensors, which is missing" in after(
+        lambda: index.write_text(json.dumps({"weight_map": shards}))
+    )
     assert "holds no weight_map" in after(lambda: index.write_text("{}"))
     index.unlink()
     assert "holds no *.safetensors" in after((model / "model.safetensors").unlink)
@@ -416,12 +631,17 @@ def test_model_files(tmp_path):
 def test_run_dir_that_holds_a_run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    check(tmp_path)  # an empty directory is free
+    # an empty directory is free
+    check(tmp_path)
     (run / "metrics.jsonl").touch()
-    assert "already holds a run (metrics.jsonl); set run.resume=auto, run.overwrite=true or another" in refusal(tmp_path, call=check)
+    assert (
+        "already holds a run (metrics.jsonl); set run.resume=auto, run.overwrite=true or another"
+        in refusal(tmp_path, call=check)
+    )
     for escape in ("run.resume=auto", "run.overwrite=true"):
         check(tmp_path, escape)
-    check(tmp_path, rank=1)  # rank 0 may have begun to write
+    # rank 0 may have begun to write
+    check(tmp_path, rank=1)
 
 
 # --- what goes ---
@@ -429,14 +649,28 @@ def test_run_dir_that_holds_a_run(tmp_path):
 GOOD = [
     ([], {}, 1),
     ([f"{TP}=2", f"{PP}=2", "actor.sequence_parallel=true"], {}, 4),
-    ([f"{TP}=8"], {}, 8),  # more ranks than key-value heads, as a multiple
+    # more ranks than key-value heads, as a multiple
+    ([f"{TP}=8"], {}, 8),
     ([f"{CP}=2", "run.num_processes=4"], {}, 4),
     ([f"{EP}=3", "rollout.num_prompts=6"], MOE, 3),
     ([f"{EP}=2", f"{TP}=2", "actor.sequence_parallel=true"], MOE, 2),
     (["algorithm.recipe=sft", "algorithm.nll.context_fraction=0.5"], {}, 1),
     (["algorithm.recipe=grpo"], {}, 1),
-    (["rollout.num_samples=1", "algorithm.teacher.feedback=always", "algorithm.question_weight.kind=none"], {}, 1),  # a question at a time
-    (["algorithm.recipe=grpo", "rollout.num_samples=1", "algorithm.question_weight={kind: pq, pass_rate: ema}"], {}, 1),
+    # a question at a time
+    (
+        ["rollout.num_samples=1", "algorithm.teacher.feedback=always", "algorithm.question_weight.kind=none"],
+        {},
+        1,
+    ),
+    (
+        [
+            "algorithm.recipe=grpo",
+            "rollout.num_samples=1",
+            "algorithm.question_weight={kind: pq, pass_rate: ema}",
+        ],
+        {},
+        1,
+    ),
     (["algorithm.distill.support=full", "algorithm.tis_clip=null"], {}, 1),
     (["rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=3072"], {}, 1),
     (["actor.micro_batch_size=7", "actor.max_tokens_per_microbatch=8192", "actor.packing=true"], {}, 1),

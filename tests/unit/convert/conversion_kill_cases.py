@@ -1,7 +1,8 @@
-"""Run by test_conversion.py: converts in forked children that are killed at random points. Arguments: SOURCE TARGET KILLS SEED.
+"""Run by test_conversion.py: converts in forked children that are killed at random points.
+Arguments: SOURCE TARGET KILLS SEED.
 
-Prints the kills that found a conversion at work and the files that were whole at each. torch is imported once and computes nothing before
-the forks, so a child costs no import.
+Prints the kills that found a conversion at work and the files that were whole at each. torch is
+imported once and computes nothing before the forks, so a child costs no import.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 from megasd.commands.convert import direction_of
-from megasd.convert.common import Options
+from megasd.convert.common import ConversionOptions
 from megasd.convert.hf_to_megatron import to_megatron
 from megasd.convert.megatron_to_hf import to_hf
 
@@ -28,7 +29,7 @@ def start(source: Path, target: Path) -> int:
         code = 1
         try:
             way = to_megatron if direction_of(source) == "megatron" else to_hf
-            way(source, target, Options(file_bytes=FILE_BYTES))
+            way(source, target, ConversionOptions(file_bytes=FILE_BYTES))
             code = 0
         finally:
             os._exit(code)
@@ -47,7 +48,8 @@ def main(source: Path, target: Path, kills: int, seed: int) -> None:
         time.sleep(rng.uniform(0, seconds * 0.6))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-        if os.WIFEXITED(status):  # it was faster
+        # it was faster
+        if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
             shutil.rmtree(target, ignore_errors=True)
             continue

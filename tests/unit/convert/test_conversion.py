@@ -1,8 +1,10 @@
 """Conversion between Hugging Face directories and Megatron checkpoints, without Megatron.
 
-Proves, for every tiny model: HF -> Megatron -> HF gives every tensor back byte for byte, with tokenizer and templates; casts; a run's
-checkpoint and its teacher; equal files after kill -9 at 10 random points each way; what is refused, by name, and that nothing is left at
-the target; that no pickle of a checkpoint runs anything. That Megatron itself loads the directory: tests/distributed/test_conversion.py.
+Proves, for every tiny model: HF -> Megatron -> HF gives every tensor back byte for byte, with
+tokenizer and templates; casts; a run's checkpoint and its teacher; equal files after kill -9 at 10
+random points each way; what is refused, by name, and that nothing is left at the target; that no
+pickle of a checkpoint runs anything. That Megatron itself loads the directory:
+tests/distributed/test_conversion.py.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from megasd.cli import main
 from megasd.convert import resumable_dir as work
-from megasd.convert.common import Options, Result
+from megasd.convert.common import ConversionOptions, ConversionResult
 from megasd.convert.hf_to_megatron import to_megatron
 from megasd.convert.megatron_to_hf import to_hf
 from megasd.types import UserError
@@ -34,7 +36,8 @@ from megasd.weights.safetensors_io import as_bytes
 from tests.tiny_weights import MODELS, tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
-SMALL = 30_000  # bytes of a file: several of them
+# bytes of a file: several of them
+SMALL = 30_000
 
 
 def with_side_files(directory: Path) -> Path:
@@ -59,7 +62,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def megatron(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("megatron") / "qwen3"
-    to_megatron(hf, target, Options(file_bytes=SMALL))
+    to_megatron(hf, target, ConversionOptions(file_bytes=SMALL))
     return target
 
 
@@ -74,11 +77,15 @@ def megatron_copy(megatron: Path, tmp_path: Path) -> Path:
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
 
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -87,8 +94,10 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> Non
         assert found[name].dtype == tensor.dtype and as_bytes(found[name]) == as_bytes(tensor), name
 
 
-def convert(source: Path, target: Path, **options) -> Result:
-    return (to_hf if (source / ".metadata").exists() else to_megatron)(source, target, Options(**{"file_bytes": SMALL} | options))
+def convert(source: Path, target: Path, **options) -> ConversionResult:
+    return (to_hf if (source / ".metadata").exists() else to_megatron)(
+        source, target, ConversionOptions(**{"file_bytes": SMALL} | options)
+    )
 
 
 # ---- what comes out ----
@@ -119,7 +128,9 @@ def test_transformers_loads_the_target(hf: Path, megatron: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cast_on_either_side_is_the_same(hf: Path, megatron: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_cast_on_either_side_is_the_same(
+    hf: Path, megatron: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
     convert(megatron, tmp_path / "late", dtype=dtype, check=True)
     convert(hf, tmp_path / "early-megatron", dtype=dtype, check=True)
     convert(tmp_path / "early-megatron", tmp_path / "early")
@@ -131,15 +142,24 @@ def test_norms_kept_in_another_dtype(hf: Path, tmp_path: Path) -> None:
     source = tmp_path / "hf"
     source.mkdir()
     shutil.copyfile(hf / "config.json", source / "config.json")
-    save_file({n: t if "norm" in n else t.bfloat16() for n, t in tensors_of(hf).items()}, source / "model.safetensors")
+    save_file(
+        {n: t if "norm" in n else t.bfloat16() for n, t in tensors_of(hf).items()},
+        source / "model.safetensors",
+    )
     convert(source, tmp_path / "megatron", check=True)
     convert(tmp_path / "megatron", tmp_path / "back", check=True)
     same(tensors_of(tmp_path / "back"), tensors_of(source))
 
 
 def as_run(checkpoint: Path, run: Path, hf_dir: Path, teacher: bool) -> Path:
-    """Disguise a converted directory as step 7 of a run: optimizer state, padded vocabulary left out, perhaps a teacher."""
-    step = Path(shutil.copytree(checkpoint, run / "checkpoints" / "step-7", ignore=shutil.ignore_patterns("hf", "conversion.json")))
+    """Disguise a converted directory as step 7 of a run: optimizer state, padded vocabulary left
+    out, perhaps a teacher.
+    """
+    step = Path(
+        shutil.copytree(
+            checkpoint, run / "checkpoints" / "step-7", ignore=shutil.ignore_patterns("hf", "conversion.json")
+        )
+    )
     metadata = pickle.loads((step / ".metadata").read_bytes())
     for key in [k for k, v in metadata.state_dict_metadata.items() if hasattr(v, "chunks")]:
         for prefix in ["optimizer.state.exp_avg."] + ["teacher."] * teacher:
@@ -149,7 +169,9 @@ def as_run(checkpoint: Path, run: Path, hf_dir: Path, teacher: bool) -> Path:
                     metadata.storage_data[type(index)(prefix + key, index.offset)] = place
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
     (step / "megasd.json").write_text(json.dumps({"step": 7}))
-    (run / "config.yaml").write_text(json.dumps({"model": {"path": str(hf_dir)}, "algorithm": {"recipe": "sc_sdpo"}}))
+    (run / "config.yaml").write_text(
+        json.dumps({"model": {"path": str(hf_dir)}, "algorithm": {"recipe": "sc_sdpo"}})
+    )
     return step
 
 
@@ -160,9 +182,16 @@ def test_checkpoint_of_a_run(hf: Path, megatron: Path, tmp_path: Path) -> None:
     same(tensors_of(tmp_path / "model"), tensors_of(hf))
     same(tensors_of(tmp_path / "teacher"), tensors_of(hf))
     card = (tmp_path / "model" / "README.md").read_text()
-    for fact in ("| step | 7 |", "| recipe | sc_sdpo |", "| dtype | float32 |", "| parameters | 49,568 |", "megasd 0"):
+    for fact in (
+        "| step | 7 |",
+        "| recipe | sc_sdpo |",
+        "| dtype | float32 |",
+        "| parameters | 49,568 |",
+        "megasd 0",
+    ):
         assert fact in card, card
-    assert str(hf) not in card  # a path that the user did not give
+    # a path that the user did not give
+    assert str(hf) not in card
     assert "teacher" in (tmp_path / "teacher" / "README.md").read_text()
 
 
@@ -193,15 +222,24 @@ def test_command_line(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_killed_at_ten_random_points(direction: str, hf: Path, megatron: Path, tmp_path: Path) -> None:
     source, target = (hf, tmp_path / "target") if direction == "megatron" else (megatron, tmp_path / "target")
     convert(source, tmp_path / "whole", file_bytes=6000)
-    command = [sys.executable, "tests/unit/convert/conversion_kill_cases.py", str(source), str(target), "10", "0"]
+    command = [
+        sys.executable,
+        "tests/unit/convert/conversion_kill_cases.py",
+        str(source),
+        str(target),
+        "10",
+        "0",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     words = done.stdout.split()
     assert words[1] == "10", done.stdout
-    assert max(map(int, words[4:])) > 0, done.stdout  # some kills came when there was something to go on from
+    # some kills came when there was something to go on from
+    assert max(map(int, words[4:])) > 0, done.stdout
     whole, resumed = contents(tmp_path / "whole"), contents(target)
-    if direction == "hf":  # it says its own name
+    # it says its own name
+    if direction == "hf":
         assert resumed.pop("README.md").replace(b"target", b"whole") == whole.pop("README.md")
     assert resumed == whole
     assert not target.with_name("target.partial").exists()
@@ -209,7 +247,7 @@ def test_killed_at_ten_random_points(direction: str, hf: Path, megatron: Path, t
 
 def stopped(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that stops after two files."""
-    original, count = work.Work.file, iter(range(2))
+    original, count = work.ResumableDir.file, iter(range(2))
 
     def file(self, name):
         if next(count, None) is None:
@@ -217,7 +255,7 @@ def stopped(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return original(self, name)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(work.Work, "file", file)
+        patch.setattr(work.ResumableDir, "file", file)
         convert(source, target)
 
 
@@ -248,7 +286,8 @@ def refused(source: Path, target: Path, *parts: str, **options) -> None:
     with pytest.raises(UserError) as error:
         convert(source, target, **options)
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts), error.value
-    assert (contents(target) if target.is_dir() else None) == before  # nothing new, nothing lost
+    # nothing new, nothing lost
+    assert (contents(target) if target.is_dir() else None) == before
 
 
 K_NORM = "model.layers.2.self_attn.k_norm.weight"
@@ -256,7 +295,9 @@ K_NORM = "model.layers.2.self_attn.k_norm.weight"
 
 def edit_file(directory: Path, name: str, edit) -> None:
     """Rewrite the safetensors file that holds `name`; `edit` changes its dict of tensors."""
-    path = directory / json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"][name]
+    path = (
+        directory / json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"][name]
+    )
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -311,9 +352,21 @@ def last_shard(directory: Path) -> Path:
 HF_FAULTS = {
     "missing tensor": (drop, (K_NORM, "missing"), {}),
     "unknown tensor": (add, ("model.visual.weight", "no part of this model"), {}),
-    "wrong shape": (lambda d: edit_file(d, K_NORM, lambda t: t.update({K_NORM: torch.ones(17)})), (K_NORM, "(17,)", "(16,)"), {}),
-    "integers": (lambda d: edit_file(d, K_NORM, lambda t: t.update({K_NORM: torch.ones(16).to(torch.int8)})), (K_NORM, "I8"), {}),
-    "NaN": (lambda d: edit_file(d, K_NORM, lambda t: t[K_NORM].__setitem__(3, torch.nan)), (K_NORM, "NaN", "--allow-nonfinite"), {}),
+    "wrong shape": (
+        lambda d: edit_file(d, K_NORM, lambda t: t.update({K_NORM: torch.ones(17)})),
+        (K_NORM, "(17,)", "(16,)"),
+        {},
+    ),
+    "integers": (
+        lambda d: edit_file(d, K_NORM, lambda t: t.update({K_NORM: torch.ones(16).to(torch.int8)})),
+        (K_NORM, "I8"),
+        {},
+    ),
+    "NaN": (
+        lambda d: edit_file(d, K_NORM, lambda t: t[K_NORM].__setitem__(3, torch.nan)),
+        (K_NORM, "NaN", "--allow-nonfinite"),
+        {},
+    ),
     "too large for float16": (
         lambda d: edit_file(d, K_NORM, lambda t: t[K_NORM].__setitem__(3, 1e5)),
         (K_NORM, "float16", "bfloat16"),
@@ -329,10 +382,22 @@ HF_FAULTS = {
     "index names the wrong file": (misplace, (K_NORM, "index"), {}),
     "index does not name it": (lambda d: edit_index(d, lambda m: m.pop(K_NORM)), (K_NORM, "missing"), {}),
     "index names a missing file": (lambda d: last_shard(d).unlink(), ("model-0", "missing", "index"), {}),
-    "index is no JSON": (lambda d: (d / "model.safetensors.index.json").write_text("{"), ("index.json", "not a safetensors index"), {}),
+    "index is no JSON": (
+        lambda d: (d / "model.safetensors.index.json").write_text("{"),
+        ("index.json", "not a safetensors index"),
+        {},
+    ),
     "tensor in two files": (duplicate, (K_NORM,), {}),
-    "another model's config.json": (lambda d: edit_config(d, num_hidden_layers=5), ("model.layers.4.", "missing"), {}),
-    "unknown family": (lambda d: edit_config(d, model_type="gpt_oss"), ("config.json", "model_type='gpt_oss'"), {}),
+    "another model's config.json": (
+        lambda d: edit_config(d, num_hidden_layers=5),
+        ("model.layers.4.", "missing"),
+        {},
+    ),
+    "unknown family": (
+        lambda d: edit_config(d, model_type="gpt_oss"),
+        ("config.json", "model_type='gpt_oss'"),
+        {},
+    ),
     "no config.json": (lambda d: (d / "config.json").unlink(), ("config.json", "No such file"), {}),
     "pickle": (only_pickle, ("pytorch_model.bin", "--allow-pickle"), {}),
 }
@@ -403,17 +468,41 @@ def rename_key(metadata) -> None:
 
 
 MEGATRON_FAULTS = {
-    "missing tensor": (lambda d: edit_metadata(d, lambda m: m.state_dict_metadata.pop(QKV)), (QKV, "missing", "q_proj"), {}),
+    "missing tensor": (
+        lambda d: edit_metadata(d, lambda m: m.state_dict_metadata.pop(QKV)),
+        (QKV, "missing", "q_proj"),
+        {},
+    ),
     "unknown tensor": (lambda d: edit_metadata(d, rename_key), ("linear_fc9", "no part of this model"), {}),
-    "another model's config.json": (lambda d: edit_config(d / "hf", num_key_value_heads=4), (QKV, "(4, 128, 32)", "(4, 192, 32)"), {}),
+    "another model's config.json": (
+        lambda d: edit_config(d / "hf", num_key_value_heads=4),
+        (QKV, "(4, 128, 32)", "(4, 192, 32)"),
+        {},
+    ),
     "no config.json": (lambda d: shutil.rmtree(d / "hf"), ("no config.json", "--hf"), {}),
     "a chunk is gone": (lambda d: edit_metadata(d, forget_rows), (QKV, "hold 0 of"), {}),
-    "truncated file": (lambda d: truncate(place_of(d, "output_layer.weight")[0]), (".distcp", "output_layer.weight"), {}),
-    "missing file": (lambda d: place_of(d, "output_layer.weight")[0].unlink(), (".distcp", "missing", "output_layer.weight"), {}),
+    "truncated file": (
+        lambda d: truncate(place_of(d, "output_layer.weight")[0]),
+        (".distcp", "output_layer.weight"),
+        {},
+    ),
+    "missing file": (
+        lambda d: place_of(d, "output_layer.weight")[0].unlink(),
+        (".distcp", "missing", "output_layer.weight"),
+        {},
+    ),
     "no metadata": (lambda d: (d / "metadata.json").unlink(), ("metadata.json", "No such file"), {}),
-    "zarr": (lambda d: (d / "metadata.json").write_text('{"sharded_backend": "zarr"}'), ("metadata.json", "zarr"), {}),
+    "zarr": (
+        lambda d: (d / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
+        ("metadata.json", "zarr"),
+        {},
+    ),
     "damaged metadata": (lambda d: truncate(d / ".metadata"), (".metadata", "not the metadata"), {}),
-    "metadata that runs code": (lambda d: (d / ".metadata").write_bytes(pickle.dumps(Evil())), (".metadata", "posix.mkdir", "refused"), {}),
+    "metadata that runs code": (
+        lambda d: (d / ".metadata").write_bytes(pickle.dumps(Evil())),
+        (".metadata", "posix.mkdir", "refused"),
+        {},
+    ),
     "chunk that runs code": (evil_chunk, (QKV, "posix.mkdir"), {}),
     "NaN": (set_nan, ("k_layernorm", "k_norm", "NaN"), {}),
     "no teacher": (lambda d: None, ("holds no teacher",), {"teacher": True}),
@@ -421,7 +510,9 @@ MEGATRON_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", MEGATRON_FAULTS)
-def test_broken_megatron_directory(fault: str, megatron_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_megatron_directory(
+    fault: str, megatron_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     plant, parts, options = MEGATRON_FAULTS[fault]
     plant(megatron_copy)
@@ -437,7 +528,9 @@ def test_nonfinite_when_asked(hf_copy: Path, tmp_path: Path) -> None:
 
 
 def test_disk_full_is_seen_first(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, work.SPARE_BYTES + 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, work.SPARE_BYTES + 1000)
+    )
     refused(hf, tmp_path / "out", "out", "GiB of disk", "make room")
 
 
@@ -461,7 +554,8 @@ def test_write_error_leaves_what_is_whole(hf: Path, tmp_path: Path) -> None:
 
 
 def test_read_only_target(hf: Path) -> None:
-    refused(hf, Path("/sys/megasd-out"), "/sys/megasd-out.partial", "cannot be written")  # read-only even for root
+    # read-only even for root
+    refused(hf, Path("/sys/megasd-out"), "/sys/megasd-out.partial", "cannot be written")
 
 
 def test_target_is_there(hf: Path, tmp_path: Path) -> None:
@@ -477,7 +571,7 @@ def test_target_is_there(hf: Path, tmp_path: Path) -> None:
 
 
 def test_two_at_once(hf: Path, tmp_path: Path) -> None:
-    with work.Work(tmp_path / "out", {}, {"file": 1}):
+    with work.ResumableDir(tmp_path / "out", {}, {"file": 1}):
         refused(hf, tmp_path / "out", "out.partial", "another conversion is writing")
 
 
@@ -485,7 +579,9 @@ def test_check_finds_a_changed_value(hf: Path, tmp_path: Path, monkeypatch: pyte
     from megasd.convert import hf_to_megatron as module
 
     original = module.write_chunk
-    monkeypatch.setattr(module, "write_chunk", lambda tensor, stream: original(tensor + (tensor.shape == (1, 16)), stream))
+    monkeypatch.setattr(
+        module, "write_chunk", lambda tensor, stream: original(tensor + (tensor.shape == (1, 16)), stream)
+    )
     refused(hf, tmp_path / "out", "norm.weight", "does not come back", check=True)
 
 
@@ -494,9 +590,8 @@ def test_check_of_logits(hf: Path, megatron: Path, hf_copy: Path) -> None:
     name = "model.layers.2.mlp.up_proj.weight"
     edit_file(hf_copy, name, lambda t: t[name][3].mul_(1.5))
     code = (
-        "import sys; from pathlib import Path; from megasd.convert.check_logits import logits_difference as d; "
-        "m, *hf = map(Path, sys.argv[1:]); "
-        "print(*(d(m, h)[0] for h in hf))"
+        "import sys; from pathlib import Path; from megasd.convert.check_logits import logits_difference as"
+        " d; m, *hf = map(Path, sys.argv[1:]); print(*(d(m, h)[0] for h in hf))"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", code, str(megatron), str(hf), str(hf_copy)]
@@ -528,7 +623,11 @@ def test_writer_takes_any_order_and_keeps_the_old_on_error(hf: Path, tmp_path: P
             for name, tensor in given.items():
                 writer.add(name, tensor)
         assert contents(target) == before, why
-    with no_file_beyond(20_000), pytest.raises(UserError, match="out.tmp: File too large"), HFWriter(target, hf) as writer:
+    with (
+        no_file_beyond(20_000),
+        pytest.raises(UserError, match="out.tmp: File too large"),
+        HFWriter(target, hf) as writer,
+    ):
         writer.add("model.norm.weight", tensors["model.norm.weight"])
     assert contents(target) == before
     with pytest.raises(UserError, match="was written before"), HFWriter(target, hf) as writer:

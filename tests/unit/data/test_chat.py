@@ -1,7 +1,9 @@
-"""data/chat.py on real tokenizer files: the quickstart's, under several chat templates of the kinds that instruct models ship.
+"""data/chat.py on real tokenizer files: the quickstart's, under several chat templates of the kinds
+that instruct models ship.
 
-Proves that prompt + response ids are what the template writes for the whole conversation, which ids end a turn, and that a directory that
-does not fit is refused with one line. Does not prove anything about a particular published tokenizer.
+Proves that prompt + response ids are what the template writes for the whole conversation, which ids
+end a turn, and that a directory that does not fit is refused with one line. Does not prove anything
+about a particular published tokenizer.
 """
 
 import json
@@ -17,23 +19,31 @@ NEWLINE_AFTER_TURN = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-EMPTY_THINKING = (  # as Qwen3: finished turns hold a thinking block, the generation prompt only when thinking is off
-    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}{% if m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
-    "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+# as Qwen3: finished turns hold a thinking block, the generation prompt only when thinking is off
+EMPTY_THINKING = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}{% if m.role == 'assistant' %}{{"
+    " '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ m.content + '<|im_end|>\\n' }}{% endfor %}{% if"
+    " add_generation_prompt %}{{ '<|assistant|>\\n' }}{% if enable_thinking is defined and not"
+    " enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
-OPENED_THINKING = (  # as DeepSeek-R1: the generation prompt opens a block that finished turns leave out
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role\\nhere') }}{% endif %}"
-    "{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
+# as DeepSeek-R1: the generation prompt opens a block that finished turns leave out
+OPENED_THINKING = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role\\nhere') }}{% endif"
+    " %}{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{"
+    " '<|assistant|><think>' }}{% endif %}"
 )
-NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_END = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt"
+    " %}assistant: {% endif %}"
+)
 
 
 @pytest.fixture
 def model_dir(tmp_path):
     write_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 128, "eos_token_id": 2}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3", "vocab_size": 128, "eos_token_id": 2})
+    )
     return tmp_path
 
 
@@ -47,12 +57,15 @@ def make_chat(model_dir, template: str, **options) -> Chat:
 def test_prompt_and_response_are_the_whole_conversation(model_dir, template, text):
     chat = make_chat(model_dir, template)
     messages = [{"role": "system", "content": "s"}, *USER]
-    whole = chat.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=True)["input_ids"]
+    whole = chat.tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": text}], tokenize=True
+    )["input_ids"]
     response = chat.encode_response(text)
     joined = chat.encode_prompt(messages) + response
     assert response[-1] == 2
     assert whole[: len(joined)] == joined
-    assert chat.decode(whole[len(joined) :]).strip() == ""  # only the template's newline is left out
+    # only the template's newline is left out
+    assert chat.decode(whole[len(joined) :]).strip() == ""
     assert chat.decode(response).replace("<think>\n\n</think>\n\n", "") == text.replace("<|im_end|>", "")
 
 
@@ -68,7 +81,9 @@ def test_thinking_block_is_in_the_prompt_when_thinking_is_off(model_dir):
     assert chat_text(off, off.encode_prompt(USER)).endswith("</think>\n\n")
     assert off.decode(off.encode_response("15")) == "15"
     assert on.decode(on.encode_response("15")) == "<think>\n\n</think>\n\n15"
-    assert on.encode_prompt(USER) + on.encode_response("15") == off.encode_prompt(USER) + off.encode_response("15")
+    assert on.encode_prompt(USER) + on.encode_response("15") == off.encode_prompt(USER) + off.encode_response(
+        "15"
+    )
 
 
 def chat_text(chat: Chat, ids: list[int]) -> str:

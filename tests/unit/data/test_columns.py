@@ -1,9 +1,11 @@
-"""data/columns.py: published data sets as they are published become prompts, on small files of the same shape made here.
+"""data/columns.py: published data sets as they are published become prompts, on small files of the
+same shape made here.
 
-Proves for each mapping the prompt, the answer and the id of a row, in JSONL and in parquet; that the answers are those which the verifiers
-of code and of tool calls read; that rows outside a mapping's task are left out and counted, and bad ones refused by line; that packed tests
-are read without unpickling. Column names were taken from the publishers' cards and code; that the published files have no others is not
-proven.
+Proves for each mapping the prompt, the answer and the id of a row, in JSONL and in parquet; that
+the answers are those which the verifiers of code and of tool calls read; that rows outside a
+mapping's task are left out and counted, and bad ones refused by line; that packed tests are read
+without unpickling. Column names were taken from the publishers' cards and code; that the published
+files have no others is not proven.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import pytest
 from pyarrow import parquet
 
 from megasd.config.schema import DataConfig
-from megasd.data.check import Rules, check
+from megasd.data.check import CheckRules, check_file
 from megasd.data.columns import BOXED, MAPPINGS, look_alike
 from megasd.data.prompts import DataError, load_prompts
 from megasd.rewards.code import parse_tests
@@ -29,8 +31,8 @@ from megasd.rewards.tool_use import parse_calls, parse_gold
 from megasd.types import Prompt
 
 DAPO_HEAD = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
-    "where $Answer is the answer to the problem.\n\n"
+    "Solve the following math problem step by step. The last line of your response should be of the form"
+    " Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
 )
 DAPO_TAIL = '\n\nRemember to put your answer on its own line after "Answer:".'
 
@@ -72,8 +74,16 @@ TRAINING_TOOL = {
     "Name": "Axo",
     "NLDocumentation": "getImage: An image.",
     "Instances": [
-        {"input": "Show me one.\nHint: use it", "output": "x", "intermediate_steps": [[["getImage", '{"page": 2}', "thought"], "seen"]]},
-        {"input": "Which one?", "output": "x", "intermediate_steps": [[["getDetails", '{"Question": "?"}', "thought"], "said"]]},
+        {
+            "input": "Show me one.\nHint: use it",
+            "output": "x",
+            "intermediate_steps": [[["getImage", '{"page": 2}', "thought"], "seen"]],
+        },
+        {
+            "input": "Which one?",
+            "output": "x",
+            "intermediate_steps": [[["getDetails", '{"Question": "?"}', "thought"], "said"]],
+        },
         {"input": "Never mind.", "output": "x", "intermediate_steps": []},
     ],
 }
@@ -108,9 +118,13 @@ FUNCTION = code(
     metadata='{"func_name": "add"}',
 )
 MATH500 = {
-    "problem": "Convert $(0,3)$ to polar.", "solution": "So $\\boxed{\\left(3, \\frac{\\pi}{2}\\right)}$.",
-    "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "Precalculus", "level": 2, "unique_id": "test/precalculus/807.json",
-}  # fmt: skip
+    "problem": "Convert $(0,3)$ to polar.",
+    "solution": "So $\\boxed{\\left(3, \\frac{\\pi}{2}\\right)}$.",
+    "answer": "\\left( 3, \\frac{\\pi}{2} \\right)",
+    "subject": "Precalculus",
+    "level": 2,
+    "unique_id": "test/precalculus/807.json",
+}
 AIME = [
     {"ID": "2024-I-1", "Problem": "Every morning?", "Solution": "Thus \\boxed{204}.", "Answer": 204},
     {"id": 60, "problem": "Let x be?", "solution": None, "answer": "025", "url": "x", "year": "2024"},
@@ -156,14 +170,19 @@ def test_parquet_gives_what_jsonl_gives_and_the_check_finds_nothing(mapping, tmp
     prompts = load_prompts(lines, mapping=mapping)
     assert load_prompts(table, mapping=mapping) == prompts and prompts
     for path in (lines, table):
-        report = check(path, Rules(mapping=mapping))
+        report = check_file(path, CheckRules(mapping=mapping))
         assert (report.errors, report.warnings, report.prompts) == ([], [], len(prompts))
 
 
 def test_dapo_asks_for_a_box_in_place_of_the_answer_line(tmp_path):
     (prompt,) = load(tmp_path, "dapo_math", dapo(41))
     assert prompt == Prompt("uuid-41", [{"role": "user", "content": f"What is 41 + 1?\n{BOXED}"}], "42")
-    processed = {"prompt": "What is 2 + 2?", "solution": "4", "reward_model": {"ground_truth": "4"}, "extra_info": {"index": "a"}}
+    processed = {
+        "prompt": "What is 2 + 2?",
+        "solution": "4",
+        "reward_model": {"ground_truth": "4"},
+        "extra_info": {"index": "a"},
+    }
     assert load(tmp_path, "dapo_math", processed)[0].messages[0]["content"] == f"What is 2 + 2?\n{BOXED}"
     assert 'no object "reward_model"' in refusal(tmp_path, "dapo_math", {"prompt": "x"})
     assert "one user message" in refusal(tmp_path, "dapo_math", {"prompt": []})
@@ -174,21 +193,31 @@ def test_dapo_repeats_are_left_out_and_counted_and_contradictions_refused(tmp_pa
     with caplog.at_level(logging.WARNING):
         assert len(load(tmp_path, "dapo_math", *rows)) == 3
     assert "took 3 prompts and left 297 out" in caplog.text
-    report = check(tmp_path / "rows.jsonl", Rules(mapping="dapo_math"))
+    report = check_file(tmp_path / "rows.jsonl", CheckRules(mapping="dapo_math"))
     assert (report.errors, report.left_out, report.prompts) == ([], 297, 3)
     with pytest.raises(DataError, match=":3: id 'uuid-1' was used on line 1"):
         load(tmp_path, "dapo_math", dapo(1), dapo(2), dapo(1) | {"reward_model": {"ground_truth": "7"}})
 
 
 def test_sciknoweval_takes_level_3_multiple_choice(tmp_path, caplog):
-    others = [science(details={"level": "L1"}), science(type="open-ended-qa", answerKey="", choices={"text": [], "label": []})]
+    others = [
+        science(details={"level": "L1"}),
+        science(type="open-ended-qa", answerKey="", choices={"text": [], "label": []}),
+    ]
     with caplog.at_level(logging.WARNING):
         (prompt,) = load(tmp_path, "sciknoweval", others[0], science(), others[1])
     assert "left 2 out" in caplog.text and prompt.id == "rows-1" and prompt.answer == "B"
     text = prompt.messages[0]["content"]
-    assert text.startswith("Which gas do plants take in?\n\nA: Argon\nB: Carbon dioxide\nC: Neon\nD: Helium\n\n") and "<answer>" in text
-    assert "\"answerKey\" is 'E', which is not one of the options A, B, C, D" in refusal(tmp_path, "sciknoweval", science(answerKey="E"))
-    assert "as many strings" in refusal(tmp_path, "sciknoweval", science(choices={"text": ["x"], "label": ["A", "B"]}))
+    assert (
+        text.startswith("Which gas do plants take in?\n\nA: Argon\nB: Carbon dioxide\nC: Neon\nD: Helium\n\n")
+        and "<answer>" in text
+    )
+    assert "\"answerKey\" is 'E', which is not one of the options A, B, C, D" in refusal(
+        tmp_path, "sciknoweval", science(answerKey="E")
+    )
+    assert "as many strings" in refusal(
+        tmp_path, "sciknoweval", science(choices={"text": ["x"], "label": ["A", "B"]})
+    )
     with pytest.raises(DataError, match="none of its 2 rows is one that mapping sciknoweval takes"):
         load(tmp_path, "sciknoweval", *others)
 
@@ -196,34 +225,69 @@ def test_sciknoweval_takes_level_3_multiple_choice(tmp_path, caplog):
 def test_toolalpaca_rows_hold_tools_or_requests(tmp_path):
     first, second = load(tmp_path, "toolalpaca", TOOL)
     assert (first.id, second.id) == ("Axo-0", "Axo-1")
-    assert json.loads(first.answer) == [{"action": "getImage", "action_input": {"color": "wild", "page": {"from": 1}}}]
+    assert json.loads(first.answer) == [
+        {"action": "getImage", "action_input": {"color": "wild", "page": {"from": 1}}}
+    ]
     text = first.messages[0]["content"]
-    assert "Functions of Axo:\n\ngetImage: An image." in text and "Request: Show me a wild one." in text and "Action Input: {" in text
+    assert (
+        "Functions of Axo:\n\ngetImage: An image." in text
+        and "Request: Show me a wild one." in text
+        and "Action Input: {" in text
+    )
     said = 'Action: getImage\nAction Input: {"page": {"from": 1}, "color": "wild"}'
     assert parse_gold(first.answer, "r") == parse_calls(said)
 
-    (only,) = load(tmp_path, "toolalpaca", TRAINING_TOOL)  # the two others ask the user, or call nothing
+    # the two others ask the user, or call nothing
+    (only,) = load(tmp_path, "toolalpaca", TRAINING_TOOL)
     assert json.loads(only.answer) == [{"action": "getImage", "action_input": {"page": 2}}]
-    assert "Request: Show me one.\n\n" in only.messages[0]["content"] and "Hint" not in only.messages[0]["content"]
+    assert (
+        "Request: Show me one.\n\n" in only.messages[0]["content"]
+        and "Hint" not in only.messages[0]["content"]
+    )
 
-    request = {"id": "t1", "system": "Use tools.", "prompt": "Tools ... Show me one.", "golden_answer": TOOL["Golden_Answers"][0]}
+    request = {
+        "id": "t1",
+        "system": "Use tools.",
+        "prompt": "Tools ... Show me one.",
+        "golden_answer": TOOL["Golden_Answers"][0],
+    }
     for answer in (request["golden_answer"], json.dumps(request["golden_answer"])):
         (prompt,) = load(tmp_path, "toolalpaca", request | {"golden_answer": answer})
-        assert prompt.answer == first.answer and [message["role"] for message in prompt.messages] == ["system", "user"]
+        assert prompt.answer == first.answer and [message["role"] for message in prompt.messages] == [
+            "system",
+            "user",
+        ]
     broken = TOOL | {"Golden_Answers": [[{"Action": "getImage", "Action_Input": "{'color': 1}"}], []]}
     assert '"request 0: Action_Input" is not valid JSON' in refusal(tmp_path, "toolalpaca", broken)
-    assert '2 "Instructions" and 1 "Golden_Answers"' in refusal(tmp_path, "toolalpaca", TOOL | {"Golden_Answers": [[]]})
+    assert '2 "Instructions" and 1 "Golden_Answers"' in refusal(
+        tmp_path, "toolalpaca", TOOL | {"Golden_Answers": [[]]}
+    )
 
 
 def test_livecodebench_answers_are_tests(tmp_path):
     script, function = load(tmp_path, "livecodebench", code(), FUNCTION)
-    assert json.loads(script.answer) == {"inputs": ["1 2\n", "4 5\n"], "outputs": ["3\n", "9\n"], "fn_name": None, "time_limit": 6}
+    assert json.loads(script.answer) == {
+        "inputs": ["1 2\n", "4 5\n"],
+        "outputs": ["3\n", "9\n"],
+        "fn_name": None,
+        "time_limit": 6,
+    }
     assert script.id == "abc301_a" and "stdin" in script.messages[0]["content"]
-    assert json.loads(function.answer) == {"inputs": ["1\n2", "4\n5"], "outputs": ["3", "9"], "fn_name": "add", "time_limit": 6}
-    assert function.id == "3000" and "```python\nclass Solution:\n    def add(" in function.messages[0]["content"]
+    assert json.loads(function.answer) == {
+        "inputs": ["1\n2", "4\n5"],
+        "outputs": ["3", "9"],
+        "fn_name": "add",
+        "time_limit": 6,
+    }
+    assert (
+        function.id == "3000"
+        and "```python\nclass Solution:\n    def add(" in function.messages[0]["content"]
+    )
     tests = parse_tests(function.answer, "r", 1.0)
     assert (tests.fn_name, tests.seconds, len(tests.inputs)) == ("add", 6.0, 2)
-    plain = base64.b64encode(zlib.compress(b'[{"input": "4 5\\n", "output": "9\\n", "testtype": "stdin"}]')).decode()
+    plain = base64.b64encode(
+        zlib.compress(b'[{"input": "4 5\\n", "output": "9\\n", "testtype": "stdin"}]')
+    ).decode()
     assert load(tmp_path, "livecodebench", code(private_test_cases=plain))[0].answer == script.answer
 
 
@@ -249,12 +313,18 @@ def test_livecodebench_refuses_tests_that_do_not_fit(tmp_path):
     assert "names no function" in refusal(tmp_path, "livecodebench", FUNCTION | {"metadata": "{}"})
     assert "stdin tests" in refusal(tmp_path, "livecodebench", code(metadata='{"func_name": "add"}'))
     assert 'no "private_test_cases"' in refusal(tmp_path, "livecodebench", code(private_test_cases=None))
-    assert "must list tests of input, output, testtype" in refusal(tmp_path, "livecodebench", code(public_test_cases='[{"input": 1}]'))
+    assert "must list tests of input, output, testtype" in refusal(
+        tmp_path, "livecodebench", code(public_test_cases='[{"input": 1}]')
+    )
 
 
 def test_math500_and_aime(tmp_path):
     (prompt,) = load(tmp_path, "math500", MATH500)
-    assert prompt.id == MATH500["unique_id"] and prompt.solution == MATH500["solution"] and prompt.answer == MATH500["answer"]
+    assert (
+        prompt.id == MATH500["unique_id"]
+        and prompt.solution == MATH500["solution"]
+        and prompt.answer == MATH500["answer"]
+    )
     assert prompt.messages == [{"role": "user", "content": f"Convert $(0,3)$ to polar.\n{BOXED}"}]
     prompts = load(tmp_path, "aime", *AIME)
     assert [(p.id, p.answer, p.solution) for p in prompts] == [
@@ -273,8 +343,19 @@ def test_an_unknown_mapping_is_refused(tmp_path):
 
 
 def test_look_alikes():
-    wrong = {"Answer": "answer", "answers": "answer", "solutoin": "solution", "pass-rate": "pass_rate", "promt": "prompt", "ID": "id",
-             "passrate": "pass_rate", "Messages": "messages", "rubrics": "rubric", "questions": "question", "lable": "label"}  # fmt: skip
+    wrong = {
+        "Answer": "answer",
+        "answers": "answer",
+        "solutoin": "solution",
+        "pass-rate": "pass_rate",
+        "promt": "prompt",
+        "ID": "id",
+        "passrate": "pass_rate",
+        "Messages": "messages",
+        "rubrics": "rubric",
+        "questions": "question",
+        "lable": "label",
+    }
     assert {key: look_alike(key) for key in wrong} == wrong
     for fine in (
         "answer",

@@ -1,8 +1,11 @@
-"""data/prompts.py and data/rows.py: the strict reader of JSONL, parquet, Arrow and directories, and the resumable order.
+"""data/prompts.py and data/rows.py: the strict reader of JSONL, parquet, Arrow and directories, and
+the resumable order.
 
-Proves that every kind of bad row is refused with one line that names the file, the line and what to do; that all formats give the same
-prompts; which directories are refused; and that the iterator visits every prompt once an epoch, never twice in a batch, and resumes
-exactly. The `datasets` directory is written here as Dataset.save_to_disk lays it out. Does not prove that any tokenizer accepts the text.
+Proves that every kind of bad row is refused with one line that names the file, the line and what to
+do; that all formats give the same prompts; which directories are refused; and that the iterator
+visits every prompt once an epoch, never twice in a batch, and resumes exactly. The `datasets`
+directory is written here as Dataset.save_to_disk lays it out. Does not prove that any tokenizer
+accepts the text.
 """
 
 import gzip
@@ -37,10 +40,13 @@ def test_good_rows(tmp_path):
             "solution": None,
         },
     ]
-    content = b"\r\n".join(json.dumps(row, ensure_ascii=False).encode() for row in rows)  # CRLF, and no newline at the end
+    # CRLF, and no newline at the end
+    content = b"\r\n".join(json.dumps(row, ensure_ascii=False).encode() for row in rows)
     first, second = load_prompts(write(tmp_path, content))
     assert first == Prompt("a", [{"role": "user", "content": "7+8="}], "15", "7+8=15")
-    assert second.id == "rows-1" and second.messages[-1]["content"] == "ü 1\u2028x" and second.solution is None
+    assert (
+        second.id == "rows-1" and second.messages[-1]["content"] == "ü 1\u2028x" and second.solution is None
+    )
 
 
 BAD = {
@@ -73,14 +79,26 @@ BAD = {
     "two questions": (b'{"prompt": "1", "question": "2", "answer": "1"}', '"prompt" and "question" disagree'),
     "two answers": (b'{"prompt": "1", "answer": "1", "label": "2"}', '"answer" and "label" disagree'),
     "two solutions": (
-        b'{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}], "answer": "1", "solution": "3"}',
+        (
+            b'{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}],'
+            b' "answer": "1", "solution": "3"}'
+        ),
         '"messages" and "solution" disagree',
     ),
     "label a number": (b'{"prompt": "1", "label": 1}', '"label" is a JSON number'),
-    "ground truth a number": (b'{"prompt": "1", "reward_model": {"ground_truth": 1}}', '"reward_model.ground_truth" is a JSON number'),
-    "pass rate": (b'{"prompt": "1", "answer": "1", "pass_rate": 1.01}', '"pass_rate" is 1.01; give a number from 0 to 1'),
+    "ground truth a number": (
+        b'{"prompt": "1", "reward_model": {"ground_truth": 1}}',
+        '"reward_model.ground_truth" is a JSON number',
+    ),
+    "pass rate": (
+        b'{"prompt": "1", "answer": "1", "pass_rate": 1.01}',
+        '"pass_rate" is 1.01; give a number from 0 to 1',
+    ),
     "pass rate true": (b'{"prompt": "1", "answer": "1", "pass_rate": true}', '"pass_rate" is True'),
-    "rubric": (b'{"prompt": "1", "answer": "1", "rubric": [{"rule": ["x"]}]}', '"rubric[0]" must be an object of strings and numbers'),
+    "rubric": (
+        b'{"prompt": "1", "answer": "1", "rubric": [{"rule": ["x"]}]}',
+        '"rubric[0]" must be an object of strings and numbers',
+    ),
     "capital": (b'{"prompt": "1", "answer": "1", "Solution": "2"}', "did you mean 'solution'"),
     "deep nesting": (b'{"x":' + b"[" * 90 + b"}", "not valid JSON"),
     "empty messages": (b'{"prompt": [], "answer": "1"}', "empty list"),
@@ -91,7 +109,10 @@ BAD = {
     "parts content": (b'{"prompt": [{"role": "user", "content": ["1"]}], "answer": "1"}', "JSON array"),
     "string message": (b'{"prompt": ["1"], "answer": "1"}', "prompt[0]"),
     "assistant last": (
-        b'{"prompt": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}], "answer": "1"}',
+        (
+            b'{"prompt": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}], "answer":'
+            b' "1"}'
+        ),
         "end with a user",
     ),
     "late system": (
@@ -147,10 +168,17 @@ def test_solutions_can_be_required(tmp_path):
 
 
 ROWS = [
-    {"id": f"r{i}", "prompt": [{"role": "user", "content": f"{i}+1="}], "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
-     "solution": "thus" if i % 2 else None, "pass_rate": 0.5, "rubric": [{"rule": "contains", "value": str(i + 1)}], "extra_info": {"i": i}}
+    {
+        "id": f"r{i}",
+        "prompt": [{"role": "user", "content": f"{i}+1="}],
+        "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
+        "solution": "thus" if i % 2 else None,
+        "pass_rate": 0.5,
+        "rubric": [{"rule": "contains", "value": str(i + 1)}],
+        "extra_info": {"i": i},
+    }
     for i in range(500)
-]  # fmt: skip
+]
 
 
 def write_stream(path, rows: list[dict]) -> None:
@@ -160,19 +188,27 @@ def write_stream(path, rows: list[dict]) -> None:
 
 
 def save_to_disk(directory, rows: list[dict]) -> None:
-    """Two Arrow streams and state.json, as `datasets` writes them; the second file's name sorts before the first's."""
+    """Two Arrow streams and state.json, as `datasets` writes them; the second file's name sorts
+    before the first's.
+    """
     directory.mkdir()
     write_stream(directory / "data-b.arrow", rows[:300])
     write_stream(directory / "data-a.arrow", rows[300:])
     (directory / "dataset_info.json").write_text("{}")
-    state = {"_data_files": [{"filename": "data-b.arrow"}, {"filename": "data-a.arrow"}], "_split": "train", "_format_type": None}
+    state = {
+        "_data_files": [{"filename": "data-b.arrow"}, {"filename": "data-a.arrow"}],
+        "_split": "train",
+        "_format_type": None,
+    }
     (directory / "state.json").write_text(json.dumps(state))
 
 
 def test_every_format_gives_the_same_prompts(tmp_path):
     path = write(tmp_path, b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))
     expected = load_prompts(path)
-    assert expected[1] == Prompt("r1", [{"role": "user", "content": "1+1="}], "2", "thus", 0.5, [{"rule": "contains", "value": "2"}])
+    assert expected[1] == Prompt(
+        "r1", [{"role": "user", "content": "1+1="}], "2", "thus", 0.5, [{"rule": "contains", "value": "2"}]
+    )
     table = pa.Table.from_pylist(ROWS)
     parquet.write_table(table, tmp_path / "one.parquet", row_group_size=70)
     write_stream(tmp_path / "stream.arrow", ROWS)
@@ -182,12 +218,22 @@ def test_every_format_gives_the_same_prompts(tmp_path):
     save_to_disk(tmp_path / "saved", ROWS)
     (tmp_path / "shards").mkdir()
     for i in range(2):
-        parquet.write_table(table.slice(250 * i, 250), tmp_path / "shards" / f"train-0000{i}-of-00002.parquet")
+        parquet.write_table(
+            table.slice(250 * i, 250), tmp_path / "shards" / f"train-0000{i}-of-00002.parquet"
+        )
     (tmp_path / "shards" / "README.md").write_text("what this is")
     (tmp_path / "lines").mkdir()
     for name, rows in (("a.jsonl", ROWS[:1]), ("b.jsonl", ROWS[1:])):
         (tmp_path / "lines" / name).write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-    for name in ("one.parquet", "stream.arrow", "file.arrow", "parquet_without_suffix", "saved", "shards", "lines"):
+    for name in (
+        "one.parquet",
+        "stream.arrow",
+        "file.arrow",
+        "parquet_without_suffix",
+        "saved",
+        "shards",
+        "lines",
+    ):
         assert load_prompts(tmp_path / name) == expected, name
 
 
@@ -196,17 +242,23 @@ def test_a_bad_row_of_a_table_is_named_by_file_and_row(tmp_path):
     save_to_disk(tmp_path / "saved", rows[:350] + [{"prompt": " ", "answer": "1"}])
     with pytest.raises(DataError, match=r'saved/data-a.arrow:51: "prompt" is empty'):
         load_prompts(tmp_path / "saved")
-    parquet.write_table(pa.Table.from_pylist([*rows, {"prompt": "x" * 5000, "answer": "1"}]), tmp_path / "long.parquet")
+    parquet.write_table(
+        pa.Table.from_pylist([*rows, {"prompt": "x" * 5000, "answer": "1"}]), tmp_path / "long.parquet"
+    )
     with pytest.raises(DataError, match="long.parquet:401: row is longer than data.max_row_bytes=1000"):
         load_prompts(tmp_path / "long.parquet", max_row_bytes=1000)
-    not_text = pa.table({"prompt": pa.array([b"a", b"\xff"]).cast(pa.binary()).view(pa.utf8()), "answer": ["1", "2"]})
+    not_text = pa.table(
+        {"prompt": pa.array([b"a", b"\xff"]).cast(pa.binary()).view(pa.utf8()), "answer": ["1", "2"]}
+    )
     parquet.write_table(not_text, tmp_path / "bytes.parquet")
     with pytest.raises(DataError, match="bytes.parquet:2: not UTF-8"):
         load_prompts(tmp_path / "bytes.parquet")
     parquet.write_table(pa.table({"prompt": ["1="], "answer": [1]}), tmp_path / "number.parquet")
     with pytest.raises(DataError, match='number.parquet:1: "answer" is a JSON number'):
         load_prompts(tmp_path / "number.parquet")
-    parquet.write_table(pa.Table.from_pylist([rows[0] | {"id": "a"}, rows[1] | {"id": "a"}]), tmp_path / "ids.parquet")
+    parquet.write_table(
+        pa.Table.from_pylist([rows[0] | {"id": "a"}, rows[1] | {"id": "a"}]), tmp_path / "ids.parquet"
+    )
     with pytest.raises(DataError, match="ids.parquet:2: id 'a' was used on line 1"):
         load_prompts(tmp_path / "ids.parquet")
 
@@ -219,9 +271,15 @@ def test_directories_that_mix_or_lack_files_are_refused(tmp_path):
         return tmp_path / name
 
     (split := directory("dict")).joinpath("dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    (indices := directory("indices")).joinpath("state.json").write_text('{"_data_files": [{"filename": "a"}], "_indices_data_files": [{}]}')
-    (gone := directory("gone")).joinpath("state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
-    (outside := directory("outside")).joinpath("state.json").write_text('{"_data_files": [{"filename": "../rows.jsonl"}]}')
+    (indices := directory("indices")).joinpath("state.json").write_text(
+        '{"_data_files": [{"filename": "a"}], "_indices_data_files": [{}]}'
+    )
+    (gone := directory("gone")).joinpath("state.json").write_text(
+        '{"_data_files": [{"filename": "a.arrow"}]}'
+    )
+    (outside := directory("outside")).joinpath("state.json").write_text(
+        '{"_data_files": [{"filename": "../rows.jsonl"}]}'
+    )
     write(tmp_path, GOOD)
     for path, reason in (
         (split, "holds the splits train, test; give one of them, as .*dict/train"),
@@ -229,9 +287,15 @@ def test_directories_that_mix_or_lack_files_are_refused(tmp_path):
         (gone, "names 'a.arrow', which is not in the directory"),
         (outside, "which is not in the directory"),
         (directory("mixed", "a.jsonl", "b.parquet"), "holds .jsonl and .parquet files"),
-        (directory("splits", "train-00000-of-00001.parquet", "test-00000-of-00001.parquet"), r"more than one split \(test, train\)"),
+        (
+            directory("splits", "train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+            r"more than one split \(test, train\)",
+        ),
         (directory("names", "train.jsonl", "test.jsonl"), r"more than one split \(test, train\)"),
-        (directory("missing", "train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"), "shard train-00001-of-00003 is missing"),
+        (
+            directory("missing", "train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"),
+            "shard train-00001-of-00003 is missing",
+        ),
         (directory("empty", "README.md"), "holds no .jsonl or .parquet or .arrow file"),
     ):
         with pytest.raises(DataError, match=reason) as caught:
@@ -245,8 +309,21 @@ def test_columns_of_the_ecosystem(tmp_path):
         {"messages": [*question, {"role": "assistant", "content": "7+8=15"}], "answer": "15"},
         {"question": "7+8=", "label": "15", "solution": "7+8=15"},
         {"problem": "7+8=", "answer": "15", "reward_model": {"ground_truth": "15"}, "solution": "7+8=15"},
-        {"prompt": question, "question": "7+8= ", "answer": " 15", "label": "15", "solution": "7+8=15", "question_id": 3, "uid": 4},
-        {"prompt": "7+8=", "question": None, "answer": "15", "messages": [*question, {"role": "assistant", "content": "7+8=15"}]},
+        {
+            "prompt": question,
+            "question": "7+8= ",
+            "answer": " 15",
+            "label": "15",
+            "solution": "7+8=15",
+            "question_id": 3,
+            "uid": 4,
+        },
+        {
+            "prompt": "7+8=",
+            "question": None,
+            "answer": "15",
+            "messages": [*question, {"role": "assistant", "content": "7+8=15"}],
+        },
     ]
     path = write(tmp_path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
     for prompt in load_prompts(path):
@@ -256,7 +333,8 @@ def test_columns_of_the_ecosystem(tmp_path):
 def test_pass_rates_and_rubrics_belong_to_the_fingerprint_and_their_absence_does_not():
     plain, rated = make_prompts(3), make_prompts(3)
     before = PromptIterator(plain, 2, seed=1).fingerprint
-    assert before == "0220709b9d90ab6e"  # as of runs begun without those fields
+    # as of runs begun without those fields
+    assert before == "0220709b9d90ab6e"
     rated[0].pass_rate = 0.5
     assert PromptIterator(rated, 2, seed=1).fingerprint != before
 
@@ -265,7 +343,9 @@ def test_directories_of_rows_pass_the_command_lines_check(tmp_path):
     from megasd.config.validate import _check_data
 
     save_to_disk(tmp_path / "saved", ROWS)
-    _check_data(load_config([], ["model.path=m", f"data.train={tmp_path / 'saved'}", "data.mapping=auto"], RECIPES))
+    _check_data(
+        load_config([], ["model.path=m", f"data.train={tmp_path / 'saved'}", "data.mapping=auto"], RECIPES)
+    )
 
 
 def make_prompts(n: int) -> list[Prompt]:
@@ -293,8 +373,10 @@ def test_order_depends_on_seed_and_epoch_only():
     one, same, other = (PromptIterator(make_prompts(50), 5, seed=seed) for seed in (1, 1, 2))
     first, again, different = ids(one, 20), ids(same, 20), ids(other, 20)
     assert first == again != different
-    assert first[:10] != first[10:]  # reshuffled
-    assert first[0] == ["15", "32", "25", "40", "12"]  # the same on every machine and in every process
+    # reshuffled
+    assert first[:10] != first[10:]
+    # the same on every machine and in every process
+    assert first[0] == ["15", "32", "25", "40", "12"]
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 7, 10, 23])
@@ -311,7 +393,8 @@ def test_resume_goes_on_with_the_same_batches(stop):
 
 def test_resume_with_another_batch_size_still_visits_each_prompt_once():
     part = PromptIterator(make_prompts(10), 3, seed=5)
-    seen = sum(ids(part, 4), [])  # 12 prompts: two into the second epoch
+    # 12 prompts: two into the second epoch
+    seen = sum(ids(part, 4), [])
     resumed = PromptIterator(make_prompts(10), 4, seed=5)
     resumed.load_state_dict(part.state_dict())
     seen += sum(ids(resumed, 2), [])

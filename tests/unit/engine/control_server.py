@@ -1,5 +1,7 @@
-"""SGLang's control endpoints as a state machine (0.5.23: pause, update session, version stamps), to break answers that a real server cannot
-be made to break: lost ones, late ones, refusals between two steps. No model behind it; tests/integration has real servers."""
+"""SGLang's control endpoints as a state machine (0.5.23: pause, update session, version stamps), to
+break answers that a real server cannot be made to break: lost ones, late ones, refusals between two
+steps. No model behind it; tests/integration has real servers.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,16 @@ Answer = tuple[int, dict[str, Any]]
 
 
 class ControlServer:
-    """`fail[path]`: called with the body before the endpoint; a (status, body) that it returns is answered instead. May be a coroutine."""
+    """`fail[path]`: called with the body before the endpoint; a (status, body) that it returns is
+    answered instead. May be a coroutine.
+    """
 
     def __init__(self, architectures: list[str], port: int = 0) -> None:
         self.architectures, self.fail = architectures, {}
-        self.name, self.key, self.asked = "", None, 0  # served_model_name; API key asked for; samples given
-        self.waiting = 0  # requests that a pause holds back
+        # served_model_name; API key asked for; samples given
+        self.name, self.key, self.asked = "", None, 0
+        # requests that a pause holds back
+        self.waiting = 0
         self.restart()
         self._loop, ready = asyncio.new_event_loop(), threading.Event()
 
@@ -64,7 +70,10 @@ class ControlServer:
         return web.json_response(content, status=status)
 
     def _control(self, path: str, body: dict[str, Any]) -> Answer:
-        ok, no = (200, {"success": True, "message": "ok"}), (400, {"success": False, "message": "no such session, or one is open already"})
+        ok, no = (
+            (200, {"success": True, "message": "ok"}),
+            (400, {"success": False, "message": "no such session, or one is open already"}),
+        )
         if path in ("/begin_weight_update", "/end_weight_update"):
             if self.session == (path == "/begin_weight_update"):
                 return no
@@ -94,9 +103,12 @@ class ControlServer:
         self.asked += len(body["rid"])
         for rid, ids in zip(body["rid"], body["input_ids"], strict=True):
             meta = {
-                "id": rid, "weight_version": self.version, "finish_reason": {"type": "stop"},
-                "input_token_logprobs": [[-1.0, token, None] for token in ids], "output_token_logprobs": [[-1.0, 5, None]] * length,
-            }  # fmt: skip
+                "id": rid,
+                "weight_version": self.version,
+                "finish_reason": {"type": "stop"},
+                "input_token_logprobs": [[-1.0, token, None] for token in ids],
+                "output_token_logprobs": [[-1.0, 5, None]] * length,
+            }
             outputs.append({"output_ids": [5] * length, "meta_info": meta})
         return web.json_response(outputs)
 

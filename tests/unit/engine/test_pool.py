@@ -1,9 +1,10 @@
 """What is known of the engines when answers are lost, late or refused in the middle of a push.
 
-Proves, with a state machine of SGLang's control endpoints in its place: an engine that was restarted behind its URL gets everything,
-also under sync.delta; one that comes back after dying in a push serves again; two that lost their weights are served by one push; a refusal
-is told as it was said; nothing waits for ever, and what cannot be right is refused every time.
-Does not prove that SGLang answers so (tests/integration/test_push.py).
+Proves, with a state machine of SGLang's control endpoints in its place: an engine that was
+restarted behind its URL gets everything, also under sync.delta; one that comes back after dying in
+a push serves again; two that lost their weights are served by one push; a refusal is told as it was
+said; nothing waits for ever, and what cannot be right is refused every time. Does not prove that
+SGLang answers so (tests/integration/test_push.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig
 from megasd.engine.client import EngineError
-from megasd.engine.sampler import Rollout
+from megasd.engine.sampler import Sampler
 from megasd.models.param_table import global_params
 from megasd.types import Prompt
 from megasd.weight_sync.sync import WeightSync
@@ -37,11 +38,20 @@ class TensorActor:
     """An actor that is nothing but its parameters."""
 
     def __init__(self, model: Path) -> None:
-        self.hf, self.params = read_hf_config(model), global_params(local_params(read_hf_config(model), tp_size=1))
+        self.hf, self.params = (
+            read_hf_config(model),
+            global_params(local_params(read_hf_config(model), tp_size=1)),
+        )
         load_hf(self.params, model, tp_rank=0, tp_size=1)
 
-    def gather(self, *, dtype: torch.dtype | None, bucket_bytes: int, make_buffer: Callable[[int], torch.Tensor]) -> Gather:
-        return Gather(plan_of(self.params, self.hf, bucket_bytes=bucket_bytes, dtype=dtype), self.params, make_buffer=make_buffer)
+    def gather(
+        self, *, dtype: torch.dtype | None, bucket_bytes: int, make_buffer: Callable[[int], torch.Tensor]
+    ) -> Gather:
+        return Gather(
+            plan_of(self.params, self.hf, bucket_bytes=bucket_bytes, dtype=dtype),
+            self.params,
+            make_buffer=make_buffer,
+        )
 
     def score_tokens(self, ids: list[int]) -> list[float]:
         return [-1.0] * (len(ids) - 1)
@@ -54,15 +64,24 @@ class Pushes:
         self.model, architectures = model, read_hf_config(model)["architectures"]
         self.servers = [ControlServer(architectures) for _ in range(count)]
         engine = EngineConfig(urls=[server.url for server in self.servers])
-        self.rollout = Rollout(
-            RolloutConfig(engine=engine, max_retries=2), model_path=str(model), device="cpu", dtype="float32", run_dir=model.parent,
-            seed=1, stop_token_ids=[3], vocab_size=96,
-        )  # fmt: skip
+        self.rollout = Sampler(
+            RolloutConfig(engine=engine, max_retries=2),
+            model_path=str(model),
+            device="cpu",
+            dtype="float32",
+            run_dir=model.parent,
+            seed=1,
+            stop_token_ids=[3],
+            vocab_size=96,
+        )
         self.rollout.start()
         self.actor = TensorActor(model)
         settings = SyncConfig(**{"transport": "colocated", "verify_every": 0, **config})
-        self.sync = WeightSync(self.actor, self.rollout, settings, model.parent, model_path=str(model), probes=[[1, 2, 3]])
-        self.sync._check_names = lambda plan: None  # no model behind the endpoints
+        self.sync = WeightSync(
+            self.actor, self.rollout, settings, model.parent, model_path=str(model), probes=[[1, 2, 3]]
+        )
+        # no model behind the endpoints
+        self.sync._check_names = lambda plan: None
         self.sync.push(1)
 
     @property
@@ -73,7 +92,9 @@ class Pushes:
         self.servers[index] = ControlServer(self.servers[index].architectures, self.servers[index].port)
 
     def generate(self, prompts: int = 4) -> list[int]:
-        """Versions of the samples; a restarted engine is given the weights of `version` again, as Run does it."""
+        """Versions of the samples; a restarted engine is given the weights of `version` again, as
+        Run does it.
+        """
         version, self.asked = self.rollout.version, 0
 
         def repush() -> None:
@@ -83,9 +104,15 @@ class Pushes:
         self.rollout.repush = repush
         try:
             groups = self.rollout.generate(
-                [Prompt(id=f"q{i}", messages=[], answer="") for i in range(prompts)], [[1, 2]] * prompts, str, step=0, num_samples=1,
-                temperature=1.0, top_p=1.0, max_response_tokens=3,
-            )  # fmt: skip
+                [Prompt(id=f"q{i}", messages=[], answer="") for i in range(prompts)],
+                [[1, 2]] * prompts,
+                str,
+                step=0,
+                num_samples=1,
+                temperature=1.0,
+                top_p=1.0,
+                max_response_tokens=3,
+            )
         finally:
             self.rollout.repush = None
         return [sample.version for group in groups for sample in group.samples]
@@ -157,7 +184,8 @@ def test_delta_sends_everything_to_an_engine_that_was_restarted(pushes: Callable
     one.actor.params[NORM].mul_(2)
     assert one.sync.push(4)["sync/bytes"] == whole and one.servers[0].version == "4"
     one.servers[0].restart()
-    assert one.sync.push(5)["sync/bytes"] == whole and one.servers[0].version == "5"  # nothing has changed, and it has nothing
+    # nothing has changed, and it has nothing
+    assert one.sync.push(5)["sync/bytes"] == whole and one.servers[0].version == "5"
 
 
 def test_delta_sends_everything_to_an_engine_that_came_back_in_between(pushes: Callable[..., Pushes]) -> None:
@@ -166,7 +194,8 @@ def test_delta_sends_everything_to_an_engine_that_came_back_in_between(pushes: C
     two.rollout._call(two.rollout._revive(two.rollout.engines[0], two.rollout.engines[0].incarnation))
     assert not two.rollout.engines[0].alive
     two.restarted(0)
-    two.sync.push(2)  # the probe finds it again
+    # the probe finds it again
+    two.sync.push(2)
     two.actor.params[NORM].mul_(2)
     assert two.sync.push(3)["sync/bytes"] == two.sync._gather.plan.nbytes and two.held == [3, 3]
 
@@ -217,7 +246,9 @@ def test_samples_taken_beside_a_push_do_not_drop_an_engine(pushes: Callable[...,
 
 def test_what_was_refused_once_is_refused_again(pushes: Callable[..., Pushes], tmp_path: Path) -> None:
     one = pushes(1)
-    again = WeightSync(one.actor, one.rollout, one.sync.config, tmp_path, model_path=str(one.model), probes=[])
+    again = WeightSync(
+        one.actor, one.rollout, one.sync.config, tmp_path, model_path=str(one.model), probes=[]
+    )
     one.rollout.shapes["model.norm.weight"] = (999,)
     for version in (2, 3):
         with pytest.raises(EngineError, match="model.norm.weight"):

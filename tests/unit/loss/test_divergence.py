@@ -1,7 +1,9 @@
-"""Divergences and buckets in one process: golden vectors, the float64 twin, gradients, tiny and extreme inputs.
+"""Divergences and buckets in one process: golden vectors, the float64 twin, gradients, tiny and
+extreme inputs.
 
-Proves: values and closed-form gradients of the readout (buckets -> divergence, exact divergence, target, entropy) equal autograd through
-the direct formulas of tests/reference.py. Does not prove: anything about ranks (tests/distributed/test_ops.py) or speed.
+Proves: values and closed-form gradients of the readout (buckets -> divergence, exact divergence,
+target, entropy) equal autograd through the direct formulas of tests/reference.py. Does not prove:
+anything about ranks (tests/distributed/test_ops.py) or speed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 
 from megasd.loss.divergence import adaptive, divergence, head_gaps
 from megasd.ops.divergence_terms import divergence_terms
-from megasd.ops.vocab_parallel import TAILS, ReadoutSpec, TeacherRecord, vocab_parallel_readout
+from megasd.ops.vocab_parallel import TAILS, LogProbsSpec, TeacherRecord, vocab_parallel_logprobs
 from tests import reference
 
 # Golden vectors: computed from the published definitions by an independent script, six decimals.
@@ -33,12 +35,19 @@ BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 
 def read(student, teacher=None, targets=None, *, vocab_size=None, **options):
-    spec = ReadoutSpec(vocab_size=vocab_size or student.shape[1], **options)
-    return vocab_parallel_readout(student, teacher, targets, spec, tp_group=None)
+    spec = LogProbsSpec(vocab_size=vocab_size or student.shape[1], **options)
+    return vocab_parallel_logprobs(student, teacher, targets, spec, tp_group=None)
 
 
 def on_support(student, teacher, k, *, beta, tail, vocab_size=None, temperature=1.0, support="student"):
-    options = dict(vocab_size=vocab_size, support=support, top_k=k, tail=tail, temperature=temperature, teacher_temperature=temperature)
+    options = dict(
+        vocab_size=vocab_size,
+        support=support,
+        top_k=k,
+        tail=tail,
+        temperature=temperature,
+        teacher_temperature=temperature,
+    )
     readout = read(student, teacher, **options)
     return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=tail != "raw")
 
@@ -59,17 +68,31 @@ def test_golden_full(beta):
 
 @pytest.mark.parametrize("tail,beta", GOLDEN_TOP2)
 def test_golden_top2(tail, beta):
-    assert on_support(STUDENT, TEACHER, 2, beta=beta, tail=tail).item() == pytest.approx(GOLDEN_TOP2[tail, beta], abs=6e-7)
+    assert on_support(STUDENT, TEACHER, 2, beta=beta, tail=tail).item() == pytest.approx(
+        GOLDEN_TOP2[tail, beta], abs=6e-7
+    )
 
 
 def test_golden_summands():
-    """Of KL(T||S); with the pointwise clip at 0.05 the gap token is cut and gets no gradient (OPSD), and the sum turns negative."""
+    """Of KL(T||S); with the pointwise clip at 0.05 the gap token is cut and gets no gradient
+    (OPSD), and the sum turns negative.
+    """
     s, t = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
     summands, _ = divergence_terms(s, t, beta=0.0, normalised=False)
-    assert summands[0].tolist() == pytest.approx([-0.184566, 0.996030, -0.047377, 0.010427, -0.003966], abs=6e-7)
+    assert summands[0].tolist() == pytest.approx(
+        [-0.184566, 0.996030, -0.047377, 0.010427, -0.003966], abs=6e-7
+    )
     clipped, slope = divergence_terms(s, t, beta=0.0, normalised=False, clip=0.05)
-    assert clipped.sum().item() == pytest.approx(-0.175482, abs=6e-7) and (slope[0] == 0).tolist() == [False, True, False, False, False]
-    assert read(STUDENT, TEACHER, support="full", beta=0.0, clip=0.05).divergence_T.item() == pytest.approx(-0.175482, abs=6e-7)
+    assert clipped.sum().item() == pytest.approx(-0.175482, abs=6e-7) and (slope[0] == 0).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert read(STUDENT, TEACHER, support="full", beta=0.0, clip=0.05).divergence_T.item() == pytest.approx(
+        -0.175482, abs=6e-7
+    )
 
 
 def logits(num_tokens, vocab, seed, scale=3.0, dtype=torch.float64):
@@ -91,11 +114,23 @@ def test_value_and_gradient_equal_the_twin(beta, tail, temperature):
     upstream = logits(9, 1, 2)[:, 0]
     for k in (1, 3, vocab - 1, vocab):
         padded = with_padding(student).requires_grad_()
-        loss = on_support(padded, with_padding(teacher, value=-7.0), k, beta=beta, tail=tail, vocab_size=vocab, temperature=temperature)
+        loss = on_support(
+            padded,
+            with_padding(teacher, value=-7.0),
+            k,
+            beta=beta,
+            tail=tail,
+            vocab_size=vocab,
+            temperature=temperature,
+        )
         (grad,) = torch.autograd.grad(loss, padded, upstream)
         ids, _ = reference.topk(student, k)
-        expected_tail = "raw" if k == vocab and tail == "bucket" else tail  # an empty tail adds nothing
-        s, t = (reference.bucket_logprobs(x, ids, temperature=temperature, tail=expected_tail) for x in (student, teacher))
+        # an empty tail adds nothing
+        expected_tail = "raw" if k == vocab and tail == "bucket" else tail
+        s, t = (
+            reference.bucket_logprobs(x, ids, temperature=temperature, tail=expected_tail)
+            for x in (student, teacher)
+        )
         expected = reference.divergence(s, t, beta=beta)
         (expected_grad,) = torch.autograd.grad(expected, student, upstream)
         torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
@@ -127,7 +162,10 @@ def test_sampled_logp_and_entropy_equal_the_twin():
     torch.testing.assert_close(logp, expected, rtol=0, atol=1e-12)
     upstream = logits(11, 1, 6)[:, 0]
     torch.testing.assert_close(
-        torch.autograd.grad(logp, padded, upstream)[0][:, :17], torch.autograd.grad(expected, x, upstream)[0], rtol=0, atol=1e-12
+        torch.autograd.grad(logp, padded, upstream)[0][:, :17],
+        torch.autograd.grad(expected, x, upstream)[0],
+        rtol=0,
+        atol=1e-12,
     )
     torch.testing.assert_close(entropy(padded, vocab_size=17), reference.entropy(x), rtol=0, atol=1e-12)
     one_hot = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, 0.0, -1e4]])
@@ -167,9 +205,11 @@ def of_readout(readout, kind, tail, clip=None):
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("support", ["student", "teacher", "union", "record"])
 def test_gradcheck(support, tail, kind):
-    """Against the unsharded twin and against finite differences, which know no twin; with the pointwise clip and the target too.
+    """Against the unsharded twin and against finite differences, which know no twin; with the
+    pointwise clip and the target too.
 
-    Adaptive: the gap's shares are constants, which finite differences of the whole would not see, so those of its two parts are taken.
+    Adaptive: the gap's shares are constants, which finite differences of the whole would not see,
+    so those of its two parts are taken.
     """
     student, teacher = logits(2, 6, 7, scale=1.5).requires_grad_(), logits(2, 6, 8, scale=1.5)
     ids = twin_ids(student, teacher, support, 3)
@@ -184,21 +224,29 @@ def test_gradcheck(support, tail, kind):
             readout = read(z, given, targets, **options)
             return of_readout(readout, kind, tail, clip) + 0.1 * readout.logp_T
 
-        expected = twin(student, teacher, ids, kind, tail, clip) + 0.1 * reference.sampled_logp(student, targets, temperature=0.9)
+        expected = twin(student, teacher, ids, kind, tail, clip) + 0.1 * reference.sampled_logp(
+            student, targets, temperature=0.9
+        )
         torch.testing.assert_close(loss(student), expected, rtol=0, atol=1e-12)
         grads = [torch.autograd.grad(x, student, upstream)[0] for x in (loss(student), expected)]
         torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
         if kind != "adaptive":
             assert torch.autograd.gradcheck(loss, student)
             continue
-        head, rest = head_gaps(read(student, given, **options).student_logq_TB, read(student, given, **options).teacher_logq_TB, tail=tail)
+        head, rest = head_gaps(
+            read(student, given, **options).student_logq_TB,
+            read(student, given, **options).teacher_logq_TB,
+            tail=tail,
+        )
         share = head / (head + rest)
 
         def fixed(z, share=share):
             return share * loss(z, kind=0.0) + (1 - share) * loss(z, kind=1.0)
 
         assert torch.autograd.gradcheck(fixed, student)
-        torch.testing.assert_close(torch.autograd.grad(fixed(student), student, upstream)[0], grads[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(fixed(student), student, upstream)[0], grads[0], rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -206,9 +254,14 @@ def test_gradcheck_of_the_whole_vocabulary(beta):
     student, teacher = logits(4, 8, 7, scale=1.5).requires_grad_(), logits(4, 8, 8, scale=1.5)
     for clip in (None, 0.05):
         options = dict(support="full", beta=beta, clip=clip, temperature=0.9, teacher_temperature=0.9)
-        assert torch.autograd.gradcheck(lambda z, options=options: read(z, teacher, **options).divergence_T, student)
+        assert torch.autograd.gradcheck(
+            lambda z, options=options: read(z, teacher, **options).divergence_T, student
+        )
         expected = reference.full_divergence(student, teacher, beta=beta, temperature=0.9, clip=clip)
-        grads = [torch.autograd.grad(x.sum(), student)[0] for x in (read(student, teacher, **options).divergence_T, expected)]
+        grads = [
+            torch.autograd.grad(x.sum(), student)[0]
+            for x in (read(student, teacher, **options).divergence_T, expected)
+        ]
         torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
@@ -217,16 +270,19 @@ def test_adaptive_by_hand():
     s, t = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
     head, rest = head_gaps(s, t, tail="raw")
     assert head.item() == pytest.approx(0.786600 - 0.221733, abs=2e-6)
-    assert rest.item() == pytest.approx(0.602732 - 0.106455 + 0.134488 - 0.064568 + 0.039163 - 0.030008 + 0.011039 - 0.003215, abs=4e-6)
+    assert rest.item() == pytest.approx(
+        0.602732 - 0.106455 + 0.134488 - 0.064568 + 0.039163 - 0.030008 + 0.011039 - 0.003215, abs=4e-6
+    )
     share = head.item() / (head + rest).item()
     expected = share * GOLDEN_FULL[0.0] + (1 - share) * GOLDEN_FULL[1.0]
     assert adaptive(s, t, tail="raw").item() == pytest.approx(expected, abs=1e-6)
-    # A tail bucket heavier than any token of the support joins the head last, and only if half of the mass is not reached without it.
+    # A tail bucket heavier than any token of the support joins the head last, and only if half of
+    # the mass is not reached without it.
     logq = torch.tensor([[0.3, 0.25, 0.45]], dtype=torch.float64).log()
     other = torch.tensor([[0.2, 0.2, 0.6]], dtype=torch.float64).log()
-    assert head_gaps(other, logq)[1].item() == pytest.approx(0.15) and head_gaps(other, logq, tail="renormalise")[
-        1
-    ].item() == pytest.approx(0.05)
+    assert head_gaps(other, logq)[1].item() == pytest.approx(0.15) and head_gaps(
+        other, logq, tail="renormalise"
+    )[1].item() == pytest.approx(0.05)
 
 
 def test_adaptive_at_the_edges():
@@ -238,13 +294,18 @@ def test_adaptive_at_the_edges():
         assert (loss == 0).all()
         if tail != "raw":
             assert (torch.autograd.grad(loss.sum(), x)[0] == 0).all()
-    student, teacher = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log(), torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]).log()
+    student, teacher = (
+        torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log(),
+        torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]).log(),
+    )
     assert not adaptive(student, teacher).isnan().any()
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_pointwise_clip(beta):
-    """Every summand is cut from above and loses its gradient there; without effect it changes nothing; buckets and full alike."""
+    """Every summand is cut from above and loses its gradient there; without effect it changes
+    nothing; buckets and full alike.
+    """
     student, teacher = logits(9, 12, 30).requires_grad_(), logits(9, 12, 31)
     for clip in (0.02, 50.0):
         expected = reference.full_divergence(student, teacher, beta=beta, clip=clip)
@@ -254,7 +315,13 @@ def test_pointwise_clip(beta):
         torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
         for tail in TAILS:
             readout = read(student, teacher, support="teacher", top_k=4, tail=tail)
-            loss = divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=tail != "raw", clip=clip)
+            loss = divergence(
+                readout.student_logq_TB,
+                readout.teacher_logq_TB,
+                beta=beta,
+                normalised=tail != "raw",
+                clip=clip,
+            )
             ids, _ = reference.topk(teacher, 4)
             s, t = (reference.bucket_logprobs(x, ids, tail=tail) for x in (student, teacher))
             expected = reference.divergence(s, t, beta=beta, clip=clip)
@@ -266,10 +333,10 @@ def test_pointwise_clip(beta):
 def test_in_place_gradient_and_a_second_backward():
     """The gradient lands in the logits' own storage, once."""
     x, y = logits(5, 40, 32, dtype=torch.float32), logits(5, 40, 33, dtype=torch.float32)
-    spec = ReadoutSpec(vocab_size=38, top_k=6)
+    spec = LogProbsSpec(vocab_size=38, top_k=6)
 
     def loss_of(z, in_place):
-        readout = vocab_parallel_readout(z, y, None, spec, tp_group=None, in_place=in_place)
+        readout = vocab_parallel_logprobs(z, y, None, spec, tp_group=None, in_place=in_place)
         return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=0.5, normalised=True).sum()
 
     apart = x.clone().requires_grad_()
@@ -290,7 +357,8 @@ def test_teacher_equal_to_student_is_exactly_zero(dtype, beta):
         loss = on_support(x, x.detach().clone(), 5, beta=beta, tail=tail)
         assert (loss == 0).all()
         (grad,) = torch.autograd.grad(loss.sum(), x)
-        if tail != "raw" or 0 < beta < 1:  # the truncated KLs do have a gradient there: their "+1" does not cancel
+        # the truncated KLs do have a gradient there: their "+1" does not cancel
+        if tail != "raw" or 0 < beta < 1:
             assert (grad == 0).all()
     x = logits(16, 40, 9, dtype=dtype).requires_grad_()
     loss = full(x, x.detach().clone(), beta=beta)
@@ -298,7 +366,9 @@ def test_teacher_equal_to_student_is_exactly_zero(dtype, beta):
 
 
 def test_more_support_never_lowers_the_divergence():
-    """Buckets are a coarser view, so their divergence is a lower bound that grows with K (data processing)."""
+    """Buckets are a coarser view, so their divergence is a lower bound that grows with K (data
+    processing).
+    """
     student, teacher = logits(50, 30, 10), logits(50, 30, 11)
     for beta in BETAS:
         rows = [on_support(student, teacher, k, beta=beta, tail="bucket") for k in (1, 2, 5, 12, 29, 30)]
@@ -310,18 +380,30 @@ def test_more_support_never_lowers_the_divergence():
 def test_the_ends_are_limits_only_after_division():
     student, teacher = logits(20, 30, 12, scale=1.0), logits(20, 30, 13, scale=1.0)
     small = 1e-7
-    torch.testing.assert_close(full(student, teacher, beta=small) / small, full(student, teacher, beta=0.0), rtol=1e-4, atol=0)
-    torch.testing.assert_close(full(student, teacher, beta=1 - small) / small, full(student, teacher, beta=1.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        full(student, teacher, beta=small) / small, full(student, teacher, beta=0.0), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(
+        full(student, teacher, beta=1 - small) / small, full(student, teacher, beta=1.0), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("noise,loss_tolerance,grad_tolerance", [(1.0, 2e-5, 1e-4), (0.1, 1e-4, 1e-3), (0.01, 1e-3, 1e-2)])
+@pytest.mark.parametrize(
+    "noise,loss_tolerance,grad_tolerance", [(1.0, 2e-5, 1e-4), (0.1, 1e-4, 1e-3), (0.01, 1e-3, 1e-2)]
+)
 def test_float32_keeps_tiny_divergences(beta, noise, loss_tolerance, grad_tolerance):
-    """Truth: float64 on the same float32 logits. The published 1 - sum formula is wrong by tens of percent here, and goes negative."""
+    """Truth: float64 on the same float32 logits. The published 1 - sum formula is wrong by tens of
+    percent here, and goes negative.
+    """
     student = logits(256, 4096, 14, scale=2.0, dtype=torch.float32)
-    student[:, 0] += torch.linspace(0, 25, 256)  # from flat to nearly certain: tiny tails
+    # from flat to nearly certain: tiny tails
+    student[:, 0] += torch.linspace(0, 25, 256)
     teacher = student + logits(256, 4096, 15, scale=noise, dtype=torch.float32)
-    for function in (lambda s, t: on_support(s, t, 100, beta=beta, tail="bucket"), lambda s, t: full(s, t, beta=beta)):
+    for function in (
+        lambda s, t: on_support(s, t, 100, beta=beta, tail="bucket"),
+        lambda s, t: full(s, t, beta=beta),
+    ):
         x, wide = student.clone().requires_grad_(), student.double().requires_grad_()
         loss, truth = function(x, teacher), function(wide, teacher.double())
         assert (loss >= 0).all()
@@ -343,7 +425,9 @@ def test_log_tail_is_exact_when_tiny():
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits(beta, dtype):
-    """+-1e4, all equal, one-hot against one-hot, the largest floats: finite values and gradients, JSD at most ln 2."""
+    """+-1e4, all equal, one-hot against one-hot, the largest floats: finite values and gradients,
+    JSD at most ln 2.
+    """
     rows = torch.zeros(6, 12, dtype=dtype)
     rows[0, 0], rows[1, 0], rows[2, 5], rows[3] = 1e4, -1e4, 1e4, torch.linspace(-1e4, 1e4, 12)
     rows[4] = 3e38 if dtype == torch.float32 else 1e300
@@ -364,12 +448,20 @@ def test_extreme_logits(beta, dtype):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_impossible_tokens(beta):
-    """-inf columns on both sides, on one side, and in the whole tail: never NaN; infinite KLs are +inf, KL(T||S) with finite gradient."""
+    """-inf columns on both sides, on one side, and in the whole tail: never NaN; infinite KLs are
+    +inf, KL(T||S) with finite gradient.
+    """
     student, teacher = logits(4, 10, 17), logits(4, 10, 18)
-    student[0, 3:], teacher[0, 3:] = -torch.inf, -torch.inf  # both
-    student[1, 4] = -torch.inf  # KL(T||S) is infinite
-    teacher[2, 6] = -torch.inf  # KL(S||T) is infinite
-    for function in (lambda s, t: on_support(s, t, 9, beta=beta, tail="bucket"), lambda s, t: full(s, t, beta=beta)):
+    # both
+    student[0, 3:], teacher[0, 3:] = -torch.inf, -torch.inf
+    # KL(T||S) is infinite
+    student[1, 4] = -torch.inf
+    # KL(S||T) is infinite
+    teacher[2, 6] = -torch.inf
+    for function in (
+        lambda s, t: on_support(s, t, 9, beta=beta, tail="bucket"),
+        lambda s, t: full(s, t, beta=beta),
+    ):
         x = student.clone().requires_grad_()
         loss = function(x, teacher)
         assert not loss.isnan().any() and (loss >= 0).all()
@@ -412,7 +504,9 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("k", [1, 4, 16, 40])
 def test_topk_is_a_total_order(k):
-    """Rounded logits tie at the boundary in most rows; equal values go by ascending id, and so do -inf columns."""
+    """Rounded logits tie at the boundary in most rows; equal values go by ascending id, and so do
+    -inf columns.
+    """
     x = logits(300, 40, 23, scale=1.0).mul(2).round().div(2)
     x[:10] = 0.0
     x[10:20, 2:] = -torch.inf

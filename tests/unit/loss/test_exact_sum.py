@@ -1,7 +1,8 @@
 """The exact sums of loss/normalise.py, its metrics and what it hands to Megatron, in one process.
 
-Proves: words do not depend on order or grouping, agree with math.fsum of the quantised values, hold their documented range and give NaN
-beyond it, for every dtype; metrics from words; masked tokens add exactly 0 in value and gradient. Does not prove ranks: tests/distributed.
+Proves: words do not depend on order or grouping, agree with math.fsum of the quantised values, hold
+their documented range and give NaN beyond it, for every dtype; metrics from words; masked tokens
+add exactly 0 in value and gradient. Does not prove ranks: tests/distributed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import pytest
 import torch
 
 from megasd.loss import normalise as reduce
-from megasd.loss.normalise import exact_value, exact_words, megatron_loss, reduce_metrics, weigh, without_division
+from megasd.loss.normalise import (
+    exact_value,
+    exact_words,
+    megatron_loss,
+    reduce_metrics,
+    weighted,
+    without_division,
+)
 
 QUANTUM = Fraction(1, 2**60)
 
@@ -26,7 +34,8 @@ def spread(n: int, seed: int) -> torch.Tensor:
 
 
 def nearest(value: float) -> Fraction:
-    return round(Fraction(value) / QUANTUM) * QUANTUM  # ties to even, as in the code
+    # ties to even, as in the code
+    return round(Fraction(value) / QUANTUM) * QUANTUM
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -35,8 +44,12 @@ def test_words_are_the_sum_of_the_quantised_values(seed):
     exact = sum((nearest(v) for v in values.tolist()), Fraction(0))
     words = exact_words(values)
     assert words.dtype == torch.int64 and words.shape == (3,)
-    assert exact_value(words) == float(exact)  # float of a Fraction rounds once
-    assert abs(Fraction(exact_value(words)) - Fraction(math.fsum(values.tolist()))) <= len(values) * QUANTUM + abs(exact) / 2**52
+    # float of a Fraction rounds once
+    assert exact_value(words) == float(exact)
+    assert (
+        abs(Fraction(exact_value(words)) - Fraction(math.fsum(values.tolist())))
+        <= len(values) * QUANTUM + abs(exact) / 2**52
+    )
 
 
 def test_order_and_grouping_do_not_matter():
@@ -46,12 +59,15 @@ def test_order_and_grouping_do_not_matter():
     for seed in range(50):
         g = torch.Generator().manual_seed(seed)
         shuffled = values[torch.randperm(len(values), generator=g)]
-        cuts = sorted(torch.randint(0, len(values) + 1, (seed % 9,), generator=g).tolist())  # empty parts among them
+        # empty parts among them
+        cuts = sorted(torch.randint(0, len(values) + 1, (seed % 9,), generator=g).tolist())
         parts = [exact_words(part) for part in torch.tensor_split(shuffled, cuts)]
         assert torch.equal(sum(parts[1:], parts[0]), whole)
         floats.add(torch.stack([p.sum() for p in torch.tensor_split(shuffled, cuts)]).sum().item())
-    assert len(floats) > 1  # the plain sum does depend on them, or this would prove nothing
-    assert torch.equal(sum(exact_words(v) for v in values), whole)  # one by one, scalars
+    # the plain sum does depend on them, or this would prove nothing
+    assert len(floats) > 1
+    # one by one, scalars
+    assert torch.equal(sum(exact_words(v) for v in values), whole)
 
 
 def test_single_values():
@@ -70,16 +86,21 @@ def test_single_values():
         3e9 + 0.125,
     ):
         assert exact_value(exact_words(torch.tensor(value, dtype=torch.float64))) == float(nearest(value))
-    assert exact_value(exact_words(torch.tensor(2.0**-61, dtype=torch.float64))) == 0.0  # a tie, to even
+    # a tie, to even
+    assert exact_value(exact_words(torch.tensor(2.0**-61, dtype=torch.float64))) == 0.0
     assert exact_value(exact_words(torch.tensor([3 * 2.0**-61, 5e-324], dtype=torch.float64))) == 2.0**-59
     assert exact_value(exact_words(torch.zeros(0))) == 0.0
-    assert exact_value(exact_words(torch.tensor([1e8, 1e-15, -1e8], dtype=torch.float64))) == pytest.approx(1e-15, abs=2.0**-61)
+    assert exact_value(exact_words(torch.tensor([1e8, 1e-15, -1e8], dtype=torch.float64))) == pytest.approx(
+        1e-15, abs=2.0**-61
+    )
 
 
 def test_dtypes_and_dimension():
     floats = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(exact_words(floats), exact_words(floats.double()))
-    assert exact_value(exact_words(floats.bfloat16())) == math.fsum(floats.bfloat16().double().flatten().tolist())
+    assert exact_value(exact_words(floats.bfloat16())) == math.fsum(
+        floats.bfloat16().double().flatten().tolist()
+    )
     assert exact_value(exact_words(floats > 0)) == int((floats > 0).sum())
     assert exact_value(exact_words(torch.tensor([2**37, -5]))) == 2**37 - 5
     rows = exact_words(floats.requires_grad_(), dim=-1)
@@ -90,28 +111,44 @@ def test_dtypes_and_dimension():
 
 
 def test_low_word_needs_no_carry_in_its_range():
-    """The largest low word there is, 2^35 units, 2^28 - 1 times, with either sign: 64 bits hold it. A product stands in for the sum."""
+    """The largest low word there is, 2^35 units, 2^28 - 1 times, with either sign: 64 bits hold it.
+    A product stands in for the sum.
+    """
     for sign in (1, -1):
-        value = sign * 2.0**-25  # half a unit of the high word: rounds to even 0, all of it stays low
+        # half a unit of the high word: rounds to even 0, all of it stays low
+        value = sign * 2.0**-25
         words = exact_words(torch.tensor(value, dtype=torch.float64))
         assert words.tolist() == [0, sign * 2**35, 0]
         many = words * (reduce.MAX_VALUES - 1)
         assert exact_value(many) == value * (reduce.MAX_VALUES - 1)
-        assert exact_value(many + exact_words(torch.tensor(-value, dtype=torch.float64))) == value * (reduce.MAX_VALUES - 2)
+        assert exact_value(many + exact_words(torch.tensor(-value, dtype=torch.float64))) == value * (
+            reduce.MAX_VALUES - 2
+        )
 
 
 def test_high_word_cannot_wrap_unseen():
-    """Just below the guard the sum is right; from the guard on it is NaN, before the word is full, also for huge values that cancel."""
-    for value, count in ((2.0**38 - 2.0**-14, 1), (2.0**37, 1), (255.99, reduce.MAX_VALUES - 1), (1023.0, 2**28 - 2**10)):
+    """Just below the guard the sum is right; from the guard on it is NaN, before the word is full,
+    also for huge values that cancel.
+    """
+    for value, count in (
+        (2.0**38 - 2.0**-14, 1),
+        (2.0**37, 1),
+        (255.99, reduce.MAX_VALUES - 1),
+        (1023.0, 2**28 - 2**10),
+    ):
         for sign in (1, -1):
             words = exact_words(torch.tensor(sign * value, dtype=torch.float64)) * count
             if count * (value // 256) < 2**30:
                 assert exact_value(words) == float(nearest(value) * sign * count)
             else:
                 assert math.isnan(exact_value(words))
-            assert abs(int(words[0])) == abs(round(Fraction(value) * 2**24)) * count < 2**63  # what Python's integers say: no wrap
+            # what Python's integers say: no wrap
+            assert abs(int(words[0])) == abs(round(Fraction(value) * 2**24)) * count < 2**63
     assert math.isnan(exact_value(exact_words(torch.tensor([2.0**37, -(2.0**37)], dtype=torch.float64))))
-    assert exact_value(exact_words(torch.tensor([2.0**36, 2.0**36, 2.0**36], dtype=torch.float64))) == 3 * 2.0**36
+    assert (
+        exact_value(exact_words(torch.tensor([2.0**36, 2.0**36, 2.0**36], dtype=torch.float64)))
+        == 3 * 2.0**36
+    )
     # The worst mixture: the guard at its last value below the bound, every value just short of the next unit.
     assert (2**30 - 1 + reduce.MAX_VALUES) * 2**8 * 2**24 + reduce.MAX_VALUES // 2 < 2**63
     # And the guard itself, every value not finite.
@@ -137,17 +174,18 @@ def test_too_many_values(monkeypatch):
 def test_weighing_and_what_megatron_gets():
     losses = torch.tensor([2.0, math.inf, math.nan, -3.0], requires_grad=True)
     weights = torch.tensor([0.5, 0.0, 0.0, 0.25], dtype=torch.float64)
-    weighed = weigh(losses, weights)
+    weighed = weighted(losses, weights)
     assert weighed.dtype == torch.float64 and exact_value(exact_words(weighed)) == 0.25
     loss, num_tokens, log = megatron_loss(weighed.sum().float())
     loss.backward()
-    assert losses.grad.tolist() == weights.tolist()  # masked tokens: exactly 0
+    # masked tokens: exactly 0
+    assert losses.grad.tolist() == weights.tolist()
     assert loss.item() == 0.25 and log == {}
     assert num_tokens.dtype == torch.int and num_tokens.item() == 0
     with pytest.raises(ValueError, match="must be a scalar"):
         megatron_loss(losses)
     nothing = torch.tensor([math.inf, 1.0], requires_grad=True)
-    megatron_loss(weigh(nothing, torch.zeros(2, dtype=torch.float64)).sum())[0].backward()
+    megatron_loss(weighted(nothing, torch.zeros(2, dtype=torch.float64)).sum())[0].backward()
     assert nothing.grad.tolist() == [0.0, 0.0]
     seen = []
     without_division(lambda model, num_tokens, **kwargs: seen.append((model, num_tokens, kwargs)))(
@@ -160,12 +198,20 @@ def test_metrics():
     def words(*values: float) -> torch.Tensor:
         return exact_words(torch.tensor(values, dtype=torch.float64))
 
-    assert reduce_metrics({"loss": words(1.0, 2.0), "tokens": words(2)}, {"loss": "tokens"}, group=None) == {"loss": 1.5, "tokens": 2.0}
-    assert reduce_metrics({"loss": words(), "tokens": words()}, {"loss": "tokens"}, group=None) == {"loss": 0.0, "tokens": 0.0}
+    assert reduce_metrics({"loss": words(1.0, 2.0), "tokens": words(2)}, {"loss": "tokens"}, group=None) == {
+        "loss": 1.5,
+        "tokens": 2.0,
+    }
+    assert reduce_metrics({"loss": words(), "tokens": words()}, {"loss": "tokens"}, group=None) == {
+        "loss": 0.0,
+        "tokens": 0.0,
+    }
     # A weight may itself be a metric with a weight: sums are divided, not means.
     three = {"a": words(3), "b": words(4), "c": words(2)}
     assert reduce_metrics(three, {"a": "b", "b": "c"}, group=None) == {"a": 0.75, "b": 2.0, "c": 2.0}
-    assert math.isnan(reduce_metrics({"loss": words(math.inf), "tokens": words(2)}, {"loss": "tokens"}, group=None)["loss"])
+    assert math.isnan(
+        reduce_metrics({"loss": words(math.inf), "tokens": words(2)}, {"loss": "tokens"}, group=None)["loss"]
+    )
     assert reduce_metrics({}, {}, group=None) == {}
     with pytest.raises(ValueError, match="without a sum: kl, tokens"):
         reduce_metrics({}, {"kl": "tokens"}, group=None)

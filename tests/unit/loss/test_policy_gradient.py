@@ -1,7 +1,9 @@
-"""Importance ratios and the surrogates of the policy gradient, per token: golden values, clipping in every quadrant, gradients.
+"""Importance ratios and the surrogates of the policy gradient, per token: golden values, clipping
+in every quadrant, gradients.
 
-Proves: values and gradients of ppo (dual clip too), gspo, cispo, importance and reinforce equal their published formulas, on and off
-policy; the corrections truncate or mask as said. Does not prove which tokens they are given.
+Proves: values and gradients of ppo (dual clip too), gspo, cispo, importance and reinforce equal
+their published formulas, on and off policy; the corrections truncate or mask as said. Does not
+prove which tokens they are given.
 """
 
 from __future__ import annotations
@@ -33,17 +35,21 @@ def test_ratios_are_detached_truncated_from_above_only_and_one_on_policy():
     assert is_ratio(logp, logp.detach(), 2.0).tolist() == [1.0, 1.0, 1.0]
     off = is_ratio(logp, old, None)
     assert off.tolist() == [1.0, 1.0, 1.0] and not off.requires_grad
-    assert tis(torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -0.5]), 2.0).tolist() == pytest.approx([2.0, math.exp(-0.5)])
+    assert tis(torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -0.5]), 2.0).tolist() == pytest.approx(
+        [2.0, math.exp(-0.5)]
+    )
     assert tis(torch.tensor([-1.0]), torch.tensor([-9.0]), None).tolist() == [1.0]
 
 
 def test_tis_masks_or_truncates_between_its_bounds():
-    old, rollout = t(-1.0, -1.0, -1.0, -1.0), t(-3.0, -1.5, -0.5, 1.5)  # ratios e^2, e^.5, e^-.5, e^-2.5
+    # ratios e^2, e^.5, e^-.5, e^-2.5
+    old, rollout = t(-1.0, -1.0, -1.0, -1.0), t(-3.0, -1.5, -0.5, 1.5)
     kept = [math.exp(0.5), math.exp(-0.5)]
     assert tis(old, rollout, 2.0, low=0.5, mode="truncate").tolist() == pytest.approx([2.0, *kept, 0.5])
     assert tis(old, rollout, 2.0, low=0.5, mode="mask").tolist() == pytest.approx([0.0, *kept, 0.0])
     assert tis(old, rollout, 2.0, mode="mask").tolist() == pytest.approx([0.0, *kept, math.exp(-2.5)])
-    assert tis(t(0.0), t(0.0), 1.0, low=1.0, mode="mask").tolist() == [1.0]  # the bounds are inside
+    # the bounds are inside
+    assert tis(t(0.0), t(0.0), 1.0, low=1.0, mode="mask").tolist() == [1.0]
     with pytest.raises(ValueError, match="mode must be one of"):
         tis(old, rollout, 2.0, mode="drop")
 
@@ -52,10 +58,12 @@ def test_tis_masks_or_truncates_between_its_bounds():
     "ratio,advantage,value,flows",
     [
         (1.1, 1.0, -1.1, True),
-        (1.5, 1.0, -1.28, False),  # clipped above
+        # clipped above
+        (1.5, 1.0, -1.28, False),
         (0.5, 1.0, -0.5, True),
         (1.5, -1.0, 1.5, True),
-        (0.5, -1.0, 0.8, False),  # clipped below
+        # clipped below
+        (0.5, -1.0, 0.8, False),
         (0.9, -1.0, 0.9, True),
         (1.5, 0.0, 0.0, False),
     ],
@@ -71,12 +79,20 @@ def test_clip(ratio, advantage, value, flows):
 @pytest.mark.parametrize("surrogate", ["ppo", "gspo"])
 @pytest.mark.parametrize(
     "ratio,advantage,value,flows",
-    [(5.0, -1.0, 3.0, False), (2.0, -1.0, 2.0, True), (0.5, -1.0, 0.8, False), (5.0, 1.0, -1.28, False), (0.1, 2.0, -0.2, True)],
+    [
+        (5.0, -1.0, 3.0, False),
+        (2.0, -1.0, 2.0, True),
+        (0.5, -1.0, 0.8, False),
+        (5.0, 1.0, -1.28, False),
+        (0.1, 2.0, -0.2, True),
+    ],
 )
 def test_dual_clip_bounds_the_loss_of_bad_tokens(surrogate, ratio, advantage, value, flows):
     logp = t(math.log(ratio)).requires_grad_()
     sequence = logp.detach().clone()
-    loss = policy_gradient(logp, t(0.0), t(advantage), surrogate=surrogate, dual_clip=3.0, sequence_log_ratio_T=sequence, **CLIPS)
+    loss = policy_gradient(
+        logp, t(0.0), t(advantage), surrogate=surrogate, dual_clip=3.0, sequence_log_ratio_T=sequence, **CLIPS
+    )
     loss.sum().backward()
     assert loss.item() == pytest.approx(value)
     assert logp.grad.item() == pytest.approx(value if flows else 0.0)
@@ -102,12 +118,18 @@ def off_policy(n=200):
 
 
 def test_gspo_clips_the_sequence_and_differentiates_the_token():
-    """sg(s) pi / sg(pi): the value of every token of a response is the sequence's, the gradient s A grad log pi where it is not clipped."""
+    """sg(s) pi / sg(pi): the value of every token of a response is the sequence's, the gradient s A
+    grad log pi where it is not clipped.
+    """
     logp, old, advantages = off_policy()
     ratio = (torch.arange(200) % 5 - 2) * 2e-4
-    loss = policy_gradient(logp, old, advantages, surrogate="gspo", clip_low=3e-4, clip_high=4e-4, sequence_log_ratio_T=ratio)
+    loss = policy_gradient(
+        logp, old, advantages, surrogate="gspo", clip_low=3e-4, clip_high=4e-4, sequence_log_ratio_T=ratio
+    )
     (grad,) = torch.autograd.grad(loss.sum(), logp)
-    for s, a, value, slope in zip(ratio.exp().tolist(), advantages.tolist(), loss.tolist(), grad.tolist(), strict=True):
+    for s, a, value, slope in zip(
+        ratio.exp().tolist(), advantages.tolist(), loss.tolist(), grad.tolist(), strict=True
+    ):
         clipped = min(max(s, 1 - 3e-4), 1 + 4e-4)
         assert value == pytest.approx(-min(s * a, clipped * a), rel=1e-12)
         assert slope == pytest.approx(-s * a if s * a <= clipped * a else 0.0, rel=1e-12)
@@ -121,14 +143,18 @@ def test_cispo_drops_no_token():
     loss = policy_gradient(logp, old, advantages, surrogate="cispo", **CLIPS)
     weight = (logp.detach() - old).exp().clamp(0.8, 1.28)
     torch.testing.assert_close(loss, -weight * advantages * logp, rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logp)[0], -weight * advantages, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.sum(), logp)[0], -weight * advantages, rtol=1e-13, atol=0
+    )
 
 
 def test_importance_and_reinforce_do_not_clip():
     logp, old, advantages = off_policy()
     ratio = (logp.detach() - old).exp()
     loss = policy_gradient(logp, old, advantages, surrogate="importance", **CLIPS)
-    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logp)[0], -ratio * advantages, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.sum(), logp)[0], -ratio * advantages, rtol=1e-13, atol=0
+    )
     loss = policy_gradient(logp, old, advantages, surrogate="reinforce", **CLIPS)
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), logp)[0], -advantages, rtol=1e-13, atol=0)
 
@@ -137,7 +163,9 @@ def test_importance_and_reinforce_do_not_clip():
 def test_far_off_policy_is_finite(surrogate):
     logp = torch.tensor([500.0, -500.0], requires_grad=True)
     options = {"sequence_log_ratio_T": torch.tensor([500.0, -500.0])}
-    loss = policy_gradient(logp, torch.zeros(2), torch.tensor([-1.0, -1.0]), surrogate=surrogate, **options, **CLIPS)
+    loss = policy_gradient(
+        logp, torch.zeros(2), torch.tensor([-1.0, -1.0]), surrogate=surrogate, **options, **CLIPS
+    )
     loss.sum().backward()
     assert loss.isfinite().all() and logp.grad.isfinite().all()
 

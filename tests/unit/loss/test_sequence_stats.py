@@ -1,7 +1,9 @@
-"""Statistics of responses and of the batch (loss/sequence_stats.py) in one process: golden values, the definitions in plain Python, edges.
+"""Statistics of responses and of the batch (loss/sequence_stats.py) in one process: golden values,
+the definitions in plain Python, edges.
 
-Proves: each function equals its definition on a batch of responses of 1 to 13 tokens under masks; the median is exact; the gate's states;
-nothing outside a mask counts; empty batches. Does not prove that ranks agree (tests/distributed/test_methods.py).
+Proves: each function equals its definition on a batch of responses of 1 to 13 tokens under masks;
+the median is exact; the gate's states; nothing outside a mask counts; empty batches. Does not prove
+that ranks agree (tests/distributed/test_methods.py).
 """
 
 from __future__ import annotations
@@ -13,12 +15,22 @@ import statistics
 import pytest
 import torch
 
-from megasd.loss.sequence_stats import EntropyGate, confidence, entropy_discount, margin_shift, median, returns, scan, sequence_log_ratio
+from megasd.loss.sequence_stats import (
+    EntropyGate,
+    confidence,
+    entropy_discount,
+    margin_shift,
+    median,
+    returns,
+    scan,
+    sequence_log_ratio,
+)
 
 LENS = torch.tensor([4, 1, 13, 2, 7, 3])
 OWNER = torch.arange(6).repeat_interleave(LENS)
 PLACE = torch.arange(30) - (LENS.cumsum(0) - LENS)[OWNER]
-MASK = (OWNER != 3) & (PLACE >= 1) & (PLACE < 9)  # sample 3 not at all, sample 1 by its length
+# sample 3 not at all, sample 1 by its length
+MASK = (OWNER != 3) & (PLACE >= 1) & (PLACE < 9)
 NO_LENS, NO_MASK = LENS[:0], MASK[:0]
 
 
@@ -45,12 +57,14 @@ def test_confidence_is_one_on_average(scale):
     expected[MASK] = torch.tensor(raw, dtype=torch.float64) / statistics.fmean(raw)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
     assert found[MASK].mean().item() == pytest.approx(1.0, rel=1e-13)
-    assert scale or torch.equal(found, MASK.double())  # no information: exactly 1
+    # no information: exactly 1
+    assert scale or torch.equal(found, MASK.double())
     assert (confidence(entropy, MASK & False, scale=scale, group=None) == 0).all()
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 50])
-@pytest.mark.parametrize("factor", [0.1, 2.0])  # the highest entropy below and above the floor of 1 nat
+# the highest entropy below and above the floor of 1 nat
+@pytest.mark.parametrize("factor", [0.1, 2.0])
 def test_entropy_discount_is_its_definition(window, factor):
     entropy = values(1).abs() * factor
     found = entropy_discount(garbage(entropy), MASK, LENS, scale=1.3, window=window, group=None)
@@ -65,7 +79,9 @@ def test_entropy_discount_is_its_definition(window, factor):
 
 def test_golden_entropy_discount():
     """EGRSD's golden vectors: gamma 0.3, entropies 0.5 and 2, the highest 2."""
-    found = entropy_discount(torch.tensor([0.5, 2.0]), MASK[1:3] | True, torch.tensor([2]), scale=0.3, window=0, group=None)
+    found = entropy_discount(
+        torch.tensor([0.5, 2.0]), MASK[1:3] | True, torch.tensor([2]), scale=0.3, window=0, group=None
+    )
     assert found.tolist() == pytest.approx([0.925, 0.7], rel=1e-13)
 
 
@@ -88,8 +104,18 @@ def test_median_is_the_lower_one_exactly(size):
 
 def test_gate_is_a_schmitt_trigger():
     gate = EntropyGate(warmup=3, ratio=0.9)
-    assert [gate.observe(x) for x in (1.0, math.nan, 2.0, 0.0)] == [False] * 4  # the reference is their mean, 1
-    assert [gate.observe(x) for x in (0.95, 0.91, 0.89, 0.95, 0.99, 1.0, 0.9, 0.5)] == [True, True, False, False, False, True, True, False]
+    # the reference is their mean, 1
+    assert [gate.observe(x) for x in (1.0, math.nan, 2.0, 0.0)] == [False] * 4
+    assert [gate.observe(x) for x in (0.95, 0.91, 0.89, 0.95, 0.99, 1.0, 0.9, 0.5)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
     state = json.loads(json.dumps(gate.state_dict()))
     other = EntropyGate(warmup=3, ratio=0.9)
     other.load_state_dict(state)
@@ -131,13 +157,16 @@ def test_margin_is_made_half_and_half():
     x = values(3)
     found = margin(x, margin=5.0)
     mean = [statistics.fmean(v for _, v in one) if one else None for one in by_sample(x)]
-    gap = statistics.fmean([mean[0], mean[2]]) - statistics.fmean([mean[4], mean[5]])  # 1 and 3 have no token
+    # 1 and 3 have no token
+    gap = statistics.fmean([mean[0], mean[2]]) - statistics.fmean([mean[4], mean[5]])
     shift = (5.0 - gap) / 2
     for t, value in enumerate(found.tolist()):
         expected = x[t].item() + (shift if RIGHT[OWNER[t]] else -shift)
         assert value == (pytest.approx(expected, rel=1e-12) if MASK[t] else 0.0)
     after = [statistics.fmean(v for _, v in one) if one else None for one in by_sample(found)]
-    assert statistics.fmean([after[0], after[2]]) - statistics.fmean([after[4], after[5]]) == pytest.approx(5.0)
+    assert statistics.fmean([after[0], after[2]]) - statistics.fmean([after[4], after[5]]) == pytest.approx(
+        5.0
+    )
 
 
 def test_margin_leaves_alone_what_leads_or_has_one_class():
@@ -148,7 +177,9 @@ def test_margin_leaves_alone_what_leads_or_has_one_class():
         assert torch.equal(margin(x, right_N=right, margin=5.0), plain)
     scored = torch.tensor([1, 1, 1, 1, 1, 0], dtype=torch.bool)
     found = margin(x, scored_N=scored, margin=5.0)
-    assert torch.equal(found[OWNER == 5], plain[OWNER == 5]) and not torch.equal(found[OWNER == 4], plain[OWNER == 4])
+    assert torch.equal(found[OWNER == 5], plain[OWNER == 5]) and not torch.equal(
+        found[OWNER == 4], plain[OWNER == 4]
+    )
     only_without_tokens = torch.tensor([0, 1, 0, 1, 0, 0], dtype=torch.bool)
     assert torch.equal(margin(x, right_N=only_without_tokens, margin=5.0), plain)
 
@@ -184,14 +215,24 @@ def test_sequence_log_ratio_is_the_mean_over_the_response():
     logp, old = values(5), values(6)
     found = sequence_log_ratio(logp, old, LENS)
     for i in range(6):
-        assert found[OWNER == i].tolist() == pytest.approx([(logp - old)[OWNER == i].mean().item()] * int(LENS[i]), rel=1e-12)
+        assert found[OWNER == i].tolist() == pytest.approx(
+            [(logp - old)[OWNER == i].mean().item()] * int(LENS[i]), rel=1e-12
+        )
     assert (sequence_log_ratio(logp, logp, LENS) == 0).all()
 
 
 def test_no_samples():
     none = torch.zeros(0)
-    assert len(confidence(none, NO_MASK, scale=1.0, group=None)) == len(scan(none, NO_MASK, NO_LENS, kappa=5.0)) == 0
+    assert (
+        len(confidence(none, NO_MASK, scale=1.0, group=None))
+        == len(scan(none, NO_MASK, NO_LENS, kappa=5.0))
+        == 0
+    )
     assert len(entropy_discount(none, NO_MASK, NO_LENS, scale=1.0, window=3, group=None)) == 0
-    assert len(returns(none, NO_MASK, NO_LENS, clip=1.0, group=None)) == len(sequence_log_ratio(none, none, NO_LENS)) == 0
+    assert (
+        len(returns(none, NO_MASK, NO_LENS, clip=1.0, group=None))
+        == len(sequence_log_ratio(none, none, NO_LENS))
+        == 0
+    )
     assert len(margin_shift(none, NO_MASK, NO_LENS, NO_MASK, NO_MASK, margin=1.0, group=None)) == 0
     assert math.isnan(median(none, NO_MASK, group=None))

@@ -1,10 +1,12 @@
 """Model families as pure functions: tables, rotary tables and layouts, without a process group.
 
-Proves: the tables of published models (8B to 72B) have their published numbers of parameters, and the names and shapes of transformers'
-own models; rotary tables equal transformers' bit for bit, in both spellings of config.json and for random parameters; for random shapes
-(heads, groups, head size, hidden size, vocabulary) and 1 to 8 ranks the shards hold every value of a file once; TransformerEngine's names,
-virtual stages and fp8 parameters; a config.json that asks for another model is refused by its key.
-Does not prove what Megatron computes with them (tests/distributed/test_families.py), nor that a published config.json still says so.
+Proves: the tables of published models (8B to 72B) have their published numbers of parameters, and
+the names and shapes of transformers' own models; rotary tables equal transformers' bit for bit, in
+both spellings of config.json and for random parameters; for random shapes (heads, groups, head
+size, hidden size, vocabulary) and 1 to 8 ranks the shards hold every value of a file once;
+TransformerEngine's names, virtual stages and fp8 parameters; a config.json that asks for another
+model is refused by its key. Does not prove what Megatron computes with them
+(tests/distributed/test_families.py), nor that a published config.json still says so.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megasd.config.validate import MODEL_TYPES
-from megasd.models import registry as families
-from megasd.models import tp_layouts as mapping
+from megasd.models import registry, tp_layouts
 from megasd.models.param_table import global_name, global_params
 from megasd.models.registry import config_from_hf
 from megasd.models.rope import rope
@@ -35,7 +36,8 @@ from megasd.weights.te_fp8 import plain
 from tests.tiny_weights import COMMON, LLAMA3, MODELS, PLAIN, YARN, local_params, tiny_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "model"
-# Numbers of parameters as the model hub counts them in each repository's safetensors files; every figure was found quoted elsewhere too.
+# Numbers of parameters as the model hub counts them in each repository's safetensors files; every
+# figure was found quoted elsewhere too.
 PUBLISHED = {
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen2.5-14B": 14_770_033_664,
@@ -81,17 +83,24 @@ def test_published_model(name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     hf = published(name)
-    expected = families.table(hf).expected_tensors()
+    expected = registry.param_table(hf).expected_tensors()
     assert sum(math.prod(shape) for shape in expected.values()) == PUBLISHED[name]
     family = config_from_hf(hf)
     assert len(family.ropes[0].inverse_frequencies) * 2 == family.transformer["kv_channels"]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(transformers_config(hf | {"num_hidden_layers": 4, "layer_types": None}))
+        model = AutoModelForCausalLM.from_config(
+            transformers_config(hf | {"num_hidden_layers": 4, "layer_types": None})
+        )
     own = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    if hf["model_type"] == "qwen3_moe":  # transformers 5 fuses the experts of a layer
+    # transformers 5 fuses the experts of a layer
+    if hf["model_type"] == "qwen3_moe":
         own = {n: shape for n, shape in own.items() if "experts" not in n}
         expected = {n: shape for n, shape in expected.items() if "experts" not in n}
-    few = {n: shape for n, shape in expected.items() if not n.startswith("model.layers.") or int(n.split(".")[2]) < 4}
+    few = {
+        n: shape
+        for n, shape in expected.items()
+        if not n.startswith("model.layers.") or int(n.split(".")[2]) < 4
+    }
     assert few == own
 
 
@@ -117,7 +126,10 @@ def test_rotary_tables_of_published_models(name: str) -> None:
     kinds = ("full_attention", "sliding_attention") if hf["model_type"] == "olmo3" else (None,)
     for kind, found in zip(kinds, ropes, strict=True):
         frequencies, factor = transformers_rope(hf, kind)
-        assert torch.equal(torch.tensor(found.inverse_frequencies), frequencies) and found.attention_factor == factor
+        assert (
+            torch.equal(torch.tensor(found.inverse_frequencies), frequencies)
+            and found.attention_factor == factor
+        )
 
 
 THETAS = st.sampled_from([10_000.0, 500_000.0, 1_000_000.0, 123_456.0])
@@ -153,7 +165,12 @@ ROPES = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(parameters=ROPES, head_dim=st.sampled_from([8, 16, 64, 128]))
 def test_rotary_tables_of_any_parameters_in_both_spellings(parameters: dict, head_dim: int) -> None:
-    hf = COMMON | {"model_type": "llama", "head_dim": head_dim, "max_position_embeddings": 65536, "rope_parameters": parameters}
+    hf = COMMON | {
+        "model_type": "llama",
+        "head_dim": head_dim,
+        "max_position_embeddings": 65536,
+        "rope_parameters": parameters,
+    }
     found = rope(hf, head_dim)
     frequencies, factor = transformers_rope(hf)
     assert torch.equal(torch.tensor(found.inverse_frequencies), frequencies)
@@ -161,21 +178,32 @@ def test_rotary_tables_of_any_parameters_in_both_spellings(parameters: dict, hea
     old = {name: value for name, value in hf.items() if name != "rope_parameters"}
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     kind = scaling.pop("rope_type")
-    old |= {"rope_theta": parameters["rope_theta"], "rope_scaling": scaling | {"type": kind} if scaling else None}
+    old |= {
+        "rope_theta": parameters["rope_theta"],
+        "rope_scaling": scaling | {"type": kind} if scaling else None,
+    }
     assert rope(old, head_dim) == found
 
 
 def test_olmo3_in_both_spellings(tmp_path: Path) -> None:
     nested = MODELS["olmo3"] | {
-        "rope_parameters": {kind: p | {"rope_theta": 5e5} for kind, p in MODELS["olmo3"]["rope_parameters"].items()}
+        "rope_parameters": {
+            kind: p | {"rope_theta": 5e5} for kind, p in MODELS["olmo3"]["rope_parameters"].items()
+        }
     }
     new = COMMON | nested | {"rms_norm_eps": 1e-6}
     old = {name: value for name, value in new.items() if name != "rope_parameters"}
-    old |= {"rope_theta": 5e5, "rope_scaling": {name: value for name, value in YARN.items() if name != "rope_theta"}}
+    old |= {
+        "rope_theta": 5e5,
+        "rope_scaling": {name: value for name, value in YARN.items() if name != "rope_theta"},
+    }
     assert config_from_hf(old) == config_from_hf(new)
     for kind, found in zip(("full_attention", "sliding_attention"), config_from_hf(old).ropes, strict=True):
         frequencies, factor = transformers_rope(old, kind)
-        assert torch.equal(torch.tensor(found.inverse_frequencies), frequencies) and found.attention_factor == factor
+        assert (
+            torch.equal(torch.tensor(found.inverse_frequencies), frequencies)
+            and found.attention_factor == factor
+        )
 
 
 # ---- layouts for random shapes ----
@@ -183,15 +211,25 @@ def test_olmo3_in_both_spellings(tmp_path: Path) -> None:
 
 @st.composite
 def shapes(draw) -> tuple[dict, int]:
-    """A config.json of random sizes and a number of ranks over which they divide (the vocabulary need not)."""
+    """A config.json of random sizes and a number of ranks over which they divide (the vocabulary
+    need not).
+    """
     size = draw(st.sampled_from([1, 2, 4, 8]))
     model_type = draw(st.sampled_from(["qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "olmo2", "olmo3"]))
     groups = draw(st.sampled_from([1, 2, 3, 4, 8]))
     heads = groups * draw(st.integers(1, 4))
     head_dim = draw(st.sampled_from([2, 4, 8]))
     hf = COMMON | MODELS.get(model_type, MODELS["qwen3"]) | {"model_type": model_type, "rms_norm_eps": 1e-6}
-    hf |= {"num_attention_heads": heads, "num_key_value_heads": groups, "num_hidden_layers": draw(st.integers(1, 3))}
-    hf |= {"head_dim": head_dim, "hidden_size": draw(st.integers(1, 12)), "vocab_size": draw(st.integers(1, 50))}
+    hf |= {
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "num_hidden_layers": draw(st.integers(1, 3)),
+    }
+    hf |= {
+        "head_dim": head_dim,
+        "hidden_size": draw(st.integers(1, 12)),
+        "vocab_size": draw(st.integers(1, 50)),
+    }
     width = size * draw(st.integers(1, 5))
     hf |= {"intermediate_size": width, "moe_intermediate_size": width, "num_experts": draw(st.integers(1, 3))}
     hf["tie_word_embeddings"] = draw(st.booleans())
@@ -201,8 +239,8 @@ def shapes(draw) -> tuple[dict, int]:
 def local_shape(rule, hf: dict, size: int) -> tuple[int, ...]:
     """What Megatron would allocate, or None where it would refuse to."""
     whole = tuple(rule.parts.values())
-    if rule.layout is mapping.vocab:
-        return (mapping.padded_vocab_size(hf["vocab_size"], 1, size) // size, hf["hidden_size"])
+    if rule.layout is tp_layouts.vocab:
+        return (tp_layouts.padded_vocab_size(hf["vocab_size"], 1, size) // size, hf["hidden_size"])
     return rule.layout(whole, 0, size).shape
 
 
@@ -210,41 +248,46 @@ def local_shape(rule, hf: dict, size: int) -> tuple[int, ...]:
 @given(drawn=shapes())
 def test_shards_hold_every_value_once(drawn: tuple[dict, int]) -> None:
     hf, size = drawn
-    table = families.table(hf)
+    table = registry.param_table(hf)
     stored = {}
     for name in table.names():
         rule = table.rule(name)
         parts = [stored.setdefault(n, torch.randn(s)) for n, s in rule.parts.items()]
         try:
             shape = local_shape(rule, hf, size)
-        except ValueError:  # these heads do not divide over so many ranks
+        except ValueError:
+            # these heads do not divide over so many ranks
             with pytest.raises(UserError, match="tensor_model_parallel_size"):
                 rule.shard((1,), 0, size)
             continue
         cut = rule.is_cut(shape, 1)
         ranks = size if cut else 1
         layouts = [rule.shard(shape, rank, ranks) for rank in range(ranks)]
-        shards = [mapping.split(parts, layout) for layout in layouts]
+        shards = [tp_layouts.split(parts, layout) for layout in layouts]
         merged = [torch.full_like(part, torch.nan) for part in parts]
-        mapping.merge(shards, layouts, merged)
+        tp_layouts.merge(shards, layouts, merged)
         for part, found in zip(parts, merged, strict=True):
             assert torch.equal(part, found), name
-        values = sum(s.length * (math.prod(layout.shape) // layout.shape[s.dim]) for layout in layouts for s in layout.segments)
+        values = sum(
+            s.length * (math.prod(layout.shape) // layout.shape[s.dim])
+            for layout in layouts
+            for s in layout.segments
+        )
         assert values == sum(part.numel() for part in parts), name
         filled = sum(shard.numel() for shard in shards)
-        assert filled == values or rule.layout is mapping.vocab, name
+        assert filled == values or rule.layout is tp_layouts.vocab, name
 
 
 def test_bias_rows_go_with_their_weight_rows() -> None:
     """The bias of a fused QKV row is that of the same row's weight, also where ranks share a query group."""
-    table = families.table(COMMON | MODELS["qwen2"] | {"rms_norm_eps": 1e-6})
+    table = registry.param_table(COMMON | MODELS["qwen2"] | {"rms_norm_eps": 1e-6})
     weight, bias = (table.rule(f"decoder.layers.0.self_attention.linear_qkv.{n}") for n in ("weight", "bias"))
     rows = [torch.randn(shape[0]) for shape in bias.parts.values()]
     columns = [row[:, None].expand(-1, 32).contiguous() for row in rows]
     for size in (1, 2, 4, 8):
         for rank in range(size):
-            split = mapping.split(columns, weight.shard((64 // size, 32), rank, size))
-            assert torch.equal(split[:, 0], mapping.split(rows, bias.shard((64 // size,), rank, size)))
+            split = tp_layouts.split(columns, weight.shard((64 // size, 32), rank, size))
+            assert torch.equal(split[:, 0], tp_layouts.split(rows, bias.shard((64 // size,), rank, size)))
 
 
 # ---- names, virtual stages, fp8 ----
@@ -252,12 +295,21 @@ def test_bias_rows_go_with_their_weight_rows() -> None:
 
 def test_transformer_engine_names() -> None:
     renamed = {
-        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.4.input_layernorm.weight",
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": (
+            "decoder.layers.4.input_layernorm.weight"
+        ),
         "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": "decoder.layers.4.pre_mlp_layernorm.weight",
-        "decoder.layers.0.pre_mlp_layernorm.weight": "decoder.layers.4.pre_mlp_layernorm.weight",  # before experts
-        "decoder.layers.1.mlp.experts.linear_fc1.weight1": "decoder.layers.5.mlp.experts.local_experts.3.linear_fc1.weight",
-        "decoder.layers.1.mlp.experts.linear_fc2.weight0": "decoder.layers.5.mlp.experts.local_experts.2.linear_fc2.weight",
-        "decoder.layers.1.mlp.experts.local_experts.0.linear_fc2.weight": "decoder.layers.5.mlp.experts.local_experts.2.linear_fc2.weight",
+        # before experts
+        "decoder.layers.0.pre_mlp_layernorm.weight": "decoder.layers.4.pre_mlp_layernorm.weight",
+        "decoder.layers.1.mlp.experts.linear_fc1.weight1": (
+            "decoder.layers.5.mlp.experts.local_experts.3.linear_fc1.weight"
+        ),
+        "decoder.layers.1.mlp.experts.linear_fc2.weight0": (
+            "decoder.layers.5.mlp.experts.local_experts.2.linear_fc2.weight"
+        ),
+        "decoder.layers.1.mlp.experts.local_experts.0.linear_fc2.weight": (
+            "decoder.layers.5.mlp.experts.local_experts.2.linear_fc2.weight"
+        ),
         "decoder.layers.1.self_attention.linear_proj.post_layernorm.weight": (
             "decoder.layers.5.self_attention.linear_proj.post_layernorm.weight"
         ),
@@ -280,7 +332,9 @@ def test_chunks_of_virtual_stages_are_one_dictionary(tmp_path: Path) -> None:
 
 
 class Float8Tensor(torch.Tensor):
-    """Like TransformerEngine's: an operation sees a dequantised copy; only copy_ of the whole writes, rounded."""
+    """Like TransformerEngine's: an operation sees a dequantised copy; only copy_ of the whole
+    writes, rounded.
+    """
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -295,8 +349,12 @@ class Float8Tensor(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-def test_fp8_parameters_are_loaded_whole_and_exported_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.tensor", SimpleNamespace(QuantizedTensor=Float8Tensor))
+def test_fp8_parameters_are_loaded_whole_and_exported_dequantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, "transformer_engine.pytorch.tensor", SimpleNamespace(QuantizedTensor=Float8Tensor)
+    )
     path = tiny_checkpoint(tmp_path / "qwen3", "qwen3")
     params = local_params(read_hf_config(path), tp_size=2)
     name = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -305,14 +363,16 @@ def test_fp8_parameters_are_loaded_whole_and_exported_dequantised(tmp_path: Path
     stored = load_file(path / "model.safetensors")
     gate, up = (stored[f"model.layers.0.mlp.{n}_proj.weight"].chunk(2)[1] for n in ("gate", "up"))
     found = plain(params[name])
-    assert type(found) is torch.Tensor and torch.equal(found, torch.cat([gate, up]).to(torch.float8_e4m3fn).float())
+    assert type(found) is torch.Tensor and torch.equal(
+        found, torch.cat([gate, up]).to(torch.float8_e4m3fn).float()
+    )
 
 
 # ---- what is refused ----
 
 
 def test_the_command_line_knows_the_same_families() -> None:
-    assert set(MODEL_TYPES) == set(families.MODULES)
+    assert set(MODEL_TYPES) == set(registry.MODULES)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +425,9 @@ def test_mistral_must_say_its_window() -> None:
 def test_tied_checkpoint_with_a_copy_of_the_embedding(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "llama_tied", "llama_tied")
     stored = load_file(path / "model.safetensors")
-    save_file(stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, path / "model.safetensors")
+    save_file(
+        stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, path / "model.safetensors"
+    )
     from megasd.weights.load import check_hf
 
     check_hf(path)

@@ -1,7 +1,9 @@
-"""2,000 random readouts of extreme logits: +-1e4, -inf on one or both sides, one-hot rows, equal rows, tiny vocabularies.
+"""2,000 random readouts of extreme logits: +-1e4, -inf on one or both sides, one-hot rows, equal
+rows, tiny vocabularies.
 
-Proves: nothing is ever NaN, a Jensen-Shannon divergence lies in [0, ln 2], an entropy in [0, ln V], padded columns get gradient 0.
-Does not prove: ranks without a possible token (tests/distributed/test_ops.py), accuracy (test_divergence.py).
+Proves: nothing is ever NaN, a Jensen-Shannon divergence lies in [0, ln 2], an entropy in [0, ln V],
+padded columns get gradient 0. Does not prove: ranks without a possible token
+(tests/distributed/test_ops.py), accuracy (test_divergence.py).
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megasd.loss.divergence import divergence
-from megasd.ops.vocab_parallel import TAILS, ReadoutSpec, vocab_parallel_readout
+from megasd.ops.vocab_parallel import TAILS, LogProbsSpec, vocab_parallel_logprobs
 
-NUMBERS = st.one_of(st.sampled_from([0.0, -0.0, 1e4, -1e4, -math.inf, 88.0, -104.0, 1e-30]), st.floats(-30, 30, width=32))
+NUMBERS = st.one_of(
+    st.sampled_from([0.0, -0.0, 1e4, -1e4, -math.inf, 88.0, -104.0, 1e-30]), st.floats(-30, 30, width=32)
+)
 
 
 @st.composite
@@ -52,14 +56,20 @@ def pairs(draw):
 )
 def test_never_nan(sides, support, k, tail, beta, clip, temperature, wide, padding):
     dtype = torch.float64 if wide else torch.float32
-    student, teacher = (torch.nn.functional.pad(torch.tensor(rows, dtype=dtype), (0, padding), value=1e5) for rows in sides)
+    student, teacher = (
+        torch.nn.functional.pad(torch.tensor(rows, dtype=dtype), (0, padding), value=1e5) for rows in sides
+    )
     student.requires_grad_()
     tokens, vocab = student.shape[0], student.shape[1] - padding
-    spec = ReadoutSpec(vocab, support, k, tail, beta=beta, clip=clip, temperature=temperature)
-    readout = vocab_parallel_readout(student, teacher, torch.zeros(tokens, dtype=torch.int64), spec, tp_group=None)
+    spec = LogProbsSpec(vocab, support, k, tail, beta=beta, clip=clip, temperature=temperature)
+    readout = vocab_parallel_logprobs(
+        student, teacher, torch.zeros(tokens, dtype=torch.int64), spec, tp_group=None
+    )
     loss = readout.divergence_T
     if loss is None:
-        loss = divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=tail != "raw", clip=clip)
+        loss = divergence(
+            readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=tail != "raw", clip=clip
+        )
     assert not loss.isnan().any() and not readout.logp_T.isnan().any()
     assert ((readout.entropy_T >= -1e-6) & (readout.entropy_T <= math.log(vocab) + 1e-5)).all()
     plain = clip is not None or (tail == "raw" and support != "full")

@@ -1,5 +1,7 @@
-"""Cases of test_triton_passes.py: the Triton passes in Triton's interpreter against float64 twins written from the definitions, and against
-torch_passes. TRITON_INTERPRET=1 must be set before this file is run."""
+"""Cases of test_triton_passes.py: the Triton passes in Triton's interpreter against float64 twins
+written from the definitions, and against kernels_torch. TRITON_INTERPRET=1 must be set before this
+file is run.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,21 @@ import warnings
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_passes.py"
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
-from megasd.ops import kernels_torch as torch_passes  # noqa: E402
-from megasd.ops import kernels_triton as passes  # noqa: E402
+from megasd.ops import kernels_torch
+from megasd.ops import kernels_triton as passes
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def logits_of(kind: str, rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+def logits_of(
+    kind: str, rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
     """One kind of rows; the storage is wider than the row, so the stride is not the width."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=g) * 3
@@ -34,7 +38,8 @@ def logits_of(kind: str, rows: int, columns: int, dtype: torch.dtype = torch.flo
         x = x.sort(-1).values
     elif kind == "down":
         x = x.sort(-1, descending=True).values
-    elif kind == "masked":  # some columns at -inf; the last row wholly
+    elif kind == "masked":
+        # some columns at -inf; the last row wholly
         x[torch.rand(x.shape, generator=g) < 0.4] = -INF
         x[-1] = -INF
     elif kind == "few_finite":
@@ -44,10 +49,12 @@ def logits_of(kind: str, rows: int, columns: int, dtype: torch.dtype = torch.flo
         x = x.sign() * 1e4 + x
     elif kind == "spike":
         x[:, columns // 2] = 80.0
-    elif kind == "mass_tie":  # more ties at the k-th value than there is room for candidates
+    elif kind == "mass_tie":
+        # more ties at the k-th value than there is room for candidates
         x = torch.where(torch.rand(x.shape, generator=g) < 0.5, torch.tensor(2.0), x.clamp(max=1.9))
         x[:, 3] = 7.0
-    elif kind == "zeros":  # -0 and +0 are one value
+    elif kind == "zeros":
+        # -0 and +0 are one value
         x = torch.where(torch.rand(x.shape, generator=g) < 0.5, 0.0, -0.0)
     else:
         assert kind == "random", kind
@@ -56,7 +63,19 @@ def logits_of(kind: str, rows: int, columns: int, dtype: torch.dtype = torch.flo
     return wide[:, :columns]
 
 
-KINDS = ("random", "ties", "all_equal", "up", "down", "masked", "few_finite", "huge", "spike", "mass_tie", "zeros")
+KINDS = (
+    "random",
+    "ties",
+    "all_equal",
+    "up",
+    "down",
+    "masked",
+    "few_finite",
+    "huge",
+    "spike",
+    "mass_tie",
+    "zeros",
+)
 
 
 def score64(logits: Tensor, num_valid: int, temperature: float) -> Tensor:
@@ -77,7 +96,9 @@ def rest64(score: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def close(name: str, got: Tensor, want: Tensor, rtol: float, atol: float = 0.0) -> None:
-    torch.testing.assert_close(got.double(), want.double(), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        got.double(), want.double(), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{name}: {m}"
+    )
 
 
 def check_rest(name: str, rest, want) -> None:
@@ -95,16 +116,20 @@ def check_select(name: str, logits: Tensor, k: int, num_valid: int, temperature:
     assert ids.dtype == torch.int32 and values.dtype == torch.float32
     assert torch.equal(ids.long(), order[:, :k]), name
     assert torch.equal(values.double(), want[:, :k]), name
-    check_rest(name, rest, rest64(score, torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, :k], True)))
+    check_rest(
+        name, rest, rest64(score, torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, :k], True))
+    )
     assert torch.equal(logits, kept), f"{name}: the logits changed"
     if temperature == 1.0:
-        other_values, other_ids, other_rest = torch_passes.select(logits, k, num_valid=num_valid, temperature=temperature)
+        other_values, other_ids, other_rest = kernels_torch.select(
+            logits, k, num_valid=num_valid, temperature=temperature
+        )
         assert torch.equal(other_ids, ids) and torch.equal(other_values, values), name
         assert torch.equal(other_rest.max_T, rest.max_T), name
         close(name, rest.sum_T, other_rest.sum_T, 4e-6)
 
 
-# Cases -------------------------------------------------------------------------------------------------------------------------------
+# Cases --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -126,7 +151,11 @@ def expm1_and_log1p() -> None:
     want = torch.expm1(-d.double())
     small = d.double() < 0.05
     series = d.double() ** 2 * sum((-d.double()) ** i / math.factorial(i + 2) for i in range(12))
-    wants = {"expm1": (e, want), "expm1 + d": (excess, torch.where(small, series, want + d.double())), "log1p": (log, z.double().log1p())}
+    wants = {
+        "expm1": (e, want),
+        "expm1 + d": (excess, torch.where(small, series, want + d.double())),
+        "log1p": (log, z.double().log1p()),
+    }
     for name, (got, exact) in wants.items():
         assert got[0] == 0
         error = ((got.double() - exact).abs() / exact.abs())[1:].max().item()
@@ -167,7 +196,13 @@ def select_temperatures() -> None:
         check_select(f"temperature {temperature}", logits, 50, 4400, temperature)
         exact = logits[:, :4400].double() / temperature
         assert ((score64(logits, 4400, temperature) - exact).abs() <= 1.5 * 2**-23 * exact.abs()).all()
-        check_select(f"temperature {temperature} bfloat16", logits_of("ties", 2, 4500, torch.bfloat16), 50, 4400, temperature)
+        check_select(
+            f"temperature {temperature} bfloat16",
+            logits_of("ties", 2, 4500, torch.bfloat16),
+            50,
+            4400,
+            temperature,
+        )
 
 
 def select_nan() -> None:
@@ -196,14 +231,17 @@ def ids_for(rows: int, num_ids: int, num_valid: int, seed: int = 0) -> Tensor:
 
 
 def chosen_mask(ids: Tensor, num_valid: int) -> Tensor:
-    return torch.zeros(ids.shape[0], num_valid + 1, dtype=torch.bool).scatter_(1, torch.where(ids < 0, num_valid, ids).long(), True)[:, :-1]
+    return torch.zeros(ids.shape[0], num_valid + 1, dtype=torch.bool).scatter_(
+        1, torch.where(ids < 0, num_valid, ids).long(), True
+    )[:, :-1]
 
 
 def gather() -> None:
     for dtype in DTYPES:
         for kind in KINDS:
             for num_valid, num_ids, temperature in ((5000, 100, 1.0), (30, 40, 0.7), (17, 0, 1.3)):
-                rows = 2 if num_valid == 5000 else 5  # 5: programs take a second row, whose marks must not be the first's
+                # 5: programs take a second row, whose marks must not be the first's
+                rows = 2 if num_valid == 5000 else 5
                 logits, ids = logits_of(kind, rows, num_valid + 3, dtype), ids_for(rows, num_ids, num_valid)
                 name = f"{kind} {dtype} {num_valid} {num_ids}"
                 values, rest = passes.gather(logits, ids, num_valid=num_valid, temperature=temperature)
@@ -212,17 +250,35 @@ def gather() -> None:
                 assert torch.equal(values.double(), want), name
                 check_rest(name, rest, rest64(score, chosen_mask(ids, num_valid)))
                 if temperature == 1.0:
-                    other_values, other_rest = torch_passes.gather(logits, ids, num_valid=num_valid, temperature=1.0)
-                    assert torch.equal(other_values, values) and torch.equal(other_rest.max_T, rest.max_T), name
+                    other_values, other_rest = kernels_torch.gather(
+                        logits, ids, num_valid=num_valid, temperature=1.0
+                    )
+                    assert torch.equal(other_values, values) and torch.equal(other_rest.max_T, rest.max_T), (
+                        name
+                    )
                     close(name, rest.sum_T, other_rest.sum_T, 4e-6)
     wide = logits_of("random", 1, 13001)
-    check_rest("several tiles", passes.gather(wide, ids_for(1, 300, 13000), num_valid=13000, temperature=1.0)[1],
-               rest64(score64(wide, 13000, 1.0), chosen_mask(ids_for(1, 300, 13000), 13000)))  # fmt: skip
-    values, rest = passes.gather(logits_of("random", 3, 64), torch.full((3, 4), -1, dtype=torch.int32), num_valid=0, temperature=1.0)
-    assert (values == 0).all() and (rest.max_T == -INF).all() and (rest.sum_T == 0).all() and (rest.moment_T == 0).all()
+    check_rest(
+        "several tiles",
+        passes.gather(wide, ids_for(1, 300, 13000), num_valid=13000, temperature=1.0)[1],
+        rest64(score64(wide, 13000, 1.0), chosen_mask(ids_for(1, 300, 13000), 13000)),
+    )
+    values, rest = passes.gather(
+        logits_of("random", 3, 64), torch.full((3, 4), -1, dtype=torch.int32), num_valid=0, temperature=1.0
+    )
+    assert (
+        (values == 0).all()
+        and (rest.max_T == -INF).all()
+        and (rest.sum_T == 0).all()
+        and (rest.moment_T == 0).all()
+    )
     logits = logits_of("random", 2, 64)
     logits[:, 9] = NAN
-    assert passes.gather(logits, torch.zeros(2, 0, dtype=torch.int32), num_valid=60, temperature=1.0)[1].sum_T.isnan().all()
+    assert (
+        passes.gather(logits, torch.zeros(2, 0, dtype=torch.int32), num_valid=60, temperature=1.0)[1]
+        .sum_T.isnan()
+        .all()
+    )
     every = torch.arange(60, dtype=torch.int32).expand(2, 60)
     rest = passes.gather(logits_of("random", 2, 64), every, num_valid=60, temperature=1.0)[1]
     assert (rest.max_T == -INF).all() and (rest.sum_T == 0).all()
@@ -237,7 +293,12 @@ def check_written(name: str, got: Tensor, want: Tensor, num_valid: int, rtol: fl
 
 
 def gradient() -> None:
-    for dtype, out_dtype in ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None), (torch.float16, None)):
+    for dtype, out_dtype in (
+        (torch.float32, None),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+    ):
         for kind in KINDS:
             for num_valid, num_ids, temperature in ((5000, 60, 1.0), (30, 40, 0.7), (17, 0, 1.3)):
                 logits, ids = logits_of(kind, 3, num_valid + 3, dtype), ids_for(3, num_ids, num_valid)
@@ -247,10 +308,18 @@ def gradient() -> None:
                 ref = torch.where(top == -INF, 0.0, top).float()
                 scale = torch.tensor([0.3, -2.0, 0.0])
                 want = scale.double()[:, None] * (score - ref.double()[:, None]).clamp(max=0).exp()
-                want = torch.cat([want, want[:, :1]], 1).scatter(1, torch.where(ids < 0, num_valid, ids).long(), chosen.double())[:, :-1]
-                out = None if out_dtype is None else torch.full((3, num_valid + 11), NAN, dtype=out_dtype)[:, : num_valid + 3]
+                want = torch.cat([want, want[:, :1]], 1).scatter(
+                    1, torch.where(ids < 0, num_valid, ids).long(), chosen.double()
+                )[:, :-1]
+                out = (
+                    None
+                    if out_dtype is None
+                    else torch.full((3, num_valid + 11), NAN, dtype=out_dtype)[:, : num_valid + 3]
+                )
                 kept = logits.clone()
-                passes.gradient_(logits, ids, chosen, scale, ref, num_valid=num_valid, temperature=temperature, out=out)
+                passes.gradient_(
+                    logits, ids, chosen, scale, ref, num_valid=num_valid, temperature=temperature, out=out
+                )
                 got = logits if out is None else out
                 check_written(name, got, want, num_valid, 3e-6, 1e-30 if dtype != torch.float16 else 6e-8)
                 assert (got[2, :num_valid][~chosen_mask(ids, num_valid)[2]] == 0).all(), f"{name}: scale 0"
@@ -258,7 +327,9 @@ def gradient() -> None:
                     assert torch.equal(logits, kept), f"{name}: the logits changed"
     logits = logits_of("random", 2, 40)
     nothing = torch.full((2, 3), -1, dtype=torch.int32)
-    passes.gradient_(logits, nothing, torch.ones(2, 3), torch.ones(2), torch.zeros(2), num_valid=0, temperature=1.0)
+    passes.gradient_(
+        logits, nothing, torch.ones(2, 3), torch.ones(2), torch.zeros(2), num_valid=0, temperature=1.0
+    )
     assert (logits == 0).all()
 
 
@@ -282,16 +353,28 @@ def terms64(a: Tensor, b: Tensor, beta: float, clip: float | None) -> tuple[Tens
         phi, w = (phi, phi + p) if clip is not None else (phi + q - p, phi)
     if clip is None:
         return phi, w, torch.zeros_like(phi, dtype=torch.bool)
-    near = (phi - clip).abs() < 1e-5 * clip + 1e-7  # on which side of the clip a summand falls is a matter of rounding
+    # on which side of the clip a summand falls is a matter of rounding
+    near = (phi - clip).abs() < 1e-5 * clip + 1e-7
     return phi.clamp(max=clip), torch.where(phi > clip, zero, w), near
 
 
 def full() -> None:
     options = [(beta, clip) for beta in (0.0, 0.3, 0.5, 0.9, 1.0) for clip in (None, 2e-3)]
     for dtype in DTYPES:
-        kinds = (("random", 1.0), ("masked", 0.3), ("random", 1e-3), ("all_equal", 0.5), ("huge", 0.5), ("one_hot", 0.0))
+        kinds = (
+            ("random", 1.0),
+            ("masked", 0.3),
+            ("random", 1e-3),
+            ("all_equal", 0.5),
+            ("huge", 0.5),
+            ("one_hot", 0.0),
+        )
         for kind, noise in kinds if dtype == torch.float32 else kinds[:2]:
-            num_valid, temperature, teacher_temperature = 2300, 1.3 if noise == 1.0 else 1.0, 0.7 if noise == 1.0 else 1.0
+            num_valid, temperature, teacher_temperature = (
+                2300,
+                1.3 if noise == 1.0 else 1.0,
+                0.7 if noise == 1.0 else 1.0,
+            )
             student = logits_of("random" if kind == "one_hot" else kind, 3, num_valid + 5, dtype)
             teacher = logits_of("random", 3, num_valid + 9, dtype, seed=1)[:, : num_valid + 5]
             if kind == "one_hot":
@@ -300,10 +383,12 @@ def full() -> None:
                 teacher[1], teacher[1, 5] = -INF, 2.0
                 student[2, 7] = 3.0
             else:
-                teacher.mul_(noise).add_(student)  # -inf stays -inf in both
+                # -inf stays -inf in both
+                teacher.mul_(noise).add_(student)
             if kind == "masked":
                 student[-1], teacher[-1] = 0.0, 0.0
-                student[0, 3], teacher[0, 6] = -INF, -INF  # one side alone
+                # one side alone
+                student[0, 3], teacher[0, 6] = -INF, -INF
             norms, logs = [], []
             for logits, t in ((student, temperature), (teacher, teacher_temperature)):
                 score = score64(logits, num_valid, t)
@@ -325,24 +410,53 @@ def full() -> None:
                     if part == "w" and (phi.isinf().any() or w.isinf().any()):
                         assert not sums[:, 1].isnan().any(), name
                         continue
-                    # A float32 log-probability errs by about 1e-7 of itself: so much of w, and of phi that times its derivative.
-                    slack = 0.0 if part == "plogp" else 2e-6 if part == "w" or clip is not None else 4e-6 * w.abs().sum(-1)
+                    # A float32 log-probability errs by about 1e-7 of itself: so much of w, and of
+                    # phi that times its derivative.
+                    slack = (
+                        0.0
+                        if part == "plogp"
+                        else 2e-6
+                        if part == "w" or clip is not None
+                        else 4e-6 * w.abs().sum(-1)
+                    )
                     if part == "w":
                         slack = slack + (p * near).sum(-1) * 3
-                    error, bound = (sums[:, i].double() - want).abs(), 1e-5 * column.abs().sum(-1) + slack + 1e-12
+                    error, bound = (
+                        (sums[:, i].double() - want).abs(),
+                        1e-5 * column.abs().sum(-1) + slack + 1e-12,
+                    )
                     same = (sums[:, i].double() == want) | (error <= bound)
                     assert same.all(), f"{name} {part}: {sums[:, i]} for {want}, off by {error} of {bound}"
                 assert not (clip is None and (sums[:, 0] < 0).any()), name
                 if beta in (0.3, 1.0) or kind == "one_hot":
-                    other = torch_passes.full_sums(student, teacher, *norms, **common)
+                    other = kernels_torch.full_sums(student, teacher, *norms, **common)
                     close(f"{name} torch", sums, other, 2e-4, 2e-6)
                 upstream, coefficient = torch.tensor([0.7, -1.5, 0.0]), torch.tensor([0.2, 0.0, -3.0])
-                out = torch.full((3, num_valid + 5), NAN, dtype=torch.bfloat16) if dtype == torch.float32 and beta == 0.5 else None
+                out = (
+                    torch.full((3, num_valid + 5), NAN, dtype=torch.bfloat16)
+                    if dtype == torch.float32 and beta == 0.5
+                    else None
+                )
                 target = student.clone() if out is None else out
-                passes.full_gradient_(target if out is None else student, teacher, *norms, upstream, coefficient, out=out, **common)
+                passes.full_gradient_(
+                    target if out is None else student,
+                    teacher,
+                    *norms,
+                    upstream,
+                    coefficient,
+                    out=out,
+                    **common,
+                )
                 if not w.isinf().any():
                     want = upstream.double()[:, None] * w + coefficient.double()[:, None] * p
-                    check_gradient(name, target, want, (p + q) * 1e-5 * (1 + (a - b).abs().nan_to_num(posinf=0, nan=0)), num_valid, near)
+                    check_gradient(
+                        name,
+                        target,
+                        want,
+                        (p + q) * 1e-5 * (1 + (a - b).abs().nan_to_num(posinf=0, nan=0)),
+                        num_valid,
+                        near,
+                    )
     student = logits_of("random", 2, 40)
     norm = (torch.zeros(2), torch.zeros(2))
     common = {"beta": 0.5, "clip": None, "num_valid": 0, "temperature": 1.0, "teacher_temperature": 1.0}
@@ -350,7 +464,11 @@ def full() -> None:
     passes.full_gradient_(student, student.clone(), norm, norm, torch.ones(2), torch.ones(2), **common)
     assert (student == 0).all()
     student[:, 3] = NAN
-    assert passes.full_sums(student, torch.zeros(2, 40), norm, norm, **(common | {"num_valid": 40})).isnan().all()
+    assert (
+        passes.full_sums(student, torch.zeros(2, 40), norm, norm, **(common | {"num_valid": 40}))
+        .isnan()
+        .all()
+    )
 
 
 def check_gradient(name: str, got: Tensor, want: Tensor, slack: Tensor, num_valid: int, near: Tensor) -> None:
@@ -381,12 +499,21 @@ def no_rows_and_errors() -> None:
 
 
 CASES = (
-    expm1_and_log1p, select_kinds, select_every_k, select_temperatures, select_nan, gather, gradient, full, no_rows_and_errors,
-)  # fmt: skip
+    expm1_and_log1p,
+    select_kinds,
+    select_every_k,
+    select_temperatures,
+    select_nan,
+    gather,
+    gradient,
+    full,
+    no_rows_and_errors,
+)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", RuntimeWarning)  # numpy on infinities that a where drops
+    # numpy on infinities that a where drops
+    warnings.simplefilter("ignore", RuntimeWarning)
     for case in CASES:
         began = time.perf_counter()
         case()

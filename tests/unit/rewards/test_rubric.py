@@ -1,7 +1,8 @@
-"""rewards/rubric.py: the score of a rubric by hand, each rule, the rubric written for a row without one, and the verifier around them.
+"""rewards/rubric.py: the score of a rubric by hand, each rule, the rubric written for a row without
+one, and the verifier around them.
 
-Proves: s = sum w v / sum w, the threshold between right and wrong, that a judge that fails or hangs leaves a sample unscored, one line for
-a bad criterion. Does not prove that rules judge well.
+Proves: s = sum w v / sum w, the threshold between right and wrong, that a judge that fails or hangs
+leaves a sample unscored, one line for a bad criterion. Does not prove that rules judge well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ RUBRIC = [
 ]
 
 
-def group(*texts: str, rubric: list[dict] | None = None, answer: str = "42", solution: str | None = None) -> Group:
+def group(
+    *texts: str, rubric: list[dict] | None = None, answer: str = "42", solution: str | None = None
+) -> Group:
     samples = [Sample("p", i, [], [], [], text, "stop", 0) for i, text in enumerate(texts)]
     return Group(Prompt("p", [{"role": "user", "content": "?"}], answer, solution, rubric=rubric), samples)
 
@@ -45,7 +48,12 @@ def test_the_score_is_the_weighted_mean():
         ("ends_with_answer", "42", "so\n\\boxed{42}.\n", "42 it is"),
         ("ends_with_answer", "42", "the answer is **42**", "the answer is 142"),
         ("ends_with_answer", "x", "$x$", "max"),
-        ("no_repetition", 1, "one two three four five. six.", "one two three four five. One two three  four five."),
+        (
+            "no_repetition",
+            1,
+            "one two three four five. six.",
+            "one two three four five. One two three  four five.",
+        ),
     ],
 )
 def test_each_rule(rule, value, met, unmet):
@@ -56,10 +64,14 @@ def test_each_rule(rule, value, met, unmet):
 def test_samples_get_a_score_and_a_verdict_by_the_threshold():
     #                    contains (2)   max_words (1)   ends (3)    score
     texts = [
-        "it is 42",  # 1              1               1           6/6
-        "42 it is",  # 1              1               0           3/6
-        "none",  # 0              1               0           1/6
-        "a b c d e f 42",  # 1        0               1           5/6
+        # 1              1               1           6/6
+        "it is 42",
+        # 1              1               0           3/6
+        "42 it is",
+        # 0              1               0           1/6
+        "none",
+        # 1        0               1           5/6
+        "a b c d e f 42",
         "<think>42",
     ]  # cut off: no answer                        0
     # fmt: skip
@@ -75,13 +87,27 @@ def test_samples_get_a_score_and_a_verdict_by_the_threshold():
 
 
 def test_a_row_without_a_rubric_gets_one_of_4_to_12_criteria():
-    bare, rich = group().prompt, group(solution="Take 6 and 7. " + " ".join(str(n) for n in range(100, 120)) + " so 42").prompt
-    assert [row["rule"] for row in write_rubric(bare)] == ["ends_with_answer", "contains", "no_repetition", "max_words"]
+    bare, rich = (
+        group().prompt,
+        group(solution="Take 6 and 7. " + " ".join(str(n) for n in range(100, 120)) + " so 42").prompt,
+    )
+    assert [row["rule"] for row in write_rubric(bare)] == [
+        "ends_with_answer",
+        "contains",
+        "no_repetition",
+        "max_words",
+    ]
     written = write_rubric(rich)
     assert len(written) == 12 and all(row["weight"] > 0 for row in written)
-    assert [row["value"] for row in written[4:6]] == ["6", "7"] and "42" not in [row["value"] for row in written[4:]]
+    assert [row["value"] for row in written[4:6]] == ["6", "7"] and "42" not in [
+        row["value"] for row in written[4:]
+    ]
     judge = RuleJudge()
-    assert score(judge.judge(rich, "6 times 7 is\n42")) > score(judge.judge(rich, "it is\n42")) > score(judge.judge(rich, "41"))
+    assert (
+        score(judge.judge(rich, "6 times 7 is\n42"))
+        > score(judge.judge(rich, "it is\n42"))
+        > score(judge.judge(rich, "41"))
+    )
 
 
 def test_a_bad_criterion_is_one_line_and_no_verdict():
@@ -98,14 +124,19 @@ def test_a_bad_criterion_is_one_line_and_no_verdict():
                 pool.check_rows([judged.prompt])
             assert said in str(caught.value) and "\n" not in str(caught.value)
             pool.score([judged])
-        assert judged.samples[0].verdict is Verdict.ERROR and judged.pass_rate is None and judged.samples[0].score is None
+        assert (
+            judged.samples[0].verdict is Verdict.ERROR
+            and judged.pass_rate is None
+            and judged.samples[0].score is None
+        )
 
 
 def test_a_pattern_that_never_ends_is_a_timeout():
     judged = group("a" * 40, rubric=[{"rule": "matches", "value": "^(a+)+$x"}])
     fine = group("it is 42", rubric=RUBRIC)
     with RewardPool(RewardConfig(verifier="rubric", workers=1, timeout=0.5)) as pool:
-        pool.score([fine])  # a worker is up
+        # a worker is up
+        pool.score([fine])
         clock = Clock()
         pool.score([judged])
         assert clock.within(1.5)
@@ -120,11 +151,17 @@ def test_another_judge_may_take_the_rules_place():
             if response_text == "boom":
                 raise RuntimeError("no connection")
             return (
-                [(1.0, 1.0 / len(response_text)), (1.0, float(prompt.answer in response_text))] if response_text != "odd" else [(1.0, 7.0)]
+                [(1.0, 1.0 / len(response_text)), (1.0, float(prompt.answer in response_text))]
+                if response_text != "odd"
+                else [(1.0, 7.0)]
             )
 
     judged = group("42", "long text", "boom", "odd")
     with RewardPool(RewardConfig(verifier="rubric"), judge=Length()) as pool:
         pool.score([judged])
     assert [s.verdict for s in judged.samples] == [Verdict.RIGHT, Verdict.WRONG, Verdict.ERROR, Verdict.ERROR]
-    assert judged.samples[0].score == 0.75 and "no connection" in judged.samples[2].detail and "judge: " in judged.samples[3].detail
+    assert (
+        judged.samples[0].score == 0.75
+        and "no connection" in judged.samples[2].detail
+        and "judge: " in judged.samples[3].detail
+    )

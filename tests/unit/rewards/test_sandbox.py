@@ -1,9 +1,12 @@
-"""rewards/sandbox.py: what programs can do in each kind of sandbox that this machine has, and that none outlives its limits.
+"""rewards/sandbox.py: what programs can do in each kind of sandbox that this machine has, and that
+none outlives its limits.
 
-Proves, with real namespaces, for bubblewrap and for our own: programs that loop, fork, take memory, flood, dial out, write, read, kill or
-hide end within their limit + 1 s with the limit named; no process and no file of theirs is left; the sandbox is usable afterwards; a
-trainer killed by SIGKILL takes its sandboxes along; without a working kind nothing runs. As root also: an unprivileged user's sandbox.
-Does not prove: that the kernel has no hole; other kernels and containers, where the probe decides.
+Proves, with real namespaces, for bubblewrap and for our own: programs that loop, fork, take memory,
+flood, dial out, write, read, kill or hide end within their limit + 1 s with the limit named; no
+process and no file of theirs is left; the sandbox is usable afterwards; a trainer killed by SIGKILL
+takes its sandboxes along; without a working kind nothing runs. As root also: an unprivileged user's
+sandbox. Does not prove: that the kernel has no hole; other kernels and containers, where the probe
+decides.
 """
 
 from __future__ import annotations
@@ -21,30 +24,48 @@ from pathlib import Path
 import pytest
 
 from megasd.rewards import sandbox
-from megasd.rewards.sandbox import Limits, Outcome, Sandbox, find_kind, probe
+from megasd.rewards.sandbox import Limits, Outcome, Sandbox, find_kind, probe_sandbox
 from megasd.types import UserError
 from tests.clock import Clock
 
-KINDS = [kind for kind in sandbox.KINDS if probe(kind) is None]
-SECONDS = 0.4  # limit of programs that run into it
-SMALL = Limits(memory_bytes=256 << 20, file_bytes=4 << 20, tmp_bytes=8 << 20, output_bytes=1 << 16, processes=8)
-pytestmark = pytest.mark.skipif(not KINDS, reason="no sandbox works on this machine")
+SANDBOX_KINDS = [kind for kind in sandbox.SANDBOX_KINDS if probe_sandbox(kind) is None]
+# limit of programs that run into it
+SECONDS = 0.4
+SMALL = Limits(
+    memory_bytes=256 << 20, file_bytes=4 << 20, tmp_bytes=8 << 20, output_bytes=1 << 16, processes=8
+)
+pytestmark = pytest.mark.skipif(not SANDBOX_KINDS, reason="no sandbox works on this machine")
 
-FORK = "import os, time\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        time.sleep(0.001)"
-BOMBS = {  # name -> (program, limit that stops it)
+FORK = (
+    "import os, time\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n       "
+    " time.sleep(0.001)"
+)
+# name -> (program, limit that stops it)
+BOMBS = {
     "loop": ("while True: pass", "time"),
     "sleep with every signal ignored": (
-        "import signal, time\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n"
-        "    except (OSError, ValueError): pass\ntime.sleep(60)",
+        (
+            "import signal, time\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n"
+            "    except (OSError, ValueError): pass\ntime.sleep(60)"
+        ),
         "time",
     ),
     "fork bomb": (FORK, "time"),
     "fork bomb that fails": ("import os\nwhile True: os.fork()", "processes"),
-    "thread bomb": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()", "processes"),
+    "thread bomb": (
+        (
+            "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,),"
+            " daemon=True).start()"
+        ),
+        "processes",
+    ),
     "one large allocation": ("x = bytearray(1 << 40)", "memory"),
     "many allocations": ("x = []\nwhile True: x.append(bytearray(1 << 20))", "memory"),
     "memory in several processes": (
-        "import os, time\nfor _ in range(5):\n    if os.fork() == 0: break\nx = bytearray(150 << 20)\ntime.sleep(60)",
+        (
+            "import os, time\nfor _ in range(5):\n    if os.fork() == 0: break\nx = bytearray(150 <<"
+            " 20)\ntime.sleep(60)"
+        ),
         "memory",
     ),
     "output flood": ("while True: print('x' * 1000)", "output"),
@@ -54,15 +75,18 @@ BOMBS = {  # name -> (program, limit that stops it)
     "socket": ("import socket\nsocket.create_connection(('127.0.0.1', 22), 1)", "network"),
     "datagram": ("import socket\nsocket.socket(2, 2).sendto(b'secret', ('192.0.2.1', 53))", "network"),
     "request whose error is hidden": (
-        "import urllib.request\ntry: urllib.request.urlopen('http://192.0.2.1')\nexcept BaseException: pass\nprint(7)",
+        (
+            "import urllib.request\ntry: urllib.request.urlopen('http://192.0.2.1')\nexcept BaseException:"
+            " pass\nprint(7)"
+        ),
         "network",
     ),
     "child that holds the output": ("import os, time\nif os.fork() == 0: time.sleep(60)\nprint(7)", "time"),
     "end of its own process": ("import os, signal\nos.kill(0, signal.SIGKILL)", "killed"),
-}  # fmt: skip
+}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=SANDBOX_KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -91,7 +115,14 @@ def processes() -> list[str]:
     return found
 
 
-def run(program: str, text: str = "", *, kind: str | None = None, seconds: float = 60.0, fn_name: str | None = None) -> Outcome:
+def run(
+    program: str,
+    text: str = "",
+    *,
+    kind: str | None = None,
+    seconds: float = 60.0,
+    fn_name: str | None = None,
+) -> Outcome:
     with Sandbox(program, kind=kind, limits=SMALL, fn_name=fn_name) as box:
         return box.run(text, seconds=seconds)
 
@@ -100,7 +131,8 @@ def run(program: str, text: str = "", *, kind: str | None = None, seconds: float
 def test_a_bomb_ends_within_its_limit_and_leaves_nothing(kind, name):
     program, limit = BOMBS[name]
     with Sandbox(program, kind=kind, limits=SMALL) as box:
-        # What ends by a fault of its own may need a moment on a busy machine; what runs into the clock need not wait long for it.
+        # What ends by a fault of its own may need a moment on a busy machine; what runs into the
+        # clock need not wait long for it.
         seconds = SECONDS if limit == "time" else 60.0
         clock = Clock()
         outcome = box.run("", seconds=seconds)
@@ -113,11 +145,17 @@ def test_scripts_and_functions_give_results(kind):
     with Sandbox("print(int(input()) + 1)", kind=kind) as box:
         assert [box.run(f"{n}\n", seconds=60.0).stdout for n in (1, 41)] == ["2\n", "42\n"]
         assert box.run("x", seconds=60.0).status == 1 and "ValueError" in box.run("x", seconds=60.0).stderr
-    method = "class Solution:\n    def add(self, a: List[int], b: int) -> int:\n        print('noise')\n        return sum(a) + b"
+    method = (
+        "class Solution:\n    def add(self, a: List[int], b: int) -> int:\n        print('noise')\n       "
+        " return sum(a) + b"
+    )
     outcome = run(method, "[[1, 2], 4]", kind=kind, fn_name="add")
     assert (outcome.stdout, outcome.stderr) == ("7", "noise\n")
-    assert json.loads(run("def pair(a):\n    return (a, pow(2, 3, 5))", "[null]", kind=kind, fn_name="pair").stdout) == [None, 3]
-    assert "numpy" in run("import numpy; print(numpy.__name__)", kind=kind).stdout  # as on the sites that such tasks come from
+    assert json.loads(
+        run("def pair(a):\n    return (a, pow(2, 3, 5))", "[null]", kind=kind, fn_name="pair").stdout
+    ) == [None, 3]
+    # as on the sites that such tasks come from
+    assert "numpy" in run("import numpy; print(numpy.__name__)", kind=kind).stdout
 
 
 def test_the_machine_is_out_of_sight(kind, tmp_path):
@@ -150,7 +188,8 @@ print(dict(os.environ))
     finally:
         del os.environ["MEGASD_TEST_SECRET"]
     assert outcome.status == 0 and "s3cret" not in outcome.stdout
-    assert outcome.stdout.count("\n") == 1, outcome.stdout  # nothing was read but its own environment
+    # nothing was read but its own environment
+    assert outcome.stdout.count("\n") == 1, outcome.stdout
 
 
 def test_nothing_is_written_outside(kind, tmp_path):
@@ -165,23 +204,25 @@ def test_nothing_is_written_outside(kind, tmp_path):
         str(tmp_path / "x"),
         os.path.expanduser("~/x"),
     ]
-    write = f"for path in {targets!r}:\n    try: open(path, 'w').write('x'); print(path)\n    except OSError: pass"
+    write = (
+        f"for path in {targets!r}:\n    try: open(path, 'w').write('x'); print(path)\n    except OSError:"
+        " pass"
+    )
     assert run(write, kind=kind).stdout == ""
     assert not (tmp_path / "x").exists()
 
 
 def test_one_run_leaves_no_file_nor_process_for_the_next(kind):
     program = (
-        "import os, subprocess, sys, time\n"
-        "print('a' in os.listdir('/tmp'), sorted(p for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()))\n"
-        "os.makedirs('/tmp/a/b'); os.chmod('/tmp/a', 0)\n"
-        "sys.stdout.flush()\n"
-        "if os.fork() == 0:\n"
-        "    os.setsid(); os.close(0); os.close(1); os.close(2)\n"
-        "    if os.fork() == 0: time.sleep(60)\n"
+        "import os, subprocess, sys, time\nprint('a' in os.listdir('/tmp'), sorted(p for p in"
+        " os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()))\nos.makedirs('/tmp/a/b');"
+        " os.chmod('/tmp/a', 0)\nsys.stdout.flush()\nif os.fork() == 0:\n    os.setsid(); os.close(0);"
+        " os.close(1); os.close(2)\n    if os.fork() == 0: time.sleep(60)\n"
     )
     with Sandbox(program, kind=kind) as box:
-        assert [(o.limit, o.stdout) for o in (box.run("", seconds=60.0) for _ in range(3))] == [(None, "False ['1']\n")] * 3
+        assert [(o.limit, o.stdout) for o in (box.run("", seconds=60.0) for _ in range(3))] == [
+            (None, "False ['1']\n")
+        ] * 3
 
 
 def test_a_program_cannot_kill_or_trace_what_runs_it(kind):
@@ -193,10 +234,11 @@ for pid in (1, os.getppid(), -1):
         except OSError: pass
 libc = ctypes.CDLL(None)
 print(libc.ptrace(16, 1, 0, 0), libc.unshare(0x10000000), libc.mount(b"none", b"/tmp", b"tmpfs", 0, 0), libc.setuid(0), os.getuid() != 0)
-"""
+"""  # noqa: E501
     with Sandbox(program, kind=kind) as box:
         outcomes = [box.run("", seconds=60.0) for _ in range(2)]
-    assert [o.limit for o in outcomes] == [None, None], outcomes  # still there for the second
+    # still there for the second
+    assert [o.limit for o in outcomes] == [None, None], outcomes
     assert outcomes[1].stdout.split() == ["-1", "-1", "-1", "-1", "True"]
 
 
@@ -228,25 +270,30 @@ def test_a_killed_trainer_takes_its_sandboxes_along(kind):
     while processes():
         assert time.monotonic() < end, "the sandbox outlives its trainer"
         time.sleep(0.02)
-    for path in folder.iterdir():  # nobody was left to remove it
+    # nobody was left to remove it
+    for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
 
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 UNPRIVILEGED = [
-    ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"],  # an ordinary user
-    ["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"],  # root of a container
+    # an ordinary user
+    ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"],
+    # root of a container
+    ["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"],
 ]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv") or not os.path.exists(SYSTEM_PYTHON), reason="needs root")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("setpriv") or not os.path.exists(SYSTEM_PYTHON), reason="needs root"
+)
 @pytest.mark.parametrize("user", UNPRIVILEGED)
 def test_users_without_privileges_get_the_same_sandbox(user):
     script = """
 import sys
-from megasd.rewards.sandbox import KINDS, Limits, Sandbox, probe
-kinds = [kind for kind in KINDS if probe(kind) is None]
+from megasd.rewards.sandbox import SANDBOX_KINDS, Limits, Sandbox, probe_sandbox
+kinds = [kind for kind in SANDBOX_KINDS if probe_sandbox(kind) is None]
 for kind in kinds:
     with Sandbox(sys.argv[1], kind=kind, limits=Limits(processes=8)) as box:
         print(box.run("", seconds=0.5).limit)
@@ -267,7 +314,9 @@ print(kinds)
             shutil.copy(package / name, folder / "megasd" / name)
         subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
         command = ["setpriv", *user, SYSTEM_PYTHON, "-B", "-c", script, FORK]
-        done = subprocess.run(command, cwd=folder, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(
+            command, cwd=folder, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=400
+        )
     finally:
         shutil.rmtree(folder)
     if done.stdout.strip() == "[]":
@@ -276,10 +325,13 @@ print(kinds)
 
 
 def test_without_a_working_sandbox_nothing_runs(monkeypatch):
-    monkeypatch.setattr(sandbox, "probe", lambda kind: "not here")
+    monkeypatch.setattr(sandbox, "probe_sandbox", lambda kind: "not here")
     find_kind.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"no sandbox works .*bubblewrap: not here; namespaces: not here.*install bubblewrap") as caught:
+        with pytest.raises(
+            UserError,
+            match=r"no sandbox works .*bubblewrap: not here; namespaces: not here.*install bubblewrap",
+        ) as caught:
             Sandbox("print(1)")
         assert "\n" not in str(caught.value)
     finally:
@@ -288,7 +340,11 @@ def test_without_a_working_sandbox_nothing_runs(monkeypatch):
 
 
 def test_the_probe_names_what_does_not_hold(kind, monkeypatch):
-    monkeypatch.setattr(sandbox, "PROBE", "import json; print(json.dumps({'bad': ['/etc/shadow can be seen'], 'environment': []}))")
-    assert probe(kind) == "/etc/shadow can be seen"
+    monkeypatch.setattr(
+        sandbox,
+        "PROBE",
+        "import json; print(json.dumps({'bad': ['/etc/shadow can be seen'], 'environment': []}))",
+    )
+    assert probe_sandbox(kind) == "/etc/shadow can be seen"
     monkeypatch.setattr(sandbox, "PROBE", "raise SystemExit('broken')")
-    assert probe(kind) == "broken"
+    assert probe_sandbox(kind) == "broken"

@@ -1,7 +1,9 @@
-"""rewards/tool_use.py: the tool calls of a response against the reference, as ToolAlpaca's scorer compares them, without its faults.
+"""rewards/tool_use.py: the tool calls of a response against the reference, as ToolAlpaca's scorer
+compares them, without its faults.
 
-Proves: names and arguments as multisets over all calls, nested JSON, repeated keys, broken inputs, both forms of a reference, feedback that
-never says what was expected. Does not prove that the calls would do the same on a server.
+Proves: names and arguments as multisets over all calls, nested JSON, repeated keys, broken inputs,
+both forms of a reference, feedback that never says what was expected. Does not prove that the calls
+would do the same on a server.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import pytest
 
 from megasd.config.schema import RewardConfig
-from megasd.rewards.tool_use import canonical, compare, parse_calls, parse_gold
+from megasd.rewards.tool_use import canonical, compare_calls, parse_calls, parse_gold
 from megasd.rewards.verifiers import RewardPool, extract_answer
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
@@ -22,7 +24,7 @@ Action Input: {"id": 7, "loud": true}"""
 
 
 def right(text: str, gold: str = GOLD) -> bool:
-    return compare(parse_calls(text), parse_gold(gold, "r")) == ""
+    return compare_calls(parse_calls(text), parse_gold(gold, "r")) == ""
 
 
 @pytest.mark.parametrize(
@@ -33,10 +35,11 @@ def right(text: str, gold: str = GOLD) -> bool:
         # the calls in another order, keys in another order, other white space
         (
             'Action: play\nAction Input: {"loud": true, "id": 7}\n'
-            'Action:search\nAction Input:\n{"filter": {"to": {"year": 1999}, "from": 1990},\n"query": "jazz"}',
+            'Action:search\nAction Input:\n{"filter": {"to": {"year": 1999}, "from": 1990},\n"query": "jazz"}',  # noqa: E501
             True,
         ),
-        (GOLD.replace("1999", "2000"), False),  # deep inside: upstream's pattern ended at the first brace and dropped the block
+        # deep inside: upstream's pattern ended at the first brace and dropped the block
+        (GOLD.replace("1999", "2000"), False),
         (GOLD.replace("true", "1"), False),
         (GOLD.replace("7", '"7"'), False),
         (GOLD.replace('"id": 7, ', ""), False),
@@ -55,14 +58,31 @@ def test_a_repeated_key_counts_each_time():
     gold = 'Action: get\nAction Input: {"id": 1}\nAction: get\nAction Input: {"id": 2}'
     assert right(gold, gold)
     assert right('Action: get\nAction Input: {"id": 2}\nAction: get\nAction Input: {"id": 1}', gold)
-    assert not right('Action: get\nAction Input: {"id": 2}\nAction: get\nAction Input: {"id": 2}', gold)  # equal after upstream's merge
+    # equal after upstream's merge
+    assert not right('Action: get\nAction Input: {"id": 2}\nAction: get\nAction Input: {"id": 2}', gold)
     assert not right('Action: get\nAction: get\nAction Input: {"id": 2}', gold)
 
 
 def test_a_reference_may_be_json():
-    gold = json.dumps([{"action": "get", "action_input": {"id": 1, "deep": {"a": [1, {"b": 2}]}}}, {"action": "stop", "action_input": {}}])
-    assert right('Action: get\nAction Input: {"id": 1, "deep": {"a": [1, {"b": 2}]}}\nAction: stop\nAction Input: {}', gold)
-    for bad in ("get it", "[]", "[1]", '[{"action": "get"}]', "Action: get\nAction Input: {", '["', "[" * 100_000):
+    gold = json.dumps(
+        [
+            {"action": "get", "action_input": {"id": 1, "deep": {"a": [1, {"b": 2}]}}},
+            {"action": "stop", "action_input": {}},
+        ]
+    )
+    assert right(
+        'Action: get\nAction Input: {"id": 1, "deep": {"a": [1, {"b": 2}]}}\nAction: stop\nAction Input: {}',
+        gold,
+    )
+    for bad in (
+        "get it",
+        "[]",
+        "[1]",
+        '[{"action": "get"}]',
+        "Action: get\nAction Input: {",
+        '["',
+        "[" * 100_000,
+    ):
         with pytest.raises(UserError, match='row r7: "answer" is no tool call') as caught:
             parse_gold(bad, "r7")
         assert "\n" not in str(caught.value)
@@ -71,7 +91,9 @@ def test_a_reference_may_be_json():
 def test_the_vote_of_equal_calls_is_equal():
     other = 'Action: play\nAction Input: {"loud": true, "id": 7}\n' + "\n".join(GOLD.splitlines()[:2])
     assert (
-        extract_answer("tool_use", GOLD) == extract_answer("tool_use", f"<think>Action: no</think>{other}") == canonical(parse_calls(GOLD))
+        extract_answer("tool_use", GOLD)
+        == extract_answer("tool_use", f"<think>Action: no</think>{other}")
+        == canonical(parse_calls(GOLD))
     )
     assert extract_answer("tool_use", "nothing") is None
     assert extract_answer("tool_use", "<think>" + GOLD) is None

@@ -1,11 +1,14 @@
-"""rewards/verifiers.py and its workers: what each verifier extracts, and that no check can hang, kill or mislead a run.
+"""rewards/verifiers.py and its workers: what each verifier extracts, and that no check can hang,
+kill or mislead a run.
 
-Proves, with real worker processes: the verdicts of math-verify that depend on pinned versions; that a check hung in Python, hung in C, out
-of memory, raising or killed takes down neither the pool nor another row's verdict; that an orphaned worker ends by itself; the bomb suite:
-towers, LaTeX and programs made to hang or break end within their limit + 1 s, neither right nor wrong, and the pool goes on; what
-feedback says, and that it never holds the expected answer. The hostile checks run in the real worker loop with a check function that
-misbehaves on request, the bombs in math-verify and in sandboxes themselves (what programs may do there: test_sandbox.py).
-Does not prove that math-verify is right in general.
+Proves, with real worker processes: the verdicts of math-verify that depend on pinned versions; that
+a check hung in Python, hung in C, out of memory, raising or killed takes down neither the pool nor
+another row's verdict; that an orphaned worker ends by itself; the bomb suite: towers, LaTeX and
+programs made to hang or break end within their limit + 1 s, neither right nor wrong, and the pool
+goes on; what feedback says, and that it never holds the expected answer. The hostile checks run in
+the real worker loop with a check function that misbehaves on request, the bombs in math-verify and
+in sandboxes themselves (what programs may do there: test_sandbox.py). Does not prove that
+math-verify is right in general.
 """
 
 import json
@@ -97,9 +100,11 @@ def math_pool():
         ("\\boxed{", None),
         ("\\boxed{a\\", None),
         (r"<think>\boxed{1}</think>\boxed{2}", "2"),
-        (r"<think>\boxed{1}", None),  # cut off while thinking
+        # cut off while thinking
+        (r"<think>\boxed{1}", None),
         (r"<think>\boxed{1}</think> none", None),
-        (r"\boxed{1}</think>\boxed{2}", "2"),  # the prompt opened the block
+        # the prompt opened the block
+        (r"\boxed{1}</think>\boxed{2}", "2"),
         (r"\boxed{}", ""),
     ],
 )
@@ -131,7 +136,8 @@ def test_extraction_is_linear_in_hostile_text():
     [
         ("I think A. <answer> B </answer> or C", "B"),
         ("<answer>A</answer> no, <answer>C", "C"),
-        ("<answer>(C)</answer>", "(C)"),  # the tag's text counts as it is
+        # the tag's text counts as it is
+        ("<answer>(C)</answer>", "(C)"),
         ("It is (B), not (A); so **C**. I checked.", "C"),
         ("\\boxed{D}", "D"),
         ("C.", "C"),
@@ -151,19 +157,27 @@ def test_plain_verifiers_need_no_worker():
         ("multiple_choice", ["<answer>933</answer>", "<answer>93</answer>", "A", "?"], [R, W, W, W]),
     ):
         group = Group(
-            Prompt("p", [{"role": "user", "content": "?"}], "933 "), [Sample("p", i, [], [], [], t, "stop", 0) for i, t in enumerate(texts)]
+            Prompt("p", [{"role": "user", "content": "?"}], "933 "),
+            [Sample("p", i, [], [], [], t, "stop", 0) for i, t in enumerate(texts)],
         )
         with RewardPool(RewardConfig(verifier=verifier)) as pool:
             counts = pool.score([group])
             assert pool.workers.workers == []
         assert verdicts(group) == expected
-        assert counts == {"right": expected.count(R), "wrong": expected.count(W), "error": 0.0, "timeout": 0.0, "restarts": 0.0}
+        assert counts == {
+            "right": expected.count(R),
+            "wrong": expected.count(W),
+            "error": 0.0,
+            "timeout": 0.0,
+            "restarts": 0.0,
+        }
 
 
 @pytest.mark.parametrize(
     "answer, gold, verdict",
     [
-        ("10\\%", "0.1", R),  # wrong under antlr 4.9.3: the pin of antlr4-python3-runtime
+        # wrong under antlr 4.9.3: the pin of antlr4-python3-runtime
+        ("10\\%", "0.1", R),
         ("0.1", "10\\%", R),
         ("\\frac12", "0.5", R),
         ("x=3", "3", R),
@@ -175,7 +189,8 @@ def test_plain_verifiers_need_no_worker():
         ("\\text{Tuesday}", "Tuesday", R),
         ("Monday", "Tuesday", W),
         ("\\frac{", "1", W),
-        ("7", "\\boxed{42} \\boxed{7}", R),  # the gold answer's last box
+        # the gold answer's last box
+        ("7", "\\boxed{42} \\boxed{7}", R),
         ("$5$", "5", R),
         ("é", "1", W),
     ],
@@ -194,38 +209,66 @@ def test_a_hostile_answer_to_math_verify_costs_only_its_own_row():
         counts = pool.score(groups)
         assert clock.within(60)
         assert verdicts(groups[0])[1:] == [R, W] and verdicts(groups[1]) == [R, W]
-        assert verdicts(groups[0])[0] in (T, E)  # ERROR where memory ran out first
+        # ERROR where memory ran out first
+        assert verdicts(groups[0])[0] in (T, E)
         assert groups[0].pass_rate == 0.5 and counts["timeout"] + counts["error"] == 1
 
 
 def test_misbehaving_checks_leave_the_other_rows_alone(misbehaving, caplog):
-    answers = ["yes", "hang in Python", "no", "hang in C", "die", "die once", "raise", "memory", "yes 2", "slow"]
-    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=3.0), worker_command=misbehaving) as pool:
+    answers = [
+        "yes",
+        "hang in Python",
+        "no",
+        "hang in C",
+        "die",
+        "die once",
+        "raise",
+        "memory",
+        "yes 2",
+        "slow",
+    ]
+    with RewardPool(
+        RewardConfig(verifier="math", workers=2, timeout=3.0), worker_command=misbehaving
+    ) as pool:
         group = make_group(answers)
         counts = pool.score([group])
         assert verdicts(group) == [R, T, W, T, E, W, E, E, R, W]
         details = {answer: sample.detail for answer, sample in zip(answers, group.samples, strict=True)}
-        assert "within 3 s; answer" in details["hang in Python"] and "the worker was killed" in details["hang in C"]
+        assert (
+            "within 3 s; answer" in details["hang in Python"]
+            and "the worker was killed" in details["hang in C"]
+        )
         assert "died twice: killed by SIGKILL" in details["die"]
-        assert details["raise"].startswith("ValueError: bad news") and details["memory"].startswith("MemoryError")
+        assert details["raise"].startswith("ValueError: bad news") and details["memory"].startswith(
+            "MemoryError"
+        )
         assert "'die'" in details["die"] and details["yes"] == details["die once"] == ""
-        assert group.pass_rate == 2 / 5  # only right and wrong count
+        # only right and wrong count
+        assert group.pass_rate == 2 / 5
         assert counts == {"right": 2, "wrong": 3, "error": 3, "timeout": 2, "restarts": 4}
-        assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 5 and "row p, sample 1: verifier timeout" in caplog.text
+        assert (
+            len([r for r in caplog.records if r.levelname == "WARNING"]) == 5
+            and "row p, sample 1: verifier timeout" in caplog.text
+        )
 
-        again = make_group(["yes", "no"] * 20)  # the pool survives, with all of its workers
+        # the pool survives, with all of its workers
+        again = make_group(["yes", "no"] * 20)
         assert pool.score([again])["right"] == 20 and len(pool.workers.workers) == 2
 
 
 def test_a_worker_killed_from_outside_is_replaced(misbehaving):
     began = Path(misbehaving[-1] + ".began")
-    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=50.0), worker_command=misbehaving) as pool:
+    with RewardPool(
+        RewardConfig(verifier="math", workers=1, timeout=50.0), worker_command=misbehaving
+    ) as pool:
         pool.score([make_group(["yes"])])
-        os.kill(pool.workers.workers[0].process.pid, signal.SIGKILL)  # idle
+        # idle
+        os.kill(pool.workers.workers[0].process.pid, signal.SIGKILL)
         group = make_group(["slow", "yes"])
         assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]
 
-        def kill(pid: int) -> None:  # in the middle of a check
+        # in the middle of a check
+        def kill(pid: int) -> None:
             while not began.exists():
                 time.sleep(0.01)
             os.kill(pid, signal.SIGKILL)
@@ -233,11 +276,14 @@ def test_a_worker_killed_from_outside_is_replaced(misbehaving):
         began.unlink()
         threading.Thread(target=kill, args=(pool.workers.workers[0].process.pid,), daemon=True).start()
         group = make_group(["wait to be killed", "yes"])
-        assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]  # asked again once
+        # asked again once
+        assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]
 
 
 def test_equal_questions_are_asked_once(misbehaving):
-    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=0.3), worker_command=misbehaving) as pool:
+    with RewardPool(
+        RewardConfig(verifier="math", workers=1, timeout=0.3), worker_command=misbehaving
+    ) as pool:
         run, asked = pool.workers.run, []
         pool.workers.run = lambda jobs: (asked.extend(jobs), run(jobs))
         group = make_group(["hang in Python"] * 30)
@@ -247,7 +293,9 @@ def test_equal_questions_are_asked_once(misbehaving):
 
 def test_long_answers_and_odd_characters_do_not_block(misbehaving):
     long = "\U0001f600" * MAX_ANSWER_CHARACTERS
-    with RewardPool(RewardConfig(verifier="math", workers=1, timeout=5.0), worker_command=misbehaving) as pool:
+    with RewardPool(
+        RewardConfig(verifier="math", workers=1, timeout=5.0), worker_command=misbehaving
+    ) as pool:
         group = make_group(["yes" + long[:-3], "yes" + long, "yes \n\x00\x85\u2028 \ud800"], gold=long)
         pool.score([group])
         assert verdicts(group) == [R, E, R] and "more than 4096" in group.samples[1].detail
@@ -330,20 +378,24 @@ MATH_BOMBS = {
 @pytest.fixture(scope="module")
 def bomb_pool():
     with RewardPool(RewardConfig(verifier="math", workers=1, timeout=BOMB_SECONDS)) as pool:
-        pool.score([make_group(["1/2"], "0.5")])  # a worker is up
+        # a worker is up
+        pool.score([make_group(["1/2"], "0.5")])
         yield pool
-        for _ in range(50):  # on a busy machine this too may run out of its time
+        # on a busy machine this too may run out of its time
+        for _ in range(50):
             warm = make_group(["3/6"], "0.5")
             pool.score([warm])
             if verdicts(warm) != [T]:
                 break
-        assert verdicts(warm) == [R]  # after all of them the pool goes on
+        # after all of them the pool goes on
+        assert verdicts(warm) == [R]
 
 
 @pytest.mark.parametrize("name", MATH_BOMBS)
 def test_a_math_bomb_costs_its_limit_and_is_neither_right_nor_wrong(bomb_pool, name):
     group = make_group([MATH_BOMBS[name]], "0.5")
-    if not bomb_pool.workers.workers[0].ready:  # the last bomb had to be killed; starting is no part of a check's time
+    # the last bomb had to be killed; starting is no part of a check's time
+    if not bomb_pool.workers.workers[0].ready:
         bomb_pool.score([make_group(["2/4"], "0.5")])
     clock = Clock()
     bomb_pool.score([group])
@@ -356,7 +408,9 @@ def fenced(program: str) -> str:
 
 
 def code_group(programs: list[str], **tests: object) -> Group:
-    answer = json.dumps({"inputs": ["3 4\n", "5 6\n"], "outputs": ["7", "11\n"], "fn_name": None, "time_limit": 5} | tests)
+    answer = json.dumps(
+        {"inputs": ["3 4\n", "5 6\n"], "outputs": ["7", "11\n"], "fn_name": None, "time_limit": 5} | tests
+    )
     samples = [Sample("c", i, [1], [2], [-0.1], program, "stop", 0) for i, program in enumerate(programs)]
     return Group(Prompt("c", [{"role": "user", "content": "Add."}], answer), samples)
 
@@ -376,7 +430,9 @@ CODE_BOMBS = {
     "memory": "x = bytearray(1 << 40)",
     "flood": "while True: print('x' * 1000)",
     "network": "import socket\nsocket.create_connection(('192.0.2.1', 80), 1)",
-    "network, and then the answer": f"import urllib.request\ntry: urllib.request.urlopen('http://192.0.2.1')\nexcept OSError: pass\n{ADD}",
+    "network, and then the answer": (
+        f"import urllib.request\ntry: urllib.request.urlopen('http://192.0.2.1')\nexcept OSError: pass\n{ADD}"
+    ),
     "child that stays": f"import os, time\nif os.fork() == 0: time.sleep(60)\n{ADD}",
     "after the first test": f"{ADD}\nif a == 5:\n    while True: pass",
 }
@@ -387,10 +443,14 @@ CODE_BOMBS = {
 def test_a_code_bomb_costs_its_limit_and_is_neither_right_nor_wrong(name):
     with RewardPool(RewardConfig(verifier="code", workers=2, code_memory_mib=256)) as pool:
         seconds = 1.0 if name in ("loop", "fork bomb", "child that stays", "after the first test") else 5.0
-        group, fine = code_group([fenced(CODE_BOMBS[name])], time_limit=seconds), code_group([fenced(ADD)], time_limit=50)
+        group, fine = (
+            code_group([fenced(CODE_BOMBS[name])], time_limit=seconds),
+            code_group([fenced(ADD)], time_limit=50),
+        )
         clock = Clock()
         pool.score([group, fine])
-        assert clock.within(seconds + 1.5)  # a sandbox to start and two tests; test_sandbox.py times the runs
+        # a sandbox to start and two tests; test_sandbox.py times the runs
+        assert clock.within(seconds + 1.5)
     assert verdicts(group)[0] in (T, E) and verdicts(fine) == [R]
     assert group.pass_rate is None and group.samples[0].detail.startswith("test ")
 
@@ -402,10 +462,13 @@ def test_programs_are_right_only_when_every_test_passes():
         fenced("a, b = map(int, input().split())\nprint(7)"),
         fenced("print(1 / 0)"),
         "no program",
-        "```python\nprint(7)",  # cut off
-        fenced("print(7)") + fenced(ADD),  # the last block counts
+        # cut off
+        "```python\nprint(7)",
+        # the last block counts
+        fenced("print(7)") + fenced(ADD),
         f"<think>{fenced(ADD)}</think>{fenced('print(7)')}",
-        fenced("a, b = map(int, input().split())\nprint(f' {a + b} \\n\\n')"),  # lines are stripped
+        # lines are stripped
+        fenced("a, b = map(int, input().split())\nprint(f' {a + b} \\n\\n')"),
     ]
     with RewardPool(RewardConfig(verifier="code", workers=2)) as pool:
         group = code_group(texts)
@@ -413,21 +476,31 @@ def test_programs_are_right_only_when_every_test_passes():
         assert verdicts(group) == [R, W, W, W, W, R, W, R]
         feedback = [sample.feedback for sample in group.samples]
         assert feedback[0] == "" and "gave a wrong result on this input:\n5 6\nIt printed:\n7" in feedback[1]
-        assert "ZeroDivisionError" in feedback[2] and "sandbox_program" not in feedback[2] and 'File "program.py", line 1' in feedback[2]
+        assert (
+            "ZeroDivisionError" in feedback[2]
+            and "sandbox_program" not in feedback[2]
+            and 'File "program.py", line 1' in feedback[2]
+        )
         assert feedback[3] == feedback[4] == "No complete fenced code block was found."
-        assert not any("11" in text for text in feedback)  # nowhere what was expected
+        # nowhere what was expected
+        assert not any("11" in text for text in feedback)
 
         method = "class Solution:\n    def add(self, a, b):\n        print('noise')\n        return [a + b]"
         tests = {"inputs": ["3\n4", [5, 6]], "outputs": ["[7]", [11]], "fn_name": "add"}
-        group = code_group([fenced(method), fenced("def add(a, b): return (a + b,)"), fenced("def sub(a): pass")], **tests)
-        group.samples.append(Sample("c", 3, [1], [2], [-0.1], fenced("def add(a, b): return a + b"), "stop", 0))
+        group = code_group(
+            [fenced(method), fenced("def add(a, b): return (a + b,)"), fenced("def sub(a): pass")], **tests
+        )
+        group.samples.append(
+            Sample("c", 3, [1], [2], [-0.1], fenced("def add(a, b): return a + b"), "stop", 0)
+        )
         pool.score([group])
         assert verdicts(group) == [R, R, W, W] and "defines no function add" in group.samples[2].feedback
 
         slow = code_group([fenced("import time; time.sleep(0.4)\n" + ADD)] * 2)
         with RewardPool(RewardConfig(verifier="code", code_seconds=0.5)) as short:
             short.score([slow])
-        assert verdicts(slow) == [T, T]  # each test is in time, both are not
+        # each test is in time, both are not
+        assert verdicts(slow) == [T, T]
 
 
 def test_a_row_without_tests_is_named_before_anything_is_sampled(monkeypatch):
@@ -443,7 +516,7 @@ def test_a_row_without_tests_is_named_before_anything_is_sampled(monkeypatch):
 
 
 def test_no_sandbox_no_pool(monkeypatch):
-    monkeypatch.setattr(sandbox, "probe", lambda kind: "not here")
+    monkeypatch.setattr(sandbox, "probe_sandbox", lambda kind: "not here")
     sandbox.find_kind.cache_clear()
     try:
         with pytest.raises(UserError, match="no sandbox works on this machine"):
@@ -455,9 +528,24 @@ def test_no_sandbox_no_pool(monkeypatch):
 
 def test_feedback_says_what_is_wrong_and_not_what_is_right():
     for verifier, gold, texts, words in (
-        ("math", "933", [r"\boxed{12}", "12", r"\boxed{933}"], ["not equal to the reference", "No \\boxed{} answer", ""]),
-        ("multiple_choice", "C", ["<answer>B</answer>", "none", "C"], ["not the right one", "No chosen option", ""]),
-        ("exact_match", "933", ["12", "<think>", "933"], ["not the expected text", "No answer was found", ""]),
+        (
+            "math",
+            "933",
+            [r"\boxed{12}", "12", r"\boxed{933}"],
+            ["not equal to the reference", "No \\boxed{} answer", ""],
+        ),
+        (
+            "multiple_choice",
+            "C",
+            ["<answer>B</answer>", "none", "C"],
+            ["not the right one", "No chosen option", ""],
+        ),
+        (
+            "exact_match",
+            "933",
+            ["12", "<think>", "933"],
+            ["not the expected text", "No answer was found", ""],
+        ),
     ):
         samples = [Sample("p", i, [], [], [], text, "stop", 0) for i, text in enumerate(texts)]
         with RewardPool(RewardConfig(verifier=verifier)) as pool:

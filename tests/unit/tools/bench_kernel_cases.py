@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))  # the tools import each other as scripts do
+# the tools import each other as scripts do
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
 from bench_cases import CASES, Setting, make_inputs
 from bench_meters import RingBytes
@@ -18,13 +19,21 @@ TOKENS, VOCAB, K, WIDTH = 16, 256, 10, 8
 
 
 def known_collectives(rank, group):
-    """Bytes received per rank, n = 2: all_reduce 2 (n-1)/n, all_gather (n-1)/n of the output, reduce_scatter (n-1)/n of the input."""
+    """Bytes received per rank, n = 2: all_reduce 2 (n-1)/n, all_gather (n-1)/n of the output,
+    reduce_scatter (n-1)/n of the input.
+    """
     words = torch.zeros(1000)
     calls = {
         "all_reduce": (lambda: dist.all_reduce(words, group=group), 4000),
         "all_reduce, group by place": (lambda: dist.all_reduce(words, dist.ReduceOp.MAX, group), 4000),
-        "all_gather_into_tensor": (lambda: dist.all_gather_into_tensor(torch.zeros(20, dtype=torch.int64), torch.zeros(10).long()), 80),
-        "all_gather": (lambda: dist.all_gather([torch.zeros(5), torch.zeros(5)], torch.zeros(5), group=group), 20),
+        "all_gather_into_tensor": (
+            lambda: dist.all_gather_into_tensor(torch.zeros(20, dtype=torch.int64), torch.zeros(10).long()),
+            80,
+        ),
+        "all_gather": (
+            lambda: dist.all_gather([torch.zeros(5), torch.zeros(5)], torch.zeros(5), group=group),
+            20,
+        ),
         "reduce_scatter": (lambda: dist.reduce_scatter(torch.zeros(5), [torch.zeros(5), torch.zeros(5)]), 20),
         "broadcast": (lambda: dist.broadcast(words, src=0), 4000),
     }
@@ -42,7 +51,9 @@ def known_collectives(rank, group):
 
 
 def gather_and_its_gradient(rank, group):
-    """Columns in the order of the ranks; the gradient is the rank's own slice, not summed; the hidden gradient is summed."""
+    """Columns in the order of the ranks; the gradient is the rank's own slice, not summed; the
+    hidden gradient is summed.
+    """
     whole = torch.arange(24.0).view(3, 8)
     mine = slice(rank * 4, rank * 4 + 4)
     local = whole[:, mine].clone().requires_grad_()
@@ -58,7 +69,9 @@ def gather_and_its_gradient(rank, group):
 
 
 def cases_equal_one_rank(rank, group):
-    """Inputs, loss and gradients of each case with tensor parallelism are this rank's part of those on one rank."""
+    """Inputs, loss and gradients of each case with tensor parallelism are this rank's part of those
+    on one rank.
+    """
     cpu = torch.device("cpu")
     alone, split = (Setting(TOKENS, VOCAB, WIDTH, K, tp, "float32", "cpu", chunk_tokens=4) for tp in (1, 2))
     part = slice(rank * VOCAB // 2, (rank + 1) * VOCAB // 2)

@@ -1,7 +1,9 @@
-"""tools/bench_kernel.py: the byte meter counts known collectives by formula, the memory meter sees what a call takes, the rivals compute
-the loss and the gradient that this project computes, on one rank and on two, and a tiny --quick run writes the ratios and exits 0.
+"""tools/bench_kernel.py: the byte meter counts known collectives by formula, the memory meter sees
+what a call takes, the rivals compute the loss and the gradient that this project computes, on one
+rank and on two, and a tiny --quick run writes the ratios and exits 0.
 
-Does not prove: any speed or any ratio (benchmarks/), CUDA, or that a rival's project still ships the formula that is written anew here.
+Does not prove: any speed or any ratio (benchmarks/), CUDA, or that a rival's project still ships
+the formula that is written anew here.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 
 from tests.launch import ROOT, torchrun
 
-sys.path.insert(0, str(ROOT / "tools"))  # the tools import each other as scripts do
+# the tools import each other as scripts do
+sys.path.insert(0, str(ROOT / "tools"))
 
 from bench_cases import CASES, Setting, make_inputs
 from bench_kernel import SAME_LOSS, checks_of, headline, main, peak_growth, ratios_of
@@ -40,7 +43,8 @@ def test_rivals_compute_the_same_loss_and_gradient(names):
         if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
             pytest.skip("liger-kernel is not installed")
         job = CASES[name].make(make_inputs(TINY, CASES[name].level, 0, CPU, None))
-        for _ in range(2):  # before() restores what the first run destroyed
+        # before() restores what the first run destroyed
+        for _ in range(2):
             job.before()
             loss = job.forward()
             grads = torch.autograd.grad(loss, job.leaves)
@@ -48,7 +52,8 @@ def test_rivals_compute_the_same_loss_and_gradient(names):
     (expected, expected_grads), *others = results
     assert expected > 0
     for loss, grads in others:
-        assert loss == pytest.approx(expected, rel=2e-3)  # the rivals' tails are rounded in float32
+        # the rivals' tails are rounded in float32
+        assert loss == pytest.approx(expected, rel=2e-3)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
             assert (grad - expected_grad).norm() <= 1e-2 * expected_grad.norm()
 
@@ -56,7 +61,8 @@ def test_rivals_compute_the_same_loss_and_gradient(names):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_that_of_the_call():
     meter = PeakMemory(CPU)
-    before = torch.ones(30_000_000)  # 120 MB that are there already
+    # 120 MB that are there already
+    before = torch.ones(30_000_000)
     meter.start()
     one = torch.ones(20_000_000)
     del one
@@ -67,32 +73,81 @@ def test_peak_memory_is_that_of_the_call():
 
 def test_a_tiny_quick_run_writes_the_ratios(tmp_path):
     out = tmp_path / "quick.json"
-    command = [sys.executable, "tools/bench_kernel.py", "--quick", "--tokens", "16", "--vocab", "1024", "--hidden", "32", "--repeats", "1"]
-    done = subprocess.run([*command, "--json", str(out)], cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "tools/bench_kernel.py",
+        "--quick",
+        "--tokens",
+        "16",
+        "--vocab",
+        "1024",
+        "--hidden",
+        "32",
+        "--repeats",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--json", str(out)],
+        cwd=ROOT,
+        env={**os.environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(out.read_text())
     assert {"date", "command", "commit", "torch", "machine", "settings", "rows"} <= set(record)
     ratios = record["ratios"]
-    assert {"bytes_vs_gather", "peak_memory_vs_gather", "cpu_seconds_vs_gather", "unfused_cpu_seconds_vs_gather"} <= set(ratios)
+    assert {
+        "bytes_vs_gather",
+        "peak_memory_vs_gather",
+        "cpu_seconds_vs_gather",
+        "unfused_cpu_seconds_vs_gather",
+    } <= set(ratios)
     rows = {row["case"]: row for row in record["rows"]}
     assert set(rows) == {"gather", "topk", "gather-linear", "fused-topk"}
     # Both logits, half of them from the other rank; the hidden gradient's all_reduce.
     assert rows["gather"]["forward_bytes_per_token"] == 2 * 1024 * 4 / 2
-    assert rows["gather-linear"]["backward_bytes_per_token"] == rows["fused-topk"]["backward_bytes_per_token"] == 32 * 4
-    moved = [rows[case]["forward_bytes_per_token"] + rows[case]["backward_bytes_per_token"] for case in ("fused-topk", "gather-linear")]
+    assert (
+        rows["gather-linear"]["backward_bytes_per_token"]
+        == rows["fused-topk"]["backward_bytes_per_token"]
+        == 32 * 4
+    )
+    moved = [
+        rows[case]["forward_bytes_per_token"] + rows[case]["backward_bytes_per_token"]
+        for case in ("fused-topk", "gather-linear")
+    ]
     assert ratios["bytes_vs_gather"] == moved[0] / moved[1]
     assert all(check["ok"] for setting in record["settings"] for check in setting["checks"])
 
 
 def test_ratios_checks_growth_and_headline():
     def row(case, tokens=8, moved=0.0, **more):
-        sizes = {"tokens": tokens, "vocab": 64, "hidden": 4, "top_k": 2, "tp": 2, "dtype": "float32", "level": "linear"}
+        sizes = {
+            "tokens": tokens,
+            "vocab": 64,
+            "hidden": 4,
+            "top_k": 2,
+            "tp": 2,
+            "dtype": "float32",
+            "level": "linear",
+        }
         columns = {"cpu_seconds": 1.0, "wall_seconds": 1.0, "peak_bytes": 100, "loss": 1.0, "grad_norm": 1.0}
-        return {"case": case, "forward_bytes_per_token": moved, "backward_bytes_per_token": 0.0} | sizes | columns | more
+        return (
+            {"case": case, "forward_bytes_per_token": moved, "backward_bytes_per_token": 0.0}
+            | sizes
+            | columns
+            | more
+        )
 
     rows = [row("gather-linear", moved=100.0), row("fused-topk", moved=5.0, loss=1.01)]
     ratios = ratios_of(rows)
-    assert ratios == {"bytes_vs_gather": 0.05, "peak_memory_vs_gather": 1.0, "cpu_seconds_vs_gather": 1.0, "wall_seconds_vs_gather": 1.0}
+    assert ratios == {
+        "bytes_vs_gather": 0.05,
+        "peak_memory_vs_gather": 1.0,
+        "cpu_seconds_vs_gather": 1.0,
+        "wall_seconds_vs_gather": 1.0,
+    }
     (check,) = checks_of(rows)
     assert not check["ok"] and check["loss"] == pytest.approx(0.01)
     (growth,) = peak_growth([*rows, row("fused-topk", 32, peak_bytes=103)])
@@ -102,7 +157,9 @@ def test_ratios_checks_growth_and_headline():
     assert headline([one, two]) == ratios | {"topk_cpu_seconds_vs_trl": 1.05}
 
 
-@pytest.mark.parametrize("wrong", [["--vocab", "1001", "--tp", "2"], ["--vocab", "64", "--top-k", "64"], ["--cases", "nothing"]])
+@pytest.mark.parametrize(
+    "wrong", [["--vocab", "1001", "--tp", "2"], ["--vocab", "64", "--top-k", "64"], ["--cases", "nothing"]]
+)
 def test_wrong_options_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as refused:
         main(wrong)

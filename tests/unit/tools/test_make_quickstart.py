@@ -1,4 +1,5 @@
-"""tools/make_quickstart.py: what it writes is deterministic, disjoint, right, and read by the same code that reads real data and models.
+"""tools/make_quickstart.py: what it writes is deterministic, disjoint, right, and read by the same
+code that reads real data and models.
 
 Does not prove that the model can learn the task; the quickstart run does.
 """
@@ -26,17 +27,28 @@ def out(tmp_path_factory):
 def test_the_same_seed_writes_the_same_bytes(out, tmp_path):
     main([str(tmp_path), "--seed", "1"])
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert {"eval.jsonl", "train.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json"} <= set(names)
+    assert {
+        "eval.jsonl",
+        "train.jsonl",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+    } <= set(names)
     assert filecmp.cmpfiles(out, tmp_path, names, shallow=False) == (names, [], [])
     assert make_rows(1) != make_rows(2)
 
 
 def test_rows_are_right_and_the_splits_share_no_sum(out):
-    splits = [load_prompts(out / name, require_solution=True) for name in ("warmup.jsonl", "train.jsonl", "eval.jsonl")]
+    splits = [
+        load_prompts(out / name, require_solution=True)
+        for name in ("warmup.jsonl", "train.jsonl", "eval.jsonl")
+    ]
     assert [len(split) for split in splits] == [2342, 2322, 256]
     sums = []
     for split in splits:
-        terms = [tuple(sorted(map(int, prompt.messages[0]["content"].rstrip("=").split("+")))) for prompt in split]
+        terms = [
+            tuple(sorted(map(int, prompt.messages[0]["content"].rstrip("=").split("+")))) for prompt in split
+        ]
         assert all(prompt.answer == str(a + b) for prompt, (a, b) in zip(split, terms, strict=True))
         assert len(set(terms)) == len(terms)
         sums.append(set(terms))
@@ -61,7 +73,8 @@ def test_every_printable_character_has_a_token(out):
     chat = Chat(out / "model")
     text = "".join(chr(code) for code in range(32, 127)) + "\n"
     assert chat.decode(chat.encode_response(text)) == text
-    assert len(chat.tokenizer) < chat.vocab_size == 128  # padding is real
+    # padding is real
+    assert len(chat.tokenizer) < chat.vocab_size == 128
     assert chat.eos_token_ids == [2]
 
 

@@ -1,5 +1,6 @@
-"""Proves that metrics.jsonl is strict JSON, flushed line by line, and whole after a crash and a resume; that TensorBoard gets the same
-numbers. Does not prove how a metric is reduced over ranks: values arrive reduced.
+"""Proves that metrics.jsonl is strict JSON, flushed line by line, and whole after a crash and a
+resume; that TensorBoard gets the same numbers. Does not prove how a metric is reduced over ranks:
+values arrive reduced.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def strict(text: str) -> list[dict]:
 def test_lines_are_strict_json_and_flushed(tmp_path):
     sink = MetricSink(tmp_path / "new" / "run", tensorboard=False)
     sink.log(0, {"loss/total": 0.5, "count": 3, "flag": True, "lost": float("nan"), "far": float("-inf")})
-    (row,) = strict(sink.path.read_text())  # before close: flushed
+    # before close: flushed
+    (row,) = strict(sink.path.read_text())
     assert row.pop("time") > 1.7e9
     assert row == {"step": 0, "loss/total": 0.5, "count": 3, "flag": 1, "lost": None, "far": None}
     sink.close()
@@ -36,7 +38,8 @@ def test_values_that_float_takes(tmp_path):
             sink.log(2, {"a": "high"})
         with pytest.raises(ValueError, match="'step' is reserved"):
             sink.log(2, {"step": 1.0})
-    (row,) = read_metrics(sink.path)  # a refused line leaves nothing behind
+    # a refused line leaves nothing behind
+    (row,) = read_metrics(sink.path)
     assert (row["a"], row["b"]) == (0.25, 7)
 
 
@@ -48,7 +51,12 @@ def test_resume_drops_later_lines_and_a_torn_one(tmp_path):
         file.write('{"step": 5, "x"')
     with MetricSink(tmp_path, tensorboard=False, first_step=3) as sink:
         sink.log(3, {"x": 30})
-    assert [(row["step"], row["x"]) for row in strict(sink.path.read_text())] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+    assert [(row["step"], row["x"]) for row in strict(sink.path.read_text())] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 30),
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 

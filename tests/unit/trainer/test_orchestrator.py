@@ -1,9 +1,9 @@
-"""megasd/trainer/orchestrator.py and the state of actor/checkpoint.py: what a run goes on from, replays and counts. The engine is a
-stand-in.
+"""megasd/trainer/orchestrator.py and the state of actor/checkpoint.py: what a run goes on from,
+replays and counts. The engine is a stand-in.
 
-Proves that a resume refuses a checkpoint that does not hold what the method reads (its teacher, its memory, the start model's pass rates),
-that a replay is held against every stage, and that counters are those of a whole step. Does not prove that tensors come back
-(tests/integration/test_train.py).
+Proves that a resume refuses a checkpoint that does not hold what the method reads (its teacher, its
+memory, the start model's pass rates), that a replay is held against every stage, and that counters
+are those of a whole step. Does not prove that tensors come back (tests/integration/test_train.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import pytest
 from megasd.actor.checkpoint import MEGATRON_FILES, STATE_FILE, read_state
 from megasd.algo.recipes import RECIPES
 from megasd.algo.stages import at
-from megasd.algo.state import Memory
+from megasd.algo.state import AlgorithmState
 from megasd.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megasd.data.rollout_log import rollout_path, save_groups
-from megasd.trainer.orchestrator import LeftHalf, check_transport, model_length
+from megasd.trainer.orchestrator import Orchestrator, check_transport, model_length
 from megasd.types import Group, Sample, UserError, Verdict
 from tools import make_quickstart
 
@@ -31,24 +31,35 @@ def checkpoint(directory: Path, **state: object) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for name in MEGATRON_FILES:
         (directory / name).touch()
-    (directory / STATE_FILE).write_text(json.dumps({"step": 3, "teacher": True, "prompts": {}, "memory": {}, "gate": {}} | state))
+    (directory / STATE_FILE).write_text(
+        json.dumps({"step": 3, "teacher": True, "prompts": {}, "memory": {}, "gate": {}} | state)
+    )
     return directory
 
 
 # ---- the state of a checkpoint ----
 
 
-@pytest.mark.parametrize("weights", ["live", "separate", "ema", "frozen", "snapshot", "gated", "trust_region"])
+@pytest.mark.parametrize(
+    "weights", ["live", "separate", "ema", "frozen", "snapshot", "gated", "trust_region"]
+)
 def test_a_checkpoint_goes_on_with_its_own_kind_of_teacher(tmp_path: Path, weights: str) -> None:
     state = read_state(checkpoint(tmp_path / "own", teacher_weights=weights), teacher_weights=weights)
     assert state["step"] == 3
-    read_state(checkpoint(tmp_path / "earlier"), teacher_weights=weights)  # a version that did not say
-    read_state(checkpoint(tmp_path / "own", teacher_weights=weights), teacher_weights="live")  # which needs none
+    # a version that did not say
+    read_state(checkpoint(tmp_path / "earlier"), teacher_weights=weights)
+    # which needs none
+    read_state(checkpoint(tmp_path / "own", teacher_weights=weights), teacher_weights="live")
 
 
-@pytest.mark.parametrize("saved, asked", [("ema", "frozen"), ("frozen", "ema"), ("ema", "trust_region"), ("snapshot", "gated")])
+@pytest.mark.parametrize(
+    "saved, asked", [("ema", "frozen"), ("frozen", "ema"), ("ema", "trust_region"), ("snapshot", "gated")]
+)
 def test_a_teacher_of_another_kind_is_refused(tmp_path: Path, saved: str, asked: str) -> None:
-    with pytest.raises(UserError, match=f"holds a teacher of algorithm.teacher.weights={saved}, which cannot go on as {asked}"):
+    with pytest.raises(
+        UserError,
+        match=f"holds a teacher of algorithm.teacher.weights={saved}, which cannot go on as {asked}",
+    ):
         read_state(checkpoint(tmp_path, teacher_weights=saved), teacher_weights=asked)
 
 
@@ -63,7 +74,10 @@ def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path: Path, name: str) 
     state = json.loads((path / STATE_FILE).read_text())
     del state[name]
     (path / STATE_FILE).write_text(json.dumps(state))
-    with pytest.raises(UserError, match=f"has no '{name}': an earlier version of megasd wrote it; resume with that version, or start"):
+    with pytest.raises(
+        UserError,
+        match=f"has no '{name}': an earlier version of megasd wrote it; resume with that version, or start",
+    ):
         read_state(path, teacher_weights="live")
 
 
@@ -79,7 +93,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(model: Path, out: Path, algorithm: AlgorithmConfig, **rollout: object) -> Config:
-    rows = [{"id": f"q{i}", "prompt": f"{i}+1=", "answer": str(i + 1), "solution": str(i + 1)} for i in range(4)]
+    rows = [
+        {"id": f"q{i}", "prompt": f"{i}+1=", "answer": str(i + 1), "solution": str(i + 1)} for i in range(4)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = {"num_prompts": PROMPTS, "num_samples": 2, "max_prompt_tokens": 16, "max_response_tokens": 8}
@@ -93,12 +109,15 @@ def config_of(model: Path, out: Path, algorithm: AlgorithmConfig, **rollout: obj
 
 
 def sampled(prompt, *verdicts: Verdict) -> Group:
-    return Group(prompt, [Sample(prompt.id, i, [1], [2], [-0.5], "1", "stop", 0, verdict=v) for i, v in enumerate(verdicts)])
+    return Group(
+        prompt,
+        [Sample(prompt.id, i, [1], [2], [-0.5], "1", "stop", 0, verdict=v) for i, v in enumerate(verdicts)],
+    )
 
 
-def sft(model: Path, out: Path) -> LeftHalf:
+def sft(model: Path, out: Path) -> Orchestrator:
     """One that needs no engine."""
-    return LeftHalf(config_of(model, out, RECIPES["sft"]), None)
+    return Orchestrator(config_of(model, out, RECIPES["sft"]), None)
 
 
 def recorded(model: Path, out: Path, algorithm: AlgorithmConfig, steps: list[int]) -> Path:
@@ -108,7 +127,10 @@ def recorded(model: Path, out: Path, algorithm: AlgorithmConfig, steps: list[int
             prompts = left.prompts.next()
             if step in steps:
                 assert at(algorithm, step, STEPS).source == "rollout"
-                save_groups(rollout_path(out / "old" / "rollouts", step), [sampled(p, Verdict.RIGHT, Verdict.WRONG) for p in prompts])
+                save_groups(
+                    rollout_path(out / "old" / "rollouts", step),
+                    [sampled(p, Verdict.RIGHT, Verdict.WRONG) for p in prompts],
+                )
     return out / "old"
 
 
@@ -117,7 +139,7 @@ STAGED = replace(RECIPES["opsd"], source="dataset", stages=["50%: source=rollout
 
 def test_a_replay_of_stages_reads_the_steps_that_sample(model: Path, tmp_path: Path) -> None:
     old = recorded(model, tmp_path, STAGED, steps=[3, 4, 5])
-    with LeftHalf(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None) as left:
+    with Orchestrator(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None) as left:
         sources = []
         for step in range(STEPS):
             groups, _ = left.groups(step, at(STAGED, step, STEPS))
@@ -126,10 +148,17 @@ def test_a_replay_of_stages_reads_the_steps_that_sample(model: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("steps, missing", [([], 3), ([3, 5], 4)])
-def test_a_replay_that_lacks_a_stages_step_is_refused_at_the_start(model: Path, tmp_path: Path, steps: list[int], missing: int) -> None:
+def test_a_replay_that_lacks_a_stages_step_is_refused_at_the_start(
+    model: Path, tmp_path: Path, steps: list[int], missing: int
+) -> None:
     old = recorded(model, tmp_path, STAGED, steps=steps)
-    with pytest.raises(UserError, match=rf"step-00000{missing}.jsonl is missing; lower run.steps=6 \(step {missing} samples: replay a run"):
-        LeftHalf(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None)
+    with pytest.raises(
+        UserError,
+        match=(
+            rf"step-00000{missing}.jsonl is missing; lower run.steps=6 \(step {missing} samples: replay a run"
+        ),
+    ):
+        Orchestrator(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None)
 
 
 def test_a_replay_of_other_prompts_is_refused_at_the_start(model: Path, tmp_path: Path) -> None:
@@ -137,21 +166,27 @@ def test_a_replay_of_other_prompts_is_refused_at_the_start(model: Path, tmp_path
     config = config_of(model, tmp_path, STAGED, replay_dir=str(old))
     config.run.seed = 7
     with pytest.raises(UserError, match="step-000003.jsonl holds other prompts than step 3 of this run"):
-        LeftHalf(config, None)
+        Orchestrator(config, None)
 
 
 def test_rates_of_the_start_model_are_not_estimated_from_trained_weights(model: Path, tmp_path: Path) -> None:
     with sft(model, tmp_path) as left:
         left.config = replace(left.config, algorithm=RECIPES["sdpo_paced"])
-        left.memory, left.first_step = Memory(RECIPES["sdpo_paced"], seed=1), 3
-        with pytest.raises(UserError, match="checkpoint has no pass rates of the start model, and its weights are those of step 3"):
+        left.memory, left.first_step = AlgorithmState(RECIPES["sdpo_paced"], seed=1), 3
+        with pytest.raises(
+            UserError,
+            match="checkpoint has no pass rates of the start model, and its weights are those of step 3",
+        ):
             left.estimate_pass_rates()
-        left.memory.set_frozen({f"q{i}": 0.5 for i in range(4)})  # those that the checkpoint held
+        # those that the checkpoint held
+        left.memory.set_frozen({f"q{i}": 0.5 for i in range(4)})
         assert float(left.estimate_pass_rates()["dataset_mean"]) == 0.25
 
 
 class Engine:
-    """A stand-in for rollout and verifiers: the first batch of a step is all right, then one question of each batch is informative."""
+    """A stand-in for rollout and verifiers: the first batch of a step is all right, then one
+    question of each batch is informative.
+    """
 
     stats = {"samples": 4, "retries": 1, "seconds": 0.5}
 
@@ -175,9 +210,15 @@ def test_counters_are_those_of_a_step(model: Path, tmp_path: Path) -> None:
         surplus.parent.mkdir(parents=True)
         surplus.write_text("of this step, drawn before a resume")
         _, figures = left.groups(0, RECIPES["dapo"])
-        assert figures["rollout/batches"] == 3 and surplus.exists() == (figures["rollout/surplus_questions"] > 0)
+        assert figures["rollout/batches"] == 3 and surplus.exists() == (
+            figures["rollout/surplus_questions"] > 0
+        )
         assert figures["seconds/rollout"] > 0 and figures["seconds/reward"] >= 0
-        assert (figures["rollout/samples"], figures["rollout/retries"], figures["rollout/seconds"]) == (12, 3, 1.5)
+        assert (figures["rollout/samples"], figures["rollout/retries"], figures["rollout/seconds"]) == (
+            12,
+            3,
+            1.5,
+        )
         left.config.rollout.dynamic_sampling = False
         _, figures = left.groups(1, RECIPES["grpo"])
         assert figures["rollout/samples"] == 4
@@ -193,7 +234,10 @@ def test_a_sequence_fits_the_teacher_too(model: Path, tmp_path: Path) -> None:
     (teacher / "config.json").write_text(json.dumps(student | {"max_position_embeddings": longest - 1}))
     row = RECIPES["tml_opd"]
     config = config_of(model, tmp_path, replace(row, teacher=replace(row.teacher, model_path=str(teacher))))
-    assert model_length(config) == longest - 1 and model_length(config_of(model, tmp_path, RECIPES["sft"])) == longest
+    assert (
+        model_length(config) == longest - 1
+        and model_length(config_of(model, tmp_path, RECIPES["sft"])) == longest
+    )
 
 
 def test_a_process_group_over_the_runs_own_gpus_is_refused(model: Path, tmp_path: Path) -> None:
@@ -202,4 +246,7 @@ def test_a_process_group_over_the_runs_own_gpus_is_refused(model: Path, tmp_path
     check_transport(config, "cpu")
     with pytest.raises(UserError, match="set sync.transport=colocated"):
         check_transport(config, "cuda")
-    check_transport(replace(config, rollout=replace(config.rollout, engine=replace(config.rollout.engine, served=1))), "cuda")
+    check_transport(
+        replace(config, rollout=replace(config.rollout, engine=replace(config.rollout.engine, served=1))),
+        "cuda",
+    )

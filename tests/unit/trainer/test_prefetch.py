@@ -1,8 +1,10 @@
-"""The batch that is sampled while another is learned, with SGLang's control endpoints as a state machine (control_server.py).
+"""The batch that is sampled while another is learned, with SGLang's control endpoints as a state
+machine (control_server.py).
 
-Proves: it runs beside the caller; an engine that loses its weights meanwhile is given the newer ones when the caller waits, in the caller's
-thread, and its samples say so; what fails in it fails where it is waited for; it can be given up; an older sample than the config allows is
-an error. Does not prove what a run makes of it (tests/integration/test_placement.py).
+Proves: it runs beside the caller; an engine that loses its weights meanwhile is given the newer
+ones when the caller waits, in the caller's thread, and its samples say so; what fails in it fails
+where it is waited for; it can be given up; an older sample than the config allows is an error. Does
+not prove what a run makes of it (tests/integration/test_placement.py).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import pytest
 
 from megasd.config.schema import RolloutConfig
 from megasd.engine.client import EngineError
-from megasd.trainer.prefetch import Ahead, staleness
+from megasd.trainer.prefetch import Prefetcher, staleness
 from megasd.types import Group, Prompt, Sample
 from megasd.weight_sync.sync import SyncError
 from tests.unit.engine.control_server import once
@@ -25,9 +27,15 @@ from tests.unit.engine.test_pool import Pushes, pushes  # noqa: F401
 
 def ask(one: Pushes, prompts: int = 4) -> tuple[list[Group], dict[str, float]]:
     groups = one.rollout.generate(
-        [Prompt(id=f"q{i}", messages=[], answer="") for i in range(prompts)], [[1, 2]] * prompts, str, step=0, num_samples=1,
-        temperature=1.0, top_p=1.0, max_response_tokens=3,
-    )  # fmt: skip
+        [Prompt(id=f"q{i}", messages=[], answer="") for i in range(prompts)],
+        [[1, 2]] * prompts,
+        str,
+        step=0,
+        num_samples=1,
+        temperature=1.0,
+        top_p=1.0,
+        max_response_tokens=3,
+    )
     return groups, {"figure": 1.0}
 
 
@@ -39,10 +47,11 @@ def never() -> None:
     raise AssertionError("no engine lost its weights")
 
 
-def test_a_batch_comes_in_beside_the_caller(pushes: Callable[..., Pushes]) -> None:  # noqa: F811
-    one, ahead = pushes(1), Ahead()
+def test_a_batch_comes_in_beside_the_caller(pushes: Callable[..., Pushes]) -> None:
+    one, ahead = pushes(1), Prefetcher()
     assert ahead.take() is None and ahead.before is None
-    ahead.wait(never)  # nothing was started
+    # nothing was started
+    ahead.wait(never)
     ahead.start(one.rollout, {"position": 3}, lambda: ask(one))
     assert ahead.before == {"position": 3}
     ahead.wait(never)
@@ -52,12 +61,15 @@ def test_a_batch_comes_in_beside_the_caller(pushes: Callable[..., Pushes]) -> No
     assert ahead.take() is None and ahead.before is None
 
 
-def test_an_engine_that_lost_its_weights_gets_the_newer_ones_where_the_caller_waits(pushes: Callable[..., Pushes]) -> None:  # noqa: F811
-    one, ahead, seen = pushes(1), Ahead(), []
+def test_an_engine_that_lost_its_weights_gets_the_newer_ones_where_the_caller_waits(
+    pushes: Callable[..., Pushes],
+) -> None:
+    one, ahead, seen = pushes(1), Prefetcher(), []
     one.servers[0].restart()
     one.servers[0].fail["/generate"] = once((500, {"message": "gone"}))
     ahead.start(one.rollout, {}, lambda: ask(one))
-    while ahead._inbox.empty():  # it wishes for weights before anybody waits
+    # it wishes for weights before anybody waits
+    while ahead._inbox.empty():
         time.sleep(0.01)
 
     def push() -> None:
@@ -66,20 +78,21 @@ def test_an_engine_that_lost_its_weights_gets_the_newer_ones_where_the_caller_wa
 
     ahead.wait(push)
     assert seen == [threading.current_thread()] and versions(ahead.take()[0]) == {2} and one.held == [2]
-    one.sync.push(2)  # as the run does after the wait, whatever came before
+    # as the run does after the wait, whatever came before
+    one.sync.push(2)
     assert one.held == [2]
 
 
-def test_what_fails_in_it_fails_where_it_is_waited_for(pushes: Callable[..., Pushes]) -> None:  # noqa: F811
-    one, ahead = pushes(1), Ahead()
+def test_what_fails_in_it_fails_where_it_is_waited_for(pushes: Callable[..., Pushes]) -> None:
+    one, ahead = pushes(1), Prefetcher()
     one.servers[0].fail["/generate"] = lambda body: (400, {"message": "the true reason"})
     ahead.start(one.rollout, {}, lambda: ask(one, 1))
     with pytest.raises(EngineError, match="the true reason"):
         ahead.wait(never)
 
 
-def test_a_push_that_fails_ends_it(pushes: Callable[..., Pushes]) -> None:  # noqa: F811
-    one, ahead = pushes(1), Ahead()
+def test_a_push_that_fails_ends_it(pushes: Callable[..., Pushes]) -> None:
+    one, ahead = pushes(1), Prefetcher()
     one.servers[0].restart()
     one.servers[0].fail["/generate"] = once((500, {"message": "gone"}))
     ahead.start(one.rollout, {}, lambda: ask(one))
@@ -94,9 +107,9 @@ def test_a_push_that_fails_ends_it(pushes: Callable[..., Pushes]) -> None:  # no
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_it_can_be_given_up(pushes: Callable[..., Pushes], lost: bool) -> None:  # noqa: F811
+def test_it_can_be_given_up(pushes: Callable[..., Pushes], lost: bool) -> None:
     """While an engine answers nothing, or waits for weights that will not come."""
-    one, ahead = pushes(1), Ahead()
+    one, ahead = pushes(1), Prefetcher()
     if lost:
         one.servers[0].restart()
         one.servers[0].fail["/generate"] = once((500, {"message": "gone"}))
@@ -107,13 +120,18 @@ def test_it_can_be_given_up(pushes: Callable[..., Pushes], lost: bool) -> None: 
         time.sleep(0.01)
     ahead.cancel()
     with pytest.raises(concurrent.futures.CancelledError):
-        ahead._running.result(120)  # neither answer nor weights ever come
-    assert ahead.before == {"position": 3}  # these questions are asked again
+        # neither answer nor weights ever come
+        ahead._running.result(120)
+    # these questions are asked again
+    assert ahead.before == {"position": 3}
 
 
 def test_staleness() -> None:
     def groups(*ages: int, logps: list[float] | None = None) -> list[Group]:
-        samples = [Sample("q", i, [1], [2], [-1.0] if logps is None else logps, "", "stop", 7 - age) for i, age in enumerate(ages)]
+        samples = [
+            Sample("q", i, [1], [2], [-1.0] if logps is None else logps, "", "stop", 7 - age)
+            for i, age in enumerate(ages)
+        ]
         return [Group(Prompt("q", [], ""), samples)]
 
     ahead, at_once = RolloutConfig(overlap=1), RolloutConfig()
@@ -125,5 +143,6 @@ def test_staleness() -> None:
         with pytest.raises(RuntimeError, match="sample q/0 of step 7 is of weight version"):
             staleness(groups(*ages), 7, config)
     assert staleness(groups(5), 7, RolloutConfig(allow_stale=True))["rollout/max_staleness"] == 5
-    assert staleness(groups(7, logps=[]), 7, at_once)["rollout/stale_samples"] == 0  # a row's own solution
+    # a row's own solution
+    assert staleness(groups(7, logps=[]), 7, at_once)["rollout/stale_samples"] == 0
     assert staleness(groups(7), 7, RolloutConfig(frozen_policy=True)) == {}

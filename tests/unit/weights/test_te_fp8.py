@@ -1,9 +1,11 @@
 """FP8 parameters seen from outside their modules, and the teacher that is lent to them.
 
-Proves, on a stand-in that keeps values and bytes apart as TransformerEngine's block-scaled tensor does (`.data` is the tensor itself, and
-setting it to ordinary values writes into the same bytes): loading gives the optimizer the unrounded values; the teacher's pass sees its
-own values, rounded; afterwards the student has its bytes back, in the same memory, and still asks for gradients; the average is of the
-dequantised student. Does not prove that TransformerEngine's tensors behave as the stand-in does (tests/gpu/test_fp8_gpu.py).
+Proves, on a stand-in that keeps values and bytes apart as TransformerEngine's block-scaled tensor
+does (`.data` is the tensor itself, and setting it to ordinary values writes into the same bytes):
+loading gives the optimizer the unrounded values; the teacher's pass sees its own values, rounded;
+afterwards the student has its bytes back, in the same memory, and still asks for gradients; the
+average is of the dequantised student. Does not prove that TransformerEngine's tensors behave as the
+stand-in does (tests/gpu/test_fp8_gpu.py).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 
 from megasd.actor.teacher import TeacherWeights
 from megasd.config.schema import TeacherConfig
-from megasd.weight_sync.delta import fingerprint
+from megasd.weight_sync.delta import tensor_fingerprint
 from megasd.weights.te_fp8 import fill, is_quantised, lend, plain, storage
 
 FP8 = torch.float8_e4m3fn
@@ -67,14 +69,18 @@ class QuantizedTensor(torch.Tensor):
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.tensor", SimpleNamespace(QuantizedTensor=QuantizedTensor))
+    monkeypatch.setitem(
+        sys.modules, "transformer_engine.pytorch.tensor", SimpleNamespace(QuantizedTensor=QuantizedTensor)
+    )
 
 
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.weight = QuantizedTensor(torch.randn(8, 4, generator=generator).to(FP8), torch.bfloat16).requires_grad_()
+        self.weight = QuantizedTensor(
+            torch.randn(8, 4, generator=generator).to(FP8), torch.bfloat16
+        ).requires_grad_()
         self.norm = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,16 +92,19 @@ def test_plain_and_fingerprint() -> None:
     assert is_quantised(weight) and not is_quantised(ordinary)
     assert type(plain(weight)) is torch.Tensor and torch.equal(plain(weight), weight._raw.bfloat16())
     assert plain(ordinary).data_ptr() == ordinary.data_ptr()
-    before = fingerprint(weight)
+    before = tensor_fingerprint(weight)
     weight._raw.view(torch.uint8)[0, 0] ^= 1
-    assert fingerprint(weight) != before
+    assert tensor_fingerprint(weight) != before
 
 
 def test_fill_keeps_the_unrounded_values_for_the_optimizer() -> None:
     weight, values = Model().weight, torch.randn(8, 4, dtype=torch.bfloat16)
-    weight._high_precision_init_val = torch.zeros(8, 4, dtype=torch.bfloat16)  # TransformerEngine's, of the random initialisation
+    # TransformerEngine's, of the random initialisation
+    weight._high_precision_init_val = torch.zeros(8, 4, dtype=torch.bfloat16)
     fill(weight, values)
-    assert torch.equal(weight._raw.float(), values.to(FP8).float()) and torch.equal(weight._high_precision_init_val, values)
+    assert torch.equal(weight._raw.float(), values.to(FP8).float()) and torch.equal(
+        weight._high_precision_init_val, values
+    )
 
 
 def test_lent_values_do_not_touch_the_bytes() -> None:
@@ -119,5 +128,6 @@ def test_the_average_of_an_fp8_student() -> None:
     assert torch.allclose(teacher.shadow["weight"], average)
     with teacher.active():
         assert torch.equal(plain(model.weight).float(), average.bfloat16().to(FP8).float())
-        assert torch.equal(raw.float(), torch.ones(8, 4))  # the student's bytes wait
+        # the student's bytes wait
+        assert torch.equal(raw.float(), torch.ones(8, 4))
     assert model.weight._raw is raw and torch.equal(plain(model.weight).float(), torch.ones(8, 4))

@@ -1,9 +1,11 @@
 """Hugging Face <-> Megatron shards, without a process group.
 
-Proves, for tiny random Qwen3 (untied, tied), Qwen3 with fewer query groups than ranks, and Qwen3-MoE as transformers writes them: every
-shard at TP 1, 2, 4 and EP 1, 2 together holds every value of the file once, bit for bit; the fused QKV and fc1 have Megatron's row order;
-padded vocabulary rows are zeros; a directory that is broken or another model's is refused by a line naming the tensor or file.
-Does not prove that Megatron computes the same logits (tests/distributed/test_weights.py does) nor the messages of a gather.
+Proves, for tiny random Qwen3 (untied, tied), Qwen3 with fewer query groups than ranks, and
+Qwen3-MoE as transformers writes them: every shard at TP 1, 2, 4 and EP 1, 2 together holds every
+value of the file once, bit for bit; the fused QKV and fc1 have Megatron's row order; padded
+vocabulary rows are zeros; a directory that is broken or another model's is refused by a line naming
+the tensor or file. Does not prove that Megatron computes the same logits
+(tests/distributed/test_weights.py does) nor the messages of a gather.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megasd.models import registry as families
-from megasd.models import tp_layouts as mapping
+from megasd.models import registry, tp_layouts
 from megasd.models.param_table import global_params
 from megasd.models.registry import config_from_hf
 from megasd.types import UserError
@@ -54,7 +55,7 @@ def load_all(hf_dir: Path, tp: int, ep: int = 1, **kwargs) -> list[dict[str, tor
     hf = read_hf_config(hf_dir)
     shards = []
     for rank in range(max(tp, ep)):
-        first_expert = families.table(hf).num_experts // ep * (rank % ep)
+        first_expert = registry.param_table(hf).num_experts // ep * (rank % ep)
         params = global_params(local_params(hf, tp_size=tp, ep_size=ep, **kwargs), expert_offset=first_expert)
         load_hf(params, hf_dir, tp_rank=rank % tp, tp_size=tp, ep_rank=rank % ep, ep_size=ep)
         shards.append(params)
@@ -62,20 +63,20 @@ def load_all(hf_dir: Path, tp: int, ep: int = 1, **kwargs) -> list[dict[str, tor
 
 
 def merge_all(hf: dict, shards: list[dict[str, torch.Tensor]], tp: int, ep: int) -> dict[str, torch.Tensor]:
-    """What export_hf does over process groups, with mapping.merge alone."""
-    table = families.table(hf)
+    """What export_hf does over process groups, with tp_layouts.merge alone."""
+    table = registry.param_table(hf)
     out = {n: torch.full(s, torch.nan) for n, s in table.expected_tensors().items()}
     for rank, params in enumerate(shards):
         for name, param in params.items():
             rule, shape = table.rule(name), tuple(param.shape)
             layout = rule.shard(shape, *((rank % tp, tp) if rule.is_cut(shape, ep) else (0, 1)))
-            mapping.merge([param], [layout], [out[part] for part in rule.parts])
+            tp_layouts.merge([param], [layout], [out[part] for part in rule.parts])
     return out
 
 
 def test_expected_tensors_are_those_of_the_file(checkpoint: Path) -> None:
     stored = load_file(checkpoint / "model.safetensors")
-    expected = families.table(read_hf_config(checkpoint)).expected_tensors()
+    expected = registry.param_table(read_hf_config(checkpoint)).expected_tensors()
     assert {name: tuple(t.shape) for name, t in stored.items()} == expected
 
 
@@ -83,7 +84,9 @@ def test_expected_tensors_are_those_of_the_file(checkpoint: Path) -> None:
 def test_round_trip_is_bit_exact(checkpoint: Path, tp: int) -> None:
     hf = read_hf_config(checkpoint)
     for ep in (1, 2) if hf["model_type"] == "qwen3_moe" and tp < 4 else (1,):
-        equal(merge_all(hf, load_all(checkpoint, tp, ep), tp, ep), load_file(checkpoint / "model.safetensors"))
+        equal(
+            merge_all(hf, load_all(checkpoint, tp, ep), tp, ep), load_file(checkpoint / "model.safetensors")
+        )
 
 
 def exported(params: dict[str, torch.Tensor], hf: dict, **kwargs) -> dict[str, torch.Tensor]:
@@ -94,7 +97,7 @@ def test_one_process_export_is_bit_exact(checkpoint: Path) -> None:
     hf = read_hf_config(checkpoint)
     params = load_all(checkpoint, 1)[0]
     tensors = exported(params, hf)
-    assert list(tensors) == list(families.table(hf).expected_tensors())
+    assert list(tensors) == list(registry.param_table(hf).expected_tensors())
     equal(tensors, load_file(checkpoint / "model.safetensors"))
     assert {t.dtype for t in exported(params, hf, dtype=torch.bfloat16).values()} == {torch.bfloat16}
 
@@ -102,29 +105,36 @@ def test_one_process_export_is_bit_exact(checkpoint: Path) -> None:
 def test_fused_row_orders() -> None:
     """QKV: per query group its query heads, its key, its value; fc1: gate then up on every rank."""
     head, groups, heads = 2, 2, 4
-    q, k, v = (torch.arange(n * head).reshape(-1, 1) + base for n, base in ((heads, 0), (groups, 100), (groups, 200)))
-    fused = torch.cat([torch.cat([q[4 * g : 4 * g + 4], k[2 * g : 2 * g + 2], v[2 * g : 2 * g + 2]]) for g in range(groups)])
+    q, k, v = (
+        torch.arange(n * head).reshape(-1, 1) + base for n, base in ((heads, 0), (groups, 100), (groups, 200))
+    )
+    fused = torch.cat(
+        [torch.cat([q[4 * g : 4 * g + 4], k[2 * g : 2 * g + 2], v[2 * g : 2 * g + 2]]) for g in range(groups)]
+    )
     shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
-    for size in (1, 2, 4):  # 4 ranks: half a group each
+    # 4 ranks: half a group each
+    for size in (1, 2, 4):
         for rank in range(size):
-            shard = mapping.split((q, k, v), mapping.qkv(shapes, rank, size, num_query_groups=groups))
+            shard = tp_layouts.split((q, k, v), tp_layouts.qkv(shapes, rank, size, num_query_groups=groups))
             assert torch.equal(shard, fused.chunk(size)[rank])
     gate, up = torch.arange(8).reshape(8, 1), torch.arange(8).reshape(8, 1) + 100
     for rank in range(2):
-        shard = mapping.split((gate, up), mapping.gated(((8, 1), (8, 1)), rank, 2))
+        shard = tp_layouts.split((gate, up), tp_layouts.gated(((8, 1), (8, 1)), rank, 2))
         assert torch.equal(shard, torch.cat([gate.chunk(2)[rank], up.chunk(2)[rank]]))
 
 
 @pytest.mark.parametrize(
-    ("vocab", "divisor", "tp", "padded"), [(96, 1, 4, 96), (97, 1, 4, 100), (96, 128, 2, 256), (151936, 128, 8, 152576)]
+    ("vocab", "divisor", "tp", "padded"),
+    [(96, 1, 4, 96), (97, 1, 4, 100), (96, 128, 2, 256), (151936, 128, 8, 152576)],
 )
 def test_padded_vocab_size(vocab: int, divisor: int, tp: int, padded: int) -> None:
-    assert mapping.padded_vocab_size(vocab, divisor, tp) == padded
+    assert tp_layouts.padded_vocab_size(vocab, divisor, tp) == padded
 
 
 def test_padded_vocabulary_rows_are_zeros_and_never_exported(dense: Path) -> None:
     hf = read_hf_config(dense)
-    shards = load_all(dense, 4, padded_vocab=4 * 40)  # 96 tokens: rank 2 holds 16 of them, rank 3 none
+    # 96 tokens: rank 2 holds 16 of them, rank 3 none
+    shards = load_all(dense, 4, padded_vocab=4 * 40)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert torch.all(shards[2][name][16:] == 0) and torch.all(shards[3][name] == 0)
     equal(merge_all(hf, shards, 4, 1), load_file(dense / "model.safetensors"))
@@ -140,8 +150,14 @@ def test_pipeline_stage_and_transformer_engine_names(dense: Path) -> None:
         for name, param in stage.items()
     }
     load_hf(global_params(te, layer_offset=2), dense, tp_rank=0, tp_size=1)
-    assert torch.equal(te["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"], stored["model.layers.3.post_attention_layernorm.weight"])
-    assert torch.equal(te["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"], stored["model.layers.2.input_layernorm.weight"])
+    assert torch.equal(
+        te["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"],
+        stored["model.layers.3.post_attention_layernorm.weight"],
+    )
+    assert torch.equal(
+        te["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"],
+        stored["model.layers.2.input_layernorm.weight"],
+    )
 
 
 def test_cast_to_the_parameter(dense: Path) -> None:
@@ -151,22 +167,36 @@ def test_cast_to_the_parameter(dense: Path) -> None:
     assert torch.equal(params["output_layer.weight"], stored.bfloat16())
 
 
-def test_saved_directory_loads_in_transformers(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_directory_loads_in_transformers(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import Qwen3ForCausalLM
 
     stored = load_file(dense / "model.safetensors")
-    monkeypatch.setattr(files, "SHARD_BYTES", 40_000)  # several files and an index
+    # several files and an index
+    monkeypatch.setattr(files, "SHARD_BYTES", 40_000)
     (dense / "tokenizer.json").write_text("{}")
-    for _ in range(2):  # the second one replaces the first
+    # the second one replaces the first
+    for _ in range(2):
         save_hf({name: t.bfloat16() for name, t in stored.items()}, dense, tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+    } <= names
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     model = Qwen3ForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
-    assert model.dtype == torch.bfloat16  # config.json tells the truth about the file
-    assert torch.equal(model.state_dict()["model.layers.3.mlp.up_proj.weight"], stored["model.layers.3.mlp.up_proj.weight"].bfloat16())
+    # config.json tells the truth about the file
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(
+        model.state_dict()["model.layers.3.mlp.up_proj.weight"],
+        stored["model.layers.3.mlp.up_proj.weight"].bfloat16(),
+    )
     params = local_params(read_hf_config(dense), tp_size=1)
-    load_hf(params, tmp_path / "out", tp_rank=0, tp_size=1)  # through the index
+    # through the index
+    load_hf(params, tmp_path / "out", tp_rank=0, tp_size=1)
     assert torch.equal(params["output_layer.weight"], stored["lm_head.weight"].bfloat16().float())
 
 
@@ -186,7 +216,8 @@ def refused(hf_dir: Path, *parts: str, **kwargs) -> None:
     with pytest.raises(UserError) as error:
         load_hf(params, hf_dir, tp_rank=0, tp_size=1, **kwargs)
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts), error.value
-    assert all(p.isnan().all() for p in params.values())  # nothing was copied
+    # nothing was copied
+    assert all(p.isnan().all() for p in params.values())
 
 
 def rewrite(hf_dir: Path, edit) -> None:
@@ -233,7 +264,9 @@ def test_index_with_missing_outside_and_lying_files(copy: Path) -> None:
     index = copy / "model.safetensors.index.json"
 
     def write(weight_map: dict[str, str]) -> None:
-        index.write_text(json.dumps({"weight_map": dict.fromkeys(stored, "model-1.safetensors") | weight_map}))
+        index.write_text(
+            json.dumps({"weight_map": dict.fromkeys(stored, "model-1.safetensors") | weight_map})
+        )
 
     write({"lm_head.weight": "model-2.safetensors"})
     refused(copy, "model-2.safetensors", "missing")
@@ -279,7 +312,10 @@ def test_model_without_a_parameter_or_of_another_shape(dense: Path) -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": [0]}, "mlp_only_layers"),
-        ({"model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 2}, "decoder_sparse_step"),
+        (
+            {"model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 2},
+            "decoder_sparse_step",
+        ),
     ],
 )
 def test_unsupported_config_names_the_key(dense: Path, change: dict, key: str) -> None:
@@ -290,6 +326,15 @@ def test_unsupported_config_names_the_key(dense: Path, change: dict, key: str) -
 
 def test_hub_spelling_of_experts(dense: Path) -> None:
     hf = read_hf_config(dense)
-    hub = {key: value for key, value in hf.items() if key != "rope_parameters"} | {"rope_theta": 5e5, "rope_scaling": None}
-    moe = hub | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 4, "norm_topk_prob": True}
+    hub = {key: value for key, value in hf.items() if key != "rope_parameters"} | {
+        "rope_theta": 5e5,
+        "rope_scaling": None,
+    }
+    moe = hub | {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 4,
+        "norm_topk_prob": True,
+    }
     assert config_from_hf(moe).transformer["num_moe_experts"] == 8
