@@ -155,7 +155,7 @@ def analyze_guidance(args: argparse.Namespace, rest: list[str]) -> None:
     from megasd.data.rollout_log import save_groups
     from megasd.evaluation.analysis.study import Bounds, Study
     from megasd.evaluation.engine_for import open_guest_engine
-    from megasd.rewards.verifiers import RewardPool
+    from megasd.rewards.reward_pool import RewardPool
 
     began, config = time.monotonic(), guidance_config(args, args.items + rest)
     out = Path(args.out)

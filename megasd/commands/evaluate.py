@@ -34,7 +34,7 @@ from megasd.data.rollout_log import load_groups, save_groups
 from megasd.evaluation.engine_for import EvalSampler
 from megasd.evaluation.estimators import COVERAGE, NUM_RESAMPLES, default_ks, metrics_with_intervals
 from megasd.evaluation.presets import PRESETS
-from megasd.rewards.verifiers import RewardPool, extract_answer
+from megasd.rewards.reward_pool import RewardPool, extract_answer
 from megasd.types import Group, Prompt, UserError, Verdict
 from megasd.weights.hf_files import read_hf_config
 

@@ -392,7 +392,7 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     # math reads the last \boxed{}; code runs the last fenced program on the row's tests, in a
-    # sandbox (rewards/verifiers.py)
+    # sandbox (rewards/reward_pool.py)
     verifier: Literal["math", "exact_match", "multiple_choice", "tool_use", "code", "rubric"] = "math"
     # verifier processes, or sandboxes, at once
     workers: int = 2

@@ -362,7 +362,7 @@ def _judge_doubts(report: CheckReport, seen: _Seen) -> None:
     """Answers and ends of solutions that differ as texts, held against each other by math-verify."""
     if not seen.doubts:
         return
-    from megasd.rewards.verifiers import RewardPool
+    from megasd.rewards.reward_pool import RewardPool
 
     groups = []
     for i, (_, answer, ends_on) in enumerate(seen.doubts):

@@ -19,7 +19,7 @@ from megasd.evaluation.analysis.divergence import Tally, full_kl, top_k_kl
 from megasd.evaluation.analysis.markers import marker_tokens
 from megasd.evaluation.analysis.tables import TableRow
 from megasd.evaluation.engine_for import EvalSampler
-from megasd.rewards.verifiers import RewardPool
+from megasd.rewards.reward_pool import RewardPool
 from megasd.types import Group, Prompt, UserError
 
 # questions asked at a time until enough of them have an accuracy within the bounds

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 
 from megasd.config.schema import RewardConfig
+from megasd.rewards.reward_pool import RewardPool
 from megasd.rewards.rubric import NUMBER_RULES, TEXT_RULES, RuleJudge, score, write_rubric
-from megasd.rewards.verifiers import RewardPool
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 from tests.clock import Clock
 

@@ -13,8 +13,8 @@ import json
 import pytest
 
 from megasd.config.schema import RewardConfig
+from megasd.rewards.reward_pool import RewardPool, extract_answer
 from megasd.rewards.tool_use import canonical, compare_calls, parse_calls, parse_gold
-from megasd.rewards.verifiers import RewardPool, extract_answer
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 GOLD = """Action: search

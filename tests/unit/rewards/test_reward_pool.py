@@ -1,4 +1,4 @@
-"""rewards/verifiers.py and its workers: what each verifier extracts, and that no check can hang,
+"""rewards/reward_pool.py and its workers: what each verifier extracts, and that no check can hang,
 kill or mislead a run.
 
 Proves, with real worker processes: the verdicts of math-verify that depend on pinned versions; that
@@ -25,7 +25,13 @@ import pytest
 from megasd.config.schema import RewardConfig
 from megasd.rewards import sandbox
 from megasd.rewards.code import last_code_block
-from megasd.rewards.verifiers import MAX_ANSWER_CHARACTERS, VERIFIERS, RewardPool, extract_answer, last_boxed
+from megasd.rewards.reward_pool import (
+    MAX_ANSWER_CHARACTERS,
+    VERIFIERS,
+    RewardPool,
+    extract_answer,
+    last_boxed,
+)
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 from tests.clock import Clock
 
@@ -316,7 +322,7 @@ def test_an_orphan_in_a_hung_check_ends(misbehaving, tmp_path):
     parent = f"""
 import os, threading, time
 from megasd.config.schema import RewardConfig
-from megasd.rewards.verifiers import RewardPool
+from megasd.rewards.reward_pool import RewardPool
 from megasd.types import Group, Prompt, Sample
 pool = RewardPool(RewardConfig(verifier="math", workers=1, timeout=3.0), worker_command={misbehaving!r})
 score = lambda text: pool.score([Group(Prompt("p", [], "g"), [Sample("p", 0, [], [], [], text, "stop", 0)])])
@@ -346,7 +352,7 @@ def is_zombie(pid: int) -> bool:
 
 def test_workers_import_neither_torch_nor_transformers():
     program = (
-        "import sys; from megasd.rewards import verifiers, worker; assert 'sympy' not in sys.modules;"
+        "import sys; from megasd.rewards import reward_pool, worker; assert 'sympy' not in sys.modules;"
         "worker.check_math('1', '2'); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=400)
