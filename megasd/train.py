@@ -45,11 +45,11 @@ def go(run: Trainer, config: Config) -> None:
     for step in range(first, config.run.steps):
         started = time.perf_counter()
         batch, metrics = run.next_batch(step)
-        rank_batches = run.actor.shard_all(batch, run.algorithm)
+        rank_batches = run.actor.shard(batch, run.algorithm)
         with run.timed("teach"):
-            signals = [run.actor.teacher_forward(rank_batch) for rank_batch in rank_batches]
+            signals = run.actor.teacher_forward(rank_batches)
         with run.timed("train"):
-            learned = run.actor.train(rank_batches, signals)
+            learned = run.actor.update(rank_batches, signals)
         run.learned(learned)
         run.step = step + 1
         pushed, held_out = {}, None

@@ -168,9 +168,9 @@ def step(actor: Actor, batch: Batch) -> tuple[float, float, dict[str, float]]:
     if actor.mesh.device.type == "cuda":
         torch.cuda.synchronize()
     start, cpu_start = time.perf_counter(), time.process_time()
-    rank_batch = actor.shard(batch)
+    batches = actor.shard(batch)
     # ends with metrics that are read, so with all work done
-    metrics = actor.train_step(rank_batch, actor.teacher_forward(rank_batch))
+    metrics = actor.update(batches, actor.teacher_forward(batches))
     return time.perf_counter() - start, time.process_time() - cpu_start, metrics
 
 
@@ -181,7 +181,7 @@ def balance(actor: Actor, batch: Batch) -> dict[str, float]:
     active = active_samples(batch, actor.algorithm)
     return {
         str(ranks): round(
-            plan_ranks(batch, active, actor.algorithm, actor.costs, ranks)[0].figures["flops_balance"], 4
+            plan_ranks(batch, active, actor.algorithm, actor.costs, ranks)[0].metrics["flops_balance"], 4
         )
         for ranks in (2, 4, 8)
     }

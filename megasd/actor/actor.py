@@ -1,9 +1,13 @@
 """The actor: a Megatron model that scores, learns, saves and exports. It never learns the name of
 the algorithm.
 
-A step, on every rank alike:  rank_batch = actor.shard(batch, algorithm);  signal =
-actor.teach(rank_batch);  actor.train_step(rank_batch, signal). R local response tokens, T those of
-one microbatch, V local vocabulary, h hidden.
+A step, on every rank alike:
+
+    batches = actor.shard(batch, algorithm)    # this rank's part of each minibatch
+    teacher = actor.teacher_forward(batches)   # forward only, another context, other weights
+    metrics = actor.update(batches, teacher)   # minibatches x epochs of optimizer steps
+
+R local response tokens, T those of one microbatch, V local vocabulary, h hidden.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from megasd.actor.rank_batch import (
 from megasd.actor.static_shapes import fix_shapes, init_user_buffers
 from megasd.actor.teacher import Teacher, check_vocabulary
 from megasd.actor.teacher_forward import TeacherPass
-from megasd.actor.teacher_signal import TeacherSignal
+from megasd.actor.teacher_signal import TeacherSignal, no_signal
 from megasd.batch.batch import Batch
 from megasd.batch.microbatch import Microbatch, make_microbatches
 from megasd.batch.shard import make_costs, microbatches_in_order, plan_ranks
@@ -42,7 +46,7 @@ from megasd.config.schema import AlgorithmConfig, Config
 from megasd.loss.normalise import exact_words, megatron_loss, reduce_metrics
 from megasd.loss.objective import METRIC_WEIGHTS, logprobs_spec, objective, token_divergence
 from megasd.loss.sequence_stats import sequence_log_ratio
-from megasd.loss.token_weights import entropy_gate, token_weights
+from megasd.loss.token_weights import TokenWeights, entropy_gate, token_weights
 from megasd.models import registry
 from megasd.models.param_table import global_params
 from megasd.ops.fused_linear_loss import fused_linear_logprobs, fused_linear_loss
@@ -104,33 +108,26 @@ class Actor:
 
     # ---- a training step ----
 
-    def shard_all(self, batch: Batch, algorithm: AlgorithmConfig) -> list[RankBatch]:
-        """A rank batch of each minibatch; what goes by the batch (mean question weight, pass rate)
-        is the whole batch's. No collective.
-        """
-        weight, parts = algorithm.question_weight, batch.parts(algorithm.minibatches)
-        rank_batches = [self.shard(part, algorithm) for part in parts]
-        if len(parts) > 1:
-            mean = (
-                mean_question_weight(batch, weight.normaliser)
-                if weight.normaliser in ("informative", "batch")
-                else None
-            )
-            whole = batch_statistics(batch)
-            rank_batches = [
-                replace(rank_batch, is_first=k == 0, mean_weight=mean or None, **whole)
-                for k, rank_batch in enumerate(rank_batches)
-            ]
-        return rank_batches
+    def shard(self, batch: Batch, algorithm: AlgorithmConfig | None = None) -> list[RankBatch]:
+        """This rank's part of each minibatch of the step, in order.
 
-    def shard(self, batch: Batch, algorithm: AlgorithmConfig | None = None) -> RankBatch:
-        """Cut out this rank's rank batch. algorithm: as it stands in this step (algo/stages.py);
-        None: as configured. No collective.
+        algorithm: as it stands in this step (algo/stages.py); None: as configured. The mean question
+        weight, the pass rate and the length tail are those of the whole batch. No collective.
         """
         algorithm = algorithm or self.algorithm
-        active = active_samples(batch, algorithm)
-        mine = plan_ranks(batch, active, algorithm, self.costs, self.mesh.dp_size)[self.mesh.dp_rank]
-        local = batch.select(mine.samples)
+        parts, normaliser = batch.parts(algorithm.minibatches), algorithm.question_weight.normaliser
+        mean = None
+        if len(parts) > 1 and normaliser in ("informative", "batch"):
+            mean = mean_question_weight(batch, normaliser) or None
+        whole = batch_statistics(batch)
+        return [self._shard(part, algorithm, mean, whole) for part in parts]
+
+    def _shard(
+        self, part: Batch, algorithm: AlgorithmConfig, mean_weight: float | None, whole: dict[str, float]
+    ) -> RankBatch:
+        active = active_samples(part, algorithm)
+        mine = plan_ranks(part, active, algorithm, self.costs, self.mesh.dp_size)[self.mesh.dp_rank]
+        local = part.select(mine.samples)
         streams = dict(local.streams) | {"distilled": local.distilled.repeat_interleave(local.response_lens)}
         return RankBatch(
             batch=local,
@@ -145,15 +142,17 @@ class Actor:
             streams={name: stream.to(self.mesh.device) for name, stream in streams.items()},
             targets=local.response_ids.to(self.mesh.device),
             metrics=mine.metrics,
-            **batch_statistics(batch),
+            mean_weight=mean_weight,
+            **whole,
         )
 
-    def teacher_forward(self, rank_batch: RankBatch) -> TeacherSignal | None:
-        """What the student's pass reads of the teacher (actor/teacher_forward.py, which says the
-        collectives); None without a distillation term.
+    def teacher_forward(self, batches: list[RankBatch]) -> list[TeacherSignal]:
+        """What the student's pass over each minibatch reads of the teacher.
+
+        An algorithm without a teacher gives empty signals. Collectives: actor/teacher_forward.py.
         """
-        if rank_batch.algorithm.teacher is None or self.teacher is None:
-            return None
+        if self.teacher is None:
+            return [no_signal(self.mesh.device) for _ in batches]
         run = TeacherPass(
             self.teacher,
             self.mesh,
@@ -162,96 +161,110 @@ class Actor:
             self.loss_memory_bytes,
             self._microbatches,
         )
-        return run(rank_batch)
+        return [run(rank_batch) for rank_batch in batches]
 
     @torch.no_grad()
     def student_logprobs(
-        self, rank_batch: RankBatch, teacher: TeacherSignal | None, *, with_divergence: bool = False
+        self, rank_batch: RankBatch, teacher: TeacherSignal | None = None
     ) -> dict[str, Tensor]:
-        """The student before its step, forward only: "logp" [R] of the sampled tokens and, if asked
-        for, "divergence" [R].
+        """Run the student, forward only: {"logp": [R]} of the sampled tokens, float32, nats.
 
-        Zero for inactive samples; an empty dict before the last stage. Collectives: the model's,
-        ops/vocab_parallel.py, one all-reduce over CP.
+        With a teacher also "divergence" [R] from it, before any weight. Values of inactive samples
+        are 0. Before the last pipeline stage the dict is empty. Collectives: the model's,
+        ops/vocab_parallel.py, one all-reduce a stream over CP.
         """
-        batch, mesh, results = rank_batch.batch, self.mesh, {}
-        if mesh.is_last_stage:
-            names = ("logp", "divergence") if with_divergence else ("logp",)
-            results = {name: torch.zeros(len(batch.response_ids), device=mesh.device) for name in names}
-        spec = rank_batch.spec if with_divergence else replace(rank_batch.spec, support="none")
+        batch, mesh = rank_batch.batch, self.mesh
+        spec = replace(rank_batch.spec, support="none") if teacher is None else rank_batch.spec
 
-        def read(microbatch: Microbatch, hidden_Th: Tensor) -> None:
-            # on all tensor-parallel ranks alike, which alone talk to each other below
+        def read(microbatch: Microbatch, hidden_Th: Tensor) -> dict[str, Tensor]:
+            # All tensor-parallel ranks skip it alike; the collectives below are theirs alone.
             if microbatch.is_filler:
-                return
+                return {}
             index, weight_Vh = microbatch.response_index, self.model.output_weight()
-            readout = fused_linear_logprobs(
+            logprobs = fused_linear_logprobs(
                 hidden_Th.to(weight_Vh.dtype),
                 weight_Vh,
                 rank_batch.targets[index],
                 spec,
-                teacher=teacher.of(index) if with_divergence else None,
+                teacher=None if teacher is None else teacher.of(index),
                 tp_group=mesh.tp_group,
                 memory_bytes=self.loss_memory_bytes,
             )
-            results["logp"][index] = readout.logp_T.float()
-            if with_divergence:
-                results["divergence"][index] = token_divergence(readout, rank_batch.algorithm).float()
+            found = {"index": index, "logp": logprobs.logp_T.float()}
+            if teacher is not None:
+                found["divergence"] = token_divergence(logprobs, rank_batch.algorithm).float()
+            return found
 
         self.model.eval()
         microbatches = self._microbatches(batch, rank_batch.microbatches, None)
-        run_microbatches(self.ddp, microbatches, mesh, self.model_config, read, forward_only=True)
+        parts = run_microbatches(self.ddp, microbatches, mesh, self.model_config, read, forward_only=True)
         self.model.train()
-        for values in results.values():
-            if mesh.cp_size > 1:
-                dist.all_reduce(values, group=mesh.cp_group)
-        return results
+        if not mesh.is_last_stage:
+            return {}
+        names = ("logp",) if teacher is None else ("logp", "divergence")
+        return {name: self._joined(parts, name, len(batch.response_ids)) for name in names}
 
-    def snapshot_logprobs(self, rank_batch: RankBatch, *, repeats: bool) -> None:
-        """Before the first update of a batch: pi_old of its tokens, where a later update
-        (`repeats`) or the algorithm's credit reads it.
+    def _joined(self, parts: list[dict[str, Tensor]], name: str, size: int) -> Tensor:
+        """float32 [R] of the parts' values at their "index", 0 elsewhere. Collective: one over CP."""
+        values_R = torch.zeros(size, device=self.mesh.device)
+        for part in parts:
+            if part:
+                values_R[part["index"]] = part[name]
+        if self.mesh.cp_size > 1:
+            dist.all_reduce(values_R, group=self.mesh.cp_group)
+        return values_R
 
-        Collectives: those of `student_logprobs`, or none.
+    def snapshot_logprobs(self, rank_batch: RankBatch, *, repeats: bool) -> dict[str, Tensor]:
+        """{"old_logp": [R]}: pi_old of the tokens, before the first update of a batch.
+
+        Empty where neither a later update (`repeats`) nor the algorithm's credit reads it, and
+        before the last pipeline stage. Collectives: those of `student_logprobs`, or none.
         """
-        pg, rank_batch.repeats = rank_batch.algorithm.policy_gradient, repeats
-        if repeats or (pg is not None and pg.credit is not None and pg.credit.kind in ("return", "margin")):
-            found = self.student_logprobs(rank_batch, None)
-            if found:
-                rank_batch.streams["old_logp"] = found["logp"]
+        pg = rank_batch.algorithm.policy_gradient
+        if not (
+            repeats or (pg is not None and pg.credit is not None and pg.credit.kind in ("return", "margin"))
+        ):
+            return {}
+        now = self.student_logprobs(rank_batch)
+        return {"old_logp": now["logp"]} if now else {}
 
-    def _prepare(self, rank_batch: RankBatch, teacher: TeacherSignal | None, *, first: bool) -> None:
-        """Weights and streams of the tokens, once a rank batch; the sequence ratio before each
-        update. Collectives: loss/token_weights.py, `student_logprobs`.
+    def _token_weights(
+        self, rank_batch: RankBatch, teacher: TeacherSignal, snapshot: dict[str, Tensor], *, is_first: bool
+    ) -> TokenWeights:
+        """Weights and streams of the tokens of a minibatch, before its first update.
+
+        is_first: of the step's minibatches. Collectives: loss/token_weights.py, `student_logprobs`.
         """
         algorithm = rank_batch.algorithm
-        pg, term = algorithm.policy_gradient, algorithm.distill
-        if rank_batch.token_weights is None:
-            if term is not None and term.token_weight == "scan":
-                rank_batch.streams |= {
-                    k: v
-                    for k, v in self.student_logprobs(rank_batch, teacher, with_divergence=True).items()
-                    if k == "divergence"
-                }
-            rank_batch.token_weights = token_weights(
-                rank_batch.batch,
-                rank_batch.streams,
-                algorithm,
-                observe=partial(self._observe_entropy, is_first=rank_batch.is_first),
-                normaliser=(
-                    algorithm.question_weight.normaliser if rank_batch.mean_weight is None else "dataset"
-                ),
-                mean_weight=rank_batch.mean_weight or self.dataset_mean,
-                room=self.config.rollout.max_response_tokens,
-                dp_group=self.mesh.dp_group,
-            ).to(self.mesh.device)
-        # before the first update every ratio is 1
-        if pg is not None and pg.surrogate == "gspo" and rank_batch.repeats and not first:
-            found = self.student_logprobs(rank_batch, None)
-            if found:
-                ratio_R = sequence_log_ratio(
-                    found["logp"].cpu(), rank_batch.streams["old_logp"].cpu(), rank_batch.batch.response_lens
-                )
-                rank_batch.token_weights.streams["sequence_log_ratio"] = ratio_R.to(found["logp"])
+        streams = {**rank_batch.streams, **teacher.streams, **snapshot}
+        if algorithm.distill is not None and algorithm.distill.token_weight == "scan":
+            now = self.student_logprobs(rank_batch, teacher)
+            now.pop("logp", None)
+            streams |= now
+        return token_weights(
+            rank_batch.batch,
+            streams,
+            algorithm,
+            observe=partial(self._observe_entropy, is_first=is_first),
+            normaliser=(
+                algorithm.question_weight.normaliser if rank_batch.mean_weight is None else "dataset"
+            ),
+            mean_weight=rank_batch.mean_weight or self.dataset_mean,
+            room=self.config.rollout.max_response_tokens,
+            dp_group=self.mesh.dp_group,
+        ).to(self.mesh.device)
+
+    def _with_sequence_ratio(self, rank_batch: RankBatch, weights: TokenWeights) -> TokenWeights:
+        """With the stream "sequence_log_ratio" of the student as it is now against pi_old.
+
+        Collectives: `student_logprobs`.
+        """
+        now = self.student_logprobs(rank_batch)
+        if not now:
+            return weights
+        old_logp_R, lens_N = weights.streams["old_logp"], rank_batch.batch.response_lens
+        ratio_R = sequence_log_ratio(now["logp"].cpu(), old_logp_R.cpu(), lens_N).to(now["logp"])
+        return replace(weights, streams={**weights.streams, "sequence_log_ratio": ratio_R})
 
     def _observe_entropy(self, median: float | None, *, is_first: bool) -> tuple[bool, float]:
         """The gate on every rank, once a batch, from the median that the last pipeline stage has
@@ -265,67 +278,57 @@ class Actor:
             self.gate_is_open = self.gate.observe(seen)
         return self.gate_is_open, seen
 
-    def train(self, rank_batches: list[RankBatch], signals: list[TeacherSignal | None]) -> dict[str, float]:
-        """All optimizer steps of a batch: its minibatches in order, as often as algorithm.epochs
-        says. Metrics: means over the steps, counts summed over minibatches. Raises and collectives:
-        as `train_step`.
-        """
-        epochs = rank_batches[0].algorithm.epochs
-        steps = [
-            (rank_batch, signal)
-            for _ in range(epochs)
-            for rank_batch, signal in zip(rank_batches, signals, strict=True)
-        ]
-        for rank_batch in rank_batches:
-            self.snapshot_logprobs(rank_batch, repeats=len(steps) > 1)
-        found = [
-            self.train_step(rank_batch, signal, first=k == 0, last=k == len(steps) - 1)
-            for k, (rank_batch, signal) in enumerate(steps)
-        ]
-        if len(found) == 1:
-            return found[0]
-        mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-        # What happens once a minibatch, and once a step.
-        counts = (
-            "tokens",
-            "taught_tokens",
-            "sampled_tokens",
-            "informative_questions",
-            "teacher_mib",
-            "teacher_tflops",
-        )
-        sums = {name: mean[name] * len(rank_batches) for name in counts if name in mean}
-        sums |= {
-            name: mean[name] * len(found)
-            for name in ("seconds", "student_tflops", "recompute_tflops")
-            if name in mean
-        }
-        return found[-1] | mean | sums | {"updates": float(len(found))}
+    def update(self, batches: list[RankBatch], teacher: list[TeacherSignal]) -> dict[str, float]:
+        """All optimizer steps of a batch: its minibatches in order, algorithm.epochs times.
 
-    def train_step(
-        self, rank_batch: RankBatch, teacher: TeacherSignal | None, *, first: bool = True, last: bool = True
+        Returns metrics, the same on every rank: means over the optimizer steps, counts summed over
+        minibatches. Raises FloatingPointError when a gradient norm is not finite. Collectives: the
+        model's, the gradient reduction over DP x CP, one all-reduce and one broadcast of the
+        metrics a step, those of loss/token_weights.py.
+        """
+        count = len(batches) * batches[0].algorithm.epochs
+        snapshots = [self.snapshot_logprobs(rank_batch, repeats=count > 1) for rank_batch in batches]
+        weights: list[TokenWeights] = []
+        found = []
+        for number in range(count):
+            start, k = time.perf_counter(), number % len(batches)
+            if number < len(batches):
+                weights.append(self._token_weights(batches[k], teacher[k], snapshots[k], is_first=k == 0))
+            now, pg = weights[k], batches[k].algorithm.policy_gradient
+            # Before the first update every ratio is 1.
+            if pg is not None and pg.surrogate == "gspo" and number > 0:
+                now = self._with_sequence_ratio(batches[k], now)
+            metrics = self._optimizer_step(
+                batches[k], teacher[k], now, first=number == 0, last=number == count - 1
+            )
+            found.append(metrics | {"seconds": time.perf_counter() - start})
+        return step_metrics(found, len(batches))
+
+    def _optimizer_step(
+        self,
+        rank_batch: RankBatch,
+        teacher: TeacherSignal,
+        weights: TokenWeights,
+        *,
+        first: bool,
+        last: bool,
     ) -> dict[str, float]:
-        """One optimizer step on the rank batch; returns global metrics on every rank.
+        """One optimizer step on one minibatch; global metrics on every rank.
 
-        first, last of its batch: the learning rate moves before the first, the teacher follows
-        after the last (SDPO 2601.20802). Raises FloatingPointError when the gradient norm is not
-        finite. Collectives: the model's, the gradient reduction over DP x CP, one all-reduce and
-        one broadcast of the metrics, those of loss/token_weights.py.
+        The learning rate moves before the first of a batch. The teacher follows after the last
+        (SDPO 2601.20802).
         """
-        start = time.perf_counter()
-        self._prepare(rank_batch, teacher, first=first)
-        totals: dict[str, Tensor] = {}
 
         def loss_of(microbatch: Microbatch, hidden_Th: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, sums = self._loss(rank_batch, teacher, microbatch, hidden_Th)
-            for name, words in sums.items():
-                totals[name] = totals[name] + words if name in totals else words
-            return megatron_loss(loss)
+            loss, sums = self._loss(rank_batch, teacher, weights, microbatch, hidden_Th)
+            return (*megatron_loss(loss)[:2], sums)
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         microbatches = self._microbatches(rank_batch.batch, rank_batch.microbatches, None)
-        run_microbatches(self.ddp, microbatches, self.mesh, self.model_config, loss_of, forward_only=False)
+        sums = run_microbatches(
+            self.ddp, microbatches, self.mesh, self.model_config, loss_of, forward_only=False
+        )
         if first:
             # before the step, so that warm-up starts at lr / warm-up steps and not at zero
             self.scheduler.step(increment=1)
@@ -336,38 +339,35 @@ class Actor:
             raise FloatingPointError(
                 f"gradient norm is {grad_norm}: the step is not trustworthy; resume from the last checkpoint"
             )
-        figures = rank_batch.metrics | rank_batch.token_weights.metrics
+        metrics = {**rank_batch.metrics, **weights.metrics}
         if last:
             build.whole_parameters(self.ddp)
         if last and self.teacher is not None:
             self.teacher.after_batch(pass_rate=rank_batch.pass_rate, length_tail=rank_batch.length_tail)
             if self.algorithm.teacher.weights in ("snapshot", "gated"):
-                figures = figures | {"teacher_copies": float(self.teacher.weights.refresh.copies)}
-        if teacher is not None:
+                metrics |= {"teacher_copies": float(self.teacher.weights.refresh.copies)}
+        totals = summed(sums)
+        if teacher.kept is not None:
             totals["teacher_mib"] = exact_words(torch.tensor(teacher.num_bytes / 2**20))
-        metrics = self._reduce(totals)
-        return (
-            metrics
-            | {"grad_norm": grad_norm, "lr": learning_rate, "seconds": time.perf_counter() - start}
-            | figures
-        )
+        return self._reduce(totals) | {"grad_norm": grad_norm, "lr": learning_rate} | metrics
 
     def _loss(
-        self, rank_batch: RankBatch, teacher: TeacherSignal | None, microbatch: Microbatch, hidden_Th: Tensor
+        self,
+        rank_batch: RankBatch,
+        teacher: TeacherSignal,
+        weights: TokenWeights,
+        microbatch: Microbatch,
+        hidden_Th: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         index, valid = microbatch.response_index, microbatch.valid
-        streams_T = {
-            name: stream[index]
-            for name, stream in rank_batch.token_weights.streams.items()
-            if stream.dim() == 1
-        }
-        weights_T = {term: weight[index] * valid for term, weight in rank_batch.token_weights.weights.items()}
+        streams_T = {name: stream[index] for name, stream in weights.streams.items() if stream.dim() == 1}
+        weights_T = {term: weight[index] * valid for term, weight in weights.weights.items()}
 
         def loss_fn(readout: LogProbs, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            streams, weights = (
+            streams, of_terms = (
                 {name: t[tokens] for name, t in part.items()} for part in (streams_T, weights_T)
             )
-            return objective(readout, streams, weights, valid[tokens], rank_batch.algorithm)
+            return objective(readout, streams, of_terms, valid[tokens], rank_batch.algorithm)
 
         weight_Vh = self.model.output_weight()
         return fused_linear_loss(
@@ -376,7 +376,7 @@ class Actor:
             rank_batch.targets[index],
             rank_batch.spec,
             loss_fn,
-            teacher=None if teacher is None else teacher.of(index),
+            teacher=teacher.of(index),
             tp_group=self.mesh.tp_group,
             memory_bytes=self.loss_memory_bytes,
             reduce_hidden_grad=not self.config.actor.sequence_parallel,
@@ -554,3 +554,34 @@ class Actor:
             "scheduler": self.scheduler,
             "teacher": teacher,
         }
+
+
+# Metrics that are summed over the minibatches of a step, and over its optimizer steps.
+_PER_MINIBATCH = (
+    "tokens",
+    "taught_tokens",
+    "sampled_tokens",
+    "informative_questions",
+    "teacher_mib",
+    "teacher_tflops",
+)
+_PER_UPDATE = ("seconds", "student_tflops", "recompute_tflops")
+
+
+def step_metrics(found: list[dict[str, float]], minibatches: int) -> dict[str, float]:
+    """One step's metrics from those of its optimizer steps: sums of amounts, means of the others."""
+    if len(found) == 1:
+        return found[0]
+    mean = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    sums = {name: mean[name] * minibatches for name in _PER_MINIBATCH if name in mean}
+    sums |= {name: mean[name] * len(found) for name in _PER_UPDATE if name in mean}
+    return found[-1] | mean | sums | {"updates": float(len(found))}
+
+
+def summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The microbatches' words added up, name by name."""
+    totals: dict[str, Tensor] = {}
+    for part in parts:
+        for name, words in part.items():
+            totals[name] = totals[name] + words if name in totals else words
+    return totals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,42 +11,40 @@ from torch import Tensor
 from megasd.batch.batch import TERMS, Batch
 from megasd.config.schema import AlgorithmConfig
 from megasd.loss.normalise import exact_value, exact_words
-from megasd.loss.token_weights import TokenWeights
 from megasd.ops.vocab_parallel import LogProbsSpec
 
 # credits that add to an advantage; the others multiply it
 ADDITIVE_CREDITS = ("antisd", "log_ratio", "return", "margin")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RankBatch:
-    """This data-parallel rank's part of a step: its samples, and which of them need a forward."""
+    """One minibatch on this data-parallel rank: its samples, and how the forwards go over them."""
 
+    # the samples of this rank
     batch: Batch
-    # samples with a weight, indices into batch; as many on every rank, an empty one is filler
+    # Samples of each student microbatch, as indices into batch: those that some term gives a weight.
+    # Every rank has the same number of microbatches; an empty one is filler.
     microbatches: list[list[int]]
-    # likewise of each teacher context that is read
+    # the same for each teacher context that is read
     teacher_microbatches: list[list[list[int]]]
-    # as it stands in this step
+    # the algorithm as it stands in this step (algo/stages.py)
     algorithm: AlgorithmConfig
+    # what the loss needs to know about the student's logits
     spec: LogProbsSpec
-    # [R] each, on the device: the batch's, "distilled", and those of passes before the student's
-    streams: dict[str, Tensor]
-    # [R], on the device: the batch's response_ids
+    # [R] each, on the device: the batch's streams and "distilled"
+    streams: Mapping[str, Tensor]
+    # int64 [R], on the device: the batch's response_ids
     targets: Tensor
-    # of the deal (batch/shard.py), the same on all ranks
-    metrics: dict[str, float]
-    # of the whole batch's samples, for a gated teacher
+    # metrics of the rank plan (batch/shard.py), the same on all ranks
+    metrics: Mapping[str, float]
+    # share of right answers among the scored samples of the whole batch; a gated teacher reads it
     pass_rate: float
-    # the batch's longest response over its mean length
+    # the longest response of the whole batch over its mean length; a gated teacher reads it
     length_tail: float
-    # of its batch's minibatches
-    is_first: bool = True
-    # of the whole batch's questions, where this is a minibatch of it
+    # Mean question weight of the whole batch, where this is one of several minibatches of it.
+    # None: the normaliser takes the mean of this minibatch.
     mean_weight: float | None = None
-    # the batch has several optimizer steps, so pi_old is not the student
-    repeats: bool = False
-    token_weights: TokenWeights | None = None
 
 
 def active_samples(batch: Batch, algorithm: AlgorithmConfig) -> Tensor:

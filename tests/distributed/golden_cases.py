@@ -4,7 +4,7 @@ test_golden.py under torchrun.
     golden_cases.py MODEL_DIR MOE_DIR TIED_DIR TRACE.json
 
 One rank writes the trace, other world sizes compare with it. The first step is also compared with a
-float64 twin made of transformers' model and tests/reference.py, which rank_batches no code with the
+float64 twin made of transformers' model and tests/reference.py, which shares no code with the
 actor.
 """
 
@@ -217,10 +217,8 @@ def run_method(config: Config, device: torch.device, steps: int = 2) -> list[lis
     if config.algorithm.aggregation != "token_mean_of_terms":
         whole.masks = {}
     for _ in range(steps):
-        rank_batches = [actor.shard(part) for part in whole.parts(config.algorithm.minibatches)]
-        metrics = actor.train(
-            rank_batches, [actor.teacher_forward(rank_batch) for rank_batch in rank_batches]
-        )
+        batches = actor.shard(whole)
+        metrics = actor.update(batches, actor.teacher_forward(batches))
         trace.append([metrics["loss"], metrics["grad_norm"]])
     return trace
 
@@ -276,8 +274,8 @@ def run(config: Config, device: torch.device, batch: Batch, steps: int = STEPS) 
     actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
     trace = []
     for _ in range(steps):
-        rank_batch = actor.shard(batch)
-        metrics = actor.train_step(rank_batch, actor.teacher_forward(rank_batch))
+        batches = actor.shard(batch)
+        metrics = actor.update(batches, actor.teacher_forward(batches))
         trace.append([metrics["loss"], metrics["grad_norm"]])
     return trace
 

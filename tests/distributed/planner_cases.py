@@ -39,7 +39,9 @@ from megasd.cluster.planner.job import PlannedRun
 from megasd.cluster.planner.shapes import Model
 from megasd.config.load import load_config
 from megasd.config.schema import Config
+from megasd.loss.token_weights import TokenWeights
 from megasd.models import registry
+from megasd.ops.fused_linear_loss import TeacherHead
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -143,16 +145,17 @@ def longest_batch(config: Config, vocab: int, context: int) -> Batch:
 def measure(actor: Actor, config: Config, job: PlannedRun) -> dict[str, int]:
     params = list(actor.model.parameters())
     batch = longest_batch(config, actor.vocab_size, job.longest_teacher - config.rollout.max_response_tokens)
-    rank_batch = actor.shard(batch)
-    signal = actor.teacher_forward(rank_batch)
+    batches = actor.shard(batch)
+    signals = actor.teacher_forward(batches)
     found = {
         "weights": nbytes(params),
         "gradients": nbytes(b.grad_data for b in (*actor.ddp.buffers, *actor.ddp.expert_parallel_buffers)),
         "teacher": nbytes(actor.teacher.weights.shadow.values()) if actor.teacher else 0,
     }
-    if signal is not None:
-        copied = [] if signal.output_weight_Vh is None else [signal.output_weight_Vh]
-        kept = storages([signal.slot_R, *signal.tensors, *copied])
+    (signal,) = signals
+    if len(signal.slot_R):
+        copied = [signal.kept.weight_Vh] if isinstance(signal.kept, TeacherHead) else []
+        kept = storages([signal.slot_R, *signal.rows, *copied])
         shadows = storages(actor.teacher.weights.shadow.values())
         found["signal"] = sum(
             size for key, size in kept.items() if key not in shadows and key not in storages(params)
@@ -164,8 +167,10 @@ def measure(actor: Actor, config: Config, job: PlannedRun) -> dict[str, int]:
         return parts[-1]
 
     saved, workspaces, own_loss = Saved(params), [0], actor._loss
+    read: list[TokenWeights] = []
 
     def loss(*args: Any) -> Any:
+        read.append(next(one for one in args if isinstance(one, TokenWeights)))
         with saved.paused(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             result = own_loss(*args)
         workspaces.append(peak_allocated(profiled))
@@ -173,9 +178,9 @@ def measure(actor: Actor, config: Config, job: PlannedRun) -> dict[str, int]:
 
     actor._microbatches, actor._loss = kept_cut, loss
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        actor.train_step(rank_batch, signal)
+        actor.update(batches, signals)
     actor._microbatches, actor._loss = cut, own_loss
-    streams = [*rank_batch.streams.values(), *rank_batch.token_weights.streams.values()]
+    streams = [*batches[0].streams.values(), *(t for one in read[:1] for t in one.streams.values())]
     found["batch"] = nbytes(
         [t for one in parts[-1] for t in vars(one).values() if isinstance(t, Tensor)]
     ) + nbytes(streams)

@@ -114,8 +114,8 @@ def make_actor(model: Path, actor: dict[str, Any], device: torch.device, **teach
 
 
 def step(actor: Actor) -> dict[str, float]:
-    rank_batch = actor.shard(make_batch())
-    return actor.train_step(rank_batch, actor.teacher_forward(rank_batch))
+    batches = actor.shard(make_batch())
+    return actor.update(batches, actor.teacher_forward(batches))
 
 
 def losses(model: Path, actor: dict[str, Any], device: torch.device, steps: int = STEPS) -> list[float]:

@@ -48,8 +48,8 @@ def run(case: dict[str, Any], directory: Path, device: torch.device) -> dict[str
     # Adam's moments are made by the first step
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
-        rank_batch = actor.shard(batch)
-        actor.train_step(rank_batch, actor.teacher_forward(rank_batch))
+        batches = actor.shard(batch)
+        actor.update(batches, actor.teacher_forward(batches))
     measured = torch.cuda.max_memory_allocated()
     phases = memory.estimate_memory(job).phases
     causes = {
@@ -58,7 +58,7 @@ def run(case: dict[str, Any], directory: Path, device: torch.device) -> dict[str
         if phase != "sampling"
     }
     worst = max(causes, key=lambda phase: sum(causes[phase].values()))
-    del actor, rank_batch
+    del actor, batches
     gc.collect()
     torch.cuda.empty_cache()
     return {

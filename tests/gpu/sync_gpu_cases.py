@@ -55,8 +55,8 @@ def main() -> None:
         for step in range(2):
             if step == 1:
                 watch()
-            rank_batch = actor.shard(batch)
-            actor.train([rank_batch], [actor.teacher_forward(rank_batch)])
+            batches = actor.shard(batch)
+            actor.update(batches, actor.teacher_forward(batches))
         for module in (actor_module, teacher_module):
             module.run_microbatches = real
         print(f"ok {name}", flush=True)

@@ -171,6 +171,6 @@ def test_nobody_waits(name: str, model: str, waits: Waits) -> None:
     config = make_config(model, {"micro_batch_size": 8} | layout, **algorithm)
     actor = Actor(config, init_model_parallel(ActorConfig(), torch.device("cpu"), seed=1))
     batch = methods_batch() if name == "credit" else make_batch()
-    rank_batches = [actor.shard(part) for part in batch.parts(config.algorithm.minibatches)]
-    actor.train(rank_batches, [actor.teacher_forward(rank_batch) for rank_batch in rank_batches])
+    batches = actor.shard(batch)
+    actor.update(batches, actor.teacher_forward(batches))
     assert waits.found == [] and waits.calls > 500

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from megasd.actor.teacher_signal import TeacherSignal
+from megasd.actor.teacher_signal import HiddenRows, RecordRows, TeacherSignal, row_of_each_token
 from megasd.batch.batch import Batch
 from megasd.batch.microbatch import make_microbatches
 from megasd.ops.fused_linear_loss import TeacherHead
@@ -34,25 +34,18 @@ def batch() -> Batch:
     )
 
 
-def signal(top_k: int | None) -> TeacherSignal:
-    return TeacherSignal.empty(
-        batch(), [0, 2], hidden_size=6, top_k=top_k, dtype=torch.bfloat16, device=torch.device("cpu")
-    )
-
-
 def test_states_filled_in_teacher_order_are_read_in_student_order():
     """Teacher: one packed microbatch per context rank of two; student: padded, another microbatch
     size, no context parallelism.
     """
-    kept = signal(None)
+    slot_R, num_rows = row_of_each_token(batch(), [0, 2])
+    rows = HiddenRows(num_rows, 6, torch.bfloat16, torch.device("cpu"))
     for cp_rank in (0, 1):
         cut = dict(packing=True, cp_rank=cp_rank, cp_size=2, multiple=4)
         for microbatch in make_microbatches(batch(), [[0], [2]], 0, **cut):
-            slots = kept.slot_R[microbatch.response_index[microbatch.valid]]
-            kept.hidden_Sh[slots] = (
-                microbatch.response_index[microbatch.valid].to(torch.bfloat16)[:, None].expand(-1, 6) + 1
-            )
-    kept.complete(None)
+            index = microbatch.response_index[microbatch.valid]
+            rows.add(slot_R[index], index.to(torch.bfloat16)[:, None].expand(-1, 6) + 1, slice(0, 6))
+    kept = TeacherSignal(slot_R, TeacherHead(rows.finish(None), torch.zeros(4, 6)))
     (student,) = make_microbatches(batch(), [[0, 1, 2]], None, packing=False)
     head = kept.of(student.response_index)
     assert isinstance(head, TeacherHead)
@@ -63,9 +56,11 @@ def test_states_filled_in_teacher_order_are_read_in_student_order():
 
 
 def test_a_record_and_its_spare_row():
-    kept = signal(4)
-    kept.record.ids_TK[:], kept.record.logq_TK[:] = torch.arange(4, dtype=torch.int32), -1.0
-    kept.complete(None)
+    slot_R, num_rows = row_of_each_token(batch(), [0, 2])
+    rows = RecordRows(num_rows, 4, torch.device("cpu"))
+    ids_TK = torch.arange(4, dtype=torch.int32).expand(num_rows, 4)
+    rows.add(torch.arange(num_rows), TeacherRecord(ids_TK, -torch.ones(num_rows, 4), torch.zeros(num_rows)))
+    kept = TeacherSignal(slot_R, rows.finish(None))
     # last token of sample 2, an untaught token, the first of sample 0
     record = kept.of(torch.tensor([8, 3, 0]))
     assert isinstance(record, TeacherRecord)
@@ -73,9 +68,8 @@ def test_a_record_and_its_spare_row():
     assert kept.num_bytes == (7 + 1) * (8 * 4 + 4)
 
 
-def test_no_taught_sample():
-    kept = TeacherSignal.empty(
-        batch(), [], hidden_size=6, top_k=None, dtype=torch.float32, device=torch.device("cpu")
-    )
-    kept.complete(None)
+def test_no_distilled_sample():
+    slot_R, num_rows = row_of_each_token(batch(), [])
+    rows = HiddenRows(num_rows, 6, torch.float32, torch.device("cpu"))
+    kept = TeacherSignal(slot_R, TeacherHead(rows.finish(None), torch.zeros(4, 6)))
     assert kept.of(torch.tensor([0, 5])).hidden_Th.shape == (2, 6)
