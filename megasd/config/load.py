@@ -15,8 +15,8 @@ from dataclasses import is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megasd.config.bounds import check_values
 from megasd.config.schema import AlgorithmConfig, Config, ConfigError
+from megasd.config.values import check_values
 
 COMMAND_LINE = "command line"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from megasd.config.bounds import check_values
 from megasd.config.schema import LOOPBACK, Config, ConfigError, samples_per_step
 from megasd.config.validate_actor import check_actor, check_machine, check_sizes, sequence_multiple
 from megasd.config.validate_algorithm import check_algorithm, check_read
 from megasd.config.validate_rollout import check_overlap, check_placement
+from megasd.config.values import check_values
 
 # those of models/registry.py
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "olmo2", "olmo3")
