@@ -146,7 +146,7 @@ def _machines(args: argparse.Namespace, rest: list[str]) -> int:
     elif args.command == "serve":
         from megasd.commands import serve as module
     else:
-        from megasd.cluster import doctor as module
+        from megasd.commands import doctor as module
     return module.run(args, items)
 
 

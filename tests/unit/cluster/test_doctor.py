@@ -22,9 +22,9 @@ from pathlib import Path
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.cluster import doctor
 from megasd.cluster.doctor import engines, gpus, host, packages, storage
 from megasd.cluster.doctor.report import CheckResult, Machine, redact, run_checks
+from megasd.commands import doctor
 from megasd.config.load import load_config
 from tests.clock import Clock
 
