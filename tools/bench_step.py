@@ -49,7 +49,7 @@ from megasd.cluster.planner.hardware import GPU_KINDS
 from megasd.config.schema import ActorConfig, ConfigError, OptimizerConfig
 from megasd.config.validate_actor import check_machine
 from megasd.loss.divergence import divergence
-from megasd.loss.normalise import megatron_loss
+from megasd.loss.megatron_scaling import megatron_loss
 from megasd.models import flops
 from megasd.models.registry import config_from_hf
 from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss

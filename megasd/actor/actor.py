@@ -43,7 +43,8 @@ from megasd.batch.batch import Batch
 from megasd.batch.microbatch import Microbatch, make_microbatches
 from megasd.batch.shard import make_costs, microbatches_in_order, plan_ranks
 from megasd.config.schema import AlgorithmConfig, Config
-from megasd.loss.normalise import exact_words, megatron_loss, reduce_metrics
+from megasd.loss.exact_sum import exact_words, reduce_metrics
+from megasd.loss.megatron_scaling import megatron_loss
 from megasd.loss.objective import METRIC_WEIGHTS, logprobs_spec, objective, token_divergence
 from megasd.loss.sequence_stats import sequence_log_ratio
 from megasd.loss.token_weights import TokenWeights, entropy_gate, token_weights

@@ -21,7 +21,7 @@ from torch import Tensor
 from megasd.actor.parallel import Mesh
 from megasd.actor.static_shapes import outside_graphs
 from megasd.batch.microbatch import Microbatch
-from megasd.loss.normalise import without_division
+from megasd.loss.megatron_scaling import without_division
 
 # (microbatch, hidden [T, h] of the tokens that predict its response tokens) -> what the pass is for
 TrainLoss = Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]

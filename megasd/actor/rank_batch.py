@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megasd.batch.batch import TERMS, Batch
 from megasd.config.schema import AlgorithmConfig
-from megasd.loss.normalise import exact_value, exact_words
+from megasd.loss.exact_sum import exact_value, exact_words
 from megasd.ops.vocab_parallel import LogProbsSpec
 
 # credits that add to an advantage; the others multiply it

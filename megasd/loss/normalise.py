@@ -1,51 +1,15 @@
-"""From per-token losses to one number over microbatches and ranks: the only file that knows
-Megatron's scaling.
-
-What megatron-core 0.16.1 does with TransformerConfig.calculate_per_token_loss = True, which the
-model must set (lines of that release):
-
-    pipeline_parallel/schedules.py:257-263   a loss function that returns (loss, num_tokens, log) is
-                                             divided neither by num_tokens nor by
-                                             the number of microbatches; a 2-tuple would be multiplied by CP and divided by microbatches
-    distributed/distributed_data_parallel.py:254-259   gradient_scaling_factor = 1 for dense and
-                                                       expert parameters, and
-                                             average_in_collective must be off: gradients are summed over DP x CP
-    distributed/param_and_grad_buffer.py:391-397       so the buffers are not scaled and the collective is SUM
-    pipeline_parallel/schedules.py:649,672 (no pipeline), 1210, 2175, 2219     num_tokens of the microbatches are added up, and
-                                  :682,1921,2313       handed to config.finalize_model_grads_func
-    distributed/finalize_model_grads.py:484-497        which all-reduces them and divides every
-                                                       gradient by them if they are > 0,
-                                             but skips all that, collectives included, when they are None
-
-So: gradient of a step = plain sum over microbatches, DP and CP of the gradient of the returned
-loss. We return sum_t weight_t loss_t whose weights hold the global normaliser already, count zero
-tokens, and wrap finalize_model_grads with `without_division` so that it gets None. Nothing depends
-on the number of microbatches, on DP, CP, PP or on how samples are dealt. Over TP the loss is
-replicated, not summed.
-
-Figures that are reported (the loss, metrics) and the normaliser itself are sums in exact fixed
-point, `exact_words`: floating-point sums would depend on the order of the parts, these are the same
-to the last bit for every layout whose per-token values are the same.
-
-Two things in Megatron expect the division that is skipped: auxiliary losses of mixture-of-experts
-routers (transformer/moe/router.py, 456-467 and 488-495: multiplied by local tokens) and of
-multi-token prediction (models/gpt/gpt_model.py:654). A model that trains with either must scale its
-coefficient by 1 / (tokens that enter the layers in a step, over DP x CP and microbatches); with
-coefficient 0 nothing is to be done.
-
-N samples of this rank, R response tokens of all N samples one after the other, T response tokens of
-one microbatch on this rank.
-"""  # noqa: E501
+"""The weight of each token such that the plain sum over microbatches and ranks is the loss of a step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megasd.loss.exact_sum import exact_value, exact_words
 
 AGGREGATIONS = (
     "sequence_mean",
@@ -55,51 +19,8 @@ AGGREGATIONS = (
     "token_mean_of_terms",
 )
 NORMALISERS = ("informative", "batch", "dataset", "none")
-# units 2^-24 and 2^-60
-HIGH_BITS, LOW_BITS = 24, 60
-LIMIT, COARSE = 2.0**38, 2.0**8
-MAX_VALUES = 2**28
 MIN_WEIGHT = 2.0**-30
 WEIGHT_BITS = 44
-
-
-def exact_words(values: Tensor, *, dim: int | None = None) -> Tensor:
-    """int64 [3]: the sum of all values (detached; float, int or bool) in fixed point. Words add up
-    with plain `+`, in any order.
-
-    A value x becomes high + low, high = round(x 2^24) in units of 2^-24, low = round of what is
-    left in units of 2^-60, so x is taken to the nearest multiple of 2^-60 (8.7e-19; ties to even)
-    and everything after that is integer addition. Bounds, for n < 2^28 (2.7e8) values over all
-    parts: |low| <= 2^35 each, so the low word's sum stays below 2^63 and never needs a carry, which
-    would make the words depend on the grouping (`exact_value` joins the two); the high word's sum
-    is below 2^63 while the sum of |x| is below 2^39. The third word adds floor(|x| / 2^8), and 2^30
-    for a value that is not finite or has |x| >= 2^38: from 2^30 on (some value of that kind, or a
-    sum of |x| of about 2^38 = 2.7e11) `exact_value` is NaN; below it no word can have wrapped. dim:
-    sum over that dimension alone, words in a new last one: [M, T] -> [M, 3] with dim=-1, for fewer
-    kernels than M calls. ValueError for 2^28 values or more. No collective.
-    """
-    values = values.detach().double()
-    if dim is None:
-        values, dim = values.flatten(), 0
-    if values.numel() >= MAX_VALUES:
-        raise ValueError(f"exact_words takes fewer than 2^28 values, got {values.numel()}")
-    size = values.abs()
-    # False for NaN
-    fits = size < LIMIT
-    scaled = torch.where(fits, values, 0.0) * 2.0**HIGH_BITS
-    high = scaled.round()
-    # the difference is exact
-    low = ((scaled - high) * 2.0 ** (LOW_BITS - HIGH_BITS)).round()
-    guard = torch.where(fits, size, LIMIT) / COARSE
-    return torch.stack([part.long().sum(dim) for part in (high, low, guard)], dim=-1)
-
-
-def exact_value(words: Tensor) -> float:
-    """The float64 nearest to the sum that words [3] hold; NaN when a value was not finite or the
-    sum left its range (`exact_words`).
-    """
-    high, low, guard = words.tolist()
-    return ((high << (LOW_BITS - HIGH_BITS)) + low) / 2**LOW_BITS if guard < LIMIT / COARSE else math.nan
 
 
 @dataclass(frozen=True)
@@ -274,57 +195,3 @@ def weighted(values_T: Tensor, weight_T: Tensor) -> Tensor:
     NaN included.
     """
     return torch.where(weight_T != 0, values_T * weight_T, 0.0)
-
-
-def megatron_loss(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The 3-tuple that Megatron's schedules take from a loss function: (loss, zero tokens, empty log).
-
-    loss: scalar with gradient, the sum of weight * loss over this microbatch's tokens with their
-    `term_weights`; it must hang on the model's graph even when no token has a weight. Returned as
-    it is: neither Megatron nor this function scales it. No collective.
-    """
-    if loss.dim() != 0:
-        raise ValueError(f"the loss of a microbatch must be a scalar, got shape {tuple(loss.shape)}")
-    return loss, torch.zeros((), dtype=torch.int, device=loss.device), {}
-
-
-def without_division(finalize_model_grads: Callable[..., None]) -> Callable[..., None]:
-    """Megatron's finalize_model_grads as config.finalize_model_grads_func must be here: the
-    gradients stay the plain sums (see above).
-    """
-
-    def finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: object) -> None:
-        finalize_model_grads(model, None, **kwargs)
-
-    return finalize
-
-
-def reduce_metrics(
-    sums: dict[str, Tensor],
-    weights: dict[str, str],
-    *,
-    group: dist.ProcessGroup | None,
-    device: torch.device | str = "cpu",
-) -> dict[str, float]:
-    """Global metrics from local `exact_words`: the plain sum, or sum / sum of the metric that
-    `weights` names (0.0 when that is 0).
-
-    reduce_metrics({"loss": words, "tokens": words, "entropy": words}, {"entropy": "tokens"}, ...):
-    entropy per token. group: DP x CP (each token is on one of its ranks). All ranks must bring the
-    same names, also those with nothing to add (zero words). One all_reduce of 3 int64 per metric on
-    `device`; none when group is None or has one rank. The result is the same to the last bit for
-    every order of parts and ranks. NaN for a metric with a value that is not finite. ValueError for
-    a name in weights without a sum.
-    """
-    unknown = sorted((set(weights) | set(weights.values())) - set(sums))
-    if unknown:
-        raise ValueError(f"metric weights without a sum: {', '.join(unknown)}")
-    names = sorted(sums)
-    if not names:
-        return {}
-    words = torch.stack([sums[name].to(device) for name in names])
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(words, group=group)
-    totals = dict(zip(names, (exact_value(one) for one in words.cpu()), strict=True))
-    means = {name: totals[name] / totals[by] if totals[by] else 0.0 for name, by in weights.items()}
-    return totals | means

@@ -14,7 +14,8 @@ from torch import Tensor
 from megasd.config.schema import AlgorithmConfig, CreditConfig, PolicyGradientTerm
 from megasd.loss.credit import antisd, egrsd, phi, rlsd
 from megasd.loss.divergence import adaptive, divergence
-from megasd.loss.normalise import exact_words, weighted
+from megasd.loss.exact_sum import exact_words
+from megasd.loss.normalise import weighted
 from megasd.loss.policy_gradient import is_ratio, policy_gradient, tis
 from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megasd.loss.normalise import exact_value, exact_words
+from megasd.loss.exact_sum import exact_value, exact_words
 
 # EGRSD: no token loses more than nine tenths
 _DISCOUNT_FLOOR = 0.1

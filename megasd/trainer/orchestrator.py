@@ -18,7 +18,7 @@ from megasd.actor import checkpoint
 from megasd.algo.stages import at, reads_solutions, variants
 from megasd.algo.state import AlgorithmState
 from megasd.algo.teacher_context import with_solution
-from megasd.batch.batch import dataset_groups
+from megasd.batch.build import dataset_groups
 from megasd.config.schema import AlgorithmConfig, Config, engine_dtype
 from megasd.config.validate import needs_engine
 from megasd.data.chat import Chat

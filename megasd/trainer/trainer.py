@@ -25,7 +25,8 @@ from megasd.actor import checkpoint
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel
 from megasd.algo.stages import at
-from megasd.batch.batch import Batch, build_batch
+from megasd.batch.batch import Batch
+from megasd.batch.build import build_batch
 from megasd.config.load import to_yaml
 from megasd.config.schema import AlgorithmConfig, Config, engine_dtype
 from megasd.config.validate import needs_engine

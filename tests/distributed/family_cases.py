@@ -24,7 +24,7 @@ from megasd.actor.forward import run_microbatches
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
 from megasd.batch.microbatch import Microbatch, make_microbatches
 from megasd.config.schema import ActorConfig, OptimizerConfig
-from megasd.loss.normalise import megatron_loss
+from megasd.loss.megatron_scaling import megatron_loss
 from megasd.models import registry, tp_layouts
 from megasd.models.param_table import global_params
 from megasd.types import UserError

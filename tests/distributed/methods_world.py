@@ -17,9 +17,10 @@ from megasd.algo.recipes import RECIPES
 from megasd.algo.stages import at
 from megasd.algo.state import AlgorithmState
 from megasd.batch.balance import by_count
-from megasd.batch.batch import Batch, build_batch
+from megasd.batch.batch import Batch
+from megasd.batch.build import build_batch
 from megasd.config.schema import AlgorithmConfig
-from megasd.loss.normalise import reduce_metrics
+from megasd.loss.exact_sum import reduce_metrics
 from megasd.loss.objective import METRIC_WEIGHTS, logprobs_spec, objective, token_divergence
 from megasd.loss.sequence_stats import EntropyGate
 from megasd.loss.token_weights import TokenWeights, token_weights

@@ -14,17 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megasd.loss.normalise import (
-    AGGREGATIONS,
-    NORMALISERS,
-    exact_value,
-    exact_words,
-    global_normalisers,
-    megatron_loss,
-    reduce_metrics,
-    term_weights,
-    weighted,
-)
+from megasd.loss.exact_sum import exact_value, exact_words, reduce_metrics
+from megasd.loss.megatron_scaling import megatron_loss
+from megasd.loss.normalise import AGGREGATIONS, NORMALISERS, global_normalisers, term_weights, weighted
 from tools.bench_meters import RingBytes
 
 # questions of a batch

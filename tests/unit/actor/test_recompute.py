@@ -22,7 +22,7 @@ from megasd.actor.model import wrap_data_parallel
 from megasd.actor.parallel import Mesh, init_distributed, init_model_parallel
 from megasd.batch.microbatch import Microbatch
 from megasd.config.schema import ActorConfig
-from megasd.loss.normalise import megatron_loss
+from megasd.loss.megatron_scaling import megatron_loss
 from tests.distributed.family_cases import FamilyModel
 from tests.tiny_weights import tiny_checkpoint
 

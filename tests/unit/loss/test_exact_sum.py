@@ -13,15 +13,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from megasd.loss import normalise as reduce
-from megasd.loss.normalise import (
-    exact_value,
-    exact_words,
-    megatron_loss,
-    reduce_metrics,
-    weighted,
-    without_division,
-)
+from megasd.loss import exact_sum
+from megasd.loss.exact_sum import MAX_VALUES, exact_value, exact_words, reduce_metrics
+from megasd.loss.megatron_scaling import megatron_loss, without_division
+from megasd.loss.normalise import weighted
 
 QUANTUM = Fraction(1, 2**60)
 
@@ -119,10 +114,10 @@ def test_low_word_needs_no_carry_in_its_range():
         value = sign * 2.0**-25
         words = exact_words(torch.tensor(value, dtype=torch.float64))
         assert words.tolist() == [0, sign * 2**35, 0]
-        many = words * (reduce.MAX_VALUES - 1)
-        assert exact_value(many) == value * (reduce.MAX_VALUES - 1)
+        many = words * (MAX_VALUES - 1)
+        assert exact_value(many) == value * (MAX_VALUES - 1)
         assert exact_value(many + exact_words(torch.tensor(-value, dtype=torch.float64))) == value * (
-            reduce.MAX_VALUES - 2
+            MAX_VALUES - 2
         )
 
 
@@ -133,7 +128,7 @@ def test_high_word_cannot_wrap_unseen():
     for value, count in (
         (2.0**38 - 2.0**-14, 1),
         (2.0**37, 1),
-        (255.99, reduce.MAX_VALUES - 1),
+        (255.99, MAX_VALUES - 1),
         (1023.0, 2**28 - 2**10),
     ):
         for sign in (1, -1):
@@ -150,9 +145,9 @@ def test_high_word_cannot_wrap_unseen():
         == 3 * 2.0**36
     )
     # The worst mixture: the guard at its last value below the bound, every value just short of the next unit.
-    assert (2**30 - 1 + reduce.MAX_VALUES) * 2**8 * 2**24 + reduce.MAX_VALUES // 2 < 2**63
+    assert (2**30 - 1 + MAX_VALUES) * 2**8 * 2**24 + MAX_VALUES // 2 < 2**63
     # And the guard itself, every value not finite.
-    assert 2**30 * reduce.MAX_VALUES < 2**63
+    assert 2**30 * MAX_VALUES < 2**63
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300, 2.0**38, -(2.0**38)])
@@ -165,7 +160,7 @@ def test_values_out_of_range_are_nan(bad):
 
 
 def test_too_many_values(monkeypatch):
-    monkeypatch.setattr(reduce, "MAX_VALUES", 8)
+    monkeypatch.setattr(exact_sum, "MAX_VALUES", 8)
     exact_words(torch.zeros(7))
     with pytest.raises(ValueError, match="fewer than 2\\^28 values, got 8"):
         exact_words(torch.zeros(8))

@@ -1,0 +1,84 @@
+"""Sums in exact fixed point: the same to the last bit for every order of their parts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# units 2^-24 and 2^-60
+HIGH_BITS, LOW_BITS = 24, 60
+LIMIT, COARSE = 2.0**38, 2.0**8
+MAX_VALUES = 2**28
+
+
+def exact_words(values: Tensor, *, dim: int | None = None) -> Tensor:
+    """int64 [3]: the sum of all values (detached; float, int or bool) in fixed point. Words add up
+    with plain `+`, in any order.
+
+    A value x becomes high + low, high = round(x 2^24) in units of 2^-24, low = round of what is
+    left in units of 2^-60, so x is taken to the nearest multiple of 2^-60 (8.7e-19; ties to even)
+    and everything after that is integer addition. Bounds, for n < 2^28 (2.7e8) values over all
+    parts: |low| <= 2^35 each, so the low word's sum stays below 2^63 and never needs a carry, which
+    would make the words depend on the grouping (`exact_value` joins the two); the high word's sum
+    is below 2^63 while the sum of |x| is below 2^39. The third word adds floor(|x| / 2^8), and 2^30
+    for a value that is not finite or has |x| >= 2^38: from 2^30 on (some value of that kind, or a
+    sum of |x| of about 2^38 = 2.7e11) `exact_value` is NaN; below it no word can have wrapped. dim:
+    sum over that dimension alone, words in a new last one: [M, T] -> [M, 3] with dim=-1, for fewer
+    kernels than M calls. ValueError for 2^28 values or more. No collective.
+    """
+    values = values.detach().double()
+    if dim is None:
+        values, dim = values.flatten(), 0
+    if values.numel() >= MAX_VALUES:
+        raise ValueError(f"exact_words takes fewer than 2^28 values, got {values.numel()}")
+    size = values.abs()
+    # False for NaN
+    fits = size < LIMIT
+    scaled = torch.where(fits, values, 0.0) * 2.0**HIGH_BITS
+    high = scaled.round()
+    # the difference is exact
+    low = ((scaled - high) * 2.0 ** (LOW_BITS - HIGH_BITS)).round()
+    guard = torch.where(fits, size, LIMIT) / COARSE
+    return torch.stack([part.long().sum(dim) for part in (high, low, guard)], dim=-1)
+
+
+def exact_value(words: Tensor) -> float:
+    """The float64 nearest to the sum that words [3] hold; NaN when a value was not finite or the
+    sum left its range (`exact_words`).
+    """
+    high, low, guard = words.tolist()
+    return ((high << (LOW_BITS - HIGH_BITS)) + low) / 2**LOW_BITS if guard < LIMIT / COARSE else math.nan
+
+
+def reduce_metrics(
+    sums: dict[str, Tensor],
+    weights: dict[str, str],
+    *,
+    group: dist.ProcessGroup | None,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Global metrics from local `exact_words`: the plain sum, or sum / sum of the metric that
+    `weights` names (0.0 when that is 0).
+
+    reduce_metrics({"loss": words, "tokens": words, "entropy": words}, {"entropy": "tokens"}, ...):
+    entropy per token. group: DP x CP (each token is on one of its ranks). All ranks must bring the
+    same names, also those with nothing to add (zero words). One all_reduce of 3 int64 per metric on
+    `device`; none when group is None or has one rank. The result is the same to the last bit for
+    every order of parts and ranks. NaN for a metric with a value that is not finite. ValueError for
+    a name in weights without a sum.
+    """
+    unknown = sorted((set(weights) | set(weights.values())) - set(sums))
+    if unknown:
+        raise ValueError(f"metric weights without a sum: {', '.join(unknown)}")
+    names = sorted(sums)
+    if not names:
+        return {}
+    words = torch.stack([sums[name].to(device) for name in names])
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(words, group=group)
+    totals = dict(zip(names, (exact_value(one) for one in words.cpu()), strict=True))
+    means = {name: totals[name] / totals[by] if totals[by] else 0.0 for name, by in weights.items()}
+    return totals | means

@@ -1,0 +1,68 @@
+"""From per-token losses to one number over microbatches and ranks: the only file that knows
+Megatron's scaling.
+
+What megatron-core 0.16.1 does with TransformerConfig.calculate_per_token_loss = True, which the
+model must set (lines of that release):
+
+    pipeline_parallel/schedules.py:257-263   a loss function that returns (loss, num_tokens, log) is
+                                             divided neither by num_tokens nor by
+                                             the number of microbatches; a 2-tuple would be multiplied by CP and divided by microbatches
+    distributed/distributed_data_parallel.py:254-259   gradient_scaling_factor = 1 for dense and
+                                                       expert parameters, and
+                                             average_in_collective must be off: gradients are summed over DP x CP
+    distributed/param_and_grad_buffer.py:391-397       so the buffers are not scaled and the collective is SUM
+    pipeline_parallel/schedules.py:649,672 (no pipeline), 1210, 2175, 2219     num_tokens of the microbatches are added up, and
+                                  :682,1921,2313       handed to config.finalize_model_grads_func
+    distributed/finalize_model_grads.py:484-497        which all-reduces them and divides every
+                                                       gradient by them if they are > 0,
+                                             but skips all that, collectives included, when they are None
+
+So: gradient of a step = plain sum over microbatches, DP and CP of the gradient of the returned
+loss. We return sum_t weight_t loss_t whose weights hold the global normaliser already, count zero
+tokens, and wrap finalize_model_grads with `without_division` so that it gets None. Nothing depends
+on the number of microbatches, on DP, CP, PP or on how samples are dealt. Over TP the loss is
+replicated, not summed.
+
+Figures that are reported (the loss, metrics) and the normaliser itself are sums in exact fixed
+point, `exact_words`: floating-point sums would depend on the order of the parts, these are the same
+to the last bit for every layout whose per-token values are the same.
+
+Two things in Megatron expect the division that is skipped: auxiliary losses of mixture-of-experts
+routers (transformer/moe/router.py, 456-467 and 488-495: multiplied by local tokens) and of
+multi-token prediction (models/gpt/gpt_model.py:654). A model that trains with either must scale its
+coefficient by 1 / (tokens that enter the layers in a step, over DP x CP and microbatches); with
+coefficient 0 nothing is to be done.
+
+N samples of this rank, R response tokens of all N samples one after the other, T response tokens of
+one microbatch on this rank.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def megatron_loss(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The 3-tuple that Megatron's schedules take from a loss function: (loss, zero tokens, empty log).
+
+    loss: scalar with gradient, the sum of weight * loss over this microbatch's tokens with their
+    `term_weights`; it must hang on the model's graph even when no token has a weight. Returned as
+    it is: neither Megatron nor this function scales it. No collective.
+    """
+    if loss.dim() != 0:
+        raise ValueError(f"the loss of a microbatch must be a scalar, got shape {tuple(loss.shape)}")
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), {}
+
+
+def without_division(finalize_model_grads: Callable[..., None]) -> Callable[..., None]:
+    """Megatron's finalize_model_grads as config.finalize_model_grads_func must be here: the
+    gradients stay the plain sums (see above).
+    """
+
+    def finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: object) -> None:
+        finalize_model_grads(model, None, **kwargs)
+
+    return finalize
