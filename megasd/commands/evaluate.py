@@ -34,7 +34,8 @@ from megasd.data.rollout_log import load_groups, save_groups
 from megasd.evaluation.engine_for import EvalSampler
 from megasd.evaluation.estimators import COVERAGE, NUM_RESAMPLES, default_ks, metrics_with_intervals
 from megasd.evaluation.presets import PRESETS
-from megasd.rewards.reward_pool import RewardPool, extract_answer
+from megasd.rewards.reward_pool import RewardPool
+from megasd.rewards.verifiers import extract_answer, find_verifier
 from megasd.types import Group, Prompt, UserError, Verdict
 from megasd.weights.hf_files import read_hf_config
 
@@ -42,8 +43,6 @@ SAMPLES, SETTINGS, METRICS = "samples.jsonl", "eval.json", "metrics.json"
 # or what the model has room for, where that is less
 DEFAULT_RESPONSE_TOKENS = 8192
 NOT_SCORED = "not scored yet"
-# verifiers whose answers are texts of which no two are alike
-NO_VOTE = ("code", "rubric")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -359,7 +358,7 @@ def measure_groups(groups: list[Group], settings: dict[str, Any], ks: list[int])
         "interval": {"coverage": COVERAGE, "resamples": NUM_RESAMPLES, "over": "questions", "seed": seed},
         "metrics": metrics_with_intervals(
             groups,
-            None if verifier in NO_VOTE else answer_of,
+            answer_of if find_verifier(verifier).can_vote else None,
             ks=ks,
             num_samples=settings["num_samples"],
             seed=seed,

@@ -8,7 +8,7 @@ overrides become a Config in load.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
 from megasd.config.bounds import (
     FRACTION,
@@ -25,10 +25,18 @@ from megasd.config.bounds import (
     matching,
     within,
 )
+from megasd.rewards.verifiers import VERIFIERS
 from megasd.types import UserError
 
 # Regular expression of an engine's address.
 URL = r"https?://[^/\s]+/?"
+
+# The table of verifiers has the names; type checkers cannot read a Literal made from a dict.
+if TYPE_CHECKING:
+    VerifierName = str
+else:
+    VerifierName = Literal[tuple(VERIFIERS)]
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -421,8 +429,8 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     # math reads the last \boxed{}; code runs the last fenced program on the row's tests, in a
-    # sandbox (rewards/reward_pool.py)
-    verifier: Literal["math", "exact_match", "multiple_choice", "tool_use", "code", "rubric"] = "math"
+    # sandbox (rewards/verifiers.py)
+    verifier: VerifierName = "math"
     # verifier processes, or sandboxes, at once
     workers: int = bounded(2, POSITIVE)
     # seconds a check may take before its worker is killed; of code: a test whose row gives no

@@ -19,7 +19,7 @@ from typing import Any
 from megasd.data.rows import short
 from megasd.rewards import code as code_task
 from megasd.rewards import rubric, tool_use
-from megasd.rewards.reward_pool import MAX_ANSWER_CHARACTERS, last_boxed
+from megasd.rewards.math_answers import MAX_ANSWER_CHARACTERS, last_boxed
 from megasd.types import Prompt, UserError
 
 TextFinding = tuple[str, str] | None

@@ -1,18 +1,20 @@
-"""Programs as answers: the last fenced code block, run on every test of the row in a sandbox; right
-only when all tests pass.
+"""Programs as answers: the verifier `code`.
+
+The answer is the last fenced code block. It runs on every test of the row, in a sandbox, and is
+right only when all tests pass.
 
 A row's `answer` is JSON, in the shape of LiveCodeBench's tests:
 
     {"inputs": ["3 4\\n"], "outputs": ["7\\n"], "fn_name": null, "time_limit": 6}
 
-fn_name null: a script; the input is its standard input, and standard output is compared line by
-line, stripped, blank lines at the end dropped. Else the program defines that function, or `class
-Solution` with that method; an input is a JSON list of arguments, or text with one JSON value a
-line; the result equals the output as JSON (tuples are lists). time_limit: seconds a test (default:
-reward.timeout).
+If fn_name is null, then the program is a script: an input is its standard input, and its standard
+output is compared line by line, stripped, without blank lines at the end. Otherwise the program
+defines the function fn_name, or `class Solution` with a method of this name: an input is a JSON list
+of arguments, or text with one JSON value a line, and the result must equal the output as JSON
+(tuples are lists). time_limit: seconds a test; default: reward.timeout.
 
-A program that fails a test is wrong. One that ran out of time, memory, processes, output or files,
-or that asked for the network, was not judged: TIMEOUT or ERROR, neither right nor wrong.
+A program that fails a test is wrong. A program that ran out of time, memory, processes, output or
+files, or that used the network, is not judged: TIMEOUT or ERROR, neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -21,32 +23,48 @@ import json
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megasd.rewards.sandbox import Limits, Outcome, Sandbox
-from megasd.rewards.sandbox_init import CANNOT_START
-from megasd.types import UserError, Verdict
+from megasd.rewards.verifier_row import Judgement, RewardSettings, SandboxCheck, Verifier, needs_check
+from megasd.types import Prompt, UserError, Verdict
+
+if TYPE_CHECKING:
+    # The config reads the table of verifiers, so this file loads the sandbox only to run a program.
+    from megasd.rewards.sandbox import Limits, Outcome
 
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n", re.MULTILINE)
 FENCE_END = re.compile(r"^[ \t]*```", re.MULTILINE)
 # characters of an input or an output in feedback
 SHOWN = 400
+# Outcome.limit -> what the program did
+LIMITS_MET = {
+    "memory": "took more memory than allowed",
+    "processes": "started more processes or threads than allowed",
+    "output": "printed more than allowed",
+    "files": "wrote more to files than allowed",
+    "network": "asked for the network, which there is none of",
+    "killed": "was killed",
+}
 
 
 @dataclass(frozen=True)
 class Tests:
+    """The tests of one row; `inputs` and `outputs` have the same length."""
+
     # standard input, or the arguments as a JSON list
     inputs: list[str]
     # lines of standard output, or the result
     outputs: list[Any]
+    # None: the program is a script
     fn_name: str | None
-    # a test
+    # how long one test may take
     seconds: float
 
 
 def last_code_block(text: str) -> str | None:
-    """The text of the last ```fenced``` block; None without one. One that is never closed is cut
-    off: no program.
+    """The text of the last ```fenced``` block.
+
+    None when the text has no block, or when the last block never closes: the program is cut off.
     """
     position, found = 0, None
     while opening := FENCE.search(text, position):
@@ -83,57 +101,52 @@ def parse_tests(answer: str, row: str, default_seconds: float) -> Tests:
         ) from error
 
 
+def read_gold_tests(prompt: Prompt, settings: RewardSettings) -> Tests:
+    """The tests in the row's answer. UserError naming the row."""
+    return parse_tests(prompt.answer.strip(), prompt.id, settings.timeout)
+
+
 def check_code(
     program: str, tests: Tests, *, total_seconds: float, limits: Limits | None = None
-) -> tuple[Verdict, str, str]:
-    """(verdict, detail of a check that failed, feedback for the model), stopping at the first test
-    that does not pass.
+) -> Judgement:
+    """Run a program on its tests, up to the first test that does not pass.
 
-    `total_seconds` bounds all tests together. Feedback shows the failing test's input and what the
-    program printed, never what was expected.
+    `total_seconds` bounds all tests together. Feedback shows the input of the failing test and what
+    the program printed, never what was expected.
     """
+    from megasd.rewards.sandbox import Sandbox
+    from megasd.rewards.sandbox_init import CANNOT_START
+
     deadline = time.monotonic() + total_seconds
     with Sandbox(program, fn_name=tests.fn_name, limits=limits) as sandbox:
         for number, (text, expected) in enumerate(zip(tests.inputs, tests.outputs, strict=True), start=1):
+            where = f"test {number} of {len(tests.inputs)}"
             left = deadline - time.monotonic()
             if left <= 0:
-                return (
-                    Verdict.TIMEOUT,
-                    f"test {number} of {len(tests.inputs)}: no time left of {total_seconds:g} s",
-                    "",
-                )
+                return Judgement(Verdict.TIMEOUT, f"{where}: no time left of {total_seconds:g} s")
             outcome = sandbox.run(text, seconds=min(tests.seconds, left))
-            where = f"test {number} of {len(tests.inputs)}"
             if outcome.limit == "time":
                 detail = f"{where}: no end within {min(tests.seconds, left):.3g} s"
-                return Verdict.TIMEOUT, detail, _feedback(text, outcome, "ran out of time")
+                return Judgement(Verdict.TIMEOUT, detail, _feedback(text, outcome, "ran out of time"))
             if outcome.limit is not None:
-                return (
-                    Verdict.ERROR,
-                    f"{where}: {LIMITS_MET[outcome.limit]}",
-                    _feedback(text, outcome, LIMITS_MET[outcome.limit]),
-                )
+                met = LIMITS_MET[outcome.limit]
+                return Judgement(Verdict.ERROR, f"{where}: {met}", _feedback(text, outcome, met))
             if outcome.status == CANNOT_START:
-                return (
-                    Verdict.ERROR,
-                    f"{where}: the sandbox could not start the program: {outcome.stderr[-200:]}",
-                    "",
-                )
+                said = outcome.stderr[-200:]
+                return Judgement(Verdict.ERROR, f"{where}: the sandbox could not start the program: {said}")
             if outcome.status:
-                return Verdict.WRONG, "", _feedback(text, outcome, "failed")
+                return Judgement(Verdict.WRONG, feedback=_feedback(text, outcome, "failed"))
             if not _passes(tests.fn_name, outcome.stdout, expected):
-                return Verdict.WRONG, "", _feedback(text, outcome, "gave a wrong result")
-    return Verdict.RIGHT, "", ""
+                return Judgement(Verdict.WRONG, feedback=_feedback(text, outcome, "gave a wrong result"))
+    return Judgement(Verdict.RIGHT)
 
 
-LIMITS_MET = {
-    "memory": "took more memory than allowed",
-    "processes": "started more processes or threads than allowed",
-    "output": "printed more than allowed",
-    "files": "wrote more to files than allowed",
-    "network": "asked for the network, which there is none of",
-    "killed": "was killed",
-}
+def run_tests(program: str, tests: Tests, settings: RewardSettings) -> Judgement:
+    """The check of the verifier: check_code with the limits of the config."""
+    from megasd.rewards.sandbox import Limits
+
+    limits = Limits(memory_bytes=settings.code_memory_mib << 20)
+    return check_code(program, tests, total_seconds=settings.code_seconds, limits=limits)
 
 
 def _passes(fn_name: str | None, stdout: str, expected: Any) -> bool:
@@ -201,3 +214,13 @@ def _short(text: str, *, from_end: bool = False) -> str:
     if len(text) <= SHOWN:
         return text
     return f"...{text[-SHOWN:]}" if from_end else f"{text[:SHOWN]}..."
+
+
+CODE: Verifier[Tests] = Verifier(
+    read_answer=last_code_block,
+    read_gold=read_gold_tests,
+    compare=needs_check,
+    no_answer=Judgement(Verdict.WRONG, feedback="No complete fenced code block was found."),
+    check=SandboxCheck(run_tests),
+    can_vote=False,
+)

@@ -1,116 +1,68 @@
-"""Verifiers: from a response's text and the gold answer to a verdict; 1 or 0, or no verdict at all
-when the check itself failed.
-
-All read the text after the last </think>; a response that never closes its <think> has no answer
-and is wrong.
-
-    math             the last \\boxed{...}, compared by math-verify. No box, or one that is cut off: wrong.
-    exact_match      the whole text, stripped, equals the gold answer, stripped.
-    multiple_choice  the text after the last <answer>, up to </answer>, stripped, equals the gold
-                     letter (SDPO's rule). Without the tag: the
-                     last capital A-H or J that stands alone ("(C)", "**C**", "C."; not in "C-H", "He", "A's"; I is a pronoun). A task with
-                     more options, or with an article "A" after its answer, should ask for the tag.
-    tool_use         the names and arguments of all tool calls (rewards/tool_use.py).
-    code             the last fenced program passes all tests of the row, run in a sandbox (rewards/code.py).
-    rubric           the weighted share of criteria met is the sample's score; right from
-                     reward.rubric_threshold on (rewards/rubric.py).
+"""RewardPool: judges all samples of a step, with workers and sandboxes for checks that may hang.
 
 math-verify and rubrics run in worker processes that are killed at a deadline, because sympy and
-regular expressions can hang in C, where no signal reaches them; programs run in sandboxes that are
-killed likewise. The others are one linear pass over a string: they cannot hang, so they run here,
-which saves a round trip a sample.
+regular expressions can hang in C, where no signal reaches them. Programs run in sandboxes that are
+killed likewise. All other comparisons are one linear pass over a string: they cannot hang, so they
+run in this process, which saves a round trip a sample.
 
-`sample.feedback` says what is wrong with a wrong answer, in words for the model, and never what was
-expected.
-"""  # noqa: E501
+How an answer is read and compared is in the rows of rewards/verifiers.py.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
-from megasd.config.schema import RewardConfig
-from megasd.rewards import code as code_task
-from megasd.rewards import rubric, sandbox, tool_use
-from megasd.rewards.worker_pool import VerifierTask, WorkerPool
+from megasd.rewards import sandbox
+from megasd.rewards.answers import after_thinking
+from megasd.rewards.rubric import Judge
+from megasd.rewards.verifier_row import (
+    Judgement,
+    PendingCheck,
+    RewardSettings,
+    SandboxCheck,
+    WorkerCheck,
+    WorkerReply,
+    WorkerRequest,
+)
+from megasd.rewards.verifiers import find_verifier
+from megasd.rewards.worker_pool import WorkerPool
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
-VERIFIERS = ("math", "exact_match", "multiple_choice", "tool_use", "code", "rubric")
-# a longer "final answer" is not checked: parsing LaTeX takes time that grows with its square
-MAX_ANSWER_CHARACTERS = 4096
-# failed checks logged a call; all of them carry their detail in the sample
+# Failed checks logged a call. The details of all failed checks are in their samples.
 MAX_LOGGED = 5
-ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
-LETTER = re.compile(r"(?<![\w'’-])([A-HJ])(?![\w'’-])")
-# feedback to a response without a final answer
-NO_ANSWER = {
-    "math": "No \\boxed{} answer was found.",
-    "exact_match": "No answer was found after the thinking.",
-    "multiple_choice": "No chosen option was found.",
-    "tool_use": f"The tool call is wrong: {tool_use.NO_CALL}.",
-    "code": "No complete fenced code block was found.",
-    "rubric": "No answer was found after the thinking.",
-}
-WRONG_ANSWER = {
-    "math": "The final answer is not equal to the reference.",
-    "exact_match": "The answer is not the expected text.",
-    "multiple_choice": "The chosen option is not the right one.",
-}
 
 logger = logging.getLogger(__name__)
 
 
-def extract_answer(verifier: str, text: str) -> str | None:
-    """The final answer of a response as the verifier reads it, stripped; None when there is none.
-    Also the vote of maj@k.
-    """
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None
-    if verifier == "math":
-        return last_boxed(text)
-    if verifier in ("exact_match", "rubric"):
-        return text.strip()
-    if verifier == "multiple_choice":
-        start = text.rfind("<answer>")
-        if start >= 0:
-            return ANSWER_TAG.match(text, start)[1].strip()
-        letters = LETTER.findall(text)
-        return letters[-1] if letters else None
-    if verifier == "tool_use":
-        calls = tool_use.parse_calls(text)
-        return None if calls is None else tool_use.canonical(calls)
-    if verifier == "code":
-        return code_task.last_code_block(text)
-    raise UserError(f"reward.verifier: {verifier!r} is not one of {', '.join(VERIFIERS)}")
+class CheckRunner(Protocol):
+    """Carries out the checks of one verifier."""
 
+    @property
+    def restarts(self) -> int:
+        """Workers replaced so far."""
+        ...
 
-def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} holds, braces matched; None without one or when it never closes
-    (an earlier box does not stand in).
-    """
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = position = start + len("\\boxed{")
-    depth = 1
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            # \{ and \} are no braces
-            position += 2
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[begin:position].strip()
-        position += 1
-    return None
+    @property
+    def num_workers(self) -> int:
+        """Worker processes that exist now."""
+        ...
+
+    def key(self, check: PendingCheck[Any]) -> tuple[str, str]:
+        """Checks with equal keys have the same outcome and are carried out once."""
+        ...
+
+    def run(self, checks: list[PendingCheck[Any]]) -> list[Judgement]:
+        """One judgement for each check, in order."""
+        ...
+
+    def close(self) -> None:
+        """End all worker processes."""
+        ...
 
 
 class RewardPool:
@@ -120,87 +72,67 @@ class RewardPool:
             # {"right": 11.0, "wrong": 4.0, "error": 0.0, "timeout": 1.0, "restarts": 1.0}
             rewards.score(groups)
 
-    `worker_command` replaces the worker program; tests give one whose check hangs on request.
-    `judge` replaces the rules of verifier=rubric; it runs in this process and keeps its own time.
+    `worker_command` replaces the worker program; tests give a program whose check hangs on request.
+    `judge` replaces the rules of verifier=rubric. It runs in this process and keeps its own time.
     UserError: a config that cannot be, or verifier=code on a machine without a sandbox. Not
     thread-safe.
     """
 
     def __init__(
         self,
-        config: RewardConfig,
+        config: RewardSettings,
         *,
         worker_command: Sequence[str] | None = None,
-        judge: rubric.Judge | None = None,
+        judge: Judge | None = None,
     ) -> None:
-        if config.verifier not in VERIFIERS:
-            raise UserError(f"reward.verifier: {config.verifier!r} is not one of {', '.join(VERIFIERS)}")
+        self.config = config
+        self.verifier = find_verifier(config.verifier)
         if config.workers < 1:
             raise UserError(f"reward.workers={config.workers}: must be at least 1")
         if config.timeout <= 0:
             raise UserError(f"reward.timeout={config.timeout}: must be more than 0 seconds")
-        if config.verifier == "code":
-            sandbox.find_kind()
-        self.config, self.judge = config, judge
-        command = worker_command or (
-            sys.executable,
-            "-X",
-            "utf8",
-            "-m",
-            "megasd.rewards.worker",
-            config.verifier,
-        )
-        # started by the first check
-        self.workers = WorkerPool([*command, str(config.timeout)], config.workers, config.timeout)
-        queues = {"tool_use": self._compare_calls, "code": self._queue_program, "rubric": self._queue_rubric}
-        self._look: Callable[[Sample, str, Any, _Jobs], None] = queues.get(config.verifier, self._compare)
+        self.runner = _make_runner(self.verifier.check, config, worker_command, judge)
 
     def check_rows(self, prompts: list[Prompt]) -> None:
-        """UserError for the first row whose answer or rubric this verifier cannot read: before
-        anything is sampled.
+        """Raise UserError for the first row whose answer or rubric this verifier cannot read.
+
+        Called before anything is sampled.
         """
         for prompt in prompts:
-            self._gold(prompt)
+            self.verifier.read_gold(prompt, self.config)
 
     def score(self, groups: list[Group]) -> dict[str, float]:
-        """Set verdict, detail, feedback and score of every sample. Returns the number of samples by
-        verdict, and of worker restarts.
+        """Set verdict, detail, feedback and score of every sample.
 
-        ERROR (the check raised, or its worker died twice) and TIMEOUT leave the pass rates; each is
-        logged with its row.
+        Returns the number of samples by verdict, and of worker restarts. ERROR (the check raised, or
+        its worker died twice) and TIMEOUT leave the pass rates; each is logged with its row.
         """
-        restarts_before = self.workers.restarts
-        jobs: _Jobs = {}
-        for group in groups:
-            self._look_at(group, jobs)
+        restarts_before = self.runner.restarts
+        waiting: dict[tuple[str, str], tuple[PendingCheck[Any], list[Sample]]] = {}
+        for sample, outcome in self._compare(groups):
+            if isinstance(outcome, Judgement):
+                _write(sample, outcome)
+            else:
+                waiting.setdefault(self.runner.key(outcome), (outcome, []))[1].append(sample)
         try:
-            self._run(list(jobs.values()))
+            judgements = self.runner.run([check for check, _ in waiting.values()])
         except BaseException:
-            # an interrupt leaves no half-asked question behind for the next call
+            # After an interrupt, a worker may still hold a check of this call: end it, so that its
+            # reply does not meet the next call.
             self.close()
             raise
-        for job in jobs.values():
-            self._finish(job)
-        failed = [sample for group in groups for sample in group.samples if not sample.verdict.counts]
-        for sample in failed[:MAX_LOGGED]:
-            logger.warning(
-                "row %s, sample %d: verifier %s: %s",
-                sample.prompt_id,
-                sample.index,
-                sample.verdict.value,
-                sample.detail,
-            )
-        if len(failed) > MAX_LOGGED:
-            logger.warning(
-                "%d more checks failed; see the details in the rollout log", len(failed) - MAX_LOGGED
-            )
-        counts = Counter(sample.verdict.value for group in groups for sample in group.samples)
-        restarts = float(self.workers.restarts - restarts_before)
-        return {verdict.value: float(counts[verdict.value]) for verdict in Verdict} | {"restarts": restarts}
+        for (_, samples), judgement in zip(waiting.values(), judgements, strict=True):
+            for sample in samples:
+                _write(sample, judgement)
+        verdicts = [(sample, sample.verdict) for group in groups for sample in group.samples]
+        _log_failed([(sample, verdict) for sample, verdict in verdicts if verdict and not verdict.counts])
+        counts = Counter(verdict for _, verdict in verdicts)
+        restarts = float(self.runner.restarts - restarts_before)
+        return {verdict.value: float(counts[verdict]) for verdict in Verdict} | {"restarts": restarts}
 
     def close(self) -> None:
         """End the workers. The pool may be used again; it starts new ones."""
-        self.workers.close()
+        self.runner.close()
 
     def __enter__(self) -> RewardPool:
         return self
@@ -208,135 +140,175 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _gold(self, prompt: Prompt) -> Any:
-        """What the verifier compares with, in its own form. UserError naming the row."""
-        verifier, answer = self.config.verifier, prompt.answer.strip()
-        if verifier == "math":
-            return last_boxed(answer) or answer
-        if verifier == "tool_use":
-            return tool_use.parse_gold(answer, prompt.id)
-        if verifier == "code":
-            return code_task.parse_tests(answer, prompt.id, self.config.timeout)
-        if verifier == "rubric":
-            rubric.check_rubric(prompt)
-            return prompt
-        return answer
+    def _compare(self, groups: list[Group]) -> Iterable[tuple[Sample, Judgement | PendingCheck[Any]]]:
+        """Each sample with its judgement, or with the check that must decide."""
+        for group in groups:
+            try:
+                gold = self.verifier.read_gold(group.prompt, self.config)
+            except UserError as error:
+                # nobody called check_rows
+                for sample in group.samples:
+                    yield sample, Judgement(Verdict.ERROR, str(error))
+                continue
+            for sample in group.samples:
+                text = after_thinking(sample.text)
+                answer = None if text is None else self.verifier.read_answer(text)
+                if answer is None:
+                    yield sample, self.verifier.no_answer
+                else:
+                    judgement = self.verifier.compare(answer, gold)
+                    if judgement is None:
+                        yield sample, PendingCheck(group.prompt, answer, gold)
+                    else:
+                        yield sample, judgement
 
-    def _look_at(self, group: Group, jobs: _Jobs) -> None:
-        """Settle what needs no job, and put the rest into jobs."""
+
+def _write(sample: Sample, judgement: Judgement) -> None:
+    sample.verdict, sample.detail = judgement.verdict, judgement.detail
+    sample.feedback, sample.score = judgement.feedback, judgement.score
+
+
+def _log_failed(failed: list[tuple[Sample, Verdict]]) -> None:
+    for sample, verdict in failed[:MAX_LOGGED]:
+        logger.warning(
+            "row %s, sample %d: verifier %s: %s", sample.prompt_id, sample.index, verdict.value, sample.detail
+        )
+    if len(failed) > MAX_LOGGED:
+        logger.warning("%d more checks failed; see the details in the rollout log", len(failed) - MAX_LOGGED)
+
+
+# ---- runners ----
+
+
+def _make_runner(
+    check: WorkerCheck[Any] | SandboxCheck[Any] | None,
+    config: RewardSettings,
+    worker_command: Sequence[str] | None,
+    judge: Judge | None,
+) -> CheckRunner:
+    if check is None:
+        return NoRunner()
+    if isinstance(check, SandboxCheck):
+        return SandboxRunner(check, config)
+    if judge is not None and check.accepts_judge:
+        return JudgeRunner(check, config, judge)
+    return WorkerRunner(check, config, worker_command or worker_program(check))
+
+
+class NoRunner:
+    """For verifiers whose comparison judges every answer."""
+
+    restarts = num_workers = 0
+
+    def key(self, check: PendingCheck[Any]) -> tuple[str, str]:
+        """Never called: no check is pending."""
+        raise AssertionError("a verifier without a check must compare every answer")
+
+    def run(self, checks: list[PendingCheck[Any]]) -> list[Judgement]:
+        """Nothing to do."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class WorkerRunner:
+    """Runs checks in worker processes, which the first check starts."""
+
+    def __init__(self, check: WorkerCheck[Any], config: RewardSettings, command: Sequence[str]) -> None:
+        self.check, self.config = check, config
+        self.workers = WorkerPool([*command, str(config.timeout)], config.workers, config.timeout)
+        self.key = check.key
+
+    @property
+    def restarts(self) -> int:
+        """Workers replaced so far."""
+        return self.workers.restarts
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes that exist now."""
+        return len(self.workers.workers)
+
+    def run(self, checks: list[PendingCheck[Any]]) -> list[Judgement]:
+        """One judgement for each check, in order. UserError when workers do not start."""
+        requests = [WorkerRequest(check.answer, self.check.gold_text(check.gold)) for check in checks]
+        replies = self.workers.run(requests)
+        return [
+            self.check.conclude(request, reply, self.config)
+            for request, reply in zip(requests, replies, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End all worker processes."""
+        self.workers.close()
+
+
+class SandboxRunner:
+    """Runs programs in sandboxes, config.workers at once. UserError: this machine offers no sandbox."""
+
+    restarts = num_workers = 0
+
+    def __init__(self, check: SandboxCheck[Any], config: RewardSettings) -> None:
+        sandbox.find_kind()
+        self.check, self.config = check, config
+        self.key = check.key
+
+    def run(self, checks: list[PendingCheck[Any]]) -> list[Judgement]:
+        """One judgement for each program, in order."""
+        # each thread waits for a sandbox
+        with ThreadPoolExecutor(self.config.workers) as threads:
+            try:
+                return list(threads.map(self._run_program, checks))
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """Nothing to end: a sandbox lives no longer than its check."""
+
+    def _run_program(self, check: PendingCheck[Any]) -> Judgement:
         try:
-            gold, reason = self._gold(group.prompt), ""
-        except UserError as error:
-            # check_rows was not asked
-            gold, reason = None, str(error)
-        for sample in group.samples:
-            sample.detail, sample.feedback, sample.score = "", "", None
-            answer = None if reason else extract_answer(self.config.verifier, sample.text)
-            if reason:
-                sample.verdict, sample.detail = Verdict.ERROR, reason
-            elif answer is None:
-                sample.verdict, sample.feedback = Verdict.WRONG, NO_ANSWER[self.config.verifier]
-                sample.score = 0.0 if self.config.verifier == "rubric" else None
-            else:
-                self._look(sample, answer, gold, jobs)
-
-    def _compare(self, sample: Sample, answer: str, gold: str, jobs: _Jobs) -> None:
-        if answer == gold:
-            sample.verdict = Verdict.RIGHT
-        elif self.config.verifier != "math" or not answer:
-            sample.verdict, sample.feedback = Verdict.WRONG, WRONG_ANSWER[self.config.verifier]
-        elif max(len(answer), len(gold)) > MAX_ANSWER_CHARACTERS:
-            which = "gold answer" if len(gold) > MAX_ANSWER_CHARACTERS else "answer"
-            sample.verdict, sample.detail = (
-                Verdict.ERROR,
-                f"the {which} has more than {MAX_ANSWER_CHARACTERS} characters",
-            )
-        else:
-            jobs.setdefault((answer, gold), VerifierTask(answer, gold)).samples.append(sample)
-
-    def _compare_calls(self, sample: Sample, answer: str, gold: tool_use.Calls, jobs: _Jobs) -> None:
-        wrong = tool_use.compare_calls(tool_use.parse_calls(sample.text.rpartition("</think>")[2]), gold)
-        sample.verdict = Verdict.WRONG if wrong else Verdict.RIGHT
-        sample.feedback = f"The tool call is wrong: {wrong}." if wrong else ""
-
-    def _queue_program(self, sample: Sample, answer: str, gold: code_task.Tests, jobs: _Jobs) -> None:
-        job = jobs.setdefault((sample.prompt_id, answer), VerifierTask(answer, ""))
-        job.result = gold
-        job.samples.append(sample)
-
-    def _queue_rubric(self, sample: Sample, answer: str, gold: Prompt, jobs: _Jobs) -> None:
-        rows = json.dumps([gold.id, gold.answer, gold.solution, gold.rubric])
-        job = jobs.setdefault((answer, rows), VerifierTask(answer, rows))
-        job.result = gold
-        job.samples.append(sample)
-
-    def _run(self, jobs: list[VerifierTask]) -> None:
-        if self.config.verifier == "code":
-            # each waits for a sandbox
-            with ThreadPoolExecutor(self.config.workers) as threads:
-                try:
-                    list(threads.map(self._run_program, jobs))
-                finally:
-                    threads.shutdown(cancel_futures=True)
-        elif self.config.verifier == "rubric" and self.judge is not None:
-            for job in jobs:
-                self._ask_judge(job)
-        else:
-            self.workers.run(jobs)
-
-    def _run_program(self, job: VerifierTask) -> None:
-        limits = sandbox.Limits(memory_bytes=self.config.code_memory_mib << 20)
-        try:
-            verdict, detail, feedback = code_task.check_code(
-                job.answer, job.result, total_seconds=self.config.code_seconds, limits=limits
-            )
+            return self.check.check(check.answer, check.gold, self.config)
         except Exception as error:
-            # the machine's: no file handles, no memory, no room in /tmp
-            verdict, detail, feedback = Verdict.ERROR, f"{type(error).__name__}: {error}", ""
-        job.settle(verdict, detail, feedback)
+            # a fault of the machine: no file handles, no memory, no room in /tmp
+            return Judgement(Verdict.ERROR, f"{type(error).__name__}: {error}")
 
-    def _ask_judge(self, job: VerifierTask) -> None:
+
+class JudgeRunner:
+    """Asks a Judge in this process."""
+
+    restarts = num_workers = 0
+
+    def __init__(self, check: WorkerCheck[Any], config: RewardSettings, judge: Judge) -> None:
+        self.check, self.config, self.judge = check, config, judge
+        self.key = check.key
+
+    def run(self, checks: list[PendingCheck[Any]]) -> list[Judgement]:
+        """One judgement for each response, in order."""
+        return [
+            self.check.conclude(
+                WorkerRequest(check.answer, self.check.gold_text(check.gold)), self._ask(check), self.config
+            )
+            for check in checks
+        ]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _ask(self, check: PendingCheck[Any]) -> WorkerReply:
         try:
-            job.settle(Verdict.RIGHT, "", [(*pair, "") for pair in self.judge.judge(job.result, job.answer)])
+            criteria = self.judge.judge(check.prompt, check.answer)
+            return WorkerReply(Verdict.RIGHT, result=[(*pair, "") for pair in criteria])
         except Exception as error:
             # a judge may be anything, and a failed judgement is no wrong answer
-            job.settle(Verdict.ERROR, f"judge: {type(error).__name__}: {error}")
-
-    def _finish(self, job: VerifierTask) -> None:
-        """The job's outcome, in each of its samples."""
-        verdict, detail, score, feedback = job.verdict, job.detail, None, ""
-        if self.config.verifier == "rubric" and verdict.counts:
-            verdict, detail, score, feedback = self._grade(job.result)
-        elif self.config.verifier == "code":
-            feedback = job.result
-        elif verdict is Verdict.WRONG:
-            feedback = WRONG_ANSWER[self.config.verifier]
-        if not verdict.counts and self.config.verifier == "math":
-            detail = f"{detail}; answer {job.answer[:200]!r}, gold {job.gold[:200]!r}"
-        for sample in job.samples:
-            sample.verdict, sample.detail, sample.score, sample.feedback = (
-                verdict,
-                detail,
-                score,
-                feedback or "",
-            )
-
-    def _grade(self, criteria: list[tuple[float, float, str]]) -> tuple[Verdict, str, float | None, str]:
-        """(verdict, detail, score, feedback) of judged criteria (weight, value, name)."""
-        try:
-            score = rubric.score([(weight, value) for weight, value, _ in criteria])
-        except (ValueError, TypeError) as error:
-            return Verdict.ERROR, f"judge: {error}", None, ""
-        if score >= self.config.rubric_threshold:
-            return Verdict.RIGHT, "", score, ""
-        missed = [name for _, value, name in sorted(criteria, key=lambda row: -row[0]) if value < 1 and name]
-        named = ", ".join(dict.fromkeys(missed[: rubric.MAX_SHOWN]))
-        return (
-            Verdict.WRONG,
-            "",
-            score,
-            f"The response does not meet enough of the criteria{f' (among them: {named})' if named else ''}.",
-        )
+            return WorkerReply(Verdict.ERROR, f"judge: {type(error).__name__}: {error}")
 
 
-_Jobs = dict[tuple[str, str], VerifierTask]
+def worker_program(check: WorkerCheck[Any]) -> list[str]:
+    """The command of a worker, but for its last argument, the timeout (rewards/worker.py)."""
+    names = [_name(check.check)] if check.prepare is None else [_name(check.check), _name(check.prepare)]
+    return [sys.executable, "-X", "utf8", "-m", "megasd.rewards.worker", *names]
+
+
+def _name(function: Callable[..., object]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"

@@ -1,44 +1,63 @@
-"""Rubrics: a response's score is the weighted share of criteria that it meets, as ROPD (2605.07396)
-scores black-box teachers.
+"""Rubrics: the verifier `rubric`.
+
+A response's score is the weighted share of criteria that it meets, as ROPD (2605.07396) scores
+black-box teachers:
 
     s = sum(w_k v_k) / sum(w_k),   w_k > 0, v_k in [0, 1]
 
-ROPD lets a language model write 4 to 12 criteria and another judge them. A `Judge` is that second
-part behind one method; the judge that ships reads rules, so that the method runs without a second
-model. A row brings its criteria:
+A sample is right from reward.rubric_threshold on. In ROPD one language model writes 4 to 12 criteria
+and another model judges them. `Judge` is the interface of the second model. RuleJudge, the judge
+that ships, reads rules, so that the method runs without a second model. A row brings its criteria:
 
     "rubric": [{"rule": "contains", "value": "42", "weight": 2.0}, {"rule": "max_words", "value": 120}]
 
-and a row without them gets criteria from its answer and solution (`write_rubric`). Rules cannot see
-reasoning: they are a stand-in that makes the plumbing testable, not a judge of quality.
+A row without criteria gets them from its answer and solution (`write_rubric`). Rules cannot see
+reasoning: they are a stand-in that makes the plumbing testable, not a judge of quality. A rule may
+hang in a regular expression, so rules run in a worker process (rewards/worker_pool.py).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from megasd.types import Prompt, UserError
+from megasd.rewards.verifier_row import (
+    Judgement,
+    RewardSettings,
+    Verifier,
+    WorkerCheck,
+    WorkerReply,
+    WorkerRequest,
+    needs_check,
+)
+from megasd.types import Prompt, UserError, Verdict
 
 # failed criteria named in feedback
 MAX_SHOWN = 3
-# of a response that rules read
+# Rules read this much of a response.
 MAX_CHARACTERS = 100_000
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 SENTENCE_END = re.compile(r"[.!?\n]+")
 
 
 class Judge(Protocol):
-    """Whatever turns a response into criteria met: rules, a reward model, a language model behind a URL."""
+    """Says which criteria a response meets: rules, a reward model, a language model behind a URL."""
 
     def judge(self, prompt: Prompt, response_text: str) -> list[tuple[float, float]]:
-        """(weight > 0, value in [0, 1]) of each criterion. An exception leaves the response unscored."""
+        """Give (weight > 0, value in [0, 1]) of each criterion.
+
+        An exception leaves the response unscored.
+        """
         ...
 
 
 def score(criteria: list[tuple[float, float]]) -> float:
-    """sum w v / sum w. ValueError for no criteria, weights that are not positive, values outside [0, 1]."""
+    """sum(w v) / sum(w) of (weight, value) pairs.
+
+    ValueError: no criteria, a weight that is not positive, or a value outside [0, 1].
+    """
     if not criteria or any(not weight > 0 or not 0 <= value <= 1 for weight, value in criteria):
         raise ValueError("a judge must give one or more (weight > 0, value in [0, 1])")
     return sum(weight * value for weight, value in criteria) / sum(weight for weight, _ in criteria)
@@ -48,7 +67,7 @@ class RuleJudge:
     """Judges by the rules of `prompt.rubric`, or of `write_rubric` where the row has none."""
 
     def judge(self, prompt: Prompt, response_text: str) -> list[tuple[float, float]]:
-        """(weight, value) of each criterion in the rubric's order; UserError for one that is no rule."""
+        """(weight, value) of each criterion, in order. UserError for a criterion that is no rule."""
         return [(weight, value) for weight, value, _ in self.explain(prompt, response_text)]
 
     def explain(self, prompt: Prompt, response_text: str) -> list[tuple[float, float, str]]:
@@ -82,34 +101,33 @@ def write_rubric(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def contains(text: str, value: str) -> bool:
-    """`value` stands in the text, case aside, and not as part of a longer word or number."""
+    """The text holds `value`, in any case, and not as part of a longer word or number."""
     value = value.strip()
     return re.search(rf"(?<![\w.]){re.escape(value)}(?!\w|\.\d)", text, re.IGNORECASE) is not None
 
 
 def lacks(text: str, value: str) -> bool:
+    """The text does not contain `value`."""
     return not contains(text, value)
 
 
 def matches(text: str, value: str) -> bool:
-    """The regular expression is found. Rows are trusted with their patterns; responses are cut at
-    MAX_CHARACTERS.
-    """
+    """The regular expression `value` is found. Patterns of rows are trusted."""
     return re.search(value, text, re.MULTILINE) is not None
 
 
 def max_words(text: str, value: float) -> bool:
+    """The text has at most `value` words."""
     return len(text.split()) <= value
 
 
 def min_words(text: str, value: float) -> bool:
+    """The text has at least `value` words."""
     return len(text.split()) >= value
 
 
 def ends_with_answer(text: str, value: str) -> bool:
-    """The last line that holds something ends with `value`, a box, emphasis and a full stop around
-    it aside.
-    """
+    """The last line with text ends with `value`; a box, emphasis and a full stop around it are dropped."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = re.sub(r"\\boxed\{(.*)\}", r"\1", lines[-1]) if lines else ""
     last = last.replace("$", "").strip(" .*`")
@@ -118,7 +136,7 @@ def ends_with_answer(text: str, value: str) -> bool:
 
 
 def no_repetition(text: str, value: float) -> bool:
-    """No sentence of five words or more stands more than `value` times."""
+    """No sentence of five words or more occurs more than `value` times."""
     sentences = [" ".join(part.split()).lower() for part in SENTENCE_END.split(text)]
     long = [sentence for sentence in sentences if sentence.count(" ") >= 4]
     counts: dict[str, int] = {}
@@ -154,7 +172,7 @@ def _criterion(prompt: Prompt, row: dict[str, Any]) -> tuple[str, Callable[[str,
         raise UserError(f"{where}: {name} has the value {value!r}; give a text")
     if name == "matches":
         try:
-            re.compile(value)
+            re.compile(str(value))
         except re.error as error:
             raise UserError(f"{where}: {value!r} is no regular expression ({error}); correct it") from error
     rule = TEXT_RULES.get(name) or NUMBER_RULES[name]
@@ -166,6 +184,54 @@ def _is_number(value: object) -> bool:
 
 
 def check_rubric(prompt: Prompt) -> None:
-    """UserError for the first bad criterion of a row; before anything is sampled."""
+    """Raise UserError for the first bad criterion of a row."""
     for row in prompt.rubric or []:
         _criterion(prompt, row)
+
+
+# ---- the verifier ----
+
+
+def read_gold_rubric(prompt: Prompt, settings: RewardSettings) -> Prompt:
+    """The row itself: criteria, answer and solution. UserError for a bad criterion."""
+    check_rubric(prompt)
+    return prompt
+
+
+def gold_text(prompt: Prompt) -> str:
+    """What judging needs of a row, as JSON for a worker."""
+    return json.dumps([prompt.id, prompt.answer, prompt.solution, prompt.rubric])
+
+
+def judge_rubric(answer: str, gold: str) -> list[tuple[float, float, str]]:
+    """(weight, value, rule) of each criterion of a response. `gold`: a row as `gold_text` writes it."""
+    row, reference, solution, rubric = json.loads(gold)
+    return RuleJudge().explain(Prompt(row, [], reference, solution, rubric=rubric), answer)
+
+
+def conclude_rubric(request: WorkerRequest, reply: WorkerReply, settings: RewardSettings) -> Judgement:
+    """The judgement of judged criteria: reply.result is a list of (weight, value, name)."""
+    if not reply.verdict.counts:
+        return Judgement(reply.verdict, reply.detail)
+    criteria = reply.result
+    try:
+        total = score([(weight, value) for weight, value, _ in criteria])
+    except (ValueError, TypeError) as error:
+        return Judgement(Verdict.ERROR, f"judge: {error}")
+    if total >= settings.rubric_threshold:
+        return Judgement(Verdict.RIGHT, score=total)
+    missed = [name for _, value, name in sorted(criteria, key=lambda row: -row[0]) if value < 1 and name]
+    named = ", ".join(dict.fromkeys(missed[:MAX_SHOWN]))
+    among = f" (among them: {named})" if named else ""
+    feedback = f"The response does not meet enough of the criteria{among}."
+    return Judgement(Verdict.WRONG, feedback=feedback, score=total)
+
+
+RUBRIC: Verifier[Prompt] = Verifier(
+    read_answer=str.strip,
+    read_gold=read_gold_rubric,
+    compare=needs_check,
+    no_answer=Judgement(Verdict.WRONG, feedback="No answer was found after the thinking.", score=0.0),
+    check=WorkerCheck(judge_rubric, gold_text=gold_text, conclude=conclude_rubric, accepts_judge=True),
+    can_vote=False,
+)

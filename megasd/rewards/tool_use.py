@@ -1,5 +1,7 @@
-"""Tool calls as answers, as ToolAlpaca's scorer in SDPO's code (2601.20802) compares them, without
-its faults.
+"""Tool calls as answers: the verifier `tool_use`.
+
+Calls are compared as ToolAlpaca's scorer in the code of SDPO (2601.20802) compares them, without the
+faults of that scorer.
 
     Action: getForecast
     Action Input: {"city": "Paris", "days": {"from": 1, "to": 3}}
@@ -8,11 +10,14 @@ Right: the names after `Action:` are the same multiset as the reference's, and s
 of all `Action Input:` blocks together, each counted as a pair (key, value). Which call an argument
 belongs to is not compared, nor is the order of the calls.
 
-What differs from upstream: its pattern ends at the first "}", so arguments with an object inside
-did not parse and were dropped; here they are read by a JSON decoder. Its merged dict keeps one
-value a key, so {"id": 1} beside {"id": 2} equalled {"id": 2}; here both count. An input that is no
-JSON object is wrong instead of ignored. Its feedback printed the expected call; here it says only
-which part is wrong.
+What differs from upstream:
+
+* The upstream pattern ends at the first "}": arguments that hold an object did not parse and were
+  dropped. Here a JSON decoder reads them.
+* The upstream dict keeps one value a key: {"id": 1} and {"id": 2} together equalled {"id": 2}. Here
+  both count.
+* An input that is no JSON object is wrong here; upstream ignores it.
+* Upstream feedback printed the expected call. Here feedback says only which part is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from megasd.types import UserError
+from megasd.rewards.verifier_row import Judgement, RewardSettings, Verifier
+from megasd.types import Prompt, UserError, Verdict
 
 ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 ACTION_INPUT = re.compile(r"^[ \t]*Action Input:", re.MULTILINE)
@@ -34,7 +40,7 @@ NO_CALL = "no `Action:` line was found"
 
 @dataclass(frozen=True)
 class Calls:
-    """What a text calls: names, and (key, value as canonical JSON) of all arguments, each with its count."""
+    """The calls of a text, both parts sorted: the names, and (key, value as JSON) of all arguments."""
 
     names: tuple[str, ...]
     arguments: tuple[tuple[str, str], ...]
@@ -67,18 +73,22 @@ def parse_gold(answer: str, row: str) -> Calls:
     """The calls of a reference answer: text as above, or JSON [{"action": name, "action_input":
     object}]. UserError when it is neither.
     """
-    reason = ""
     try:
         calls = _from_json(json.loads(answer)) if answer.lstrip().startswith("[") else parse_calls(answer)
-        reason = NO_CALL if calls is None else "an `Action Input:` is no JSON object" if calls.broken else ""
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if reason:
-        raise UserError(
-            f'row {row}: "answer" is no tool call ({reason}); write lines "Action: name" and "Action Input:'
-            ' {...}"'
-        )
+        raise _no_calls(row, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if calls is None:
+        raise _no_calls(row, NO_CALL)
+    if calls.broken:
+        raise _no_calls(row, "an `Action Input:` is no JSON object")
     return calls
+
+
+def _no_calls(row: str, reason: str) -> UserError:
+    return UserError(
+        f'row {row}: "answer" is no tool call ({reason}); write lines "Action: name" and "Action Input:'
+        ' {...}"'
+    )
 
 
 def _from_json(calls: list[dict]) -> Calls | None:
@@ -91,12 +101,39 @@ def _from_json(calls: list[dict]) -> Calls | None:
 
 
 def canonical(calls: Calls) -> str:
-    """One text for all ways to write the same calls: the vote of maj@k."""
+    """One text for all ways to write the same calls: the answer, and the vote of maj@k."""
     return json.dumps([calls.names, calls.arguments, calls.broken])
 
 
+def from_canonical(text: str) -> Calls:
+    """The calls that `canonical` wrote."""
+    names, arguments, broken = json.loads(text)
+    return Calls(tuple(names), tuple((key, value) for key, value in arguments), broken)
+
+
+def read_calls(text: str) -> str | None:
+    """The calls of a response as one canonical text; None without an `Action:` line."""
+    calls = parse_calls(text)
+    return None if calls is None else canonical(calls)
+
+
+def read_gold_calls(prompt: Prompt, settings: RewardSettings) -> Calls:
+    """The calls in the row's answer. UserError naming the row."""
+    return parse_gold(prompt.answer.strip(), prompt.id)
+
+
+def judge_calls(answer: str, gold: Calls) -> Judgement:
+    """RIGHT for the same calls, else WRONG with feedback on the part that differs."""
+    wrong = compare_calls(from_canonical(answer), gold)
+    return _wrong(wrong) if wrong else Judgement(Verdict.RIGHT)
+
+
+def _wrong(reason: str) -> Judgement:
+    return Judgement(Verdict.WRONG, feedback=f"The tool call is wrong: {reason}.")
+
+
 def compare_calls(found: Calls | None, gold: Calls) -> str:
-    """ "" when they are the same calls, else what is wrong, without saying what was expected."""
+    """What is wrong with the calls, without saying what was expected; empty for the same calls."""
     if found is None:
         return NO_CALL
     if found.broken:
@@ -115,3 +152,11 @@ def compare_calls(found: Calls | None, gold: Calls) -> str:
     if unexpected:
         return f"the argument {sorted(unexpected)[0][0]!r} is not expected"
     return "an argument is missing"
+
+
+TOOL_USE: Verifier[Calls] = Verifier(
+    read_answer=read_calls,
+    read_gold=read_gold_calls,
+    compare=judge_calls,
+    no_answer=_wrong(NO_CALL),
+)

@@ -1,18 +1,26 @@
-"""One verifier process: `python -m megasd.rewards.worker CHECK TIMEOUT`, driven by
-rewards/worker_pool.py over pipes.
+"""One verifier process: `python -m megasd.rewards.worker CHECK [PREPARE] TIMEOUT`.
 
-    -> {"answer": "\\frac{1}{2}", "gold": "0.5"}                    a line on stdin
-    <- {"verdict": "right", "detail": "", "result": null}          a line on stdout; the first line is {"ready": true}
+rewards/worker_pool.py drives it over pipes. CHECK and PREPARE name functions of modules, such as
+megasd.rewards.math_answers:check_math. PREPARE runs once, before the first line:
 
-Three deadlines, because sympy and regular expressions can hang in pure Python and in C alike: an
-alarm after TIMEOUT seconds raises inside the check (the worker lives on); the parent kills the
-worker half a second later; and a watchdog thread ends an orphan whose parent is gone. RLIMIT_AS
-bounds memory. Imports neither torch nor transformers.
-"""  # noqa: E501
+    <- {"ready": true}                                       the first line on stdout
+    -> {"answer": "\\frac{1}{2}", "gold": "0.5"}             a line on stdin
+    <- {"verdict": "right", "detail": "", "result": null}    a line on stdout
+
+A check has three deadlines, because sympy and regular expressions can hang in pure Python and in C
+alike:
+
+1. An alarm after TIMEOUT seconds raises inside the check, and the worker goes on.
+2. The parent kills the worker half a second later.
+3. A watchdog thread ends an orphan whose parent is gone.
+
+RLIMIT_AS bounds memory. This process imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import os
 import resource
@@ -20,51 +28,22 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 # address space; sympy with its caches takes about 0.5 GB of it
 MAX_MEMORY_BYTES = 4 << 30
-# seconds past the alarm until the parent kills; the watchdog waits twice as long
+# Seconds from the alarm until the parent kills. The watchdog waits twice as long.
 GRACE = 0.5
 
 
 class CheckTimeout(BaseException):
-    """Raised by the alarm; no Exception, so that sympy's and math-verify's own handlers let it pass."""
-
-
-def check_math(answer: str, gold: str) -> bool:
-    """Whether two final answers are the same mathematics, by math-verify: 10\\% is 0.1, \\frac12 is
-    0.5, x=3 is 3.
-
-    Its own timeouts are off: they would turn a hung comparison into a wrong answer.
-    """
-    from math_verify import parse, verify
-
-    def boxed(text: str) -> str:
-        return text if "\\boxed" in text else f"\\boxed{{{text}}}"
-
-    gold_parsed = parse(boxed(gold), parsing_timeout=None, raise_on_error=True)
-    answer_parsed = parse(boxed(answer), parsing_timeout=None, raise_on_error=True)
-    return verify(gold_parsed, answer_parsed, timeout_seconds=None, raise_on_error=True)
-
-
-def judge_rubric(answer: str, gold: str) -> list[tuple[float, float, str]]:
-    """(weight, value, rule) of each criterion of a response; `gold` is JSON of the row's id,
-    answer, solution and rubric.
-    """
-    from megasd.rewards.rubric import RuleJudge
-    from megasd.types import Prompt
-
-    row, reference, solution, rubric = json.loads(gold)
-    return RuleJudge().explain(Prompt(row, [], reference, solution, rubric=rubric), answer)
-
-
-WORKER_CHECKS: dict[str, Callable[[str, str], Any]] = {"math": check_math, "rubric": judge_rubric}
+    """Raised by the alarm. It is no Exception, so handlers in sympy and math-verify let it pass."""
 
 
 def serve_checks(check: Callable[[str, str], Any], timeout: float) -> None:
-    """Answer requests until stdin closes. `timeout`: seconds a check may take. A check that returns
-    no bool has its result passed on.
+    """Answer requests until stdin closes. `timeout`: seconds a check may take.
+
+    True and False of a check become verdicts. Any other result is passed on.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     # whatever a library prints must not reach the protocol
@@ -105,24 +84,26 @@ def _raise_timeout(signum: int, frame: FrameType | None) -> None:
     raise CheckTimeout
 
 
-def _reply(stream, message: dict) -> None:
+def _reply(stream: TextIO, message: dict[str, Any]) -> None:
     stream.write(json.dumps(message) + "\n")
     stream.flush()
 
 
 def main(argv: list[str], check: Callable[[str, str], Any] | None = None) -> None:
-    """Serve WORKER_CHECKS[argv[-2]], or `check`, with the timeout argv[-1]."""
+    """Serve `check`, or the function that argv names; argv is CHECK [PREPARE] TIMEOUT, or TIMEOUT."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    check = check or WORKER_CHECKS[argv[-2]]
-    if check is check_math:
-        import logging
+    *names, timeout = argv
+    if check is None:
+        check, *prepare = map(_find_function, names)
+        for function in prepare:
+            function()
+    serve_checks(check, float(timeout))
 
-        # it warns that its own timeouts are off
-        logging.getLogger("math_verify").setLevel(logging.ERROR)
-        # the first use of sympy takes half a second: before "ready", outside every deadline
-        check_math("\\frac{1}{2}", "0.5")
-    serve_checks(check, float(argv[-1]))
+
+def _find_function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 if __name__ == "__main__":

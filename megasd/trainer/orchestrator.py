@@ -26,7 +26,8 @@ from megasd.data.prompts import DataError, PromptIterator, load_prompts
 from megasd.data.rollout_log import load_groups, rollout_path, save_groups
 from megasd.engine.sampler import Sampler
 from megasd.evaluation.estimators import summarise
-from megasd.rewards.reward_pool import RewardPool, extract_answer
+from megasd.rewards.reward_pool import RewardPool
+from megasd.rewards.verifiers import extract_answer
 from megasd.types import Group, Prompt, UserError
 from megasd.weights.hf_files import read_hf_config
 from megasd.weights.load import check_hf

@@ -32,7 +32,7 @@ from megasd.config.schema import AlgorithmConfig, Config, engine_dtype
 from megasd.config.validate import needs_engine
 from megasd.engine.sampler import Sampler
 from megasd.preemption import PREEMPTED_MARKER, Preempted, PreemptionSignal
-from megasd.rewards.reward_pool import extract_answer
+from megasd.rewards.verifiers import extract_answer
 from megasd.trainer.metrics import MetricSink
 from megasd.trainer.orchestrator import Orchestrator, model_length
 from megasd.trainer.prefetch import Prefetcher, staleness

@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # Lowest first; a package imports from lower floors and from itself alone.
 FLOORS = (
     ("types", "preemption"),
+    ("rewards",),
     ("config", "ops"),
-    ("models", "algo", "rewards"),
+    ("models", "algo"),
     ("weights", "data"),
     ("batch", "engine"),
     ("loss", "weight_sync", "evaluation", "cluster"),

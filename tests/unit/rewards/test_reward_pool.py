@@ -25,13 +25,9 @@ import pytest
 from megasd.config.schema import RewardConfig
 from megasd.rewards import sandbox
 from megasd.rewards.code import last_code_block
-from megasd.rewards.reward_pool import (
-    MAX_ANSWER_CHARACTERS,
-    VERIFIERS,
-    RewardPool,
-    extract_answer,
-    last_boxed,
-)
+from megasd.rewards.math_answers import MAX_ANSWER_CHARACTERS, last_boxed
+from megasd.rewards.reward_pool import RewardPool
+from megasd.rewards.verifiers import VERIFIERS, extract_answer
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 from tests.clock import Clock
 
@@ -168,7 +164,7 @@ def test_plain_verifiers_need_no_worker():
         )
         with RewardPool(RewardConfig(verifier=verifier)) as pool:
             counts = pool.score([group])
-            assert pool.workers.workers == []
+            assert pool.runner.num_workers == 0
         assert verdicts(group) == expected
         assert counts == {
             "right": expected.count(R),
@@ -259,7 +255,7 @@ def test_misbehaving_checks_leave_the_other_rows_alone(misbehaving, caplog):
 
         # the pool survives, with all of its workers
         again = make_group(["yes", "no"] * 20)
-        assert pool.score([again])["right"] == 20 and len(pool.workers.workers) == 2
+        assert pool.score([again])["right"] == 20 and pool.runner.num_workers == 2
 
 
 def test_a_worker_killed_from_outside_is_replaced(misbehaving):
@@ -269,7 +265,7 @@ def test_a_worker_killed_from_outside_is_replaced(misbehaving):
     ) as pool:
         pool.score([make_group(["yes"])])
         # idle
-        os.kill(pool.workers.workers[0].process.pid, signal.SIGKILL)
+        os.kill(pool.runner.workers.workers[0].process.pid, signal.SIGKILL)
         group = make_group(["slow", "yes"])
         assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]
 
@@ -280,20 +276,20 @@ def test_a_worker_killed_from_outside_is_replaced(misbehaving):
             os.kill(pid, signal.SIGKILL)
 
         began.unlink()
-        threading.Thread(target=kill, args=(pool.workers.workers[0].process.pid,), daemon=True).start()
+        threading.Thread(target=kill, args=(pool.runner.workers.workers[0].process.pid,), daemon=True).start()
         group = make_group(["wait to be killed", "yes"])
         # asked again once
         assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]
 
 
-def test_equal_questions_are_asked_once(misbehaving):
+def test_equal_checks_run_once(misbehaving):
     with RewardPool(
         RewardConfig(verifier="math", workers=1, timeout=0.3), worker_command=misbehaving
     ) as pool:
-        run, asked = pool.workers.run, []
-        pool.workers.run = lambda jobs: (asked.extend(jobs), run(jobs))
+        run, requested = pool.runner.workers.run, []
+        pool.runner.workers.run = lambda requests: (requested.extend(requests), run(requests))[1]
         group = make_group(["hang in Python"] * 30)
-        assert pool.score([group])["timeout"] == 30 and len(asked) == 1
+        assert pool.score([group])["timeout"] == 30 and len(requested) == 1
         assert group.pass_rate is None
 
 
@@ -315,7 +311,7 @@ def test_workers_that_cannot_start_are_one_error(tmp_path):
     with RewardPool(RewardConfig(verifier="math"), worker_command=command) as pool:
         with pytest.raises(UserError, match="do not start: exit status 1; no module named what") as caught:
             pool.score([make_group(["1"])])
-        assert "\n" not in str(caught.value) and pool.workers.workers == []
+        assert "\n" not in str(caught.value) and pool.runner.num_workers == 0
 
 
 def test_an_orphan_in_a_hung_check_ends(misbehaving, tmp_path):
@@ -327,7 +323,7 @@ from megasd.types import Group, Prompt, Sample
 pool = RewardPool(RewardConfig(verifier="math", workers=1, timeout=3.0), worker_command={misbehaving!r})
 score = lambda text: pool.score([Group(Prompt("p", [], "g"), [Sample("p", 0, [], [], [], text, "stop", 0)])])
 score("\\\\boxed{{yes}}")
-print(pool.workers.workers[0].process.pid, flush=True)
+print(pool.runner.workers.workers[0].process.pid, flush=True)
 began = {misbehaving[-1] + ".began"!r}
 os.unlink(began)
 def leave():
@@ -352,8 +348,9 @@ def is_zombie(pid: int) -> bool:
 
 def test_workers_import_neither_torch_nor_transformers():
     program = (
-        "import sys; from megasd.rewards import reward_pool, worker; assert 'sympy' not in sys.modules;"
-        "worker.check_math('1', '2'); assert not {'torch', 'transformers'} & set(sys.modules)"
+        "import sys; from megasd.rewards import math_answers, reward_pool, worker;"
+        "assert 'sympy' not in sys.modules;"
+        "math_answers.check_math('1', '2'); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=400)
 
@@ -401,7 +398,7 @@ def bomb_pool():
 def test_a_math_bomb_costs_its_limit_and_is_neither_right_nor_wrong(bomb_pool, name):
     group = make_group([MATH_BOMBS[name]], "0.5")
     # the last bomb had to be killed; starting is no part of a check's time
-    if not bomb_pool.workers.workers[0].ready:
+    if not bomb_pool.runner.workers.workers[0].ready:
         bomb_pool.score([make_group(["2/4"], "0.5")])
     clock = Clock()
     bomb_pool.score([group])

@@ -13,8 +13,9 @@ import json
 import pytest
 
 from megasd.config.schema import RewardConfig
-from megasd.rewards.reward_pool import RewardPool, extract_answer
+from megasd.rewards.reward_pool import RewardPool
 from megasd.rewards.tool_use import canonical, compare_calls, parse_calls, parse_gold
+from megasd.rewards.verifiers import extract_answer
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 GOLD = """Action: search
@@ -115,7 +116,7 @@ def test_feedback_names_the_part_and_never_what_was_expected(text, said):
     sample = Sample("p", 0, [], [], [], text, "stop", 0)
     with RewardPool(RewardConfig(verifier="tool_use")) as pool:
         pool.score([Group(Prompt("p", [], GOLD), [sample])])
-        assert pool.workers.workers == []
+        assert pool.runner.num_workers == 0
     assert sample.verdict is (Verdict.WRONG if said else Verdict.RIGHT)
     assert said in sample.feedback and (bool(said) == bool(sample.feedback))
     assert not any(secret in sample.feedback for secret in ("jazz", "7", "search", "play", "1990", "loud"))
