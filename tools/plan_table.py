@@ -15,9 +15,9 @@ import sys
 from dataclasses import replace
 
 from megasd.algo.recipes import RECIPES
-from megasd.cluster.planner.hardware import GPU_KINDS
-from megasd.cluster.planner.layouts import LayoutPlan, enough_nodes, search
-from megasd.cluster.planner.memory import GIB
+from megasd.cluster.planner.fixes import enough_nodes
+from megasd.cluster.planner.hardware import GIB, GPU_KINDS
+from megasd.cluster.planner.layouts import LayoutPlan, search
 from megasd.commands.plan import MODELS, read_planned_run
 from megasd.config.load import load_config
 

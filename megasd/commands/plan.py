@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megasd.algo.recipes import RECIPES
-from megasd.cluster.planner.hardware import gpu_kind
+from megasd.cluster.planner.fixes import differences, refusal
+from megasd.cluster.planner.hardware import GIB, gpu_kind
 from megasd.cluster.planner.job import MEAN_PROMPT, MEAN_RESPONSE, PlannedRun, headline
-from megasd.cluster.planner.layouts import LayoutPlan, differences, plan_layout, refusal, search
-from megasd.cluster.planner.memory import GIB
+from megasd.cluster.planner.layouts import LayoutPlan, plan_layout, search
 from megasd.cluster.planner.shapes import Model
 from megasd.config.load import load_config
 from megasd.config.schema import Config

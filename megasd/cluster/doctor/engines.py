@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megasd.cluster.doctor.gpus import smi_says
 from megasd.cluster.doctor.host import SKEW_SECONDS
+from megasd.cluster.doctor.nvidia_smi import smi_says
 from megasd.cluster.doctor.report import CheckResult, Machine, command, fail, ok, one_line, warn
 from megasd.config.schema import Config
 from megasd.config.validate import needs_engine

@@ -38,6 +38,7 @@ class GpuKind:
 
 
 _MIB = 2**20
+GIB = 2**30
 GPU_KINDS = {
     gpu.name: gpu
     for gpu in (

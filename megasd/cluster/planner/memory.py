@@ -33,18 +33,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megasd.cluster.planner import activations
+from megasd.cluster.planner.engine_memory import cache_holds_a_sample, engine
+from megasd.cluster.planner.hardware import GIB
 from megasd.cluster.planner.job import SHADOWED, PlannedRun
 
-GIB = 2**30
 # Per communicator: NCCL_BUFFSIZE's default of 4 MiB (NCCL user guide, environment variables), two
 # directions, 24 channels. An estimate.
 NCCL_BYTES = 2 * 24 * 4 * 2**20
 # a process's CUDA context, cuBLAS and cuDNN workspaces, loaded kernels. An assumption
 CONTEXT = 1.5 * GIB
-# SGLang beside weights and cache: context, CUDA graphs, activations of a prefill chunk, logits. An
-# assumption, below the 10 GiB that SGLang 0.5.23 itself sets aside on GPUs of more than 60 GiB
-# (srt/arg_groups/memory_hook.py).
-ENGINE_OVERHEAD = 5 * GIB
 # what a released engine keeps: context and CUDA graphs. An assumption
 ENGINE_RESIDUE = 2 * GIB
 # of what the actor allocates: blocks of torch's allocator that fit nothing. An assumption
@@ -347,58 +344,6 @@ def local_readout(job: PlannedRun, chunk: int, columns: int) -> float:
         walking,
         4.0 * wide * (chunk + job.model.hidden) + 4 * chunk * job.model.hidden,
     )
-
-
-# ---- engines ----
-
-
-def engine(job: PlannedRun) -> dict[str, float]:
-    """One of an engine's GPUs."""
-    return {
-        "engine weights": engine_weights(job),
-        "KV cache": kv_bytes(job),
-        "engine overhead": float(ENGINE_OVERHEAD),
-    }
-
-
-def engine_weights(job: PlannedRun) -> float:
-    """Cut over the engine's ranks, norms aside. An engine of its own model (fp8) holds a byte a
-    weight, but two in embedding and head.
-    """
-    engine, model = job.config.rollout.engine, job.model
-    if engine.model_path:
-        nbytes = model.weights + model.vocabulary_weights
-    else:
-        nbytes = {"auto": job.word, "float32": 4, "bfloat16": 2}[engine.dtype] * model.weights
-    return nbytes / engine.tensor_parallel_size
-
-
-def kv_token_bytes(job: PlannedRun) -> float:
-    """Bytes that a token takes in the cache of one GPU of an engine; fewer key heads than ranks are
-    held several times.
-    """
-    engine, model = job.config.rollout.engine, job.model
-    word = {"auto": job.word, "float32": 4, "bfloat16": 2}[engine.dtype]
-    return 2.0 * model.layers * max(1.0, model.groups / engine.tensor_parallel_size) * model.head_dim * word
-
-
-def kv_tokens(job: PlannedRun) -> int:
-    """Tokens that an engine's cache holds: rollout.engine.max_total_tokens, or what
-    mem_fraction_static leaves.
-    """
-    engine = job.config.rollout.engine
-    if engine.mem_fraction_static is None:
-        return engine.max_total_tokens
-    room = engine.mem_fraction_static * job.gpu.memory - engine_weights(job)
-    return min(engine.max_total_tokens, max(0, int(room / kv_token_bytes(job))))
-
-
-def kv_bytes(job: PlannedRun) -> float:
-    return kv_tokens(job) * kv_token_bytes(job)
-
-
-def cache_holds_a_sample(job: PlannedRun) -> bool:
-    return kv_tokens(job) >= job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens
 
 
 def engine_fits(job: PlannedRun) -> bool:

@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megasd.cluster.planner import push
+from megasd.cluster.planner.engine_memory import engine_weights, kv_token_bytes, kv_tokens
 from megasd.cluster.planner.job import PlannedRun
-from megasd.cluster.planner.memory import engine_weights, kv_token_bytes, kv_tokens
 from megasd.config.schema import samples_per_step
 from megasd.models.flops import layers_flops, linear_weights, output_flops, recompute_flops, scores_flops
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.cluster.doctor import engines, gpus, host, packages, storage
+from megasd.cluster.doctor import engines, gpus, host, nvidia_smi, packages, storage
 from megasd.cluster.doctor.report import CheckResult, Machine, redact, run_checks
 from megasd.commands import doctor
 from megasd.config.load import load_config
@@ -130,7 +130,7 @@ def test_on_this_machine_with_planted_faults(tmp_path: Path):
     assert {"config", "apex", "package leptonai", "package antlr4-python3-runtime", "engine port"} <= failed
     assert "4.9.3 and 4.13.2" in found["package antlr4-python3-runtime"]["detail"]
     assert "Pyramid" in found["apex"]["detail"] and "github.com/NVIDIA/apex" in found["apex"]["fix"]
-    if not gpus.smi_says()[0]:
+    if not nvidia_smi.smi_says()[0]:
         assert {"gpu", "fp8"} <= failed and "actor.fp8" in found["gpu"]["detail"]
     assert not any("check itself failed" in finding["detail"] for finding in parsed["checks"])
     assert in_time
@@ -141,7 +141,7 @@ def test_without_a_config_a_machine_without_a_gpu_passes():
         {"gpu": gpus.check_gpus, "links": gpus.check_links, "fp8": gpus.check_fp8, "nccl": gpus.check_nccl},
         Machine(),
     )
-    if gpus.smi_says()[0]:
+    if nvidia_smi.smi_says()[0]:
         pytest.skip("this machine has a GPU")
     assert [(finding.name, finding.status) for finding in findings] == [
         ("gpu", "warn"), ("links", "ok"), ("fabric", "ok"), ("fp8", "ok"), ("nccl", "ok"),
@@ -272,14 +272,14 @@ def test_a_pythonpath_that_hides_packages(tmp_path: Path):
 
 
 def test_what_nvidia_smi_says():
-    cards = tuple(gpus.parse_gpus(H200))
-    assert len(cards) == 8 and cards[7] == gpus.InstalledGpu(
+    cards = tuple(nvidia_smi.parse_gpus(H200))
+    assert len(cards) == 8 and cards[7] == nvidia_smi.InstalledGpu(
         7, "NVIDIA H200", 143771 << 20, 0, "570.211.01", (9, 0)
     )
     # memory shared with the host
-    assert gpus.parse_gpus("0, NVIDIA GB10, [N/A], [N/A], 580.95, 12.1\n")[0].total == 0
+    assert nvidia_smi.parse_gpus("0, NVIDIA GB10, [N/A], [N/A], 580.95, 12.1\n")[0].total == 0
     with pytest.raises(ValueError, match="nvidia-smi said"):
-        gpus.parse_gpus("Failed to initialize NVML: Driver/library version mismatch")
+        nvidia_smi.parse_gpus("Failed to initialize NVML: Driver/library version mismatch")
     assert gpus.judge_gpus(cards, "", None).status == "ok"
     assert "8 x NVIDIA H200, 140.4 GiB each, driver 570.211.01" in gpus.judge_gpus(cards, "", None).detail
     busy = (replace(cards[0], used=100 << 30), *cards[1:])
@@ -293,19 +293,19 @@ def test_what_nvidia_smi_says():
 
 
 def test_health():
-    wrong = gpus.parse_health(
+    wrong = nvidia_smi.parse_health(
         "0, 0, Not Active, Not Active\n1, 3, Active, Active\n2, [N/A], Not Active, Not Active\n"
     )
     assert (
         len(wrong) == 3 and gpus.judge_health(wrong).status == "fail" and gpus.judge_health([]).status == "ok"
     )
-    assert gpus.judge_health(gpus.parse_health("0, 0, Active, Not Active")).status == "warn"
+    assert gpus.judge_health(nvidia_smi.parse_health("0, 0, Active, Not Active")).status == "warn"
 
 
 def test_links():
-    assert gpus.parse_topology(NVSWITCH) == Counter({"NV18": 28})
-    assert gpus.judge_links(8, gpus.parse_topology(NVSWITCH)).status == "ok"
-    mixed = gpus.judge_links(4, gpus.parse_topology(MIXED))
+    assert nvidia_smi.parse_topology(NVSWITCH) == Counter({"NV18": 28})
+    assert gpus.judge_links(8, nvidia_smi.parse_topology(NVSWITCH)).status == "ok"
+    mixed = gpus.judge_links(4, nvidia_smi.parse_topology(MIXED))
     assert mixed.status == "warn" and "4 of 6 pairs" in mixed.detail and "SYS 4, NV4 2" in mixed.detail
     assert gpus.judge_links(1, Counter()).status == "ok" and gpus.judge_links(2, Counter()).status == "warn"
 
@@ -325,8 +325,8 @@ def test_fabric(tmp_path: Path):
 
 
 def test_fp8_torch_and_nccl():
-    cards = tuple(gpus.parse_gpus(H200))
-    old = tuple(gpus.parse_gpus("0, NVIDIA A100-SXM4-80GB, 81920, 0, 570.1, 8.0"))
+    cards = tuple(nvidia_smi.parse_gpus(H200))
+    old = tuple(nvidia_smi.parse_gpus("0, NVIDIA A100-SXM4-80GB, 81920, 0, 570.1, 8.0"))
     assert gpus.judge_fp8(cards, "2.11.0", "", True).status == "ok"
     assert (
         gpus.judge_fp8(old, "2.11.0", "", False).status == "warn"
@@ -577,7 +577,7 @@ def test_proxies_are_named_and_not_shown():
 def test_fp8_by_blocks_needs_hopper_and_cuda_12_9() -> None:
     """TransformerEngine's own condition for its recipe Float8BlockScaling."""
     hopper, ada = (
-        gpus.InstalledGpu(0, "GPU", 80 << 30, 0, "570.1", capability) for capability in ((9, 0), (8, 9))
+        nvidia_smi.InstalledGpu(0, "GPU", 80 << 30, 0, "570.1", capability) for capability in ((9, 0), (8, 9))
     )
     for card, recipe, cuda, status in (
         (hopper, "blockwise", "12.9", "ok"),

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from megasd.algo.recipes import RECIPES
 from megasd.cli import main
-from megasd.cluster.planner import memory, push
+from megasd.cluster.planner import engine_memory, memory, push
+from megasd.cluster.planner.fixes import first_fix, refusal
 from megasd.cluster.planner.hardware import GPU_KINDS, gpu_kind
 from megasd.cluster.planner.job import PlannedRun
-from megasd.cluster.planner.layouts import first_fix, plan_layout, refusal, search
+from megasd.cluster.planner.layouts import plan_layout, search
 from megasd.cluster.planner.shapes import Model
 from megasd.cluster.planner.time import step_time
 from megasd.commands.plan import MODELS, read_model, read_planned_run
@@ -89,10 +90,10 @@ def test_a_token_of_the_cache() -> None:
     """2 x layers x key heads x head size x 2 bytes: Qwen3-8B 144 KiB, Llama 3 70B 320 KiB, an
     eighth of it under TP 8, as under TP 16.
     """
-    assert memory.kv_token_bytes(job("Qwen3-8B")) == 144 * 1024
+    assert engine_memory.kv_token_bytes(job("Qwen3-8B")) == 144 * 1024
     for tp, kib in ((1, 320), (8, 40), (16, 40)):
         assert (
-            memory.kv_token_bytes(job("Llama-3.1-70B", f"rollout.engine.tensor_parallel_size={tp}"))
+            engine_memory.kv_token_bytes(job("Llama-3.1-70B", f"rollout.engine.tensor_parallel_size={tp}"))
             == kib * 1024
         )
 

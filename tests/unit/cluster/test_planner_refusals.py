@@ -14,16 +14,9 @@ import pytest
 
 from megasd.batch import balance
 from megasd.cli import main
-from megasd.cluster.planner import memory, push
-from megasd.cluster.planner.layouts import (
-    differences,
-    first_fix,
-    fixes,
-    illegal,
-    plan_layout,
-    refusal,
-    search,
-)
+from megasd.cluster.planner import engine_memory, memory, push
+from megasd.cluster.planner.fixes import differences, first_fix, fixes, refusal
+from megasd.cluster.planner.layouts import illegal, plan_layout, search
 from megasd.cluster.planner.time import student
 from megasd.config.validate import check_model_values, validate_values
 from tests.unit.cluster.test_planner import FITTING, FULL, SHORT, job, write_config
@@ -217,7 +210,7 @@ def test_what_is_kept_of_all_minibatches() -> None:
 
 def test_an_fp8_engine_keeps_its_vocabulary_in_bf16() -> None:
     one = job("Qwen3-8B", "rollout.engine.model_path=models/Qwen3-8B-FP8")
-    assert memory.engine_weights(one) == one.model.weights + 2 * 151936 * 4096
+    assert engine_memory.engine_weights(one) == one.model.weights + 2 * 151936 * 4096
 
 
 # ---- time ----
