@@ -31,7 +31,7 @@ import torch
 from bench_kernel import ROOT, commit, machine
 
 from megasd.config.schema import EngineConfig, RolloutConfig
-from megasd.engine.sampler import Sampler
+from megasd.engine.sampler import make_sampler
 from megasd.models import registry
 from megasd.weights.hf_files import write_weights
 
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         print(heading(), flush=True)
         for size in arguments.engine_tp:
             engine = EngineConfig(tensor_parallel_size=size, max_total_tokens=4096)
-            with Sampler(
+            with make_sampler(
                 RolloutConfig(engine=engine),
                 model_path=str(model),
                 device="cpu",
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
                     "model": str(model),
                     "run_dir": str(directory / "run"),
                     "memory": memory,
-                    "urls": [rollout.engines[0].url],
+                    "urls": [rollout.pool.engines[0].url],
                     "engine_tp": size,
                     "vocab_size": arguments.vocab,
                     "transports": arguments.transports,

@@ -36,7 +36,7 @@ from megasd.config.schema import (
     SyncConfig,
 )
 from megasd.engine.client import EngineError, Unreachable
-from megasd.engine.sampler import Sampler
+from megasd.engine.sampler import Sampler, make_sampler
 from megasd.weight_sync.engine_checksums import EngineWeights
 from megasd.weight_sync.sync import SyncError, WeightSync
 
@@ -83,7 +83,7 @@ class Requests:
 
     def __init__(self, rollout: Sampler) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        for engine in rollout.engines:
+        for engine in rollout.pool.engines:
             engine.request = self._timed(engine.request)
 
     def _timed(self, real: Any) -> Any:
@@ -115,7 +115,7 @@ def check(actor: Actor, rollout: Sampler | None, hf: dict[str, Any]) -> str | No
     followed = (
         {}
         if rollout is None
-        else {size: EngineWeights(hf, size) for size in {engine.tp_size for engine in rollout.engines}}
+        else {size: EngineWeights(hf, size) for size in {engine.tp_size for engine in rollout.pool.engines}}
     )
     for bucket, flat in actor.gather().replay():
         for weights in followed.values():
@@ -123,7 +123,7 @@ def check(actor: Actor, rollout: Sampler | None, hf: dict[str, Any]) -> str | No
                 weights.feed(name, tensor)
     if rollout is None:
         return None
-    for url, ranks in rollout.checksums().items():
+    for url, ranks in rollout.weights.checksums().items():
         for found, wanted in zip(ranks, followed[len(ranks)].checksums, strict=True):
             for name, checksum in wanted.items():
                 if found.get(name) != checksum:
@@ -237,7 +237,7 @@ def main(path: Path) -> None:
     config.algorithm = AlgorithmConfig(source="dataset", nll=NLLTerm())
     rollout = floor = None
     if first:
-        rollout = Sampler(
+        rollout = make_sampler(
             RolloutConfig(engine=EngineConfig(urls=job["urls"])),
             model_path=job["model"],
             device="cpu",
@@ -247,7 +247,7 @@ def main(path: Path) -> None:
             stop_token_ids=[],
             vocab_size=job["vocab_size"],
         )
-        rollout.start()
+        rollout.pool.start()
         floor = Floor(Path(job["model"]), Path(job["memory"]), Path(job["run_dir"]))
     actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
     version = 1
@@ -260,7 +260,7 @@ def main(path: Path) -> None:
                 print(json.dumps(row), flush=True)
     if first:
         Path(job["out"]).write_text(json.dumps(rows))
-        rollout.close()
+        rollout.pool.close()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -31,7 +31,8 @@ from megasd.config.schema import EngineConfig, RewardConfig, RolloutConfig
 from megasd.data.chat import Chat
 from megasd.data.prompts import load_prompts
 from megasd.data.rollout_log import load_groups, save_groups
-from megasd.evaluation.engine_for import EvalSampler
+from megasd.engine.sampler import Params, Sampler, make_sampler, same_params
+from megasd.evaluation.engine_for import ServedWeights
 from megasd.evaluation.estimators import COVERAGE, NUM_RESAMPLES, default_ks, metrics_with_intervals
 from megasd.evaluation.presets import PRESETS
 from megasd.rewards.reward_pool import RewardPool
@@ -253,7 +254,7 @@ def _fit(decoding: dict[str, Any], model: Path, prompts: list[Prompt], prompt_id
 
 def open_eval_engine(
     args: argparse.Namespace, model: Path, chat: Chat, decoding: dict[str, Any], out: Path
-) -> EvalSampler:
+) -> Sampler:
     """The given URL as it stands, or a server started on `model`, in the dtype of its config.json
     (fp32 for fp32, else bfloat16).
     """
@@ -275,7 +276,7 @@ def open_eval_engine(
         extra_args=["--enable-deterministic-inference"] if args.deterministic and not url else [],
     )
     config = RolloutConfig(top_k=decoding["top_k"], max_concurrency=args.max_concurrency, engine=engine)
-    return (SeededSampler if args.deterministic else EvalSampler)(
+    return make_sampler(
         config,
         model_path=str(model),
         device=device,
@@ -284,28 +285,29 @@ def open_eval_engine(
         seed=args.seed,
         stop_token_ids=chat.eos_token_ids,
         vocab_size=chat.vocab_size,
+        make_target=ServedWeights,
+        params_of=SampleSeeds(args.seed % 2**31) if args.deterministic else same_params,
     )
 
 
-class SeededSampler(EvalSampler):
-    """Gives every request its own sampling_seed: of the run's seed, the prompt, and how often that
-    prompt was asked before.
+class SampleSeeds:
+    """Gives every sample a sampling_seed of its own: of the run's seed, the prompt, and how often that
+    prompt was sampled before.
     """
 
-    def _body(
-        self, batch_ids: list[list[int]], sampling_params: dict[str, Any], **fields: Any
-    ) -> dict[str, Any]:
-        if not hasattr(self, "_asked"):
-            self._asked: Counter[str] = Counter()
-            self._seed = self.engines[0].seed
-        params = []
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._times: Counter[str] = Counter()
+
+    def __call__(self, batch_ids: list[list[int]], params: Params) -> list[Params]:
+        """One dict of SGLang's sampling_params a prompt of the batch."""
+        found = []
         for ids in batch_ids:
             name = json.dumps(ids)
-            digest = hashlib.sha256(f"{self._seed}/{self._asked[name]}/{name}".encode()).digest()
-            params.append(sampling_params | {"sampling_seed": int.from_bytes(digest[:4], "big") >> 1})
-            self._asked[name] += 1
-        # SGLang takes one dict a request, too
-        return super()._body(batch_ids, params, **fields)
+            digest = hashlib.sha256(f"{self.seed}/{self._times[name]}/{name}".encode()).digest()
+            found.append(params | {"sampling_seed": int.from_bytes(digest[:4], "big") >> 1})
+            self._times[name] += 1
+        return found
 
 
 def _print_plan(

@@ -75,7 +75,7 @@ class EngineClient(EngineProcess):
         # answers, as far as is known
         self.alive = False
         # weight version that it holds whole; None = it must not be asked for samples
-        self.held: int | None = None
+        self.applied_version: int | None = None
         # was found to hold something else than was sent
         self.distrusted = False
         # tags of memory that it has given back
@@ -106,7 +106,7 @@ class EngineClient(EngineProcess):
     @property
     def up(self) -> bool:
         """May be asked for samples."""
-        return self.alive and self.held is not None
+        return self.alive and self.applied_version is not None
 
     def launch(self) -> None:
         """As Server's; the new process knows nothing of the old one's weights or pauses."""
@@ -192,7 +192,7 @@ class EngineClient(EngineProcess):
             task.cancel()
 
     async def _generating(self) -> bool:
-        """Whether the scheduler's load (requests and tokens held) has moved since this was last
+        """Whether the scheduler's load (requests and tokens in use) has moved since this was last
         asked; the first answer counts as moved.
         """
         try:
@@ -242,7 +242,7 @@ class EngineClient(EngineProcess):
             except Unreachable:
                 await asyncio.sleep(0.2)
         await self._read_limits()
-        self.alive, self.held = True, 0
+        self.alive, self.applied_version = True, 0
 
     async def _check_url(self) -> None:
         try:
@@ -309,7 +309,7 @@ class EngineClient(EngineProcess):
         """Load a safetensors directory and stamp it. EngineError if the engine refuses or then
         names another version.
         """
-        self.held = None
+        self.applied_version = None
         await self._resume("weights")
         body = {
             "model_path": os.path.abspath(directory),
@@ -331,7 +331,7 @@ class EngineClient(EngineProcess):
         served = await self.weight_version()
         if served != str(version):
             raise EngineError(f"{self.url} serves weight version {served} after a push of version {version}")
-        self.held, self.distrusted = version, False
+        self.applied_version, self.distrusted = version, False
 
     # ---- a live update: pause, update session, stamp ---------------------------------------------
 
@@ -361,7 +361,7 @@ class EngineClient(EngineProcess):
             raise EngineError(
                 f"{self.url}: another push is under way ({error}); one trainer at a time"
             ) from error
-        self.updating, self.held = True, None
+        self.updating, self.applied_version = True, None
         await self.stamp(f"{PARTIAL}{version}")
 
     async def update_weights(self, path: str, body: dict[str, Any]) -> None:
@@ -402,13 +402,13 @@ class EngineClient(EngineProcess):
         """Whether it holds this version, by what is known here and by its own word: a server may
         have been restarted behind its URL.
         """
-        return self.held == version and await self.weight_version() == str(version)
+        return self.applied_version == version and await self.weight_version() == str(version)
 
     async def release(self) -> None:
         """Give back the memory of weights and KV cache; no requests may run. On a CPU the server
         says yes and frees nothing.
         """
-        self.held = None
+        self.applied_version = None
         tags = [tag for tag in ("kv_cache", "weights") if tag not in self.released]
         if tags:
             await self.request("POST", "/release_memory_occupation", {"tags": tags}, timeout=LOAD_TIMEOUT)

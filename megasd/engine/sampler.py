@@ -1,19 +1,15 @@
-"""P prompts x G samples from SGLang engines, each sample exactly once, of the weights held when it
-was asked, or newer ones.
+"""P prompts x G samples from SGLang engines, each sample exactly once, of the weights that the
+engines hold when the call begins, or of newer ones.
 
-    with Rollout(config.rollout, model_path=..., device="cpu", dtype="float32", ...) as rollout:
-        groups = rollout.generate(prompts, prompt_ids, chat.decode, step=0, num_samples=8, temperature=1.0, ...)
-        rollout.push("runs/q/weights/1", version=1)
-
-Synchronous outside (rank 0 calls it), asyncio inside: one event loop in one thread for the whole
-run, so connections and the engine's life do not depend on a call. Between calls nothing is in
-flight, and the engine sleeps while the trainer trains.
+    with make_sampler(config.rollout, model_path=..., device="cpu", dtype="float32", ...) as sampler:
+        groups = sampler.generate(prompts, prompt_ids, chat.decode, num_samples=8, ...)
+        sampler.weights.push("runs/q/weights/1", version=1)
 
 A sample's log-probs are log softmax(logits / temperature) of the sampled tokens, in nats, before
 top-k and top-p (measured against transformers; with temperature 0 they are those of temperature 1).
 SGLang ignores a per-request sampling_seed on CPU, so samples are reproducible only as far as the
 engine's --random-seed and the order of arrival are.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -23,23 +19,38 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megasd.config.schema import RolloutConfig
+from megasd.engine.answers import response_of, scores_of, top_of, versions_of
 from megasd.engine.client import EngineError, Refused, Unreachable
+from megasd.engine.event_loop import cancel_on_error
+from megasd.engine.pool import EnginePool
 from megasd.engine.pool_weights import PoolWeights
+from megasd.engine.push_requests import PushRequests
+from megasd.engine.target_weights import FOREIGN, TargetWeights
 from megasd.types import Group, Prompt, Sample, UserError
-
-T = TypeVar("T")
 
 # Samples of one HTTP request. Short answers go many to a request (measured on 2 cores, 256 samples
 # x 6 tokens: 0.56 s in requests of 128, 1.1 s one by one); long ones one to a request, so that a
 # lost request loses little.
 BATCH_TOKENS = 4096
 MAX_BATCH = 128
+# requests for top log-probs in flight: an answer holds top_k numbers a token
+TOP_LOGPROBS_IN_FLIGHT = 4
+
+Params = dict[str, Any]
+# The sampling_params of a batch of prompts: one dict for all of them, or one a prompt. It gets the
+# prompts' token ids and the dict for all.
+ParamsOf = Callable[[list[list[int]], Params], Params | list[Params]]
+
+
+def same_params(batch_ids: list[list[int]], params: Params) -> Params:
+    """Every prompt of a batch is sampled with the same parameters."""
+    return params
 
 
 @dataclass(frozen=True)
@@ -52,94 +63,52 @@ class SampleRequest:
     index: int
 
 
-class Sampler(PoolWeights):
-    """The engines of a run behind a synchronous facade; see the module docstring. Used by one
-    thread of rank 0.
+@dataclass(frozen=True)
+class _Call:
+    """What all requests of one `generate` share."""
+
+    params: Params
+    # the target version when the call began
+    oldest: int
+    # one a request that may be in flight
+    slots: asyncio.Semaphore
+
+
+class Sampler:
+    """Requests to the engines of `pool`, which hold the weights of `weights`. Used by one thread at a time.
+
+    stats: counters of the last `generate`. params_of: gives prompts sampling parameters of their own.
     """
 
     def __init__(
         self,
-        config: RolloutConfig,
+        pool: EnginePool,
+        weights: PoolWeights,
         *,
-        model_path: str,
-        device: str,
-        dtype: str,
-        run_dir: Path,
-        seed: int,
         stop_token_ids: list[int],
         vocab_size: int,
-    ):
-        super().__init__(
-            config, model_path=model_path, device=device, dtype=dtype, run_dir=run_dir, seed=seed
-        )
-        self.stop_token_ids, self.vocab_size = list(stop_token_ids), vocab_size
-        # counters of the last generate
+        params_of: ParamsOf = same_params,
+    ) -> None:
+        self.pool, self.weights, self.config = pool, weights, pool.config
+        self.stop_token_ids, self.vocab_size, self.params_of = list(stop_token_ids), vocab_size, params_of
         self.stats: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()
         self._serial = itertools.count()
-        # version that a running `generate` began with
-        self._oldest: int | None = None
         # tells this run's request ids from another's on a shared server
         self._run = os.urandom(4).hex()
 
-    # ---- requests --------------------------------------------------------------------------------
+    def __enter__(self) -> Sampler:
+        self.pool.start()
+        return self
 
-    async def _request(self, build: Callable[[], dict[str, Any]], name: str) -> list[dict[str, Any]]:
-        """One batch, asked until an engine answers. `build` gives each attempt its own request ids.
-        Refused (4xx) is passed on.
-        """
-        for attempt in itertools.count():
-            engine = await self._available()
-            incarnation = engine.incarnation
-            body = build()
-            try:
-                outputs = await engine.generate(body)
-            except Unreachable as error:
-                self._counts["retries"] += len(body["input_ids"])
-                if attempt == self.config.max_retries:
-                    raise EngineError(
-                        f"{name}: given up after {attempt + 1} attempts (rollout.max_retries): {error}"
-                    ) from error
-                for one in [engine] if self.router is None else self.engines:
-                    await self._recover(one, incarnation if one is engine else one.incarnation)
-                await self._back_off(attempt)
-                continue
-            found = [output["meta_info"]["id"] for output in outputs]
-            if found != body["rid"]:
-                raise EngineError(f"{name}: asked for requests {body['rid']}, {engine.url} answered {found}")
-            return outputs
-        raise AssertionError("unreachable")
+    def __exit__(self, *exception: object) -> None:
+        self.pool.close()
 
-    def _body(
-        self, batch_ids: list[list[int]], sampling_params: dict[str, Any], **fields: Any
-    ) -> dict[str, Any]:
-        rids = [f"{self._run}-{next(self._serial)}" for _ in batch_ids]
-        return {
-            "rid": rids,
-            "input_ids": batch_ids,
-            "sampling_params": sampling_params,
-            "return_logprob": True,
-            **fields,
-        }
-
-    def _check_prompt(self, name: str, ids: list[int], max_response_tokens: int) -> None:
-        """UserError for what SGLang would answer with a crash (a token id off the vocabulary) or
-        with a shorter response (no room).
-        """
-        if not ids:
-            raise UserError(f"{name}: the prompt is empty")
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise UserError(
-                    f"{name}: token id {token} is outside the vocabulary of {self.vocab_size}; is the"
-                    " tokenizer this model's?"
-                )
-        limits = [engine.max_tokens for engine in self.engines if engine.max_tokens is not None]
-        if limits and len(ids) + max_response_tokens > min(limits):
-            raise UserError(
-                f"{name}: {len(ids)} prompt + {max_response_tokens} response tokens exceed the engine's"
-                f" {min(limits)} (context length and rollout.engine.max_total_tokens, less 2); lower"
-                " max_response_tokens or drop the prompt"
-            )
+    @property
+    def max_tokens(self) -> int | None:
+        """Prompt and response tokens that every engine takes in one request; None before any has said."""
+        limits = [engine.max_tokens for engine in self.pool.engines if engine.max_tokens is not None]
+        return min(limits, default=None)
 
     # ---- generate --------------------------------------------------------------------------------
 
@@ -156,22 +125,21 @@ class Sampler(PoolWeights):
         max_response_tokens: int,
         top_k: int | None = None,
     ) -> list[Group]:
-        """P groups of G = num_samples samples in the prompts' order, each sample exactly once, all
-        of weight version `self.version`: as it is now or, should a push go through meanwhile
-        (`repush`, where training has gone on beside this), as it is then. top_k: -1 = off; None =
-        config.top_k.
+        """P groups of G = num_samples samples in the prompts' order, each sample exactly once.
+
+        All samples are of the version that the engines hold when the call begins, or of a version
+        that is pushed meanwhile. top_k: -1 = off; None = config.top_k.
 
         Samples that an engine lost, aborted, or sampled with other weights are asked again
-        (config.max_retries times; with config.allow_stale the latter are kept and say their
-        version). `self.stats` then holds: samples, response_tokens, seconds, restarts, and how many
-        samples were asked again or kept: retries (lost), aborted, stale.
+        (config.max_retries times; with config.allow_stale those of other weights are kept and say
+        their version). `stats` then holds: samples, response_tokens, seconds, restarts, and how
+        many samples were asked again or kept: retries (lost), aborted, stale.
 
-        Raises UserError for a prompt that no engine can take, EngineError naming the
-        prompt for a refusal (HTTP 4xx, never asked again) and when retries or restarts are used up.
+        Raises UserError for a prompt that no engine can take. Raises EngineError naming the prompt
+        for a refusal (HTTP 4xx, never asked again) and when retries or restarts are used up.
         """
         if len(prompts) != len(prompt_ids):
             raise ValueError(f"{len(prompts)} prompts but {len(prompt_ids)} lists of prompt ids")
-        self._counts = Counter(retries=0, restarts=0, aborted=0, stale=0)
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             self._check_prompt(f"prompt {prompt.id}", ids, max_response_tokens)
         asks = [
@@ -179,20 +147,13 @@ class Sampler(PoolWeights):
             for p, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
             for g in range(num_samples)
         ]
-        sampling_params = {
-            "max_new_tokens": max_response_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": self.config.top_k if top_k is None else top_k,
-            "stop_token_ids": self.stop_token_ids,
-        }
-        if self.config.stop:
-            sampling_params["stop"] = self.config.stop
-        began, self._oldest = time.monotonic(), self.version
+        params = self._generate_params(temperature, top_p, top_k, max_response_tokens)
+        self._counts = Counter(retries=0, restarts=0, aborted=0, stale=0)
+        began, restarts = time.monotonic(), self.pool.health.num_restarts
         try:
-            outputs = self._call_and_serve(self._generate(asks, sampling_params, max_response_tokens))
+            outputs = self.pool.run(self._generate(asks, params, self.weights.version))
         finally:
-            self._oldest = None
+            self._counts["restarts"] = self.pool.health.num_restarts - restarts
             self.stats = dict(self._counts) | {"seconds": time.monotonic() - began}
         samples = [self._to_sample(ask, output, decode) for ask, output in zip(asks, outputs, strict=True)]
         self.stats |= {
@@ -204,68 +165,88 @@ class Sampler(PoolWeights):
             for p, prompt in enumerate(prompts)
         ]
 
-    async def _generate(
-        self, asks: list[SampleRequest], sampling_params: dict[str, Any], max_response_tokens: int
-    ) -> list[dict[str, Any]]:
+    def _generate_params(
+        self, temperature: float, top_p: float, top_k: int | None, max_response_tokens: int
+    ) -> Params:
+        params = {
+            "max_new_tokens": max_response_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": self.config.top_k if top_k is None else top_k,
+            "stop_token_ids": self.stop_token_ids,
+        }
+        return params | {"stop": self.config.stop} if self.config.stop else params
+
+    async def _generate(self, asks: list[SampleRequest], params: Params, oldest: int) -> list[dict[str, Any]]:
         """The raw output of every ask, in order."""
-        await self._attend()
-        # A batch never holds more than an engine's share, so that several engines work. A router
-        # takes one sample at a time.
-        share = (
-            math.ceil(min(len(asks), self.config.max_concurrency) / len(self.engines))
-            if self.router is None
-            else 1
-        )
-        size = max(1, min(MAX_BATCH, BATCH_TOKENS // max_response_tokens, share))
+        await self.pool.health.attend()
+        size = self._batch_size(len(asks), params["max_new_tokens"])
         slots = asyncio.Semaphore(max(1, self.config.max_concurrency // size))
-        results: dict[int, dict[str, Any]] = {}
+        call = _Call(params, oldest, slots)
+        found = await cancel_on_error(
+            self._complete(asks[i : i + size], call) for i in range(0, len(asks), size)
+        )
+        outputs = {position: output for part in found for position, output in part.items()}
+        return [outputs[ask.position] for ask in asks]
 
-        async def finish(batch: list[SampleRequest]) -> None:
-            """Ask until each of the batch has an accepted output."""
-            for attempt in itertools.count():
-                name = f"prompt {batch[0].prompt.id}" + (
-                    f" and {len(batch) - 1} more samples" if len(batch) > 1 else ""
+    def _batch_size(self, num_samples: int, max_response_tokens: int) -> int:
+        """Samples of one request: never more than an engine's share, so that several engines work.
+
+        A router takes one sample at a time.
+        """
+        share = 1
+        if self.pool.router is None:
+            share = math.ceil(min(num_samples, self.config.max_concurrency) / len(self.pool.engines))
+        return max(1, min(MAX_BATCH, BATCH_TOKENS // max_response_tokens, share))
+
+    async def _complete(self, batch: list[SampleRequest], call: _Call) -> dict[int, dict[str, Any]]:
+        """Ask until each sample of the batch has an accepted output; position -> output."""
+        accepted: dict[int, dict[str, Any]] = {}
+        attempt = 0
+        while True:
+            more = f" and {len(batch) - 1} more samples" if len(batch) > 1 else ""
+            name, ids = f"prompt {batch[0].prompt.id}{more}", [ask.prompt_ids for ask in batch]
+            try:
+                async with call.slots:
+                    outputs = await self._request(lambda ids=ids: self._body(ids, call.params), name)
+            except Refused as error:
+                if len(batch) == 1:
+                    raise EngineError(f"{name}: {error}") from error
+                # one by one, to know which prompt is refused
+                for part in await cancel_on_error(self._complete([ask], call) for ask in batch):
+                    accepted |= part
+                return accepted
+            rejected: list[tuple[SampleRequest, str]] = []
+            for ask, output in zip(batch, outputs, strict=True):
+                reason = self._why_rejected(output, call.oldest)
+                if reason is None:
+                    accepted[ask.position] = output
+                else:
+                    self._counts[reason] += 1
+                    rejected.append((ask, reason))
+            if not rejected:
+                return accepted
+            batch = [ask for ask, _ in rejected]
+            if attempt == self.config.max_retries:
+                raise EngineError(
+                    f"prompt {batch[0].prompt.id}: {rejected[0][1]} in each of {attempt + 1} attempts"
+                    " (rollout.max_retries)"
                 )
-                ids = [ask.prompt_ids for ask in batch]
-                try:
-                    async with slots:
-                        outputs = await self._request(lambda ids=ids: self._body(ids, sampling_params), name)
-                except Refused as error:
-                    if len(batch) == 1:
-                        raise EngineError(f"{name}: {error}") from error
-                    # one by one, to know which prompt it is
-                    await _all(finish([ask]) for ask in batch)
-                    return
-                again = []
-                for ask, output in zip(batch, outputs, strict=True):
-                    reason = self._why_not(output)
-                    if reason is None:
-                        results[ask.position] = output
-                    else:
-                        self._counts[reason] += 1
-                        again.append(ask)
-                if not again:
-                    return
-                if attempt == self.config.max_retries:
-                    raise EngineError(
-                        f"prompt {again[0].prompt.id}: {reason} in each of {attempt + 1} attempts"
-                        " (rollout.max_retries)"
-                    )
-                await self._correct_versions()
-                await self._back_off(attempt)
-                batch = again
+            await self.pool.health.correct_versions()
+            await self.pool.back_off(attempt)
+            attempt += 1
 
-        await _all(finish(asks[i : i + size]) for i in range(0, len(asks), size))
-        return [results[ask.position] for ask in asks]
+    def _why_rejected(self, output: dict[str, Any], oldest: int) -> str | None:
+        """The counter under which a sample is asked again ("aborted", "stale"); None if it is accepted.
 
-    def _why_not(self, output: dict[str, Any]) -> str | None:
-        """The counter under which an output is asked again, None if it is accepted."""
+        A sample is stale if a token is of a version below `oldest` or above the current one.
+        """
         if output["meta_info"]["finish_reason"]["type"] == "abort":
             return "aborted"
-        versions, oldest = _versions(output), self.version if self._oldest is None else self._oldest
-        if any(not oldest <= version <= self.version for version in versions):
+        versions = versions_of(output)
+        if any(not oldest <= version <= self.weights.version for version in versions):
             # a foreign stamp is not an older version
-            if not self.config.allow_stale or -1 in versions:
+            if not self.config.allow_stale or FOREIGN in versions:
                 return "stale"
             self._counts["stale"] += 1
         return None
@@ -273,7 +254,7 @@ class Sampler(PoolWeights):
     def _to_sample(
         self, ask: SampleRequest, output: dict[str, Any], decode: Callable[[list[int]], str]
     ) -> Sample:
-        ids, logps = _response(f"prompt {ask.prompt.id}", output)
+        ids, logps = response_of(f"prompt {ask.prompt.id}", output)
         text = decode(ids)
         # the response ids keep a stop string, the text does not
         for stop in self.config.stop:
@@ -286,7 +267,7 @@ class Sampler(PoolWeights):
             response_logps=logps,
             text=text,
             finish_reason=output["meta_info"]["finish_reason"]["type"],
-            version=min(_versions(output)),
+            version=min(versions_of(output)),
         )
 
     # ---- probes ----------------------------------------------------------------------------------
@@ -296,13 +277,7 @@ class Sampler(PoolWeights):
         self._check_prompt("score", ids, 0)
         params = {"max_new_tokens": 0, "temperature": 1.0}
         output = self._probe(lambda: self._body([ids], params, logprob_start_len=0), "score")
-        logprobs = output["meta_info"]["input_token_logprobs"]
-        # SGLang 0.5.23 labels the vocabulary's last id 0 here; the log-prob beside it is the right one.
-        if len(logprobs) != len(ids) or any(
-            token not in (sent, 0) for (_, token, *_), sent in zip(logprobs, ids, strict=True)
-        ):
-            raise EngineError(f"score: sent {len(ids)} tokens, got log-probs of {len(logprobs)} or of others")
-        return [logp for logp, *_ in logprobs[1:]]
+        return scores_of(output, ids)
 
     def greedy(self, ids: list[int], n: int) -> tuple[list[int], list[float]]:
         """The most probable continuation of `ids`, at most `n` tokens (it ends with a stop token),
@@ -310,52 +285,136 @@ class Sampler(PoolWeights):
         """
         self._check_prompt("greedy", ids, n)
         params = {"max_new_tokens": n, "temperature": 0.0, "stop_token_ids": self.stop_token_ids}
-        return _response("greedy", self._probe(lambda: self._body([ids], params), "greedy"))
+        return response_of("greedy", self._probe(lambda: self._body([ids], params), "greedy"))
 
     def _probe(self, build: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
         async def probe() -> dict[str, Any]:
-            await self._attend()
+            await self.pool.health.attend()
             return (await self._request(build, name))[0]
 
-        output = self._call_and_serve(probe())
-        if any(version != self.version for version in _versions(output)):
+        output = self.pool.run(probe())
+        if any(version != self.weights.version for version in versions_of(output)):
             raise EngineError(
-                f"{name}: the engine answered with weight versions {_versions(output)}, not {self.version}"
+                f"{name}: the engine answered with weight versions {versions_of(output)}, not"
+                f" {self.weights.version}"
             )
         return output
 
+    def top_logprobs(
+        self, sequences: list[tuple[list[int], list[int]]], k: int
+    ) -> list[list[dict[int, float]]]:
+        """For each (prompt, response): at every response token, log-probs (nats, temperature 1) of
+        the engine's k most probable ids and of the response's own. k is clipped to the vocabulary:
+        SGLang dies of a larger one.
+        """
+        for prompt, response in sequences:
+            self._check_prompt("top log-probs", prompt + response, 0)
+        return self.pool.run(self._top_logprobs(sequences, min(k, self.vocab_size)))
 
-async def _all(coroutines: Any) -> None:
-    """Run them together; the first error cancels the rest and is raised."""
-    tasks: list[Awaitable[None]] = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def _top_logprobs(
+        self, sequences: list[tuple[list[int], list[int]]], k: int
+    ) -> list[list[dict[int, float]]]:
+        await self.pool.health.attend()
+        slots = asyncio.Semaphore(TOP_LOGPROBS_IN_FLIGHT)
+        params = {"max_new_tokens": 0, "temperature": 1.0}
+
+        async def one(prompt: list[int], response: list[int]) -> list[dict[int, float]]:
+            fields = {"logprob_start_len": len(prompt) - 1, "top_logprobs_num": k}
+            async with slots:
+                outputs = await self._request(
+                    lambda: self._body([prompt + response], params, **fields), "top log-probs"
+                )
+            if self._why_rejected(outputs[0], self.weights.version) is not None:
+                raise EngineError(
+                    "top log-probs: the server's weights changed while it was analysed; start the analysis"
+                    " again"
+                )
+            return top_of(outputs[0], response)
+
+        return await asyncio.gather(*(one(prompt, response) for prompt, response in sequences))
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    async def _request(self, build: Callable[[], dict[str, Any]], name: str) -> list[dict[str, Any]]:
+        """One batch, asked until an engine answers. `build` gives each attempt its own request ids.
+
+        Refused (HTTP 4xx) is passed on; EngineError when config.max_retries are used up.
+        """
+        attempt = 0
+        while True:
+            engine = await self.pool.health.available()
+            incarnation, body = engine.incarnation, build()
+            try:
+                outputs = await engine.generate(body)
+            except Unreachable as error:
+                self._counts["retries"] += len(body["input_ids"])
+                if attempt == self.config.max_retries:
+                    raise EngineError(
+                        f"{name}: given up after {attempt + 1} attempts (rollout.max_retries): {error}"
+                    ) from error
+                for one in [engine] if self.pool.router is None else self.pool.engines:
+                    await self.pool.health.recover_any(one, incarnation if one is engine else one.incarnation)
+                await self.pool.back_off(attempt)
+                attempt += 1
+                continue
+            found = [output["meta_info"]["id"] for output in outputs]
+            if found != body["rid"]:
+                raise EngineError(f"{name}: asked for requests {body['rid']}, {engine.url} answered {found}")
+            return outputs
+
+    def _body(self, batch_ids: list[list[int]], params: Params, **fields: Any) -> dict[str, Any]:
+        return {
+            "rid": [f"{self._run}-{next(self._serial)}" for _ in batch_ids],
+            "input_ids": batch_ids,
+            "sampling_params": self.params_of(batch_ids, params),
+            "return_logprob": True,
+            **fields,
+        }
+
+    def _check_prompt(self, name: str, ids: list[int], max_response_tokens: int) -> None:
+        """UserError for what SGLang would answer with a crash (a token id off the vocabulary) or
+        with a shorter response (no room).
+        """
+        if not ids:
+            raise UserError(f"{name}: the prompt is empty")
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(
+                    f"{name}: token id {token} is outside the vocabulary of {self.vocab_size}; is the"
+                    " tokenizer this model's?"
+                )
+        if self.max_tokens is not None and len(ids) + max_response_tokens > self.max_tokens:
+            raise UserError(
+                f"{name}: {len(ids)} prompt + {max_response_tokens} response tokens exceed the engine's"
+                f" {self.max_tokens} (context length and rollout.engine.max_total_tokens, less 2); lower"
+                " max_response_tokens or drop the prompt"
+            )
 
 
-def _versions(output: dict[str, Any]) -> list[int]:
-    """Weight versions that an output's tokens were sampled with; -1 for a stamp that is not of this project.
+def make_sampler(
+    config: RolloutConfig,
+    *,
+    model_path: str,
+    device: str,
+    dtype: str,
+    run_dir: Path,
+    seed: int,
+    stop_token_ids: list[int],
+    vocab_size: int,
+    make_target: Callable[[str, PushRequests], TargetWeights] = TargetWeights,
+    params_of: ParamsOf = same_params,
+) -> Sampler:
+    """A sampler with its pool of engines, not started: `with` or `sampler.pool.launch` starts them.
 
-    A push passes through a stamp under which nothing is sampled: spans without a token say nothing.
+    model_path: Hugging Face directory of the start model. device ("cpu", "cuda"), dtype and seed
+    are those of the engines; their logs go to run_dir.
     """
-    meta = output["meta_info"]
-    spans = [span for span in meta.get("weight_versions") or [] if span["end"] > span["start"]]
-    stamps = [span["version"] for span in spans] or [meta["weight_version"]]
-    return [int(stamp) if str(stamp).isdecimal() else -1 for stamp in stamps]
-
-
-def _response(name: str, output: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """(token ids, log-probs), one log-prob a token or EngineError."""
-    ids = output["output_ids"]
-    logprobs = output["meta_info"]["output_token_logprobs"]
-    if [token for _, token, *_ in logprobs] != ids:
-        raise EngineError(
-            f"{name}: {len(ids)} response tokens but log-probs of {len(logprobs)}, or of others"
-        )
-    logps = [logp for logp, *_ in logprobs]
-    if not all(math.isfinite(logp) for logp in logps):
-        raise EngineError(f"{name}: a response log-prob is not finite")
-    return ids, logps
+    target = make_target(str(model_path), PushRequests())
+    pool = EnginePool(config, target, device=device, dtype=dtype, run_dir=Path(run_dir), seed=seed)
+    return Sampler(
+        pool,
+        PoolWeights(pool),
+        stop_token_ids=stop_token_ids,
+        vocab_size=vocab_size,
+        params_of=params_of,
+    )

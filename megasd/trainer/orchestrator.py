@@ -24,7 +24,7 @@ from megasd.config.validate import needs_engine
 from megasd.data.chat import Chat
 from megasd.data.prompts import DataError, PromptIterator, load_prompts
 from megasd.data.rollout_log import load_groups, rollout_path, save_groups
-from megasd.engine.sampler import Sampler
+from megasd.engine.sampler import make_sampler
 from megasd.evaluation.estimators import summarise
 from megasd.rewards.reward_pool import RewardPool
 from megasd.rewards.verifiers import extract_answer
@@ -98,7 +98,7 @@ class Orchestrator(contextlib.ExitStack):
             check_transport(config, device)
             self.rewards = self.enter_context(RewardPool(config.reward))
             self.rewards.check_rows(rows + self.eval_rows)
-            self.rollout = Sampler(
+            self.rollout = make_sampler(
                 config.rollout,
                 model_path=config.rollout.engine.model_path or config.model.path,
                 device=device,
@@ -109,9 +109,9 @@ class Orchestrator(contextlib.ExitStack):
                 vocab_size=self.chat.vocab_size,
             )
             # entering it as a context would wait here until the engine is up
-            self.callback(self.rollout.close)
+            self.callback(self.rollout.pool.close)
             # it starts while the actor is built
-            self.rollout.launch()
+            self.rollout.pool.launch()
 
     def _encode(
         self, rows: list[Prompt], path: str, *, enable_thinking: bool | None = None

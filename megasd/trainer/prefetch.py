@@ -1,24 +1,24 @@
-"""One batch ahead (rollout.overlap=1): a thread of rank 0 samples and scores the next batch while
-every rank learns this one.
+"""One batch sampled ahead (rollout.overlap=1): a thread of rank 0 samples and scores the next batch
+while every rank learns this one.
 
-    ahead.start(rollout, before, work)    # the engines hold version k, and batch k is about to be learned
+    # The engines hold version k, and batch k is about to be learned.
+    prefetcher.start(sampler, before, work)
     ...                                   # the optimizer's steps
-    # main thread, the actor at version k + 1: returns when `work` has; raises what it raised
-    ahead.wait(push)
-    groups, figures = ahead.take()        # batch k + 1, of weights k
+    prefetcher.wait()                     # main thread, the actor at version k + 1; raises what `work` raised
+    groups, metrics = prefetcher.take()   # batch k + 1, sampled from weights k
 
-An engine that loses its weights meanwhile needs every rank to get others, so its wish waits for
-`wait` and is served there, with version k + 1. A sample is thus of version k, of k + 1, or of both;
-which, it says. What corrects for that is algorithm.tis_clip: the engine's log-prob of a token is of
-the weights that sampled it, the trainer's of those before this batch's first step.
+An engine that loses its weights meanwhile needs a push, in which every rank takes part. Its request
+waits for `wait`, where the main thread pushes version k + 1. So a sample is of version k, of k + 1,
+or of both, and says so. algorithm.tis_clip corrects for that: the engine's log-prob of a token is
+of the weights that sampled it, the trainer's log-prob of the weights before this batch's first step.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from megasd.config.schema import RolloutConfig
@@ -28,82 +28,76 @@ from megasd.types import Group
 PrefetchResult = tuple[list[Group], dict[str, float]]
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A batch that is being sampled, or has been."""
+
+    # state of the questions' iterator before this batch was drawn
+    before: dict[str, Any]
+    sampler: Sampler
+    result: concurrent.futures.Future[PrefetchResult]
+
+
 class Prefetcher:
-    """At most one batch at a time. `before`: the questions' iterator before the batch that is not
-    learned yet; None when there is none.
-    """
+    """Samples at most one batch ahead, in a thread."""
 
     def __init__(self) -> None:
-        self.before: dict[str, Any] | None = None
-        self._rollout: Sampler | None = None
-        self._inbox: queue.SimpleQueue[concurrent.futures.Future[None] | None] = queue.SimpleQueue()
-        self._running: concurrent.futures.Future[PrefetchResult] | None = None
+        self._batch: _Batch | None = None
 
-    def start(self, rollout: Sampler, before: dict[str, Any], work: Callable[[], PrefetchResult]) -> None:
-        """Run `work`, which asks `rollout`, in a thread."""
-        inbox: queue.SimpleQueue[concurrent.futures.Future[None] | None] = queue.SimpleQueue()
-        running: concurrent.futures.Future[PrefetchResult] = concurrent.futures.Future()
-        self.before, self._rollout, self._inbox, self._running = before, rollout, inbox, running
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """The questions' iterator before the batch that nobody has taken yet; None when there is none."""
+        return None if self._batch is None else self._batch.before
 
-        # in the thread: an engine needs weights
-        def ask() -> None:
-            wish: concurrent.futures.Future[None] = concurrent.futures.Future()
-            inbox.put(wish)
-            wish.result()
+    def start(self, sampler: Sampler, before: dict[str, Any], work: Callable[[], PrefetchResult]) -> None:
+        """Run `work`, which asks `sampler` for samples, in a thread."""
+        batch = self._batch = _Batch(before, sampler, concurrent.futures.Future())
+        sampler.pool.push_requests.open()
 
         def run() -> None:
             try:
-                running.set_result(work())
+                batch.result.set_result(work())
             except BaseException as error:
-                running.set_exception(error)
-            inbox.put(None)
+                batch.result.set_exception(error)
 
-        rollout.repush = ask
-        threading.Thread(target=run, name="ahead", daemon=True).start()
+        threading.Thread(target=run, name="prefetch", daemon=True).start()
 
-    def wait(self, push: Callable[[], None]) -> None:
-        """Until the batch has come in, if one was started; `push` gives engines the actor's
-        weights, in the caller's thread.
+    def wait(self) -> None:
+        """Wait until the batch that was started has come in; raises what its `work` raised.
+
+        The calling thread serves requests for a push meanwhile (PushRequests.served_by). A push
+        that fails ends the sampling and raises here: engines without weights might be waited for
+        in vain.
         """
-        if self._running is None:
+        if self._batch is None:
             return
-        while (wish := self._inbox.get()) is not None:
-            try:
-                push()
-                wish.set_result(None)
-            except Exception as error:
-                # engines without weights might be waited for in vain
-                wish.set_exception(error)
-                self._rollout.cancel()
-                raise
-            except BaseException:
-                wish.cancel()
-                raise
-        self._rollout.repush = None
-        self._running.result()
+        pool = self._batch.sampler.pool
+        try:
+            pool.push_requests.wait(self._batch.result, raise_failed_push=True)
+        except Exception:
+            pool.cancel()
+            raise
+        pool.push_requests.close()
 
     def take(self) -> PrefetchResult | None:
         """The batch that has come in, once; None when none was started."""
-        if self._running is None:
+        if self._batch is None:
             return None
-        running, self._running, self.before = self._running, None, None
-        return running.result()
+        batch, self._batch = self._batch, None
+        return batch.result.result()
 
     def cancel(self) -> None:
-        """Give up what is under way, without waiting for it; a batch that has come in stays."""
-        if self._running is None or self._running.done():
+        """Give up a batch that is being sampled, without waiting for it; a batch that has come in stays."""
+        if self._batch is None or self._batch.result.done():
             return
-        self._rollout.cancel()
-        try:
-            while (wish := self._inbox.get_nowait()) is not None:
-                wish.cancel()
-        except queue.Empty:
-            pass
+        pool = self._batch.sampler.pool
+        pool.cancel()
+        pool.push_requests.close()
 
 
 def staleness(groups: list[Group], step: int, config: RolloutConfig) -> dict[str, float]:
-    """How old the sampled responses of a step's batch are, in steps. RuntimeError for one that is
-    older than the config allows.
+    """How old the sampled responses of a step's batch are, in steps. RuntimeError for a response that
+    is older than the config allows.
 
     Rows' own solutions, replays and samples of the start model (frozen_policy) have no age.
     """

@@ -88,7 +88,7 @@ class Trainer(contextlib.ExitStack):
             self.actor.gate.load_state_dict(state["gate"])
         self.sync = self._build_sync(device)
         if self.sync is not None:
-            self.from_first(self.rollout.wait_ready if self.is_first else dict)
+            self.from_first(self.rollout.pool.wait_ready if self.is_first else dict)
         # also after a resume: the engine was started from model.path
         self.push()
         self.from_first(lambda: self._open_run_dir(is_fresh=resume is None))
@@ -190,16 +190,12 @@ class Trainer(contextlib.ExitStack):
 
     @contextlib.contextmanager
     def _serving(self) -> Iterator[None]:
-        """While the other ranks wait in `from_first`, and only then, they can take part in a push.
-        A batch ahead asks in its own way.
-        """
-        if self.rollout is not None:
-            self.rollout.repush = self.rollout.repush or self._repush
-        try:
+        """While the other ranks wait in `from_first`, and only then, they can take part in a push."""
+        if self.rollout is None:
             yield
-        finally:
-            if self.rollout is not None:
-                self.rollout.repush = None
+            return
+        with self.rollout.pool.push_requests.served_by(self._repush):
+            yield
 
     def _repush(self) -> None:
         """Rank 0, in the middle of `from_first`: an engine came back with the start weights, and
@@ -300,7 +296,7 @@ class Trainer(contextlib.ExitStack):
         Told to leave while it learned, the run does so here: nothing is pushed first to engines
         that may have been told the same.
         """
-        self.from_first(lambda: self.ahead.wait(self._repush))
+        self.from_first(self.ahead.wait)
 
     def learned(self, metrics: dict[str, float]) -> None:
         """What the step says to the next ones (rank 0)."""

@@ -1,7 +1,7 @@
 """Weight sync: the actor's live weights into the rollout engines, then proof that the engines
 compute with them.
 
-    with WeightSync(actor, rollout, config.sync, run_dir, model_path=..., probes=[ids, ...]) as sync:
+    with WeightSync(actor, sampler, config.sync, run_dir, model_path=..., probes=[ids, ...]) as sync:
         metrics = sync.push(version=0)
 
 The only file that knows both engines. One plan (which rank owns what, buckets, order, names) is
@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megasd.config.schema import SyncConfig
 from megasd.engine.client import Unreachable
-from megasd.engine.pool_weights import PoolWeights
+from megasd.engine.sampler import Sampler
 from megasd.types import UserError
 from megasd.weight_sync.delta import Fingerprints
 from megasd.weight_sync.engine_checksums import EngineWeights
@@ -66,7 +66,7 @@ class WeightSource(Protocol):
 
 
 class WeightSync:
-    """`actor` on every rank, `rollout` (a Fleet that can score) on rank 0. Every rank calls `push`;
+    """`actor` on every rank, `sampler` on rank 0. Every rank calls `push`;
     a failure raises on all.
 
     model_path: Hugging Face directory of the model, whose config.json goes with the weights.
@@ -79,7 +79,7 @@ class WeightSync:
     def __init__(
         self,
         actor: WeightSource,
-        rollout: PoolWeights | None,
+        sampler: Sampler | None,
         config: SyncConfig,
         run_dir: Path | str,
         *,
@@ -91,7 +91,8 @@ class WeightSync:
     ) -> None:
         if config.verify_every and not probes:
             raise ValueError("sync.verify_every is set, but there are no probes")
-        self.actor, self.rollout, self.config = actor, rollout, config
+        self.actor, self.sampler, self.config = actor, sampler, config
+        self.weights = None if sampler is None else sampler.weights
         self.model_path, self.probes, self.dtype, self.device = (
             model_path,
             [list(ids) for ids in probes],
@@ -149,7 +150,7 @@ class WeightSync:
         """
         self._fingerprints.forget()
         if self.is_first:
-            self.rollout.release()
+            self.weights.release()
 
     def _push(self, version: int, lacking: bool) -> dict[str, float]:
         start = time.perf_counter()
@@ -158,7 +159,7 @@ class WeightSync:
         changed = None
         if self.config.delta:
             # Only what an engine surely holds can be left out: not after a restart behind its URL.
-            whole = lacking or (self.is_first and not self.rollout.hold(self._kept))
+            whole = lacking or (self.is_first and not self.weights.hold(self._kept))
             changed = self._fingerprints.take(gather.plan, gather.params, whole=whole)
             if changed is not None and self.config.verify != "off":
                 changed = self._whole_parameters(changed)
@@ -207,7 +208,7 @@ class WeightSync:
         fp8 checkpoint. Held against that.
         """
         plan = gather.plan
-        quantization = read_hf_config(self.rollout.model_path).get("quantization_config")
+        quantization = read_hf_config(self.weights.model_path).get("quantization_config")
         if quantization:
             if self.config.verify != "off":
                 raise UserError(
@@ -215,7 +216,7 @@ class WeightSync:
                     " it to off"
                 )
             self._fp8 = Requantise(
-                {name: dtype for name, (dtype, _) in read_headers(self.rollout.model_path).items()},
+                {name: dtype for name, (dtype, _) in read_headers(self.weights.model_path).items()},
                 quantization,
             )
         self._sent_plan = (
@@ -223,21 +224,21 @@ class WeightSync:
             if self._fp8 is None
             else GatherPlan(tuple(self._fp8.layout(bucket) for bucket in plan.buckets))
         )
-        check_shapes(self._sent_plan, self.rollout.shapes, tied=bool(self.hf.get("tie_word_embeddings")))
+        check_shapes(self._sent_plan, self.weights.shapes, tied=bool(self.hf.get("tie_word_embeddings")))
         gather.reserve()
 
     def _make_transport(self) -> None:
         if self.config.transport != "disk":
             kind = GroupTransport if self.config.transport == "group" else ColocatedTransport
-            self._transport = kind(self.rollout, self.device, self.config.in_flight)
+            self._transport = kind(self.weights, self.device, self.config.in_flight)
             self._cleanup.callback(self._transport.close)
             return
         nbytes = (
-            sum(torch.Size(shape).numel() for shape in self.rollout.shapes.values())
+            sum(torch.Size(shape).numel() for shape in self.weights.shapes.values())
             * (self.dtype or torch.float32).itemsize
         )
         root = self._cleanup.enter_context(staging_directory(self.run_dir, 2 * nbytes, self.local_engine))
-        self._transport = DiskTransport(self.rollout, self.device, (root / "a", root / "b"))
+        self._transport = DiskTransport(self.weights, self.device, (root / "a", root / "b"))
         self._cleanup.callback(self._transport.close)
 
     def _attempt(
@@ -253,7 +254,7 @@ class WeightSync:
         """
         expected, failure, self._sent_bytes = {}, None, 0
         if changed is not None and not changed:
-            return {}, self._caught(self.rollout.restamp, version) if self.is_first else None
+            return {}, self._caught(self.weights.restamp, version) if self.is_first else None
         with _timed(phases, "begin"):
             if self.is_first:
                 expected = self._follow()
@@ -336,7 +337,7 @@ class WeightSync:
         if not self.is_first:
             return None
         self._transport.cancel()
-        return self._caught(self.rollout.heal)
+        return self._caught(self.weights.heal)
 
     # ---- agreement -------------------------------------------------------------------------------
 
@@ -356,7 +357,7 @@ class WeightSync:
             return status
         if self.is_first and self._transport is not None:
             self._transport.cancel()
-            self.rollout.abandon_update()
+            self.weights.abandon_update()
         if failure is None:
             raise SyncError(
                 f"weight version {version} was not pushed: another rank (most often rank 0) says why"
@@ -369,9 +370,11 @@ class WeightSync:
 
     def _check_names(self, plan: GatherPlan) -> None:
         """Every tensor has a parameter in the engines; looked at once per start of an engine."""
-        engines = tuple((engine.url, engine.incarnation) for engine in self.rollout.engines if engine.alive)
+        engines = tuple(
+            (engine.url, engine.incarnation) for engine in self.weights.pool.engines if engine.alive
+        )
         if self.config.transport != "disk" and engines != self._checked:
-            check_engine_names(plan, self.rollout.checksums(), EngineWeights(self.hf, 1))
+            check_engine_names(plan, self.weights.checksums(), EngineWeights(self.hf, 1))
             self._checked = engines
 
     def _follow(self) -> dict[int, EngineWeights]:
@@ -386,8 +389,8 @@ class WeightSync:
                 {EngineWeights(self.hf, 1).parameter(name) for name in self._gather.plan.tensors()}
             )
             only = frozenset(names[self.pushes % SAMPLE :: SAMPLE])
-        sizes = {engine.tp_size for engine in self.rollout.engines if engine.alive}
-        on_cpu = self.rollout.engines[0].device == "cpu"
+        sizes = {engine.tp_size for engine in self.weights.pool.engines if engine.alive}
+        on_cpu = self.weights.pool.engines[0].device == "cpu"
         return {size: EngineWeights(self.hf, size, only, on_cpu=on_cpu) for size in sizes}
 
     def _verify(self, expected: dict[int, EngineWeights], plan: GatherPlan) -> Exception | None:
@@ -400,9 +403,9 @@ class WeightSync:
             if followed.only is None
             else sorted({followed.parameter(name) for name in plan.tensors()} - set(followed.only))
         )
-        failure = self._caught(lambda: compare_checksums(plan, expected, self.rollout.checksums(skip), skip))
+        failure = self._caught(lambda: compare_checksums(plan, expected, self.weights.checksums(skip), skip))
         if failure is not None:
-            self.rollout.distrust()
+            self.weights.distrust()
         return failure
 
     def _probe(self, version: int, plan: GatherPlan) -> dict[str, float]:
@@ -411,7 +414,7 @@ class WeightSync:
         """
         engine: list[list[float]] = []
         failure = (
-            self._caught(lambda: engine.extend(self.rollout.score(ids) for ids in self.probes))
+            self._caught(lambda: engine.extend(self.sampler.score(ids) for ids in self.probes))
             if self.is_first
             else None
         )
@@ -435,7 +438,7 @@ class WeightSync:
                 f" more than sync.tolerance={tolerance:g}; check that rollout.engine.dtype is actor.dtype"
                 " (bfloat16 needs about 0.1) and that the engine was started from model.path"
             )
-            self.rollout.distrust()
+            self.weights.distrust()
         self._agree(failure, version)
         return {"sync/probe_max_diff": difference}
 

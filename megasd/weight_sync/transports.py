@@ -70,10 +70,10 @@ class DiskTransport:
     restarted engine loads it.
     """
 
-    def __init__(self, fleet: PoolWeights, device: torch.device, directories: tuple[Path, Path]) -> None:
-        self.fleet, self.model_path, self.device, self.directories = (
-            fleet,
-            Path(fleet.model_path),
+    def __init__(self, weights: PoolWeights, device: torch.device, directories: tuple[Path, Path]) -> None:
+        self.weights, self.model_path, self.device, self.directories = (
+            weights,
+            Path(weights.model_path),
             device,
             directories,
         )
@@ -129,7 +129,7 @@ class DiskTransport:
         self.cancel()
         directory = self.directories[self._turn]
         (directory / "model.safetensors.tmp").replace(directory / "model.safetensors")
-        self.fleet.push(str(directory), version)
+        self.weights.push(str(directory), version)
         self._turn = 1 - self._turn
 
     def cancel(self) -> None:
@@ -146,8 +146,8 @@ class GroupTransport:
     anew when an engine was restarted.
     """
 
-    def __init__(self, fleet: PoolWeights, device: torch.device, in_flight: InFlight) -> None:
-        self.fleet, self.device, self.in_flight = fleet, device, in_flight
+    def __init__(self, weights: PoolWeights, device: torch.device, in_flight: InFlight) -> None:
+        self.weights, self.device, self.in_flight = weights, device, in_flight
         self._group: dist.ProcessGroup | None = None
         self._group_name, self._members = "", ()
 
@@ -155,7 +155,7 @@ class GroupTransport:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def begin(self, plan: GatherPlan, version: int, *, lacking: bool = False) -> None:
-        engines = self.fleet.open_update(version, self.in_flight, lacking=lacking)
+        engines = self.weights.open_update(version, self.in_flight, lacking=lacking)
         members = tuple((engine.url, engine.incarnation) for engine in engines)
         if self._group is None or members != self._members:
             self._disconnect()
@@ -171,11 +171,11 @@ class GroupTransport:
             "load_format": "flattened_bucket",
             "flush_cache": last,
         }
-        answer = self.fleet.update("/update_weights_from_distributed", [body] * len(self._members))
+        answer = self.weights.update("/update_weights_from_distributed", [body] * len(self._members))
         return _Broadcast(self, flat, answer)
 
     def commit(self, version: int) -> None:
-        self.fleet.close_update(version)
+        self.weights.close_update(version)
 
     def cancel(self) -> None:
         """After a failure: the group may be waiting for somebody who is gone."""
@@ -215,7 +215,7 @@ class GroupTransport:
                 }
             )
             offset += engine.tp_size
-        answer = self.fleet.update("/init_weights_update_group", bodies)
+        answer = self.weights.update("/init_weights_update_group", bodies)
         store, name = dist.PrefixStore(self._group_name, store), self._group_name
         # it would wait for an engine that refuses, or dies
         joined = _in_thread(lambda: _join(store, world, name, backend))
@@ -241,7 +241,7 @@ class GroupTransport:
         _in_thread(lambda: dist.destroy_process_group(group))
         # the engines that are left forget it; a dead one has
         with contextlib.suppress(Exception):
-            self.fleet.leave_group(self._group_name)
+            self.weights.leave_group(self._group_name)
 
 
 class _Broadcast:
@@ -276,9 +276,9 @@ class ColocatedTransport:
     loopback HTTP, to processes of this user.
     """
 
-    def __init__(self, fleet: PoolWeights, device: torch.device, in_flight: InFlight) -> None:
-        self.fleet, self.device, self.in_flight = fleet, device, in_flight
-        for engine in fleet.engines:
+    def __init__(self, weights: PoolWeights, device: torch.device, in_flight: InFlight) -> None:
+        self.weights, self.device, self.in_flight = weights, device, in_flight
+        for engine in weights.pool.engines:
             _require_loopback(engine)
         self._engines: list[EngineClient] = []
 
@@ -289,7 +289,7 @@ class ColocatedTransport:
             return torch.empty(nbytes, dtype=torch.uint8).share_memory_()
 
     def begin(self, plan: GatherPlan, version: int, *, lacking: bool = False) -> None:
-        self._engines = self.fleet.open_update(version, self.in_flight, lacking=lacking)
+        self._engines = self.weights.open_update(version, self.in_flight, lacking=lacking)
 
     def send(self, bucket: Bucket, flat: Tensor, *, last: bool) -> PendingSend:
         bodies = [
@@ -301,11 +301,11 @@ class ColocatedTransport:
             for engine in self._engines
         ]
         return _Applied(
-            self.fleet, self.fleet.update("/update_weights_from_tensor", bodies), fence=flat.is_cuda
+            self.weights, self.weights.update("/update_weights_from_tensor", bodies), fence=flat.is_cuda
         )
 
     def commit(self, version: int) -> None:
-        self.fleet.close_update(version)
+        self.weights.close_update(version)
 
     def cancel(self) -> None:
         pass
@@ -315,8 +315,8 @@ class ColocatedTransport:
 
 
 class _Applied:
-    def __init__(self, fleet: PoolWeights, answer: concurrent.futures.Future[None], *, fence: bool) -> None:
-        self.fleet, self.answer, self.fence = fleet, answer, fence
+    def __init__(self, weights: PoolWeights, answer: concurrent.futures.Future[None], *, fence: bool) -> None:
+        self.weights, self.answer, self.fence = weights, answer, fence
 
     def wait(self) -> None:
         self.answer.result()
@@ -324,7 +324,7 @@ class _Applied:
             # SGLang answers when its copies are queued, not when they are done. Its checksum call
             # waits for the device; with every name left out ("" is part of each) it does nothing
             # else.
-            self.fleet.checksums(skip=[""])
+            self.weights.checksums(skip=[""])
 
 
 def handle(bucket: Bucket, flat: Tensor) -> str:

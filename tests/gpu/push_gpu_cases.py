@@ -19,7 +19,7 @@ from megasd.actor import model as build
 from megasd.actor.parallel import init_distributed, init_model_parallel
 from megasd.config.schema import ActorConfig, EngineConfig, RolloutConfig, SyncConfig
 from megasd.engine.client import EngineClient
-from megasd.engine.sampler import Sampler
+from megasd.engine.sampler import make_sampler
 from megasd.models import registry
 from megasd.models.param_table import global_params
 from megasd.weight_sync.sync import WeightSync
@@ -96,7 +96,7 @@ def main(root: Path, transport: str) -> None:
     other = start_elsewhere(engine, model, root) if transport == "group" else None
     if other is not None:
         engine = replace(engine, urls=[other.url])
-    rollout = Sampler(
+    rollout = make_sampler(
         RolloutConfig(engine=engine),
         model_path=str(model),
         device="cuda",
@@ -106,10 +106,10 @@ def main(root: Path, transport: str) -> None:
         stop_token_ids=[151645],
         vocab_size=151936,
     )
-    rollout.launch()
+    rollout.pool.launch()
     try:
         actor = Weights(model, device)
-        rollout.wait_ready()
+        rollout.pool.wait_ready()
         settings = SyncConfig(transport=transport, verify="full", verify_every=0)
         with WeightSync(
             actor, rollout, settings, root / "run", model_path=str(model), probes=[], device=device
@@ -133,7 +133,7 @@ def main(root: Path, transport: str) -> None:
                     flush=True,
                 )
     finally:
-        rollout.close()
+        rollout.pool.close()
         if other is not None:
             other.kill()
     torch.distributed.destroy_process_group()

@@ -30,8 +30,9 @@ from megasd.actor.actor import Actor
 from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel
 from megasd.batch.batch import Batch
 from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig
+from megasd.engine.answers import versions_of
 from megasd.engine.client import EngineClient, EngineError
-from megasd.engine.sampler import Sampler, _versions
+from megasd.engine.sampler import Sampler, make_sampler
 from megasd.types import Group, Prompt
 from megasd.weight_sync.sync import SAMPLE, SyncError, WeightSync
 from tests.distributed.golden_cases import make_config
@@ -57,7 +58,7 @@ def compare(actor: Actor, rollout: Sampler | None) -> float:
     difference of their log-probs (nats).
     """
     worst = 0.0
-    engines = int(broadcast_tensors({"n": torch.tensor(len(rollout.engines))} if rollout else None)["n"])
+    engines = int(broadcast_tensors({"n": torch.tensor(len(rollout.pool.engines))} if rollout else None)["n"])
     for index in range(engines):
         for prompt in PROMPTS:
             found = None
@@ -94,11 +95,12 @@ def compare(actor: Actor, rollout: Sampler | None) -> float:
 
 @contextmanager
 def only(rollout: Sampler, index: int) -> Iterator[None]:
-    every, rollout.engines = rollout.engines, [rollout.engines[index]]
+    engines = rollout.pool.engines
+    every, engines[:] = list(engines), [engines[index]]
     try:
         yield
     finally:
-        rollout.engines = every
+        engines[:] = every
 
 
 @torch.no_grad()
@@ -229,35 +231,35 @@ class Met:
         family = [
             child
             for one in owned
-            for child in psutil.Process(one.engines[0].process.pid).children(recursive=True)
+            for child in psutil.Process(one.pool.engines[0].process.pid).children(recursive=True)
         ]
         self.schedulers = [process for process in family if "scheduler" in process.name()]
-        assert len(self.schedulers) == sum(engine.tp_size for engine in rollout.engines)
+        assert len(self.schedulers) == sum(engine.tp_size for engine in rollout.pool.engines)
         self.held: list[list[int]] = []
-        rollout.open_update = self
+        rollout.weights.open_update = self
 
     def __call__(self, version: int, mode: str, **kwargs: object) -> list[EngineClient]:
         # once
-        del self.rollout.open_update
-        self.rollout._why_not = self.why_not
+        del self.rollout.weights.open_update
+        self.rollout._why_rejected = self.why_rejected
         self.running = ThreadPoolExecutor(1).submit(self.sample)
-        for engine in self.rollout.engines:
+        for engine in self.rollout.pool.engines:
             while not generating(engine.url):
                 assert not self.running.done(), "all requests had ended before the push"
                 time.sleep(0.01)
         for scheduler in self.schedulers:
             scheduler.suspend()
-        self.requests = sum(engine.in_flight for engine in self.rollout.engines)
+        self.requests = sum(engine.in_flight for engine in self.rollout.pool.engines)
         # waits for them
         if mode == "drain":
             self.thaw()
-        for engine in self.rollout.engines:
+        for engine in self.rollout.pool.engines:
             engine.request = partial(self.request, engine.request)
         try:
-            return self.rollout.open_update(version, mode, **kwargs)
+            return self.rollout.weights.open_update(version, mode, **kwargs)
         finally:
             self.thaw()
-            for engine in self.rollout.engines:
+            for engine in self.rollout.pool.engines:
                 del engine.request
 
     async def request(
@@ -269,19 +271,19 @@ class Met:
             # when all have left.
             await asyncio.wait({answer}, timeout=3)
             self.paused += 1
-            if self.paused == len(self.rollout.engines):
+            if self.paused == len(self.rollout.pool.engines):
                 self.thaw()
         return await answer
 
-    def why_not(self, output: dict[str, Any]) -> str | None:
-        reason = type(self.rollout)._why_not(self.rollout, output)
+    def why_rejected(self, output: dict[str, Any], oldest: int) -> str | None:
+        reason = type(self.rollout)._why_rejected(self.rollout, output, oldest)
         if reason is None:
-            self.held.append(_versions(output))
+            self.held.append(versions_of(output))
         return reason
 
     def result(self) -> list[Group]:
         groups = self.running.result(timeout=1200)
-        del self.rollout._why_not
+        del self.rollout._why_rejected
         return groups
 
     def thaw(self) -> None:
@@ -405,23 +407,24 @@ def faults(root: Path, rollout: Sampler | None, actor: Actor) -> None:
         if first:
             del bucket.tensors["model.layers.0.mlp.extra.weight"]
             # nothing was sent: the old version serves
-            assert rollout.version == 203 and rollout.score(PROMPTS[0])
+            assert rollout.weights.version == 203 and rollout.score(PROMPTS[0])
         sync.push(204)
         if first:
-            guest = Sampler(
-                RolloutConfig(engine=EngineConfig(urls=[e.url for e in rollout.engines])),
+            guest = make_sampler(
+                RolloutConfig(engine=EngineConfig(urls=[e.url for e in rollout.pool.engines])),
                 **common(root / "dense", root),
             )
             # do not load the start weights into a server in use
-            guest.engines, stranger = [], guest.engines
-            guest.start()
-            guest.engines = stranger
-            guest._call(ready(stranger))
-            guest.open_update(9, "retract")
+            engines = guest.pool.engines
+            stranger, engines[:] = list(engines), []
+            guest.pool.start()
+            engines[:] = stranger
+            guest.pool.call(ready(stranger))
+            guest.weights.open_update(9, "retract")
         failed(sync, 205, "another push is under way")
         if first:
-            guest.close_update(9)
-            guest.close()
+            guest.weights.close_update(9)
+            guest.pool.close()
         sync.push(206)
         held = [sync._lock.acquire()]
         failed(sync, 207, "another push is under way" if not first else "under way")
@@ -449,17 +452,20 @@ def death(root: Path, owned: Sampler | None, actor: Actor) -> None:
             if owned is not None:
 
                 def kill(_: dict[str, Tensor]) -> None:
-                    for process in psutil.Process(owned.engines[0].process.pid).children(recursive=True):
+                    for process in psutil.Process(owned.pool.engines[0].process.pid).children(recursive=True):
                         process.kill()
-                    psutil.Process(owned.engines[0].process.pid).kill()
-                    owned.engines[0].process.wait()
+                    psutil.Process(owned.pool.engines[0].process.pid).kill()
+                    owned.pool.engines[0].process.wait()
 
                 Spoiled(sync, 2, kill)
             start = time.perf_counter()
             sync.push(version)
             worst = compare(actor, owned)
             if owned is not None:
-                assert owned.engines[0].held == version and owned.engines[0].restarts == version - 299
+                assert (
+                    owned.pool.engines[0].applied_version == version
+                    and owned.pool.engines[0].restarts == version - 299
+                )
                 taken = time.perf_counter() - start
                 say(
                     f"killed in the middle of a push by {transport}: healed after {taken:.0f} s, log-probs"
@@ -487,7 +493,7 @@ def rest(root: Path, owned: Sampler | None, actor: Actor) -> None:
                     raise AssertionError("an engine without memory answered")
             pushed = sync.push(version)
             if owned is not None:
-                assert pushed["sync/bytes"] > 1e6 and not owned.engines[0].released
+                assert pushed["sync/bytes"] > 1e6 and not owned.pool.engines[0].released
             say(f"memory released and resumed by {transport}: log-probs {compare(actor, owned):.1e}")
 
 
@@ -512,18 +518,18 @@ def main(root: Path) -> None:
                 config = RolloutConfig(
                     engine=EngineConfig(tensor_parallel_size=size, max_total_tokens=40_000)
                 )
-                owned.append(Sampler(config, **common(root / model, root / name)))
-                owned[-1].launch()
+                owned.append(make_sampler(config, **common(root / model, root / name)))
+                owned[-1].pool.launch()
             for rollout in owned:
-                rollout.wait_ready()
-            urls = [[rollout.engines[0].url for rollout in part] for part in (owned[:2], owned[2:])]
+                rollout.pool.wait_ready()
+            urls = [[rollout.pool.engines[0].url for rollout in part] for part in (owned[:2], owned[2:])]
             models = (root / "dense", root / "moe")
             fleets = [
-                Sampler(RolloutConfig(engine=EngineConfig(urls=u)), **common(m, root))
+                make_sampler(RolloutConfig(engine=EngineConfig(urls=u)), **common(m, root))
                 for u, m in zip(urls, models, strict=True)
             ]
             for fleet in fleets:
-                fleet.start()
+                fleet.pool.start()
         start = time.perf_counter()
         layouts(root, fleets[0], device)
         actor = make_actor(root / "dense", {TP: 2}, device)
@@ -537,7 +543,7 @@ def main(root: Path) -> None:
         say(f"all: {time.perf_counter() - start:.0f} s")
     finally:
         for rollout in [fleet for fleet in fleets if fleet] + owned:
-            threading.Thread(target=rollout.close).start()
+            threading.Thread(target=rollout.pool.close).start()
 
 
 if __name__ == "__main__":

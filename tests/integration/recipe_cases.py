@@ -14,7 +14,7 @@ from pathlib import Path
 from megasd import cli
 from megasd.algo.recipes import RECIPES
 from megasd.config.schema import EngineConfig, RolloutConfig
-from megasd.engine.sampler import Sampler
+from megasd.engine.sampler import make_sampler
 
 STEPS = 3
 COMMON = [
@@ -81,7 +81,7 @@ def main() -> None:
     start, out = Path(sys.argv[1]), Path(sys.argv[2])
     names = sys.argv[3:] or list(RECIPES)
     settings = RolloutConfig(engine=EngineConfig(dtype="float32"))
-    engine = Sampler(
+    engine = make_sampler(
         settings,
         model_path=str(start / "warm"),
         device="cpu",
@@ -92,8 +92,8 @@ def main() -> None:
         vocab_size=128,
     )
     with engine:
-        engine.wait_ready()
-        url = engine.engines[0].url
+        engine.pool.wait_ready()
+        url = engine.pool.engines[0].url
         for name in names:
             began = time.perf_counter()
             code = cli.main(["train", *arguments(name, start, out, url)])

@@ -27,10 +27,11 @@ from megasd.cli import main
 from megasd.config.load import load_config
 from megasd.data.chat import Chat
 from megasd.data.rollout_log import load_groups
+from megasd.engine.sampler import Sampler
 from megasd.evaluation.analysis.divergence import top_k_kl
 from megasd.evaluation.analysis.guidance import GUIDED, SETTINGS
 from megasd.evaluation.analysis.markers import MARKERS
-from megasd.evaluation.engine_for import EvalSampler, open_guest_engine
+from megasd.evaluation.engine_for import open_guest_engine
 from megasd.types import Group, Verdict
 from tools import make_quickstart
 
@@ -72,22 +73,22 @@ def engine(root: Path):
     own = [f"model.path={root / 'model'}", f"data.train={root / 'rows.jsonl'}", f"run.dir={root}"]
     config = load_config([], [*own, *RULES, ROOM, "rollout.engine.max_total_tokens=8192"], RECIPES)
     with open_guest_engine(config, chat=Chat(root / "model"), out=root) as engine:
-        engine.restamp(STAMP)
+        engine.weights.restamp(STAMP)
         yield engine
 
 
 @pytest.fixture(scope="module")
-def analysis(root: Path, engine: EvalSampler) -> Path:
+def analysis(root: Path, engine: Sampler) -> Path:
     """--out of an analysis by URL, of all questions, with K the vocabulary."""
     assert guidance(root, engine, "out", "--num-samples", str(SAMPLES), "--top-k", "999") == 0
     return root / "out"
 
 
-def guidance(root: Path, engine: EvalSampler, out: str, *options: str) -> int:
+def guidance(root: Path, engine: Sampler, out: str, *options: str) -> int:
     where = ["--model", str(root / "model"), "--data", str(root / "rows.jsonl"), "--out", str(root / out)]
     bounds = ["--min-accuracy", "0", "--max-accuracy", "1"]
     return main(
-        ["analyze", "guidance", engine.engines[0].url, *where, *bounds, *RULES, ROOM, TEMPLATE, *options]
+        ["analyze", "guidance", engine.pool.engines[0].url, *where, *bounds, *RULES, ROOM, TEMPLATE, *options]
     )
 
 
@@ -229,7 +230,7 @@ def test_kl_from_the_engine_is_exact_when_k_is_the_vocabulary(analysis: Path, tw
     assert rows_of(analysis / "kl.csv")[0]["support"] == "top 128 of both sides and a bucket (lower bound)"
 
 
-def test_a_smaller_k_is_never_above_the_exact_kl(analysis: Path, engine: EvalSampler, twin):
+def test_a_smaller_k_is_never_above_the_exact_kl(analysis: Path, engine: Sampler, twin):
     samples = samples_of(analysis)
     sample, guided = samples["none"][0].samples[0], samples["solution"][0].samples[0].prompt_ids
     exact, _ = exact_kl(twin, sample.prompt_ids, guided, sample.response_ids)
@@ -245,10 +246,10 @@ def test_a_smaller_k_is_never_above_the_exact_kl(analysis: Path, engine: EvalSam
         assert all(0 <= value <= bound + 1e-6 for value, bound in zip(values, exact.tolist(), strict=True))
 
 
-def test_kl_by_transformers_is_exact_in_both_directions(root: Path, engine: EvalSampler, twin):
-    server = engine.engines[0]
+def test_kl_by_transformers_is_exact_in_both_directions(root: Path, engine: Sampler, twin):
+    server = engine.pool.engines[0]
     # as of a server that no run has stamped
-    engine._call(server.stamp("default"))
+    engine.pool.call(server.stamp("default"))
     try:
         assert (
             guidance(
@@ -257,17 +258,17 @@ def test_kl_by_transformers_is_exact_in_both_directions(root: Path, engine: Eval
             == 0
         )
     finally:
-        engine._call(server.stamp(str(STAMP)))
+        engine.pool.call(server.stamp(str(STAMP)))
     groups = samples_of(root / "full")["regenerated"]
     assert len(groups) == 3 and {s.version for group in groups for s in group.samples} == {-1}
     check_kl(root / "full", expected_kl(twin, root / "full"), ("KL(T||S)", "KL(S||T)"))
 
 
 def test_a_question_that_one_setting_has_no_room_for_is_left_out_of_all_and_named(
-    root: Path, engine: EvalSampler
+    root: Path, engine: Sampler
 ):
     # a long response, shown again, leaves too little; half of the noise ends before
-    room = int(0.62 * engine.longest)
+    room = int(0.62 * engine.max_tokens)
     assert (
         guidance(
             root, engine, "long", "--num-samples", "2", "--kl", "none", f"rollout.max_response_tokens={room}"
@@ -285,7 +286,7 @@ def test_a_question_that_one_setting_has_no_room_for_is_left_out_of_all_and_name
 
 
 def test_an_analysis_is_replaced_only_when_asked(
-    root: Path, analysis: Path, engine: EvalSampler, capsys: pytest.CaptureFixture[str]
+    root: Path, analysis: Path, engine: Sampler, capsys: pytest.CaptureFixture[str]
 ):
     before = (analysis / "analysis.json").read_bytes()
     assert guidance(root, engine, "out") == 2

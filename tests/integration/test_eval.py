@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from megasd.cli import main
-from megasd.commands.evaluate import SeededSampler, decoding_of, model_directory, open_eval_engine
+from megasd.commands.evaluate import SampleSeeds, decoding_of, model_directory, open_eval_engine
 from megasd.commands.parser import build_parser
 from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.data.chat import Chat
 from megasd.data.rollout_log import load_groups
+from megasd.engine.sampler import make_sampler
+from megasd.evaluation.engine_for import ServedWeights
 from tools.make_quickstart import main as make_quickstart
 
 QUESTIONS, SAMPLES = 6, 4
@@ -125,14 +127,17 @@ def test_every_sample_may_ask_for_a_seed_of_its_own(quickstart, url, tmp_path):
     config = RolloutConfig(engine=EngineConfig(urls=[url]))
     seeds: list[int] = []
 
-    class Seen(SeededSampler):
-        def _request(self, build, name):
-            seeds.extend(params["sampling_seed"] for params in build()["sampling_params"])
-            return super()._request(build, name)
+    of_seed = SampleSeeds(5)
 
-    with Seen(
+    def params_of(batch_ids, params):
+        found = of_seed(batch_ids, params)
+        seeds.extend(params["sampling_seed"] for params in found)
+        return found
+
+    with make_sampler(
         config, model_path=str(quickstart / "model"), device="cpu", dtype="float32", run_dir=tmp_path, seed=5,
-        stop_token_ids=chat.eos_token_ids, vocab_size=chat.vocab_size,
+        stop_token_ids=chat.eos_token_ids, vocab_size=chat.vocab_size, make_target=ServedWeights,
+        params_of=params_of,
     ) as engine:  # fmt: skip
         ids = [chat.encode_prompt(prompt.messages) for prompt in prompts]
         groups = engine.generate(

@@ -45,9 +45,9 @@ def test_two_engines_and_the_death_of_one(tmp_path: Path) -> None:
     with make_rollout(config, model, tmp_path / "run") as rollout:
         # which also sees that no two long samples are equal
         check_groups(ask(rollout, 6, 8, 40), model, 6, 8, version=0)
-        assert all(engine.max_tokens and engine.busy == 0 for engine in rollout.engines)
-        rollout.push(str(other), 3)
-        dead, left = rollout.engines
+        assert all(engine.max_tokens and engine.busy == 0 for engine in rollout.pool.engines)
+        rollout.weights.push(str(other), 3)
+        dead, left = rollout.pool.engines
         strike = Strike(dead, lambda: dead.process.kill())
         strike.start()
         groups = ask(rollout, 8, 8, 300)
@@ -55,8 +55,11 @@ def test_two_engines_and_the_death_of_one(tmp_path: Path) -> None:
         assert strike.in_flight > 0 and rollout.stats["retries"] > 0
         check_groups(groups, other, 8, 8, version=3)
         # waits for the one that is being started
-        rollout.push(str(model), 4)
-        assert [engine.held for engine in rollout.engines] == [4, 4] and (dead.restarts, left.restarts) == (
+        rollout.weights.push(str(model), 4)
+        assert [engine.applied_version for engine in rollout.pool.engines] == [4, 4] and (
+            dead.restarts,
+            left.restarts,
+        ) == (
             1,
             0,
         )
@@ -228,14 +231,15 @@ def test_a_router_before_two_engines(tmp_path: Path) -> None:
         engine = EngineConfig(num_engines=2, start_timeout=500, router=f"http://127.0.0.1:{port}")
         with make_rollout(RolloutConfig(engine=engine), model, tmp_path / "run") as rollout:
             check_groups(ask(rollout, 4, 4, 12), model, 4, 4, version=0)
-            rollout.push(str(other), 3)
+            rollout.weights.push(str(other), 3)
             check_groups(ask(rollout, 4, 4, 12), other, 4, 4, version=3)
-            strike = Strike(rollout.router, lambda: rollout.engines[0].process.kill(), rollout.engines[0].url)
+            first = rollout.pool.engines[0]
+            strike = Strike(rollout.pool.router, lambda: first.process.kill(), first.url)
             strike.start()
             check_groups(ask(rollout, 6, 6, 200), other, 6, 6, version=3)
             strike.join()
-            rollout.push(str(model), 4)
-            assert [one.held for one in rollout.engines] == [4, 4]
+            rollout.weights.push(str(model), 4)
+            assert [one.applied_version for one in rollout.pool.engines] == [4, 4]
             check_groups(ask(rollout, 4, 4, 12), model, 4, 4, version=4)
     finally:
         router.kill()

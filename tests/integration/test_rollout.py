@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.engine.client import EngineClient, EngineError
-from megasd.engine.sampler import Sampler
+from megasd.engine.sampler import Sampler, make_sampler
 from megasd.types import Group, Prompt, UserError
 from tests.launch import generating
 
@@ -183,14 +183,14 @@ def rollout(start: Path, tmp_path_factory: pytest.TempPathFactory):
 
 def engine_processes(rollout: Sampler) -> list[psutil.Process]:
     """The server first, then its children; none when it is down."""
-    if rollout.engines[0].process is None:
+    if rollout.pool.engines[0].process is None:
         return []
-    server = psutil.Process(rollout.engines[0].process.pid)
+    server = psutil.Process(rollout.pool.engines[0].process.pid)
     return [server, *server.children(recursive=True)]
 
 
 def make_rollout(config: RolloutConfig, model_path: Path, run_dir: Path) -> Sampler:
-    return Sampler(
+    return make_sampler(
         config,
         model_path=str(model_path),
         device="cpu",
@@ -287,20 +287,20 @@ def test_wrong_tensors_are_refused_before_sending(rollout: Sampler, other: Path,
         directory.mkdir()
         save_file(changed, directory / "model.safetensors")
         with pytest.raises(UserError, match=words):
-            rollout.push(str(directory), 9)
+            rollout.weights.push(str(directory), 9)
     cut = tmp_path / "cut"
     cut.mkdir()
     (cut / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-4])
     with pytest.raises(UserError, match="its header promises"):
-        rollout.push(str(cut), 9)
-    assert rollout.version == 0
+        rollout.weights.push(str(cut), 9)
+    assert rollout.weights.version == 0
     # raises if the engine said version 9
     rollout.score([5, 6, 7])
 
 
 def test_push_changes_outputs_and_version(rollout: Sampler, other: Path) -> None:
-    rollout.push(str(other), 7)
-    assert rollout.version == 7
+    rollout.weights.push(str(other), 7)
+    assert rollout.weights.version == 7
     check_groups(ask(rollout, 4, 4, 12), other, 4, 4, version=7)
     ids = questions(1)[1][0]
     assert rollout.greedy(ids, 10)[0] == hf_greedy(other, ids, 10)
@@ -312,7 +312,7 @@ def test_a_url_is_used_and_foreign_weights_are_noticed(
     """A second run on the same server puts its weights there; the first one sees foreign versions
     and puts its own back.
     """
-    url = rollout.engines[0].url
+    url = rollout.pool.engines[0].url
     with make_rollout(RolloutConfig(engine=EngineConfig(urls=[url + "/"])), start, tmp_path) as second:
         check_groups(ask(second, 2, 2, 6), start, 2, 2, version=0)
         groups = ask(rollout, 4, 2, 6)
@@ -320,7 +320,7 @@ def test_a_url_is_used_and_foreign_weights_are_noticed(
         assert rollout.stats["stale"] == 8 and rollout.stats["restarts"] == 0
         second.config.allow_stale = True
         check_groups(ask(second, 2, 2, 6), other, 2, 2, version=7)
-        assert second.stats["stale"] == 4 and second.version == 0
+        assert second.stats["stale"] == 4 and second.weights.version == 0
 
 
 class Strike(threading.Thread):
@@ -347,15 +347,15 @@ def test_a_frozen_url_is_named(rollout: Sampler, other: Path, tmp_path: Path) ->
     """It accepts requests and finishes none. It belongs to somebody else, so it is reported, not
     restarted; thawed, it serves on.
     """
-    engine = EngineConfig(urls=[rollout.engines[0].url], progress_timeout=5.0)
+    engine = EngineConfig(urls=[rollout.pool.engines[0].url], progress_timeout=5.0)
     with make_rollout(RolloutConfig(engine=engine), other, tmp_path) as guest:
         scheduler = scheduler_of(rollout)
-        strike = Strike(guest.engines[0], scheduler.suspend)
+        strike = Strike(guest.pool.engines[0], scheduler.suspend)
         strike.start()
         try:
             with pytest.raises(
                 UserError,
-                match=f"rollout.engine.urls: no engine is left.*{guest.engines[0].url}.*no token in 5 s",
+                match=f"rollout.engine.urls: no engine is left.*{guest.pool.engines[0].url}.*no token in 5 s",
             ):
                 ask(guest, 8, 8, 300)
         finally:
@@ -368,7 +368,7 @@ def test_a_frozen_url_is_named(rollout: Sampler, other: Path, tmp_path: Path) ->
 
 def test_aborted_samples_are_asked_again(rollout: Sampler, other: Path) -> None:
     def abort_all() -> None:
-        url = rollout.engines[0].url + "/abort_request"
+        url = rollout.pool.engines[0].url + "/abort_request"
         request = urllib.request.Request(url, b'{"abort_all": true}', {"Content-Type": "application/json"})
         # nothing is finished before the order has come
         scheduler.suspend()
@@ -378,11 +378,11 @@ def test_aborted_samples_are_asked_again(rollout: Sampler, other: Path) -> None:
             scheduler.resume()
 
     scheduler = scheduler_of(rollout)
-    strike = Strike(rollout.engines[0], abort_all)
+    strike = Strike(rollout.pool.engines[0], abort_all)
     strike.start()
     groups = ask(rollout, 8, 8, 300)
     strike.join()
-    check_groups(groups, other, 8, 8, version=rollout.version)
+    check_groups(groups, other, 8, 8, version=rollout.weights.version)
     assert rollout.stats["aborted"] > 0 and rollout.stats["retries"] == 0
 
 
@@ -408,13 +408,13 @@ def test_another_engine_takes_over(rollout: Sampler, other: Path, tmp_path: Path
     """Two URLs of which one goes away for good in the middle of a rollout. (Both lead to one
     engine, the second through a forwarder.)
     """
-    url = rollout.engines[0].url
+    url = rollout.pool.engines[0].url
     with subprocess.Popen(
         [sys.executable, "-c", FORWARD, url.rsplit(":", 1)[1]], stdout=subprocess.PIPE, text=True
     ) as forwarder:
         urls = [f"http://127.0.0.1:{forwarder.stdout.readline().strip()}", url]
         with make_rollout(RolloutConfig(engine=EngineConfig(urls=urls)), other, tmp_path) as guest:
-            strike = Strike(guest.engines[0], forwarder.kill)
+            strike = Strike(guest.pool.engines[0], forwarder.kill)
             strike.start()
             groups = ask(guest, 8, 8, 300)
             strike.join()
@@ -423,8 +423,8 @@ def test_another_engine_takes_over(rollout: Sampler, other: Path, tmp_path: Path
             assert guest.stats["retries"] > 0
             # To whom is left: a push waits until it is sure who that is. Samples do not, and may
             # have been there before.
-            guest.push(str(other), 1)
-            assert [engine.alive for engine in guest.engines] == [False, True]
+            guest.weights.push(str(other), 1)
+            assert [engine.alive for engine in guest.pool.engines] == [False, True]
             check_groups(ask(guest, 2, 2, 6), other, 2, 2, version=1)
 
 
@@ -434,7 +434,9 @@ def test_a_dead_engine_loses_and_doubles_nothing(rollout: Sampler, other: Path, 
     started from.
     """
     server = engine_processes(rollout)[0]
-    strike = Strike(rollout.engines[0], server.kill if victim == "server" else scheduler_of(rollout).kill)
+    strike = Strike(
+        rollout.pool.engines[0], server.kill if victim == "server" else scheduler_of(rollout).kill
+    )
     strike.start()
     groups = ask(rollout, 8, 8, 300)
     strike.join()
@@ -459,7 +461,7 @@ def test_port_in_use(start: Path, tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"rollout.engine.port: 127.0.0.1:{port} cannot be bound"):
-            make_rollout(RolloutConfig(engine=EngineConfig(port=port)), start, tmp_path).start()
+            make_rollout(RolloutConfig(engine=EngineConfig(port=port)), start, tmp_path).pool.start()
     assert not (tmp_path / "engine.log").exists()
 
 
@@ -469,11 +471,11 @@ def test_bad_urls_and_secrets(start: Path, tmp_path: Path) -> None:
         ("http://127.0.0.1:9", "no SGLang server answers"),
     ):
         with pytest.raises(UserError, match=f"rollout.engine.urls: .*{words}"):
-            make_rollout(RolloutConfig(engine=EngineConfig(urls=[url])), start, tmp_path).start()
+            make_rollout(RolloutConfig(engine=EngineConfig(urls=[url])), start, tmp_path).pool.start()
     with pytest.raises(UserError, match="--api-key would show"):
         make_rollout(
             RolloutConfig(engine=EngineConfig(extra_args=["--api-key", "secret"])), start, tmp_path
-        ).start()
+        ).pool.start()
 
 
 def test_an_engine_that_cannot_start_says_why(start: Path, tmp_path: Path) -> None:
@@ -483,9 +485,9 @@ def test_an_engine_that_cannot_start_says_why(start: Path, tmp_path: Path) -> No
     with pytest.raises(
         EngineError, match="exited with status 1 while starting: KeyError: 'model_type' .*engine.log"
     ):
-        make_rollout(RolloutConfig(), broken, tmp_path).start()
+        make_rollout(RolloutConfig(), broken, tmp_path).pool.start()
     with pytest.raises(EngineError, match="no token within rollout.engine.start_timeout=0.5 s: .*engine.log"):
-        make_rollout(RolloutConfig(engine=EngineConfig(start_timeout=0.5)), start, tmp_path).start()
+        make_rollout(RolloutConfig(engine=EngineConfig(start_timeout=0.5)), start, tmp_path).pool.start()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -495,11 +497,11 @@ def test_a_killed_trainer_leaves_no_server(start: Path, tmp_path: Path, number: 
 import sys, time
 from pathlib import Path
 from megasd.config.schema import RolloutConfig
-from megasd.engine.sampler import Sampler
-rollout = Sampler(RolloutConfig(), model_path={str(start)!r}, device="cpu", dtype="float32", run_dir=Path({str(tmp_path)!r}), seed=1,
+from megasd.engine.sampler import Sampler, make_sampler
+rollout = make_sampler(RolloutConfig(), model_path={str(start)!r}, device="cpu", dtype="float32", run_dir=Path({str(tmp_path)!r}), seed=1,
                   stop_token_ids=[2], vocab_size=128)
-rollout.launch()
-print(rollout.engines[0].process.pid, flush=True)
+rollout.pool.launch()
+print(rollout.pool.engines[0].process.pid, flush=True)
 time.sleep(600)
 """  # noqa: E501
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from megasd.config.schema import DEFAULT_TEMPLATE, Config
 from megasd.data.chat import Chat
+from megasd.engine.sampler import Sampler
 from megasd.evaluation.analysis import guidance
 from megasd.evaluation.analysis.divergence import Tally, full_kl, top_k_kl
 from megasd.evaluation.analysis.markers import marker_tokens
 from megasd.evaluation.analysis.tables import TableRow
-from megasd.evaluation.engine_for import EvalSampler
 from megasd.rewards.reward_pool import RewardPool
 from megasd.types import Group, Prompt, UserError
 
@@ -50,7 +50,7 @@ class Study:
         self,
         config: Config,
         chat: Chat,
-        engine: EvalSampler,
+        engine: Sampler,
         rewards: RewardPool,
         *,
         say: Callable[[str], None],
@@ -145,7 +145,7 @@ class Study:
         """Questions with their guided prompts' ids. One that leaves no room for a response is left
         out of every setting.
         """
-        under_solution, longest = self._groups.get("solution", {}), self.engine.longest
+        under_solution, longest = self._groups.get("solution", {}), self.engine.max_tokens
         room, found = self.config.rollout.max_response_tokens, []
         for group in self.samples["none"]:
             name = group.prompt.id

@@ -28,7 +28,7 @@ from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.engine.auth import VARIABLE, Secret, engine_key, protect
 from megasd.engine.client import EngineClient, StartError
 from megasd.engine.remote import CLOSED, TRAINER, job_token, read_announcement, write_announcement
-from megasd.engine.sampler import Sampler
+from megasd.engine.sampler import Sampler, make_sampler
 from megasd.types import Prompt, UserError
 from megasd.weights.hf_files import read_hf_config
 from tests.tiny_weights import tiny_checkpoint
@@ -58,7 +58,7 @@ class Node:
         config = RolloutConfig(
             engine=EngineConfig(served=served, **{"start_timeout": 120.0, **engine}), max_retries=3
         )
-        return Sampler(
+        return make_sampler(
             config,
             model_path=str(self.model),
             device="cpu",
@@ -105,10 +105,10 @@ def test_only_what_this_start_of_the_job_announced_is_taken(node: Node) -> None:
             r" serve`"
         ),
     ):
-        node.rollout(1, start_timeout=5.0).start()
+        node.rollout(1, start_timeout=5.0).pool.start()
     node.servers[1].name = "megasd-b"
     with node.rollout(1) as rollout:
-        assert rollout.engines[0].url == node.servers[1].url and node.servers[1].version == "0"
+        assert rollout.pool.engines[0].url == node.servers[1].url and node.servers[1].version == "0"
         assert (
             read_announcement(node.engines / TRAINER)["token"] == "job.0"
             and not (node.engines / CLOSED).exists()
@@ -124,7 +124,7 @@ def test_requests_of_a_dead_engine_go_to_the_others_and_it_is_taken_back(node: N
         dead, port = node.servers[0], node.servers[0].port
         threading.Timer(0.05, dead.stop).start()
         dead.fail["/generate"] = lambda body: asyncio.sleep(300)
-        engine = next(engine for engine in rollout.engines if engine.url == dead.url)
+        engine = next(engine for engine in rollout.pool.engines if engine.url == dead.url)
         why_dead, asked = engine.why_dead, threading.Event()
 
         async def sure_at_last() -> str | None:
@@ -148,7 +148,7 @@ def test_requests_of_a_dead_engine_go_to_the_others_and_it_is_taken_back(node: N
             time.sleep(0.05)
         assert (
             engine.answers_as == "megasd-c"
-            and engine.held == 0
+            and engine.applied_version == 0
             and node.servers[0].version == "0"
             and engine.restarts == 1
         )
@@ -162,13 +162,13 @@ def test_a_push_does_not_wait_for_an_engine_that_nobody_announces_again(node: No
         dead, port = node.servers[0], node.servers[0].port
         dead.fail["/generate"] = lambda body: dead._loop.create_task(dead._runner.cleanup()) and (500, {})
         assert ask(rollout) == 8
-        engine = next(engine for engine in rollout.engines if engine.url == dead.url)
+        engine = next(engine for engine in rollout.pool.engines if engine.url == dead.url)
         while engine.alive:
             time.sleep(0.05)
         # more often than it may be restarted
         for version in range(1, 5):
             began = time.monotonic()
-            rollout.push(str(node.model), version)
+            rollout.weights.push(str(node.model), version)
             # half of the start_timeout that it would wait for
             assert time.monotonic() - began < 30 and not engine.alive
             assert ask(rollout) == 8
@@ -178,7 +178,7 @@ def test_a_push_does_not_wait_for_an_engine_that_nobody_announces_again(node: No
         deadline = time.monotonic() + 120
         while not engine.up and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert engine.held == 4 and engine.answers_as == "megasd-c" and engine.restarts == 1
+        assert engine.applied_version == 4 and engine.answers_as == "megasd-c" and engine.restarts == 1
 
 
 def test_the_engine_that_is_asked_least_is_asked(node: Node) -> None:
@@ -197,7 +197,7 @@ def test_the_engine_that_is_asked_least_is_asked(node: Node) -> None:
         # long answers: a sample a request, two at a time
         assert ask(rollout, 12, room=3000) == 12
         assert node.servers[0].asked <= 3 <= 9 <= node.servers[1].asked
-        assert [engine.busy for engine in rollout.engines] == [0, 0]
+        assert [engine.busy for engine in rollout.pool.engines] == [0, 0]
 
 
 def test_every_engine_gives_its_memory_back_and_takes_it_again_around_the_weights(node: Node) -> None:
@@ -212,11 +212,11 @@ def test_every_engine_gives_its_memory_back_and_takes_it_again_around_the_weight
     with node.rollout(2, release_memory=True) as rollout:
         for heard in told:
             heard.clear()
-        rollout.release()
+        rollout.weights.release()
         # twice is once: a second one would kill SGLang
-        rollout.release()
-        assert all(not engine.up for engine in rollout.engines)
-        rollout.push(str(node.model), 1)
+        rollout.weights.release()
+        assert all(not engine.up for engine in rollout.pool.engines)
+        rollout.weights.push(str(node.model), 1)
         assert (
             told
             == [
@@ -236,7 +236,7 @@ def test_one_that_hangs_is_condemned(node: Node) -> None:
     node.announce(0, "megasd-a")
     node.announce(1, "megasd-b")
     with node.rollout(2, progress_timeout=0.3) as rollout:
-        hung = next(server for server in node.servers if server.url == rollout.engines[0].url)
+        hung = next(server for server in node.servers if server.url == rollout.pool.engines[0].url)
         fine, tokens = next(server for server in node.servers if server is not hung), itertools.count()
         hung.fail["/generate"] = lambda body: asyncio.sleep(300)
         hung.fail["/v1/loads"] = lambda body: (200, {"loads": []})
@@ -266,7 +266,7 @@ def test_the_key(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
         server.key = KEY
     node.announce(0, "megasd-a")
     with pytest.raises(UserError, match=f"answered 401: set {VARIABLE} to the key"):
-        node.rollout(1, start_timeout=5.0).start()
+        node.rollout(1, start_timeout=5.0).pool.start()
     monkeypatch.setenv(VARIABLE, KEY)
     with node.rollout(1) as rollout:
         assert ask(rollout) == 8

@@ -20,7 +20,7 @@ import torch
 
 from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig
 from megasd.engine.client import EngineError
-from megasd.engine.sampler import Sampler
+from megasd.engine.sampler import make_sampler
 from megasd.models.param_table import global_params
 from megasd.types import Prompt
 from megasd.weight_sync.sync import WeightSync
@@ -64,7 +64,7 @@ class Pushes:
         self.model, architectures = model, read_hf_config(model)["architectures"]
         self.servers = [ControlServer(architectures) for _ in range(count)]
         engine = EngineConfig(urls=[server.url for server in self.servers])
-        self.rollout = Sampler(
+        self.rollout = make_sampler(
             RolloutConfig(engine=engine, max_retries=2),
             model_path=str(model),
             device="cpu",
@@ -74,7 +74,7 @@ class Pushes:
             stop_token_ids=[3],
             vocab_size=96,
         )
-        self.rollout.start()
+        self.rollout.pool.start()
         self.actor = TensorActor(model)
         settings = SyncConfig(**{"transport": "colocated", "verify_every": 0, **config})
         self.sync = WeightSync(
@@ -86,7 +86,7 @@ class Pushes:
 
     @property
     def held(self) -> list[int | None]:
-        return [engine.held for engine in self.rollout.engines]
+        return [engine.applied_version for engine in self.rollout.pool.engines]
 
     def restarted(self, index: int) -> None:
         self.servers[index] = ControlServer(self.servers[index].architectures, self.servers[index].port)
@@ -95,14 +95,13 @@ class Pushes:
         """Versions of the samples; a restarted engine is given the weights of `version` again, as
         Run does it.
         """
-        version, self.asked = self.rollout.version, 0
+        version, self.asked = self.rollout.weights.version, 0
 
         def repush() -> None:
             self.asked += 1
             self.sync.push(version, lacking=True)
 
-        self.rollout.repush = repush
-        try:
+        with self.rollout.pool.push_requests.served_by(repush):
             groups = self.rollout.generate(
                 [Prompt(id=f"q{i}", messages=[], answer="") for i in range(prompts)],
                 [[1, 2]] * prompts,
@@ -113,8 +112,6 @@ class Pushes:
                 top_p=1.0,
                 max_response_tokens=3,
             )
-        finally:
-            self.rollout.repush = None
         return [sample.version for group in groups for sample in group.samples]
 
 
@@ -129,7 +126,7 @@ def pushes(tmp_path: Path) -> Iterator[Callable[..., Pushes]]:
     yield make
     for one in made:
         one.sync.close()
-        one.rollout.close()
+        one.rollout.pool.close()
         for server in one.servers:
             server.stop()
 
@@ -143,7 +140,7 @@ def test_a_url_that_dies_in_a_push_and_comes_back_serves_again(pushes: Callable[
 
     two.servers[0].fail["/update_weights_from_tensor"] = die
     two.sync.push(2)
-    assert two.held == [None, 2] and not two.rollout.engines[0].alive
+    assert two.held == [None, 2] and not two.rollout.pool.engines[0].alive
     two.restarted(0)
     assert set(two.generate()) == {2} and two.held == [2, 2] and two.asked == 1
     two.sync.push(3)
@@ -191,8 +188,9 @@ def test_delta_sends_everything_to_an_engine_that_was_restarted(pushes: Callable
 def test_delta_sends_everything_to_an_engine_that_came_back_in_between(pushes: Callable[..., Pushes]) -> None:
     two = pushes(2, delta=True, verify_every=1, tolerance=100.0)
     two.servers[0].stop()
-    two.rollout._call(two.rollout._revive(two.rollout.engines[0], two.rollout.engines[0].incarnation))
-    assert not two.rollout.engines[0].alive
+    pool = two.rollout.pool
+    pool.call(pool.health.revive(pool.engines[0], pool.engines[0].incarnation))
+    assert not pool.engines[0].alive
     two.restarted(0)
     # the probe finds it again
     two.sync.push(2)
@@ -249,7 +247,7 @@ def test_what_was_refused_once_is_refused_again(pushes: Callable[..., Pushes], t
     again = WeightSync(
         one.actor, one.rollout, one.sync.config, tmp_path, model_path=str(one.model), probes=[]
     )
-    one.rollout.shapes["model.norm.weight"] = (999,)
+    one.rollout.weights.shapes["model.norm.weight"] = (999,)
     for version in (2, 3):
         with pytest.raises(EngineError, match="model.norm.weight"):
             again.push(version)

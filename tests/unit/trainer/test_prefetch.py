@@ -47,14 +47,20 @@ def never() -> None:
     raise AssertionError("no engine lost its weights")
 
 
+def wait(one: Pushes, ahead: Prefetcher, push: Callable[[], None]) -> None:
+    """As the trainer does it: this thread may push."""
+    with one.rollout.pool.push_requests.served_by(push):
+        ahead.wait()
+
+
 def test_a_batch_comes_in_beside_the_caller(pushes: Callable[..., Pushes]) -> None:
     one, ahead = pushes(1), Prefetcher()
     assert ahead.take() is None and ahead.before is None
     # nothing was started
-    ahead.wait(never)
+    wait(one, ahead, never)
     ahead.start(one.rollout, {"position": 3}, lambda: ask(one))
     assert ahead.before == {"position": 3}
-    ahead.wait(never)
+    wait(one, ahead, never)
     one.sync.push(2)
     groups, figures = ahead.take()
     assert versions(groups) == {1} and figures == {"figure": 1.0}
@@ -69,14 +75,14 @@ def test_an_engine_that_lost_its_weights_gets_the_newer_ones_where_the_caller_wa
     one.servers[0].fail["/generate"] = once((500, {"message": "gone"}))
     ahead.start(one.rollout, {}, lambda: ask(one))
     # it wishes for weights before anybody waits
-    while ahead._inbox.empty():
+    while one.rollout.pool.push_requests._queue.empty():
         time.sleep(0.01)
 
     def push() -> None:
         seen.append(threading.current_thread())
         one.sync.push(2, lacking=True)
 
-    ahead.wait(push)
+    wait(one, ahead, push)
     assert seen == [threading.current_thread()] and versions(ahead.take()[0]) == {2} and one.held == [2]
     # as the run does after the wait, whatever came before
     one.sync.push(2)
@@ -88,7 +94,7 @@ def test_what_fails_in_it_fails_where_it_is_waited_for(pushes: Callable[..., Pus
     one.servers[0].fail["/generate"] = lambda body: (400, {"message": "the true reason"})
     ahead.start(one.rollout, {}, lambda: ask(one, 1))
     with pytest.raises(EngineError, match="the true reason"):
-        ahead.wait(never)
+        wait(one, ahead, never)
 
 
 def test_a_push_that_fails_ends_it(pushes: Callable[..., Pushes]) -> None:
@@ -101,9 +107,9 @@ def test_a_push_that_fails_ends_it(pushes: Callable[..., Pushes]) -> None:
         raise SyncError("out of memory")
 
     with pytest.raises(SyncError, match="out of memory"):
-        ahead.wait(push)
+        wait(one, ahead, push)
     with pytest.raises((concurrent.futures.CancelledError, SyncError)):
-        ahead._running.result(timeout=120)
+        ahead._batch.result.result(timeout=120)
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -116,12 +122,12 @@ def test_it_can_be_given_up(pushes: Callable[..., Pushes], lost: bool) -> None:
     else:
         one.servers[0].paused = True
     ahead.start(one.rollout, {"position": 3}, lambda: ask(one))
-    while ahead._inbox.empty() if lost else one.servers[0].waiting == 0:
+    while one.rollout.pool.push_requests._queue.empty() if lost else one.servers[0].waiting == 0:
         time.sleep(0.01)
     ahead.cancel()
     with pytest.raises(concurrent.futures.CancelledError):
         # neither answer nor weights ever come
-        ahead._running.result(120)
+        ahead._batch.result.result(120)
     # these questions are asked again
     assert ahead.before == {"position": 3}
 

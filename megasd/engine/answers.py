@@ -1,0 +1,69 @@
+"""What SGLang's /generate answers, checked and read: versions, tokens, log-probs (nats)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megasd.engine.client import EngineError
+from megasd.engine.target_weights import stamped_version
+
+
+def versions_of(output: dict[str, Any]) -> list[int]:
+    """The weight versions that an output's tokens were sampled with; FOREIGN for a stamp that is no number.
+
+    A push passes through a stamp under which nothing is sampled: spans without a token say nothing.
+    """
+    meta = output["meta_info"]
+    spans = [span for span in meta.get("weight_versions") or [] if span["end"] > span["start"]]
+    stamps = [span["version"] for span in spans] or [meta["weight_version"]]
+    return [stamped_version(str(stamp)) for stamp in stamps]
+
+
+def response_of(name: str, output: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """(token ids, log-probs) of the response, one log-prob a token, else EngineError."""
+    ids = output["output_ids"]
+    logprobs = output["meta_info"]["output_token_logprobs"]
+    if [token for _, token, *_ in logprobs] != ids:
+        raise EngineError(
+            f"{name}: {len(ids)} response tokens but log-probs of {len(logprobs)}, or of others"
+        )
+    logps = [logp for logp, *_ in logprobs]
+    if not all(math.isfinite(logp) for logp in logps):
+        raise EngineError(f"{name}: a response log-prob is not finite")
+    return ids, logps
+
+
+def scores_of(output: dict[str, Any], ids: list[int]) -> list[float]:
+    """Log-probs of ids[1:], each given its prefix; EngineError when the answer is about other tokens."""
+    logprobs = output["meta_info"]["input_token_logprobs"]
+    if len(logprobs) != len(ids) or not _names_tokens(logprobs, ids):
+        raise EngineError(f"score: sent {len(ids)} tokens, got log-probs of {len(logprobs)} or of others")
+    return [logp for logp, *_ in logprobs[1:]]
+
+
+def top_of(output: dict[str, Any], response: list[int]) -> list[dict[int, float]]:
+    """At every response token: log-probs of the most probable ids and of the response's own.
+
+    Infinite log-probs are left out. EngineError when the answer is about other tokens.
+    """
+    meta = output["meta_info"]
+    # the first position asked for is answered with null
+    sampled, top = meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:]
+    if len(top) != len(response) or not _names_tokens(sampled, response):
+        raise EngineError(
+            f"top log-probs: asked for {len(response)} tokens, got those of {len(top)} or of others"
+        )
+    found = []
+    for own, (logp, *_), best in zip(response, sampled, top, strict=True):
+        at_token = {int(token): float(value) for value, token, *_ in best} | {own: float(logp)}
+        found.append({token: value for token, value in at_token.items() if math.isfinite(value)})
+    return found
+
+
+def _names_tokens(logprobs: list[list[Any]], ids: list[int]) -> bool:
+    """Whether log-probs are those of `ids`.
+
+    SGLang 0.5.23 labels the last id of the vocabulary 0 here; the log-prob next to it is right.
+    """
+    return all(token in (own, 0) for (_, token, *_), own in zip(logprobs, ids, strict=True))

@@ -1,0 +1,216 @@
+"""Which engines are alive, how a dead one is brought back, and which engine gets the next request.
+
+While one engine is brought back, the others go on: its requests are sent to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from megasd.config.schema import EngineConfig
+from megasd.engine.client import EngineClient, EngineError, Unreachable
+from megasd.engine.remote import RemoteEngine
+from megasd.engine.router import Router
+from megasd.engine.target_weights import TargetWeights
+from megasd.types import UserError
+
+
+class EngineHealth:
+    """The state of a pool's engines. All coroutines belong to the pool's event loop.
+
+    An engine that comes back gets the weights of `target`. `updating`: the engines of an open live
+    update. `accepts_requests`: False while such an update waits for running requests to end.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        engines: list[EngineClient],
+        router: Router | None,
+        target: TargetWeights,
+    ) -> None:
+        self.config, self.engines, self.router, self.target = config, engines, router, target
+        self.updating: list[EngineClient] = []
+        self.accepts_requests = True
+        # of all engines, since the start of the run
+        self.num_restarts = 0
+        # engines that are being brought back
+        self._revivals: dict[EngineClient, asyncio.Task[None]] = {}
+
+    # ---- which engine is asked -------------------------------------------------------------------
+
+    def living(self) -> list[EngineClient]:
+        """Engines that may be asked for samples now."""
+        # an engine whose lock is taken is being looked after, and may be dead
+        return [
+            engine for engine in self.engines if engine.up and not engine.paused and not engine.lock.locked()
+        ]
+
+    async def available(self) -> EngineClient:
+        """The living engine with the fewest tokens in flight, or the router in its place.
+
+        Waits while there is none but one will come. UserError when all are lost; EngineError when a
+        failed push left all of them without weights.
+        """
+        while True:
+            living = self.living()
+            if living and self.accepts_requests:
+                return self.router or min(living, key=lambda engine: engine.busy)
+            if not any((engine.restartable and not engine.lost) or engine.alive for engine in self.engines):
+                raise self.no_engine("for a request")
+            if not any(
+                (engine.up and not engine.paused)
+                or engine.lock.locked()
+                or engine in self.updating
+                or not (engine.alive or engine.lost)
+                for engine in self.engines
+            ):
+                raise EngineError(
+                    "the last push of weights failed and left no engine with a whole version; push again"
+                    " first"
+                )
+            await asyncio.sleep(0.05)
+
+    def no_engine(self, when: str) -> UserError:
+        """The error to raise when every engine is lost; it says why each of them is."""
+        lost = "; ".join(f"{engine.url} ({engine.reason})" for engine in self.engines)
+        if self.engines[0].restartable:
+            return UserError(f"rollout.engine: no engine is left {when}: {lost}")
+        return UserError(
+            f"rollout.engine.urls: no engine is left {when}: {lost}; start it again, or take it out of the"
+            " list"
+        )
+
+    # ---- bringing engines back -------------------------------------------------------------------
+
+    async def recover_any(self, engine: EngineClient, incarnation: int) -> None:
+        """After a failed request: revive an engine in the background; return when any engine can be asked.
+
+        EngineError when none can.
+        """
+        task = self._revivals.get(engine)
+        if task is None or task.done():
+            task = self._revivals[engine] = asyncio.ensure_future(self.revive(engine, incarnation))
+            # Read the exception, or asyncio logs that nobody did.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        while not task.done() and not set(self.living()) - {engine}:
+            await asyncio.wait({task}, timeout=0.05)
+        if (
+            task.done()
+            and not self.living()
+            and not task.cancelled()
+            and isinstance(task.exception(), EngineError)
+        ):
+            task.result()
+
+    async def revive(self, engine: EngineClient, incarnation: int) -> None:
+        """After a failed request to this incarnation of an engine: see to the engine.
+
+        A dead engine is restarted, or set aside if it is not ours. A living engine that names
+        another version gets the target weights. EngineError when it is dead for good.
+        """
+        async with engine.lock:
+            if engine.incarnation != incarnation:
+                # another request has seen to it
+                return
+            # Another server may answer at the URL of a remote engine: it must announce itself first.
+            gone = isinstance(engine, RemoteEngine) and not engine.alive
+            reason = engine.reason if gone else await engine.why_dead()
+            if reason is None:
+                if (
+                    engine.applied_version is not None
+                    and await self.target.read_version(engine) != self.target.version
+                ):
+                    await self.target.apply(engine)
+                return
+            engine.alive, engine.reason, engine.applied_version = False, reason, None
+            if engine.restartable:
+                engine.kill()
+                await self._restart(engine, reason)
+            else:
+                engine.incarnation += 1
+
+    async def _restart(self, engine: EngineClient, reason: str) -> None:
+        """Start an engine until it answers and holds the target weights, max_restarts times in its life."""
+        while True:
+            if engine.restarts >= self.config.max_restarts:
+                engine.lost = True
+                limit = f"rollout.engine.max_restarts={self.config.max_restarts}"
+                raise EngineError(
+                    f"the engine died again after {limit}: {reason}; {engine.last_error()} (log:"
+                    f" {engine.log_path})"
+                )
+            engine.restarts += 1
+            self.num_restarts += 1
+            try:
+                engine.launch()
+                await engine.wait_ready()
+                if not (engine.owned and self.target.is_start_model):
+                    # it is asked for samples only when it has the weights
+                    engine.applied_version = None
+                    await self.target.apply(engine)
+                if self.router is not None:
+                    await self.router.enlist(engine)
+                return
+            except (EngineError, Unreachable) as error:
+                reason = str(error)
+                engine.kill()
+            except asyncio.CancelledError:
+                # `settle` gave it up because nobody announced it. The next call looks for it again.
+                engine.restarts -= 1
+                raise
+
+    async def settle(self) -> None:
+        """Before a push: wait for the engines that are being brought back, so that they take part in it.
+
+        Engines on other machines are skipped until they announce themselves again, if others live.
+        """
+        for engine, task in self._revivals.items():
+            if (
+                not task.done()
+                and isinstance(engine, RemoteEngine)
+                and not engine.alive
+                and engine.lock.locked()
+                and self.living()
+            ):
+                task.cancel()
+        pending = [task for task in self._revivals.values() if not task.done()]
+        if pending:
+            await asyncio.wait(pending)
+
+    async def attend(self) -> None:
+        """Before a call: bring back the engines that an earlier call left without weights, or dead."""
+        for engine in self.engines:
+            if engine.alive:
+                # such an engine gets its weights with the next push
+                waits = engine.distrusted or engine.released or engine.paused or engine in self.updating
+                if engine.applied_version is None and not waits and not engine.lock.locked():
+                    # it came back when no thread could give it weights
+                    async with engine.lock:
+                        await self.target.apply(engine)
+            elif engine.restartable:
+                if not engine.lost or not self.living():
+                    await self.recover_any(engine, engine.incarnation)
+            else:
+                # if it is still away, the others go on
+                with contextlib.suppress(UserError, Unreachable):
+                    await engine.wait_ready()
+                    await self.target.apply(engine)
+
+    async def correct_versions(self) -> None:
+        """After a stale sample: give the target weights to engines that somebody restarted or rewrote."""
+        for engine in self.engines:
+            async with engine.lock:
+                if engine.up and await self.target.read_version(engine) not in (None, self.target.version):
+                    # if it is dead, the next request finds out
+                    with contextlib.suppress(Unreachable):
+                        await self.target.apply(engine)
+
+    async def stop(self) -> None:
+        """Give up engines that are being brought back, so that none is started from here on."""
+        tasks: Sequence[asyncio.Task[None]] = list(self._revivals.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
