@@ -1,5 +1,6 @@
-"""What the dense decoder families have in common: Megatron's arguments and the rules of a layer,
-and what none of them supports.
+"""What the decoder families share: Megatron's arguments, the rules of a layer, and the refusals.
+
+Nothing here imports torch at module level: the planner needs shapes alone.
 """
 
 from __future__ import annotations
@@ -8,14 +9,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
-
 from megasd.models import tp_layouts
 from megasd.models.param_table import Family, ParamRule, Rope, key, mlp_rules, refuse
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever no family here supports."""
+    """Raise UserError, naming the key of config.json, for what no family supports."""
     for name in ("attention_bias", "mlp_bias"):
         if hf.get(name):
             refuse(hf, name, "these linear layers have no bias")
@@ -32,19 +31,23 @@ def check_full_attention(hf: Mapping[str, Any]) -> None:
 
 
 def head_dim(hf: Mapping[str, Any]) -> int:
-    """Given, or the hidden size shared among the heads."""
+    """Size of a head: `head_dim`, or the hidden size divided by the number of heads."""
     return int(hf.get("head_dim") or key(hf, "hidden_size") // key(hf, "num_attention_heads"))
 
 
 def query_groups(hf: Mapping[str, Any]) -> int:
-    """Key and value heads; as many as query heads when config.json does not say."""
+    """Number of key and value heads; as many as query heads when config.json does not say."""
     return int(hf.get("num_key_value_heads") or key(hf, "num_attention_heads"))
 
 
 def family(hf: Mapping[str, Any], ropes: tuple[Rope, ...], **particular: Any) -> Family:
-    """Megatron's arguments. `particular`: fields of TransformerConfig that the family adds;
-    `layer_ropes` and `post_norm` of Family.
+    """Megatron's arguments.
+
+    `particular`: fields of TransformerConfig that the family adds, and the fields `layer_ropes` and
+    `post_norm` of Family.
     """
+    import torch.nn.functional as F
+
     fields = {name: particular.pop(name) for name in ("layer_ropes", "post_norm") if name in particular}
     transformer: dict[str, Any] = {
         "num_layers": key(hf, "num_hidden_layers"),
@@ -72,7 +75,7 @@ def family(hf: Mapping[str, Any], ropes: tuple[Rope, ...], **particular: Any) ->
 
 
 def attention_rules(hf: Mapping[str, Any], *, qkv_bias: bool = False) -> list[ParamRule]:
-    """linear_qkv and linear_proj."""
+    """The rules of linear_qkv and linear_proj."""
     hidden, groups, size = key(hf, "hidden_size"), query_groups(hf), head_dim(hf)
     rows = {"q_proj": key(hf, "num_attention_heads") * size, "k_proj": groups * size, "v_proj": groups * size}
     qkv = partial(tp_layouts.qkv, num_query_groups=groups)
@@ -90,7 +93,7 @@ def attention_rules(hf: Mapping[str, Any], *, qkv_bias: bool = False) -> list[Pa
 
 
 def norm_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
-    """The two norms before attention and MLP."""
+    """The rules of the norms before attention and before the MLP."""
     hidden = key(hf, "hidden_size")
     return [
         ParamRule("input_layernorm.weight", {"input_layernorm.weight": (hidden,)}, tp_layouts.replicated),
@@ -101,6 +104,6 @@ def norm_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
 
 
 def layer_rules(hf: Mapping[str, Any], *, qkv_bias: bool = False) -> list[ParamRule]:
-    """A Llama-like layer: norms before, gated MLP."""
+    """The rules of a Llama-like layer: norms first, gated MLP."""
     mlp = mlp_rules("mlp.", "mlp.", key(hf, "hidden_size"), key(hf, "intermediate_size"))
     return [*norm_rules(hf), *attention_rules(hf, qkv_bias=qkv_bias), *mlp]

@@ -1,4 +1,4 @@
-"""Mistral: Llama-like layers; `sliding_window`, where it is not null, holds for every layer, as in
+"""Mistral: Llama-like layers. A `sliding_window` that is not null holds for every layer, as in
 transformers.
 """
 
@@ -15,9 +15,7 @@ MODEL_TYPES = ("mistral",)
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a
-    silently different model.
-    """
+    """Raise UserError for a config.json that would become a different model here; names the key."""
     dense.check(hf)
     if hf.get("layer_types"):
         refuse(hf, "layer_types", "Mistral's window holds for every layer")
@@ -26,15 +24,14 @@ def check(hf: Mapping[str, Any]) -> None:
 
 
 def num_experts(hf: Mapping[str, Any]) -> int:
+    """0: the model is dense."""
     return 0
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or
-    not supported.
-    """
+    """Megatron's arguments for a config.json; UserError names a key that is missing or not supported."""
     window = hf["sliding_window"]
-    # the token itself is one of the window
+    # Megatron counts the tokens before the token itself.
     windows = {} if window is None else {"window_size": (window - 1, 0)}
     return dense.family(hf, (rope(hf, dense.head_dim(hf)),), **windows)
 

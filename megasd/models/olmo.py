@@ -1,5 +1,5 @@
-"""OLMo-2 and OLMo-3: norms after attention and MLP, q/k norms over all heads; in OLMo-3 sliding
-windows with a rope of their own.
+"""OLMo-2 and OLMo-3: norms after attention and MLP, and q/k norms over all heads. OLMo-3 also has
+sliding windows, whose layers have their own rope table.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from megasd.models.param_table import Family, ParamRule, Rope, key, mlp_rules, r
 from megasd.models.rope import rope, rope_parameters, rope_table
 
 MODEL_TYPES = ("olmo2", "olmo3")
-# a layer's rope table is its place here
+# A layer uses the rope table at the index of its kind.
 _KINDS = ("full_attention", "sliding_attention")
-# that transformers gives sliding layers of a config.json in its old spelling
+# The rope_theta that transformers gives to sliding layers when config.json has the old spelling.
 _THETA = 500000.0
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a
-    silently different model.
-    """
+    """Raise UserError for a config.json that would become a different model here; names the key."""
     dense.check(hf)
     if hf.get("clip_qkv"):
         refuse(hf, "clip_qkv", "queries, keys and values are not clipped")
@@ -38,6 +36,7 @@ def check(hf: Mapping[str, Any]) -> None:
 
 
 def num_experts(hf: Mapping[str, Any]) -> int:
+    """0: the model is dense."""
     return 0
 
 
@@ -47,9 +46,7 @@ def _layer_types(hf: Mapping[str, Any]) -> list[str]:
 
 
 def _ropes(hf: Mapping[str, Any]) -> tuple[Rope, ...]:
-    """The tables of full and of sliding layers. Scaling in the old spelling is meant for full
-    layers alone.
-    """
+    """The tables of full and of sliding layers. Scaling in the old spelling is for full layers alone."""
     where, parameters = rope_parameters(hf)
     size = dense.head_dim(hf)
     if where == "rope_parameters":
@@ -73,8 +70,7 @@ def _ropes(hf: Mapping[str, Any]) -> tuple[Rope, ...]:
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or
-    not supported.
+    """Megatron's arguments for a config.json; UserError names a key that is missing or not supported.
 
     qk_layernorm stays False: Megatron would sum the gradients of q/k norms over tensor-parallel
     ranks, which here hold different weights.
@@ -91,8 +87,9 @@ def family(hf: Mapping[str, Any]) -> Family:
 
 
 def layer_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
-    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`. A norm after a layer
-    belongs to its last linear layer.
+    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`.
+
+    The norm after attention, or after the MLP, belongs to the last linear layer before it.
     """
     hidden, size = key(hf, "hidden_size"), dense.head_dim(hf)
     rows = {"q": key(hf, "num_attention_heads") * size, "k": dense.query_groups(hf) * size}

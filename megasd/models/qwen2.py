@@ -13,22 +13,19 @@ MODEL_TYPES = ("qwen2",)
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a
-    silently different model.
-    """
-    # Qwen2 has it whatever the config says
+    """Raise UserError for a config.json that would become a different model here; names the key."""
+    # Qwen2 always has a bias on queries, keys and values; attention_bias says nothing about it.
     dense.check({name: value for name, value in hf.items() if name != "attention_bias"})
     dense.check_full_attention(hf)
 
 
 def num_experts(hf: Mapping[str, Any]) -> int:
+    """0: the model is dense."""
     return 0
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or
-    not supported.
-    """
+    """Megatron's arguments for a config.json; UserError names a key that is missing or not supported."""
     return dense.family(hf, (rope(hf, dense.head_dim(hf)),), add_qkv_bias=True)
 
 

@@ -15,12 +15,10 @@ MODEL_TYPES = ("qwen3", "qwen3_moe")
 
 
 def check(hf: Mapping[str, Any]) -> None:
-    """Raise UserError, naming the key of config.json, for whatever these tables would turn into a
-    silently different model.
-    """
+    """Raise UserError for a config.json that would become a different model here; names the key."""
     dense.check(hf)
     dense.check_full_attention(hf)
-    # its default is not hidden_size / num_attention_heads
+    # mandatory: the default of Qwen3 is not hidden_size / num_attention_heads
     key(hf, "head_dim")
     if is_moe(hf):
         if not hf.get("norm_topk_prob", False):
@@ -32,21 +30,20 @@ def check(hf: Mapping[str, Any]) -> None:
 
 
 def is_moe(hf: Mapping[str, Any]) -> bool:
+    """Whether every layer is a mixture of experts."""
     return hf.get("model_type") == "qwen3_moe"
 
 
 def num_experts(hf: Mapping[str, Any]) -> int:
-    """0 for a dense model."""
+    """Experts a layer; 0 for a dense model."""
     if not is_moe(hf):
         return 0
-    # the hub's name; the one that transformers 5 writes
+    # the name on the hub, and the name that transformers 5 writes
     return int(key(hf, "num_experts", "num_local_experts"))
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """Megatron's arguments for a config.json (a dict). UserError names the key that is missing or
-    not supported.
-    """
+    """Megatron's arguments for a config.json; UserError names a key that is missing or not supported."""
     check(hf)
     experts: dict[str, Any] = {}
     if is_moe(hf):
@@ -54,7 +51,7 @@ def family(hf: Mapping[str, Any]) -> Family:
             "num_moe_experts": num_experts(hf),
             "moe_ffn_hidden_size": key(hf, "moe_intermediate_size"),
             "moe_router_topk": key(hf, "num_experts_per_tok"),
-            # softmax over the chosen experts = norm_topk_prob
+            # a softmax over the chosen experts alone is norm_topk_prob
             "moe_router_pre_softmax": False,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
@@ -64,8 +61,9 @@ def family(hf: Mapping[str, Any]) -> Family:
 
 
 def layer_rules(hf: Mapping[str, Any]) -> list[ParamRule]:
-    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`; in experts' names `{}`
-    stands for the expert's global number.
+    """One layer. Hugging Face names lack the prefix `model.layers.<i>.`.
+
+    In the names of experts, `{}` stands for the global number of the expert.
     """
     hidden = key(hf, "hidden_size")
     attention = [

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megasd.models.param_table import Rope, key, refuse
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_NEEDED = {
+_NEEDED: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     "yarn": {"factor"},
 }
-_OPTIONAL = {
+_OPTIONAL: dict[str, set[str]] = {
     "default": set(),
     "linear": set(),
     "llama3": {"original_max_position_embeddings"},
@@ -40,8 +40,9 @@ _OPTIONAL = {
 
 
 def rope_parameters(hf: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The key of config.json that holds them, and the parameters: rope_parameters (transformers 5),
-    or rope_theta and rope_scaling (4).
+    """The rope parameters of a config.json, after the name of the key that holds them.
+
+    The key is rope_parameters (transformers 5), or rope_scaling with rope_theta (transformers 4).
     """
     new, old = hf.get("rope_parameters"), hf.get("rope_scaling")
     if new and old:
@@ -63,9 +64,12 @@ def rope(hf: Mapping[str, Any], head_dim: int) -> Rope:
 
 
 def rope_table(hf: Mapping[str, Any], where: str, parameters: Mapping[str, Any], head_dim: int) -> Rope:
-    """The table of these parameters, which stand under `where` in config.json (rope_theta may stand
-    beside it).
+    """The table of `parameters`, which stand under the key `where` of config.json.
+
+    rope_theta may stand next to this key. UserError names the key that is not supported.
     """
+    import torch
+
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in _NEEDED:
         refuse(hf, where, f"rope_type one of {', '.join(_NEEDED)}")
@@ -79,21 +83,30 @@ def rope_table(hf: Mapping[str, Any], where: str, parameters: Mapping[str, Any],
     theta = parameters.get("rope_theta")
     base = float(key(hf, "rope_theta") if theta is None else theta)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    original = parameters.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
     factor = 1.0
     if kind == "yarn":
-        frequencies, factor = _yarn(base, exponents, original, parameters)
+        frequencies, factor = _yarn(base, exponents, _original_length(hf, parameters), parameters)
     else:
         frequencies = 1.0 / base**exponents
         if kind == "linear":
             frequencies /= parameters["factor"]
         if kind == "llama3":
-            frequencies = _llama3(frequencies, original, parameters)
+            frequencies = _llama3(frequencies, _original_length(hf, parameters), parameters)
     return Rope(tuple(frequencies.tolist()), factor)
 
 
+def _original_length(hf: Mapping[str, Any], parameters: Mapping[str, Any]) -> float:
+    """The length (tokens) that the model was trained on before its rope was scaled."""
+    return parameters.get("original_max_position_embeddings") or key(hf, "max_position_embeddings")
+
+
 def _llama3(frequencies: Tensor, original: float, parameters: Mapping[str, Any]) -> Tensor:
-    """Long waves slowed down by `factor`, short ones kept, a smooth passage between (Llama 3.1)."""
+    """Llama 3.1: long waves are slowed down by `factor`, short waves are kept, the rest is blended.
+
+    `frequencies` [head_dim / 2], `original` in tokens.
+    """
+    import torch
+
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     wavelengths = 2 * math.pi / frequencies
     scaled = torch.where(wavelengths > original / low, frequencies / factor, frequencies)
@@ -105,16 +118,19 @@ def _llama3(frequencies: Tensor, original: float, parameters: Mapping[str, Any])
 def _yarn(
     base: float, exponents: Tensor, original: float, parameters: Mapping[str, Any]
 ) -> tuple[Tensor, float]:
-    """YaRN (2309.00071): few rotations over the original length are interpolated, many are kept;
-    and its attention factor.
+    """YaRN (2309.00071): frequencies [head_dim / 2], and the attention factor.
+
+    Pairs with few rotations over the original length are interpolated, pairs with many are kept.
     """
+    import torch
+
     scale, half = parameters["factor"], len(exponents)
 
     def magnitude(mscale: float) -> float:
         return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
-    # the pair that makes so many rotations over the original length
     def pair(rotations: float) -> float:
+        # index of the pair that makes so many rotations over the original length
         return (2 * half * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(base))
 
     factor, mscale, mscale_all = (

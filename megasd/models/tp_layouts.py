@@ -1,8 +1,8 @@
-"""How a tensor-parallel shard is cut out of Hugging Face tensors: lists of segments, read in both directions.
+"""How a tensor-parallel shard is cut out of Hugging Face tensors, and put back.
 
-A layout answers, for one tensor-parallel rank: which slices of which source tensors make up my
-shard, and where do they lie in it? Loading reads the slices; exporting writes the same slices back.
-Nothing here knows a process group, a file or a model family.
+A layout is a list of segments. For one tensor-parallel rank it says which slices of which source
+tensors make up the shard, and where in the shard they lie. Loading reads the slices; exporting
+writes the same slices back. Nothing here knows a process group, a file or a model family.
 
     layout = qkv((q_shape, k_shape, v_shape), rank=0, size=2, num_query_groups=2)
     shard  = split((q, k, v), layout)              # Megatron's linear_qkv.weight of rank 0
@@ -14,15 +14,18 @@ A segment runs along one dimension (0 or 1); all other dimensions are whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
 
 class Segment(NamedTuple):
-    """`source[start : start + length]` along `dim` of source tensor number `part` lies at
+    """One slice of a source tensor, and its place in the shard.
+
+    Along dimension `dim`, `source[start : start + length]` of source tensor number `part` lies at
     `shard[offset : offset + length]`.
     """
 
@@ -34,15 +37,16 @@ class Segment(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The shape of one rank's shard and the segments that fill it; what no segment covers is
-    padding (zeros).
+    """The shape of one rank's shard and the segments that fill it.
+
+    Where no segment lies, the shard is padding (zeros).
     """
 
     shape: Shape
     segments: tuple[Segment, ...]
 
 
-def _share(length: int, size: int, what: str) -> int:
+def _divide(length: int, size: int, what: str) -> int:
     if length % size:
         raise ValueError(f"{what} of {length} does not divide over {size} tensor-parallel ranks")
     return length // size
@@ -57,14 +61,14 @@ def replicated(shapes: Sequence[Shape], rank: int, size: int) -> Layout:
 def column(shapes: Sequence[Shape], rank: int, size: int) -> Layout:
     """ColumnParallelLinear: rows (dim 0) in `size` equal parts."""
     (shape,) = shapes
-    rows = _share(shape[0], size, "output dimension")
+    rows = _divide(shape[0], size, "output dimension")
     return Layout((rows, *shape[1:]), (Segment(0, 0, rank * rows, rows, 0),))
 
 
 def row(shapes: Sequence[Shape], rank: int, size: int) -> Layout:
     """RowParallelLinear: columns (dim 1) in `size` equal parts."""
     (shape,) = shapes
-    columns = _share(shape[1], size, "input dimension")
+    columns = _divide(shape[1], size, "input dimension")
     return Layout((shape[0], columns), (Segment(0, 1, rank * columns, columns, 0),))
 
 
@@ -73,27 +77,26 @@ def gated(shapes: Sequence[Shape], rank: int, size: int) -> Layout:
     gate, up = shapes
     if gate != up:
         raise ValueError(f"gate {gate} and up {up} projections differ in shape")
-    rows = _share(gate[0], size, "intermediate size")
+    rows = _divide(gate[0], size, "intermediate size")
     return Layout(
         (2 * rows, gate[1]), (Segment(0, 0, rank * rows, rows, 0), Segment(1, 0, rank * rows, rows, rows))
     )
 
 
 def qkv(shapes: Sequence[Shape], rank: int, size: int, *, num_query_groups: int) -> Layout:
-    """Megatron's fused QKV: for each query group its query heads, its key head, its value head; the
-    rows of that in `size` equal parts.
+    """Megatron's fused QKV, rows in `size` equal parts: weights `[rows, hidden]` or biases `[rows]`.
 
-    Weights `[rows, hidden]` or biases `[rows]`.
-
-    With fewer query groups than ranks a shard is a part of one group, as Megatron's SelfAttention
-    expects (it gathers them itself).
+    The rows are, for each query group: its query heads, its key head, its value head. With fewer
+    query groups than ranks, a shard is a part of one group. Megatron's SelfAttention expects this,
+    and gathers the parts itself.
     """
     q, k, v = shapes
-    heads = [_share(shape[0], num_query_groups, "q, k or v rows (over query groups)") for shape in (q, k, v)]
-    rows = _share(q[0] + k[0] + v[0], size, "fused QKV rows")
+    heads = [_divide(shape[0], num_query_groups, "q, k or v rows (over query groups)") for shape in (q, k, v)]
+    rows = _divide(q[0] + k[0] + v[0], size, "fused QKV rows")
     first, last = rank * rows, (rank + 1) * rows
-    # position: row of the fused tensor
-    segments, position = [], 0
+    segments: list[Segment] = []
+    # row of the fused tensor
+    position = 0
     for group in range(num_query_groups):
         for part, length in enumerate(heads):
             low, high = max(position, first), min(position + length, last)
@@ -104,16 +107,18 @@ def qkv(shapes: Sequence[Shape], rank: int, size: int, *, num_query_groups: int)
 
 
 def padded_vocab_size(vocab_size: int, divisor: int, tp_size: int) -> int:
-    """The vocabulary (tokens) rounded up to a multiple of divisor * tp_size (Megatron's
-    make_vocab_size_divisible_by).
+    """The vocabulary (tokens), rounded up to a multiple of divisor * tp_size.
+
+    `divisor` is Megatron's make_vocab_size_divisible_by.
     """
     multiple = divisor * tp_size
     return (vocab_size + multiple - 1) // multiple * multiple
 
 
 def vocab(shapes: Sequence[Shape], rank: int, size: int, *, rows: int) -> Layout:
-    """Embedding and output layer: `rows` rows on each rank, the last ones padding when rows * size
-    exceeds the vocabulary.
+    """Embedding and output layer: `rows` rows on each rank.
+
+    If rows * size exceeds the vocabulary, then the last rows are padding.
     """
     (shape,) = shapes
     if rows * size < shape[0]:
@@ -132,8 +137,9 @@ def split(parts: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def merge(shards: Sequence[Tensor], layouts: Sequence[Layout], parts: Sequence[Tensor]) -> None:
-    """Write the shards of all ranks into the whole source tensors `parts`, in place (and across
-    devices); padding is dropped.
+    """Write the shards of all ranks into the whole source tensors `parts`, in place.
+
+    Works across devices. Padding is dropped.
     """
     for shard, layout in zip(shards, layouts, strict=True):
         for s in layout.segments:

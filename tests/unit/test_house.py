@@ -30,7 +30,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-# The command line reads the rows of the recipes: plain values, no torch.
+# The command line reads the rows of the recipes, the planner the tables of the models: no torch.
 LIGHT = (
     "types",
     "preemption",
@@ -38,6 +38,9 @@ LIGHT = (
     "config.load",
     "config.validate",
     "algo.recipes",
+    "rewards.reward_pool",
+    "models.registry",
+    "models.flops",
     "commands.parser",
     "cli",
 )

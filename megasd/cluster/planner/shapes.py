@@ -11,7 +11,7 @@ from typing import Any
 
 from megasd.config.schema import ActorConfig
 from megasd.models import registry, tp_layouts
-from megasd.models.flops import head_dim
+from megasd.models.dense import head_dim
 from megasd.models.param_table import ParamRule, ParamTable
 
 
