@@ -27,10 +27,13 @@ from megasd.config.schema import SyncConfig
 from megasd.engine.client import Unreachable
 from megasd.engine.sampler import Sampler
 from megasd.types import UserError
+from megasd.weight_sync.colocated_transport import ColocatedTransport
 from megasd.weight_sync.delta import Fingerprints
+from megasd.weight_sync.disk_transport import DiskTransport
 from megasd.weight_sync.engine_checksums import EngineWeights
+from megasd.weight_sync.group_transport import GroupTransport
 from megasd.weight_sync.staging import staging_directory
-from megasd.weight_sync.transports import ColocatedTransport, DiskTransport, GroupTransport, PendingSend
+from megasd.weight_sync.transport import PendingSend
 from megasd.weight_sync.verify import check_engine_names, check_shapes, compare_checksums, max_difference
 from megasd.weights.block_fp8 import Requantise
 from megasd.weights.gather import Gather

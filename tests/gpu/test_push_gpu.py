@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from megasd.models.param_table import global_params
+from megasd.weight_sync.colocated_transport import handle
 from megasd.weight_sync.engine_checksums import words_hash
-from megasd.weight_sync.transports import handle
 from megasd.weights.block_fp8 import dequantise, quantise
 from megasd.weights.export import plan_of
 from megasd.weights.gather import Gather

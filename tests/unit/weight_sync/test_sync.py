@@ -24,9 +24,9 @@ from megasd.models.param_table import global_params
 from megasd.types import UserError
 from megasd.weight_sync import staging
 from megasd.weight_sync.delta import Fingerprints, tensor_fingerprint
+from megasd.weight_sync.disk_transport import DiskTransport
 from megasd.weight_sync.engine_checksums import EngineWeights, checksum, words_hash
 from megasd.weight_sync.sync import WeightSync
-from megasd.weight_sync.transports import DiskTransport
 from megasd.weight_sync.verify import max_difference
 from megasd.weights.export import plan_of
 from megasd.weights.gather import Gather
