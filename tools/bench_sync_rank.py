@@ -199,7 +199,7 @@ def measure(
             verified = sync.push(version + job["repeats"] + 1)
             if not first:
                 return {}
-            row["plans_made"], row["buckets"] = sync.plans_made, len(sync._gather.plan.buckets)
+            row["plans_made"], row["buckets"] = sync.plans_made, len(sync._prepared.gather.plan.buckets)
     except (SyncError, EngineError, Unreachable) as error:
         return row | {"verified": False, "error": str(error)} if first else {}
     timed = [push["sync/seconds"] for push in pushes[1:]]

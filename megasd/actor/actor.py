@@ -462,6 +462,11 @@ class Actor:
                 dist.all_reduce(results[name], group=mesh.cp_group)
         return {name: t.long() if name == "ids" else t for name, t in results.items()}
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the model computes in fp8."""
+        return self.model_config.fp8 is not None
+
     def score_tokens(self, ids: list[int]) -> list[float]:
         """Log-prob (nats, temperature 1) of ids[1:], each given its prefix, on every rank."""
         length, none = len(ids) - 1, torch.zeros(0, dtype=torch.int64)

@@ -1,4 +1,7 @@
-"""Weights by shared memory."""
+"""Weights into engines on this machine that read this process's memory (sync.transport=colocated).
+
+The memory is a CUDA IPC buffer on a GPU and a shared-memory file on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,9 @@ from megasd.weights.gather_plan import Bucket, GatherPlan
 
 
 class ColocatedTransport:
-    """The engine maps this process's buffer and copies out of it; only a handle travels, over
-    loopback HTTP, to processes of this user.
+    """The engine maps this process's buffer and copies out of it.
+
+    Only a handle of the buffer travels, over loopback HTTP, to processes of this user.
     """
 
     def __init__(self, weights: PoolWeights, device: torch.device, in_flight: InFlight) -> None:
@@ -36,15 +40,18 @@ class ColocatedTransport:
         self._engines: list[EngineClient] = []
 
     def make_buffer(self, nbytes: int) -> Tensor:
+        """Memory that the engines can map."""
         if self.device.type == "cuda":
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         with _quiet(), _sharing_by_name():
             return torch.empty(nbytes, dtype=torch.uint8).share_memory_()
 
     def begin(self, plan: GatherPlan, version: int, *, lacking: bool = False) -> None:
+        """Pause the engines."""
         self._engines = self.weights.open_update(version, self.in_flight, lacking=lacking)
 
     def send(self, bucket: Bucket, flat: Tensor, *, last: bool) -> PendingSend:
+        """Give each engine a handle of the bucket for each of its ranks."""
         bodies = [
             {
                 "serialized_named_tensors": [handle(bucket, flat) for _ in range(engine.tp_size)],
@@ -53,21 +60,24 @@ class ColocatedTransport:
             }
             for engine in self._engines
         ]
-        return _Applied(
+        return _Copied(
             self.weights, self.weights.update("/update_weights_from_tensor", bodies), fence=flat.is_cuda
         )
 
     def commit(self, version: int) -> None:
+        """Let the engines go on with `version`."""
         self.weights.close_update(version)
 
     def cancel(self) -> None:
-        pass
+        """Nothing to do."""
 
     def close(self) -> None:
-        pass
+        """Nothing to do."""
 
 
-class _Applied:
+class _Copied:
+    """A bucket that the engines copy out of this process's memory."""
+
     def __init__(self, weights: PoolWeights, answer: concurrent.futures.Future[None], *, fence: bool) -> None:
         self.weights, self.answer, self.fence = weights, answer, fence
 
@@ -75,18 +85,16 @@ class _Applied:
         self.answer.result()
         if self.fence:
             # SGLang answers when its copies are queued, not when they are done. Its checksum call
-            # waits for the device; with every name left out ("" is part of each) it does nothing
-            # else.
+            # waits for the device. Every name contains "", so the call does nothing more.
             self.weights.checksums(skip=[""])
 
 
 def handle(bucket: Bucket, flat: Tensor) -> str:
-    """Base64 of what SGLang's flattened-bucket loader reads: a handle of `flat`'s memory and the
-    place of each tensor in it.
+    """Base64 of what SGLang's flattened-bucket loader reads: a handle of the memory of `flat`, and
+    the place of each tensor in it.
 
-    Every handle is read exactly once: torch counts the readers of shared memory. SGLang's unpickler
-    admits only data classes, among them SimpleNamespace, so the trainer needs no sglang to write
-    one.
+    Every handle must be read exactly once, since torch counts the readers of shared memory. SGLang's
+    unpickler admits only data classes, among them SimpleNamespace: no sglang is needed to write one.
     """
     metadata = [
         SimpleNamespace(
@@ -96,7 +104,7 @@ def handle(bucket: Bucket, flat: Tensor) -> str:
         for name, entry in bucket.tensors.items()
     ]  # fmt: skip
     if flat.is_cuda:
-        # what fills the buffer is done
+        # wait until the kernels that fill the buffer are done
         torch.cuda.current_stream(flat.device).synchronize()
     out = io.BytesIO()
     with _sharing_by_name():
@@ -107,8 +115,9 @@ def handle(bucket: Bucket, flat: Tensor) -> str:
 
 
 class _Handle:
-    """A CUDA tensor's IPC handle that names its GPU by UUID: the engine may count its devices
-    differently (CUDA_VISIBLE_DEVICES).
+    """A CUDA tensor that is pickled as an IPC handle, with the UUID of its GPU.
+
+    The engine may number its devices differently (CUDA_VISIBLE_DEVICES).
     """
 
     def __init__(self, flat: Tensor) -> None:
@@ -117,15 +126,13 @@ class _Handle:
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         rebuild, arguments = reductions.reduce_tensor(self.flat)
         uuid = str(torch.cuda.get_device_properties(self.flat.device).uuid)
-        # rebuild_cuda_tensor's storage_device
+        # the 7th argument of rebuild_cuda_tensor is storage_device
         return rebuild, (*arguments[:6], uuid, *arguments[7:])
 
 
 @contextlib.contextmanager
 def _sharing_by_name() -> Iterator[None]:
-    """CPU memory is shared by name: a file descriptor would need both processes to have the same
-    multiprocessing key.
-    """
+    """Share CPU memory by name: a file descriptor would need both processes to have one key."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -136,8 +143,9 @@ def _sharing_by_name() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The first buffer that is shared starts torch's manager process, which would hold this
-    process's stdout open after it.
+    """Close stdout and stderr to a process that is started in the block.
+
+    The first shared buffer starts torch's manager process. It would hold this process's stdout open.
     """
     saved, null = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
     try:

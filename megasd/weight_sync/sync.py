@@ -4,11 +4,10 @@ compute with them.
     with WeightSync(actor, sampler, config.sync, run_dir, model_path=..., probes=[ids, ...]) as sync:
         metrics = sync.push(version=0)
 
-The only file that knows both engines. One plan (which rank owns what, buckets, order, names) is
-made at the first push and replayed at each: while a bucket is on its way to the engines, the next
-one is put together on rank 0. An engine that answered "loaded" may still hold other weights (a name
-it skipped, a stale cache): checksums compare every tensor on demand, probes the log-probs of fixed
-token ids.
+One plan (which rank owns what, buckets, order, names) is made at the first push and replayed at
+each: while a bucket is on its way to the engines, the next one is put together on rank 0. An engine
+that answered "loaded" may still hold other weights (a name it skipped, a stale cache): checksums
+compare every tensor, probes compare the log-probs of fixed token ids.
 """
 
 from __future__ import annotations
@@ -16,36 +15,31 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megasd.config.schema import SyncConfig
 from megasd.engine.client import Unreachable
 from megasd.engine.sampler import Sampler
 from megasd.types import UserError
-from megasd.weight_sync.colocated_transport import ColocatedTransport
 from megasd.weight_sync.delta import Fingerprints
-from megasd.weight_sync.disk_transport import DiskTransport
 from megasd.weight_sync.engine_checksums import EngineWeights
-from megasd.weight_sync.group_transport import GroupTransport
-from megasd.weight_sync.staging import staging_directory
-from megasd.weight_sync.transport import PendingSend
-from megasd.weight_sync.verify import check_engine_names, check_shapes, compare_checksums, max_difference
-from megasd.weights.block_fp8 import Requantise
+from megasd.weight_sync.sender import BucketSender, EngineSender, IdleSender, make_transport
+from megasd.weight_sync.verify import max_difference
 from megasd.weights.gather import Gather
-from megasd.weights.gather_plan import GatherPlan
 from megasd.weights.hf_files import read_hf_config
-from megasd.weights.safetensors_headers import read_headers
 
+T = TypeVar("T")
 # whole pushes, when an engine dies in one and is there again
 ATTEMPTS = 3
-# sync.verify=sample: one parameter in so many, others at the next push
-SAMPLE = 8
-# what rank 0 tells the others
+# a rank's status after a phase; the highest of all ranks counts
 _OK, _AGAIN, _FAILED = range(3)
 
 
@@ -54,24 +48,43 @@ class SyncError(RuntimeError):
 
 
 class ProbeError(SyncError, UserError):
-    """Engine and actor compute different numbers. Most often two settings that do not go together;
-    the message names them.
+    """Engine and actor compute different numbers. Most often two settings do not go together; the
+    message names them.
     """
 
 
 class WeightSource(Protocol):
-    """What is needed of an actor; all calls are collective."""
+    """What a push needs of the actor; the methods are collective."""
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the actor computes in fp8."""
 
     def gather(
-        self, *, dtype: torch.dtype | None = None, bucket_bytes: int, make_buffer: object = None
-    ) -> Gather: ...
-    def score_tokens(self, ids: list[int]) -> list[float]: ...
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int,
+        make_buffer: Callable[[int], Tensor] | None = None,
+    ) -> Gather:
+        """The plan that brings its weights to rank 0 in buckets, as `dtype` (None = its own)."""
+
+    def score_tokens(self, ids: list[int]) -> list[float]:
+        """Log-probs (nats, temperature 1) of ids[1:], each given its prefix, on every rank."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the first push makes and each push uses."""
+
+    gather: Gather
+    sender: BucketSender
 
 
 class WeightSync:
-    """`actor` on every rank, `sampler` on rank 0. Every rank calls `push`;
-    a failure raises on all.
+    """Pushes of the actor's weights. Every rank calls `push`; a failure raises on all of them.
 
+    actor: on every rank. sampler: its engines get the weights; on rank 0, None on other ranks.
     model_path: Hugging Face directory of the model, whose config.json goes with the weights.
     probes: token id lists, the same on every rank. dtype: of the engines' weights; None = the
     actor's. local_engine: the engine runs on this machine, so a file may lie in shared memory; else
@@ -95,29 +108,15 @@ class WeightSync:
         if config.verify_every and not probes:
             raise ValueError("sync.verify_every is set, but there are no probes")
         self.actor, self.sampler, self.config = actor, sampler, config
-        self.weights = None if sampler is None else sampler.weights
-        self.model_path, self.probes, self.dtype, self.device = (
-            model_path,
-            [list(ids) for ids in probes],
-            dtype,
-            torch.device(device),
-        )
+        self.probes, self.dtype, self.device = [list(ids) for ids in probes], dtype, torch.device(device)
         self.hf = read_hf_config(model_path)
-        self.is_first = not dist.is_initialized() or dist.get_rank() == 0
         self.run_dir, self.local_engine = Path(run_dir).resolve(), local_engine
-        self.pushes = 0
-        self.plans_made = 0
-        self._gather: Gather | None = None
-        # rank 0
-        self._sent_plan: GatherPlan | None = None
-        self._fp8: Requantise | None = None
-        self._transport: DiskTransport | GroupTransport | ColocatedTransport | None = None
+        # pushes that have succeeded; plans made, one unless the first push was refused
+        self.pushes = self.plans_made = 0
+        self._prepared: _Prepared | None = None
         self._fingerprints = Fingerprints()
-        # engines whose parameters' names were compared with the plan's
-        self._checked: object = None
-        # version that the fingerprints are of
-        self._kept = -1
-        self._sent_bytes = 0
+        # the version that the fingerprints are of
+        self._fingerprints_version = -1
         self._lock = threading.Lock()
         self._cleanup = contextlib.ExitStack()
 
@@ -127,14 +126,17 @@ class WeightSync:
 
         `lacking`: only engines that do not hold `version` already (one that was restarted), whole
         and without a second attempt. Returns on rank 0 sync/seconds, sync/bytes,
-        sync/seconds_<phase> and, when probed, sync/probe_max_diff (nats); {} on other ranks. Raises
-        on every rank: on rank 0 what went wrong (an engine's answer, a mismatch by name), SyncError
-        elsewhere; SyncError also on a rank that is in a push already. After a failure engines hold
-        the old version or none ("partial-<version>", paused), never a mix that samples; the next
-        push heals them. Collectives: at the first push two status all-reduces and the plan's
-        exchange; with config.delta one all-reduce of a byte a parameter; per attempt a status, the
-        gather's messages, a status, and another after healing; a status after verification; when
-        probed two more and the actor's scoring.
+        sync/seconds_<phase> and, when probed, sync/probe_max_diff (nats); {} on other ranks.
+
+        Raises on every rank: on rank 0 what went wrong (an engine's answer, a mismatch by name),
+        SyncError elsewhere; SyncError also on a rank that is in a push already. After a failure
+        engines hold the old version or none ("partial-<version>", paused), never a mix that
+        samples; the next push heals them.
+
+        Collectives: at the first push two status all-reduces and the plan's exchange; with
+        config.delta one all-reduce of a byte a parameter; per attempt a status, the gather's
+        messages, a status, and another after healing; a status after verification; when probed two
+        more and the actor's scoring.
         """
         if not self._lock.acquire(blocking=False):
             raise SyncError(f"weight version {version} was not pushed: another push is under way")
@@ -149,198 +151,157 @@ class WeightSync:
 
     def release(self) -> None:
         """The engines give their memory to the trainer until the next push, which sends everything
-        and gives it back. On every rank.
+        and gives it back. Every rank calls it.
         """
         self._fingerprints.forget()
-        if self.is_first:
-            self.weights.release()
+        if self.sampler is not None:
+            self.sampler.weights.release()
+
+    def close(self) -> None:
+        """Leave the process group, remove pushed files; the engine must not be restarted after this."""
+        self._cleanup.close()
+
+    def __enter__(self) -> WeightSync:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- a push ----------------------------------------------------------------------------------
 
     def _push(self, version: int, lacking: bool) -> dict[str, float]:
-        start = time.perf_counter()
-        phases = dict.fromkeys(("begin", "gather", "send", "commit", "verify"), 0.0)
-        gather = self._prepare(version)
-        changed = None
-        if self.config.delta:
-            # Only what an engine surely holds can be left out: not after a restart behind its URL.
-            whole = lacking or (self.is_first and not self.weights.hold(self._kept))
-            changed = self._fingerprints.take(gather.plan, gather.params, whole=whole)
-            if changed is not None and self.config.verify != "off":
-                changed = self._whole_parameters(changed)
+        clock = _PhaseClock()
+        prepared = self._prepare(version)
+        gather, sender = prepared.gather, prepared.sender
+        changed = self._changed(prepared, lacking) if self.config.delta else None
         for attempt in range(1, ATTEMPTS + 1):
-            expected, failure = self._attempt(gather, version, changed, lacking, phases)
+            failure = self._attempt(prepared, version, changed, lacking, clock)
             status = self._agree(failure, version, again=not lacking and attempt < ATTEMPTS)
             if status == _OK:
                 break
-            # whatever the engine holds now, it gets all of it
+            # whatever the engines hold now, they get all of it
             changed = None
-            self._agree(self._heal(), version)
-        metrics = {"sync/bytes": float(self._sent_bytes)}
-        with _timed(phases, "verify"):
-            self._agree(self._verify(expected, gather.plan), version)
+            self._agreed(sender.heal, version)
+        metrics = {"sync/bytes": float(sender.sent_bytes)}
+        with clock.phase("verify"):
+            self._agreed(sender.verify, version)
             if not lacking and self.config.verify_every and self.pushes % self.config.verify_every == 0:
-                metrics |= self._probe(version, gather.plan)
+                metrics |= self._probe(version, gather, sender)
         if self.config.delta:
             self._fingerprints.keep()
-            self._kept = version
+            self._fingerprints_version = version
         self.pushes += not lacking
-        metrics["sync/seconds"] = time.perf_counter() - start
-        metrics |= {f"sync/seconds_{phase}": seconds for phase, seconds in phases.items()}
-        return metrics if self.is_first else {}
+        return metrics | clock.metrics() if self.sampler is not None else {}
 
-    # ---- one attempt -----------------------------------------------------------------------------
-
-    def _prepare(self, version: int) -> Gather:
-        """The plan and its buffers, made once; what cannot be right is refused before an engine is
-        touched.
+    def _prepare(self, version: int) -> _Prepared:
+        """The plan, its buffers and the sender, made once. What cannot be right is refused before an
+        engine is touched.
         """
-        if self._gather is None:
-            make_buffer = None
-            if self._transport is None:
-                self._agree(self._caught(self._make_transport) if self.is_first else None, version)
-            if self.is_first:
-                make_buffer = self._transport.make_buffer
-            mib = self.config.bucket_mib or (512 if self.device.type == "cuda" else 24)
-            gather = self.actor.gather(dtype=self.dtype, bucket_bytes=mib << 20, make_buffer=make_buffer)
+        if self._prepared is not None:
+            return self._prepared
+        mib = self.config.bucket_mib or (512 if self.device.type == "cuda" else 24)
+        sampler = self.sampler
+        if sampler is None:
+            self._agree(None, version)
+            gather = self.actor.gather(dtype=self.dtype, bucket_bytes=mib << 20)
             self.plans_made += 1
-            self._agree(self._caught(self._make_sent_plan, gather) if self.is_first else None, version)
-            self._gather = gather
-        return self._gather
-
-    def _make_sent_plan(self, gather: Gather) -> None:
-        """Rank 0: buffers, and what the engines get: the plan, in fp8 if they were started from an
-        fp8 checkpoint. Held against that.
-        """
-        plan = gather.plan
-        quantization = read_hf_config(self.weights.model_path).get("quantization_config")
-        if quantization:
-            if self.config.verify != "off":
-                raise UserError(
-                    "sync.verify: SGLang gives checksums of dequantised fp8 weights, not of what is sent; set"
-                    " it to off"
-                )
-            self._fp8 = Requantise(
-                {name: dtype for name, (dtype, _) in read_headers(self.weights.model_path).items()},
-                quantization,
-            )
-        self._sent_plan = (
-            plan
-            if self._fp8 is None
-            else GatherPlan(tuple(self._fp8.layout(bucket) for bucket in plan.buckets))
+            self._agree(None, version)
+            self._prepared = _Prepared(gather, IdleSender())
+            return self._prepared
+        transport = self._agreed(
+            lambda: make_transport(
+                sampler.weights,
+                self.config,
+                run_dir=self.run_dir,
+                device=self.device,
+                dtype=self.dtype,
+                local_engine=self.local_engine,
+                cleanup=self._cleanup,
+            ),
+            version,
         )
-        check_shapes(self._sent_plan, self.weights.shapes, tied=bool(self.hf.get("tie_word_embeddings")))
-        gather.reserve()
-
-    def _make_transport(self) -> None:
-        if self.config.transport != "disk":
-            kind = GroupTransport if self.config.transport == "group" else ColocatedTransport
-            self._transport = kind(self.weights, self.device, self.config.in_flight)
-            self._cleanup.callback(self._transport.close)
-            return
-        nbytes = (
-            sum(torch.Size(shape).numel() for shape in self.weights.shapes.values())
-            * (self.dtype or torch.float32).itemsize
+        gather = self.actor.gather(
+            dtype=self.dtype, bucket_bytes=mib << 20, make_buffer=transport.make_buffer
         )
-        root = self._cleanup.enter_context(staging_directory(self.run_dir, 2 * nbytes, self.local_engine))
-        self._transport = DiskTransport(self.weights, self.device, (root / "a", root / "b"))
-        self._cleanup.callback(self._transport.close)
+        self.plans_made += 1
+
+        def make_sender() -> BucketSender:
+            sender = EngineSender(sampler, transport, gather.plan, self.config, self.hf)
+            gather.reserve()
+            return sender
+
+        self._prepared = _Prepared(gather, self._agreed(make_sender, version))
+        return self._prepared
 
     def _attempt(
         self,
-        gather: Gather,
+        prepared: _Prepared,
         version: int,
         changed: frozenset[str] | None,
         lacking: bool,
-        phases: dict[str, float],
-    ) -> tuple[dict[int, EngineWeights], Exception | None]:
-        """Rank 0's engines get everything; the other ranks give their pieces. Returns rank 0's
-        failure, after the messages are through.
+        clock: _PhaseClock,
+    ) -> Exception | None:
+        """Rank 0's engines get the changed parameters (None: all); the other ranks give their pieces.
+
+        Returns this rank's failure, after the messages are through.
         """
-        expected, failure, self._sent_bytes = {}, None, 0
+        sender = prepared.sender
         if changed is not None and not changed:
-            return {}, self._caught(self.weights.restamp, version) if self.is_first else None
-        with _timed(phases, "begin"):
-            if self.is_first:
-                expected = self._follow()
-                failure = self._caught(self._check_names, self._sent_plan) or self._caught(
-                    self._transport.begin, self._sent_plan, version, lacking=lacking
-                )
+            return _failure_of(lambda: sender.restamp(version))
+        with clock.phase("begin"):
+            failure = _failure_of(lambda: sender.begin(version, lacking=lacking, turn=self.pushes))
             # nothing is put together for engines that cannot take it
             if self._status(failure) != _OK:
-                return {}, failure
-        sent: dict[int, PendingSend] = {}
+                return failure
+        failure = self._send_buckets(prepared, changed, clock)
+        if self.sampler is not None:
+            with clock.phase("commit"):
+                failure = failure or _failure_of(lambda: sender.commit(version))
+        return failure
 
-        # the buffer of bucket index - 2 is written next
-        def confirmed(index: int) -> None:
-            if index - 2 in sent:
-                sent.pop(index - 2).wait()
-
-        started, last = time.perf_counter(), gather.plan.buckets[-1].index
-        if changed is not None:
-            last = max(b.index for b in gather.plan.buckets if b.only(changed).params)
-        waited = 0.0
-
-        def ready(index: int) -> None:
-            nonlocal failure, waited
-            before = time.perf_counter()
-            if failure is None:
-                failure = self._caught(confirmed, index)
-            waited += time.perf_counter() - before
-
-        for number, (bucket, flat) in enumerate(gather.replay(changed, ready)):
-            if flat is None or failure is not None:
-                # after a failure the messages that are under way are taken in all the same
-                continue
-            before = time.perf_counter()
-            try:
-                for followed in expected.values():
-                    for name, tensor in bucket.views(flat).items():
-                        followed.feed(name, tensor)
-                if self._fp8 is not None:
-                    bucket, flat = self._fp8(bucket, flat, number % 2, self._transport.make_buffer)
-                sent[number] = self._transport.send(bucket, flat, last=bucket.index == last)
-                self._sent_bytes += bucket.nbytes
-            except Exception as error:
-                # whatever it is: the other ranks are in the middle of the messages
-                failure = error
-            waited += time.perf_counter() - before
-        before = time.perf_counter()
-        for number in sorted(sent):
-            failure = failure or self._caught(sent[number].wait)
-        waited += time.perf_counter() - before
-        phases["send"] += waited
-        phases["gather"] += time.perf_counter() - started - waited
-        if self.is_first:
-            with _timed(phases, "commit"):
-                failure = failure or self._caught(self._transport.commit, version)
-        return expected, failure
-
-    def _whole_parameters(self, changed: frozenset[str]) -> frozenset[str]:
-        """With all that shares an engine's parameter with them (a stack of experts): a checksum is
-        of a whole parameter.
+    def _send_buckets(
+        self, prepared: _Prepared, changed: frozenset[str] | None, clock: _PhaseClock
+    ) -> Exception | None:
+        """Replay the plan and send each bucket. Returns the first failure, after every message is through:
+        the other ranks are in the middle of them.
         """
-        place, params = (
-            EngineWeights(self.hf, 1),
-            [param for bucket in self._gather.plan.buckets for param in bucket.params],
-        )
+        gather, sender = prepared.gather, prepared.sender
+        buckets = gather.plan.buckets
+        last = max(b.index for b in buckets if changed is None or b.only(changed).params)
+        sending = _UntilFailure(clock, "send")
+        with clock.phase("gather", without="send"):
+            # two buffers take turns: that of bucket i - 2 is written again for bucket i
+            for bucket, flat in gather.replay(changed, lambda i: sending.run(partial(sender.confirm, i - 2))):
+                if flat is not None:
+                    sending.run(partial(sender.send, bucket, flat, last=bucket.index == last))
+            sending.run(sender.confirm_all)
+        return sending.failure
+
+    # ---- only what has changed (config.delta) ----------------------------------------------------
+
+    def _changed(self, prepared: _Prepared, lacking: bool) -> frozenset[str] | None:
+        """The parameters to send, the same on every rank; None = all of them.
+
+        Parameters are left out only if every engine surely holds them: not after a restart behind
+        its URL. Collective: one all-reduce of a byte a parameter.
+        """
+        whole = lacking or not prepared.sender.all_hold(self._fingerprints_version)
+        gather = prepared.gather
+        changed = self._fingerprints.take(gather.plan, gather.params, whole=whole)
+        if changed is None or self.config.verify == "off":
+            return changed
+        return self._whole_parameters(gather, changed)
+
+    def _whole_parameters(self, gather: Gather, changed: frozenset[str]) -> frozenset[str]:
+        """`changed`, and all that shares an engine's parameter with it (a stack of experts): a
+        checksum is of a whole parameter.
+        """
+        place = EngineWeights(self.hf, 1)
+        params = [param for bucket in gather.plan.buckets for param in bucket.params]
         touched = {place.parameter(part) for param in params if param.name in changed for part in param.parts}
         return frozenset(
             param.name for param in params if any(place.parameter(part) in touched for part in param.parts)
         )
-
-    @staticmethod
-    def _caught(work: object, *args: object, **kwargs: object) -> Exception | None:
-        try:
-            work(*args, **kwargs)
-        except Exception as error:
-            return error
-        return None
-
-    def _heal(self) -> Exception | None:
-        """Before the next attempt: restart what died."""
-        if not self.is_first:
-            return None
-        self._transport.cancel()
-        return self._caught(self.weights.heal)
 
     # ---- agreement -------------------------------------------------------------------------------
 
@@ -354,13 +315,15 @@ class WeightSync:
         return int(status.item())
 
     def _agree(self, failure: Exception | None, version: int, *, again: bool = False) -> int:
-        """Raise on every rank what failed for good on one of them; _AGAIN when rank 0 may try once more."""
+        """Raise on every rank what failed for good on one of them; _AGAIN when rank 0 may try once more.
+
+        Collective: one status all-reduce.
+        """
         status = self._status(failure, again=again)
         if status != _FAILED:
             return status
-        if self.is_first and self._transport is not None:
-            self._transport.cancel()
-            self.weights.abandon_update()
+        if self._prepared is not None:
+            self._prepared.sender.abandon()
         if failure is None:
             raise SyncError(
                 f"weight version {version} was not pushed: another rank (most often rank 0) says why"
@@ -369,95 +332,90 @@ class WeightSync:
             raise SyncError(f"weight version {version} was not pushed: {failure}") from failure
         raise failure
 
-    # ---- proof -----------------------------------------------------------------------------------
+    def _agreed(self, work: Callable[[], T], version: int) -> T:
+        """What `work` returns on this rank. Collective: raises on every rank if it raised on one."""
+        try:
+            found = work()
+        except Exception as error:
+            self._agree(error, version)
+            raise
+        self._agree(None, version)
+        return found
 
-    def _check_names(self, plan: GatherPlan) -> None:
-        """Every tensor has a parameter in the engines; looked at once per start of an engine."""
-        engines = tuple(
-            (engine.url, engine.incarnation) for engine in self.weights.pool.engines if engine.alive
-        )
-        if self.config.transport != "disk" and engines != self._checked:
-            check_engine_names(plan, self.weights.checksums(), EngineWeights(self.hf, 1))
-            self._checked = engines
+    # ---- probes ----------------------------------------------------------------------------------
 
-    def _follow(self) -> dict[int, EngineWeights]:
-        """What engines of each tensor-parallel size must report afterwards, taken down while the
-        buckets pass by.
+    def _probe(self, version: int, gather: Gather, sender: BucketSender) -> dict[str, float]:
+        """Compare log-probs of the probes; ProbeError on rank 0, SyncError elsewhere, when they differ by
+        more than config.tolerance.
         """
-        if self.config.verify == "off":
-            return {}
-        only = None
-        if self.config.verify == "sample":
-            names = sorted(
-                {EngineWeights(self.hf, 1).parameter(name) for name in self._gather.plan.tensors()}
-            )
-            only = frozenset(names[self.pushes % SAMPLE :: SAMPLE])
-        sizes = {engine.tp_size for engine in self.weights.pool.engines if engine.alive}
-        on_cpu = self.weights.pool.engines[0].device == "cpu"
-        return {size: EngineWeights(self.hf, size, only, on_cpu=on_cpu) for size in sizes}
-
-    def _verify(self, expected: dict[int, EngineWeights], plan: GatherPlan) -> Exception | None:
-        """The engines' checksums against what was sent; they are not to be trusted after a difference."""
-        if not expected:
-            return None
-        followed = next(iter(expected.values()))
-        skip = (
-            []
-            if followed.only is None
-            else sorted({followed.parameter(name) for name in plan.tensors()} - set(followed.only))
-        )
-        failure = self._caught(lambda: compare_checksums(plan, expected, self.weights.checksums(skip), skip))
-        if failure is not None:
-            self.weights.distrust()
-        return failure
-
-    def _probe(self, version: int, plan: GatherPlan) -> dict[str, float]:
-        """Compare log-probs of the probes; ProbeError on every rank when they differ by more than
-        config.tolerance.
-        """
-        engine: list[list[float]] = []
-        failure = (
-            self._caught(lambda: engine.extend(self.sampler.score(ids) for ids in self.probes))
-            if self.is_first
-            else None
-        )
-        self._agree(failure, version)
+        engine = self._agreed(lambda: sender.score(self.probes), version)
         actor = [self.actor.score_tokens(ids) for ids in self.probes]
-        if not self.is_first:
+        if self.sampler is None:
             self._agree(None, version)
             return {}
         difference = max_difference(actor, engine)
-        in_float32 = next(iter(plan.tensors().values())).dtype is torch.float32
-        # bfloat16 in one engine against float32 was seen to differ by 0.09 nats at most; that of
-        # fp8 is a guess until a GPU has run it
-        in_fp8 = (
-            self._fp8 is not None
-            or getattr(getattr(self.actor, "model_config", None), "fp8", None) is not None
-        )
-        tolerance = self.config.tolerance or (0.5 if in_fp8 else 1e-3 if in_float32 else 0.1)
+        tolerance = self.config.tolerance or self._default_tolerance(gather, sender)
+        failure = None
         if not difference <= tolerance:
             failure = ProbeError(
                 f"weight version {version}: engine and actor differ by {difference:.3g} nats on the probe,"
                 f" more than sync.tolerance={tolerance:g}; check that rollout.engine.dtype is actor.dtype"
                 " (bfloat16 needs about 0.1) and that the engine was started from model.path"
             )
-            self.weights.distrust()
+            sender.distrust()
         self._agree(failure, version)
         return {"sync/probe_max_diff": difference}
 
-    def close(self) -> None:
-        """Leave the process group, remove pushed files; the engine must not be restarted after this."""
-        self._cleanup.close()
+    def _default_tolerance(self, gather: Gather, sender: BucketSender) -> float:
+        """Nats that the probes may differ by where config.tolerance is not set.
 
-    def __enter__(self) -> WeightSync:
-        return self
+        bfloat16 in one engine against float32 was seen to differ by 0.09 at most. The number for
+        fp8 is a guess until a GPU has run it.
+        """
+        if sender.in_fp8 or self.actor.is_fp8:
+            return 0.5
+        in_float32 = next(iter(gather.plan.tensors().values())).dtype is torch.float32
+        return 1e-3 if in_float32 else 0.1
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+
+class _PhaseClock:
+    """Seconds of a push by phase, and since it began."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds = dict.fromkeys(("begin", "gather", "send", "commit", "verify"), 0.0)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, *, without: str | None = None) -> Iterator[None]:
+        """Add the block's seconds to a phase, less the seconds that `without` gains meanwhile."""
+        start, other = time.perf_counter(), self.seconds[without] if without is not None else 0.0
+        yield
+        gained = self.seconds[without] - other if without is not None else 0.0
+        self.seconds[name] += time.perf_counter() - start - gained
+
+    def metrics(self) -> dict[str, float]:
+        """sync/seconds, and sync/seconds_<phase> of each phase."""
+        total = time.perf_counter() - self.started
+        return {"sync/seconds": total} | {f"sync/seconds_{name}": took for name, took in self.seconds.items()}
 
 
-@contextlib.contextmanager
-def _timed(phases: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    phases[phase] += time.perf_counter() - start
+class _UntilFailure:
+    """Runs calls until one fails, and times them; `failure` is what that one raised."""
+
+    def __init__(self, clock: _PhaseClock, phase: str) -> None:
+        self.clock, self.phase = clock, phase
+        self.failure: Exception | None = None
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Call `work`, unless an earlier call has failed."""
+        with self.clock.phase(self.phase):
+            self.failure = self.failure or _failure_of(work)
+
+
+def _failure_of(work: Callable[[], None]) -> Exception | None:
+    """The exception that `work` raises; None when it raises none."""
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None

@@ -48,7 +48,9 @@ def write_random(directory: Path) -> Path:
 
 
 class Weights:
-    """The model of an actor without its optimizer, which would not fit beside an engine."""
+    """The model of an actor without its optimizer, which would not fit next to an engine."""
+
+    is_fp8 = False
 
     def __init__(self, path: Path, device: torch.device) -> None:
         config, family = ActorConfig(), build.family_of(str(path))

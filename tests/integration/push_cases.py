@@ -34,7 +34,8 @@ from megasd.engine.answers import versions_of
 from megasd.engine.client import EngineClient, EngineError
 from megasd.engine.sampler import Sampler, make_sampler
 from megasd.types import Group, Prompt
-from megasd.weight_sync.sync import SAMPLE, SyncError, WeightSync
+from megasd.weight_sync.sender import SAMPLE
+from megasd.weight_sync.sync import SyncError, WeightSync
 from tests.distributed.golden_cases import make_config
 from tests.launch import generating
 
@@ -354,8 +355,8 @@ class Spoiled:
 
     def __init__(self, sync: WeightSync, at: int, change: Callable[[dict[str, Tensor]], None]) -> None:
         self.at, self.change, self.seen = at, change, 0
-        self.inner = sync._transport
-        sync._transport = self
+        self.inner = sync._prepared.sender.transport
+        sync._prepared.sender.transport = self
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
@@ -382,11 +383,11 @@ def faults(root: Path, rollout: Sampler | None, actor: Actor) -> None:
                     tensors[CHANGED][0, 0] += 1
 
             if first:
-                whole = sync._transport
+                whole = sync._prepared.sender.transport
                 Spoiled(sync, -1, corrupt)
             failed(sync, 201, "layers.1.mlp.gate_up_proj.weight", CHANGED, "does not hold what was sent")
             if first:
-                sync._transport = whole
+                sync._prepared.sender.transport = whole
                 try:
                     rollout.score(PROMPTS[0])
                 except EngineError as error:
@@ -399,7 +400,7 @@ def faults(root: Path, rollout: Sampler | None, actor: Actor) -> None:
         sync.push(203)
         # an engine that lacks a name: here the actor sends one more than it has
         if first:
-            plan, sync._checked = sync._gather.plan, None
+            plan, sync._prepared.sender.checked_engines = sync._prepared.gather.plan, ()
             bucket = plan.buckets[0]
             entry = next(iter(bucket.tensors.values()))
             bucket.tensors["model.layers.0.mlp.extra.weight"] = entry

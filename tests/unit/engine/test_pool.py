@@ -37,6 +37,8 @@ NORM = "decoder.final_layernorm.weight"
 class TensorActor:
     """An actor that is nothing but its parameters."""
 
+    is_fp8 = False
+
     def __init__(self, model: Path) -> None:
         self.hf, self.params = (
             read_hf_config(model),
@@ -81,7 +83,7 @@ class Pushes:
             self.actor, self.rollout, settings, model.parent, model_path=str(model), probes=[[1, 2, 3]]
         )
         # no model behind the endpoints
-        self.sync._check_names = lambda plan: None
+        self.sync._prepare(1).sender._check_names = lambda: None
         self.sync.push(1)
 
     @property
@@ -173,7 +175,7 @@ def test_a_refusal_is_told_as_it_was_said(pushes: Callable[..., Pushes]) -> None
 
 def test_delta_sends_everything_to_an_engine_that_was_restarted(pushes: Callable[..., Pushes]) -> None:
     one = pushes(1, delta=True)
-    whole = one.sync._gather.plan.nbytes
+    whole = one.sync._prepared.gather.plan.nbytes
     one.actor.params[NORM].mul_(2)
     assert one.sync.push(2)["sync/bytes"] == 128
     assert one.sync.push(3)["sync/bytes"] == 0 and one.servers[0].version == "3"
@@ -195,7 +197,7 @@ def test_delta_sends_everything_to_an_engine_that_came_back_in_between(pushes: C
     # the probe finds it again
     two.sync.push(2)
     two.actor.params[NORM].mul_(2)
-    assert two.sync.push(3)["sync/bytes"] == two.sync._gather.plan.nbytes and two.held == [3, 3]
+    assert two.sync.push(3)["sync/bytes"] == two.sync._prepared.gather.plan.nbytes and two.held == [3, 3]
 
 
 def test_a_refused_session_leaves_the_old_version_serving(pushes: Callable[..., Pushes]) -> None:
