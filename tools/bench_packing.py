@@ -159,6 +159,7 @@ def set_way(actor: Actor, options: argparse.Namespace, name: str) -> None:
         max_tokens_per_microbatch=options.budget if way.get("budget") else None,
     )
     actor.config.actor, actor.costs = config, replace(actor.costs, actor=config)
+    actor.student = actor.learner.student = replace(actor.student, actor=config)
 
 
 def step(actor: Actor, batch: Batch) -> tuple[float, float, dict[str, float]]:

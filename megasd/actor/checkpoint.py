@@ -1,10 +1,10 @@
-"""Distributed checkpoints: model, optimizer, EMA teacher, schedule and RNG, by Megatron's
-dist_checkpointing (torch_dist format).
+"""Checkpoints of a run: model, optimizer, teacher, learning-rate schedule and RNG.
 
-A checkpoint is written to `<dir>/.writing-step-<n>` and renamed to `<dir>/step-<n>` when whole, so
-that a killed run leaves either a whole checkpoint or none. Tensors are resharded on load: another
-TP, PP, CP or DP can go on from it. Megatron's own container files are pickles: load only
-checkpoints of runs you trust.
+Megatron's dist_checkpointing writes them in its torch_dist format. A checkpoint is written to
+`<dir>/.writing-step-<n>` and renamed to `<dir>/step-<n>` when it is whole, so a killed run leaves a
+whole checkpoint or none. Tensors are resharded on load: a run with another TP, PP, CP or DP can go
+on from a checkpoint. Megatron's own container files are pickles: load only checkpoints of runs that
+you trust.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import dataclasses
 import json
 import queue
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,55 +29,54 @@ from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 
 from megasd.actor.model import Backbone
 from megasd.actor.parallel import Mesh
-from megasd.actor.teacher import SHADOWED, TeacherWeights
+from megasd.actor.teacher_weights import KINDS, TeacherState
 from megasd.types import UserError
 
 MEGATRON_FILES = (".metadata", "metadata.json", "common.pt")
-# what the left half needs: step, data position, layout
+# the run's own state: step, data position, layout, kind of teacher
 STATE_FILE = "megasd.json"
-# of the `state` that a run saves (trainer/trainer.py)
+# entries that every run saves (trainer/trainer.py)
 ORCHESTRATOR_STATE = ("prompts", "memory", "gate")
 
 
-def save(
-    directory: Path,
-    step: int,
-    state: dict,
-    *,
-    model: Backbone,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    teacher: TeacherWeights | None,
-    mesh: Mesh,
-    keep: int,
-) -> Path:
-    """Write `<directory>/step-<step>` and drop all but the `keep` newest. `state` is rank 0's JSON-able dict.
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint holds of a rank, and where the rank stands."""
 
-    Collectives: Megatron's save over all ranks, two barriers.
+    model: Backbone
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    teacher: TeacherState
+    mesh: Mesh
+
+
+def save(directory: Path, step: int, state: dict, parts: Parts, *, keep: int) -> Path:
+    """Write `<directory>/step-<step>` and drop all but the `keep` newest checkpoints.
+
+    state: rank 0's JSON-able dict. Collectives: Megatron's save over all ranks, three barriers.
     """
+    mesh, teacher = parts.mesh, parts.teacher
     writing, final = directory / f".writing-step-{step}", directory / f"step-{step}"
     if mesh.rank == 0:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
-    sharded = _sharded_state(model, optimizer, teacher, mesh, is_loading=False)
-    # Results of a save that nobody awaits in another process: Megatron would start an interpreter
-    # for its queue, seconds on each rank.
+    sharded = _sharded_state(parts, is_loading=False)
+    # No other process awaits the results of this save. Megatron's own queue would start an
+    # interpreter, which takes seconds on each rank.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(sharded | {"scheduler": scheduler.state_dict()}, str(writing))
+    dist_checkpointing.save(sharded | {"scheduler": parts.scheduler.state_dict()}, str(writing))
     dist.barrier()
     if mesh.rank == 0:
-        about = {"step": step, "layout": _layout(mesh), "teacher": _has_shadow(teacher)}
-        if teacher is not None:
-            about |= {"teacher_weights": teacher.config.weights, "teacher_refresh": teacher.state_dict()}
-        (writing / STATE_FILE).write_text(json.dumps(state | about))
+        about = {"step": step, "layout": _layout(mesh), "teacher": bool(teacher.shadow)}
+        (writing / STATE_FILE).write_text(json.dumps(state | about | teacher.state()))
         replaced = directory / f".replaced-step-{step}"
         if final.exists():
             final.rename(replaced)
         writing.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
         for other in list_checkpoints(directory):
-            # of a branch that a resume from an older checkpoint left behind
+            # A resume from an older checkpoint leaves those of the abandoned branch behind.
             if _step_of(other) > step:
                 shutil.rmtree(other)
         for old in list_checkpoints(directory)[:-keep]:
@@ -84,34 +85,25 @@ def save(
     return final
 
 
-def load(
-    path: Path,
-    *,
-    model: Backbone,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    teacher: TeacherWeights | None,
-    mesh: Mesh,
-) -> dict:
-    """Fill everything in place from a checkpoint of any layout; returns the saved `state` with its "step".
+def load(path: Path, parts: Parts) -> dict:
+    """Fill the parts in place from a checkpoint of any layout; the saved `state` with its "step".
 
     The RNG state is restored when the layout is the same. UserError when the checkpoint lacks the
     teacher that the algorithm reads. Collectives: Megatron's load over all ranks.
     """
-    state = read_state(path, teacher_weights=teacher.config.weights if teacher is not None else "live")
-    same_layout = state["layout"] == _layout(mesh)
-    sharded = _sharded_state(model, optimizer, teacher, mesh, is_loading=True)
+    teacher = parts.teacher
+    state = read_state(path, teacher_weights=teacher.kind)
+    same_layout = state["layout"] == _layout(parts.mesh)
+    sharded = _sharded_state(parts, is_loading=True)
     if not same_layout:
         del sharded["rng"]
-    loaded = dist_checkpointing.load(sharded | {"scheduler": scheduler.state_dict()}, str(path))
-    model.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.load_state_dict(loaded["scheduler"])
-    if _has_shadow(teacher):
-        for name, shadow in teacher.shadow.items():
-            shadow.copy_(loaded["teacher"][name])
-    if teacher is not None and "teacher_refresh" in state:
-        teacher.load_state_dict(state["teacher_refresh"])
+    loaded = dist_checkpointing.load(sharded | {"scheduler": parts.scheduler.state_dict()}, str(path))
+    parts.model.load_state_dict(loaded["model"])
+    parts.optimizer.load_state_dict(loaded["optimizer"])
+    parts.scheduler.load_state_dict(loaded["scheduler"])
+    for name, shadow in teacher.shadow.items():
+        shadow.copy_(loaded["teacher"][name])
+    teacher.restore(state)
     if same_layout:
         _set_rng_state(loaded["rng"])
     return state
@@ -127,7 +119,7 @@ def read_state(path: Path, *, teacher_weights: str) -> dict:
     """The JSON state of a checkpoint.
 
     UserError when `path` is not a whole one, lacks the teacher that `teacher_weights` needs or
-    holds one of another kind, or comes from a version that did not yet save what methods remember.
+    holds one of another kind, or comes from a version that did not yet save the orchestrator's state.
     """
     for name in (STATE_FILE, *MEGATRON_FILES):
         if not (path / name).is_file():
@@ -141,7 +133,7 @@ def read_state(path: Path, *, teacher_weights: str) -> dict:
         raise UserError(
             f"run.resume: {path / STATE_FILE} is damaged ({error}); resume from another checkpoint"
         ) from error
-    if teacher_weights in SHADOWED:
+    if KINDS[teacher_weights].has_shadow:
         if not state["teacher"]:
             raise UserError(
                 f"run.resume: {path} holds no teacher, and algorithm.teacher.weights={teacher_weights} needs"
@@ -162,27 +154,20 @@ def read_state(path: Path, *, teacher_weights: str) -> dict:
 
 
 def _step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's directory."""
     return int(path.name.removeprefix("step-"))
 
 
 def _layout(mesh: Mesh) -> list[int]:
+    """A checkpoint's random states fit only the same layout."""
     return [mesh.tp_size, mesh.pp_size, mesh.cp_size, mesh.ep_size, mesh.dp_size]
 
 
-def _has_shadow(teacher: TeacherWeights | None) -> bool:
-    return teacher is not None and bool(teacher.shadow)
-
-
-def _sharded_state(
-    model: Backbone,
-    optimizer: MegatronOptimizer,
-    teacher: TeacherWeights | None,
-    mesh: Mesh,
-    *,
-    is_loading: bool,
-) -> dict:
+def _sharded_state(parts: Parts, *, is_loading: bool) -> dict:
+    """What Megatron saves or fills: every tensor with its place in the whole tensor."""
+    model, teacher, mesh = parts.model, parts.teacher, parts.mesh
     metadata = {
-        # any TP, PP, DP can load it
+        # Any TP, PP and DP can load such a checkpoint.
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -190,10 +175,12 @@ def _sharded_state(
     model_state = model.sharded_state_dict(metadata=metadata)
     sharded = {
         "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
+        "optimizer": parts.optimizer.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata=metadata
+        ),
         "rng": ShardedObject("rng", _rng_state(), (mesh.world_size,), (mesh.rank,), replica_id=0),
     }
-    if _has_shadow(teacher):
+    if teacher.shadow:
         name_of = {id(p): name for name, p in model.named_parameters()}
         sharded["teacher"] = {
             name_of[id(entry.data)]: _with_data(entry, teacher.shadow[name_of[id(entry.data)]])
@@ -203,16 +190,19 @@ def _sharded_state(
     return sharded
 
 
-def _with_data(entry: object, tensor: torch.Tensor) -> object:
-    """The same shard description under the key "teacher.<key>", holding the fp32 average."""
-    changes = {"key": f"teacher.{entry.key}", "data": tensor}
+def _with_data(entry: Any, tensor: torch.Tensor) -> Any:
+    """The same shard description under the key "teacher.<key>", holding the teacher's fp32 copy."""
+    changes: dict[str, Any] = {"key": f"teacher.{entry.key}", "data": tensor}
     if hasattr(entry, "dtype"):
         changes["dtype"] = tensor.dtype
     return dataclasses.replace(entry, **changes)
 
 
 def _rng_state() -> dict:
-    """Plain tensors also where CUDA graphs have the tracker hold generators."""
+    """torch's random state and those of Megatron's tracker.
+
+    They are plain tensors, although the tracker holds generators under CUDA graphs.
+    """
     states = get_cuda_rng_tracker().get_states()
     return {
         "torch": torch.get_rng_state(),

@@ -4,9 +4,7 @@ wrapper, optimizer. megatron-core 0.16.1.
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +24,10 @@ from megasd.actor.layer_spec import block_spec
 from megasd.actor.layers import RotaryTables
 from megasd.actor.parallel import Mesh
 from megasd.config.schema import ActorConfig, OptimizerConfig
-from megasd.models import tp_layouts
-from megasd.models.param_table import Family
-from megasd.models.registry import config_from_hf
+from megasd.models import registry, tp_layouts
+from megasd.models.param_table import Family, global_params
+from megasd.weights.hf_files import read_hf_config
+from megasd.weights.load import load_hf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,10 +58,6 @@ class Backbone(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-
-
-def read_hf_config(path: str) -> dict:
-    return json.loads((Path(path) / "config.json").read_text())
 
 
 def transformer_config(family: Family, actor: ActorConfig, device: torch.device) -> TransformerConfig:
@@ -178,6 +173,36 @@ def build_model(
     return model.to(mesh.device)
 
 
+def named_params(
+    model: Backbone, config: TransformerConfig, num_experts: int, mesh: Mesh
+) -> dict[str, Tensor]:
+    """This rank's live parameters under global names: layers and experts numbered over all ranks.
+
+    num_experts: of the whole model, 0 for a dense one.
+    """
+    return global_params(
+        dict(model.named_parameters()),
+        layer_offset=layer_offset(config),
+        expert_offset=num_experts // mesh.ep_size * mesh.ep_rank,
+    )
+
+
+def load_pretrained(model: Backbone, config: TransformerConfig, path: str, mesh: Mesh) -> None:
+    """Fill this rank's parameters from the Hugging Face directory `path`. No collective.
+
+    UserError for files that are broken or do not fit the model.
+    """
+    num_experts = registry.param_table(read_hf_config(path)).num_experts
+    load_hf(
+        named_params(model, config, num_experts, mesh),
+        path,
+        tp_rank=mesh.tp_rank,
+        tp_size=mesh.tp_size,
+        ep_rank=mesh.ep_rank,
+        ep_size=mesh.ep_size,
+    )
+
+
 def wrap_data_parallel(
     model: Backbone, config: TransformerConfig, actor: ActorConfig
 ) -> DistributedDataParallel:
@@ -260,7 +285,7 @@ def family_of(path: str) -> Family:
     """Model family of a Hugging Face directory; UserError names what its config.json has that is
     not supported.
     """
-    return config_from_hf(read_hf_config(path))
+    return registry.config_from_hf(read_hf_config(path))
 
 
 def layer_offset(config: TransformerConfig, vp_stage: int | None = None) -> int:

@@ -47,11 +47,21 @@ class Mesh:
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank reads the tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank sees the final hidden states."""
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def reporter(self) -> int:
+        """World rank whose numbers count: the first rank of the last pipeline stage.
+
+        Megatron orders ranks tp-cp-ep-dp-pp, with pp outermost.
+        """
+        return self.world_size // self.pp_size * (self.pp_size - 1)
 
 
 def init_distributed(timeout_minutes: int = 24 * 60) -> torch.device:

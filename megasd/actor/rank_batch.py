@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megasd.actor.parallel import Mesh
+from megasd.actor.teacher_weights import Outcome
 from megasd.batch.batch import TERMS, Batch
+from megasd.batch.shard import Costs, plan_ranks
 from megasd.config.schema import AlgorithmConfig
 from megasd.loss.exact_sum import exact_value, exact_words
+from megasd.loss.objective import logprobs_spec
 from megasd.ops.vocab_parallel import LogProbsSpec
 
 # credits that add to an advantage; the others multiply it
@@ -38,13 +42,58 @@ class RankBatch:
     targets: Tensor
     # metrics of the rank plan (batch/shard.py), the same on all ranks
     metrics: Mapping[str, float]
-    # share of right answers among the scored samples of the whole batch; a gated teacher reads it
-    pass_rate: float
-    # the longest response of the whole batch over its mean length; a gated teacher reads it
-    length_tail: float
-    # Mean question weight of the whole batch, where this is one of several minibatches of it.
-    # None: the normaliser takes the mean of this minibatch.
-    mean_weight: float | None = None
+    # what the whole batch says to a teacher that copies the student
+    outcome: Outcome
+    # what question weights are divided by, as loss/normalise.py's normaliser and dataset_mean
+    normaliser: str
+    mean_weight: float | None
+
+
+def shard(
+    batch: Batch,
+    algorithm: AlgorithmConfig,
+    costs: Costs,
+    mesh: Mesh,
+    *,
+    sampling_temperature: float,
+    vocab_size: int,
+    dataset_mean: float | None,
+) -> list[RankBatch]:
+    """This rank's part of each minibatch of a step, in order.
+
+    The mean question weight, the pass rate and the length tail are those of the whole batch.
+    dataset_mean: mean question weight of the training rows, where question_weight.normaliser is
+    "dataset". No collective.
+    """
+    parts, normaliser, mean = batch.parts(algorithm.minibatches), algorithm.question_weight.normaliser, 0.0
+    if len(parts) > 1 and normaliser in ("informative", "batch"):
+        mean = mean_question_weight(batch, normaliser)
+    outcome = batch_outcome(batch)
+    spec = logprobs_spec(
+        algorithm, temperature=softmax_temperature(algorithm, sampling_temperature), vocab_size=vocab_size
+    )
+    rank_batches = []
+    for part in parts:
+        plans = plan_ranks(part, active_samples(part, algorithm), algorithm, costs, mesh.dp_size)
+        plan = plans[mesh.dp_rank]
+        local = part.select(plan.samples)
+        streams = local.streams | {"distilled": local.distilled.repeat_interleave(local.response_lens)}
+        rank_batches.append(
+            RankBatch(
+                batch=local,
+                microbatches=plan.microbatches,
+                teacher_microbatches=plan.teacher_microbatches,
+                algorithm=algorithm,
+                spec=spec,
+                streams={name: stream.to(mesh.device) for name, stream in streams.items()},
+                targets=local.response_ids.to(mesh.device),
+                metrics=plan.metrics,
+                outcome=outcome,
+                normaliser="dataset" if mean else normaliser,
+                mean_weight=mean or dataset_mean,
+            )
+        )
+    return rank_batches
 
 
 def active_samples(batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
@@ -77,12 +126,12 @@ def mean_question_weight(batch: Batch, normaliser: str) -> float:
     return exact_value(exact_words(weight_N / size_N)) / questions if questions else 0.0
 
 
-def batch_statistics(batch: Batch) -> dict[str, float]:
-    """What a gated teacher goes by."""
-    return {
-        "pass_rate": float(batch.right.sum() / batch.scored.sum().clamp(min=1)),
-        "length_tail": float(batch.response_lens.max() / batch.response_lens.double().mean()),
-    }
+def batch_outcome(batch: Batch) -> Outcome:
+    """Pass rate and length tail of a whole batch."""
+    return Outcome(
+        pass_rate=float(batch.right.sum() / batch.scored.sum().clamp(min=1)),
+        length_tail=float(batch.response_lens.max() / batch.response_lens.double().mean()),
+    )
 
 
 def softmax_temperature(algorithm: AlgorithmConfig, sampling: float) -> float:

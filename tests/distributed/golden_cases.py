@@ -370,7 +370,7 @@ def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
         torch.distributed.all_gather(shards, shard, group=mesh.tp_group)
         rows[microbatch.response_index[microbatch.valid]] = torch.cat(shards, 1)[microbatch.valid, :VOCAB]
 
-    microbatches = actor._microbatches(batch, microbatches_in_order(batch, actor.costs), None)
+    microbatches = actor.student.microbatches(batch, microbatches_in_order(batch, actor.costs))
     run_microbatches(actor.ddp, microbatches, mesh, actor.model_config, read, forward_only=True)
     if mesh.cp_size > 1 and mesh.is_last_stage:
         torch.distributed.all_reduce(rows, group=mesh.cp_group)

@@ -150,7 +150,7 @@ def measure(actor: Actor, config: Config, job: PlannedRun) -> dict[str, int]:
     found = {
         "weights": nbytes(params),
         "gradients": nbytes(b.grad_data for b in (*actor.ddp.buffers, *actor.ddp.expert_parallel_buffers)),
-        "teacher": nbytes(actor.teacher.weights.shadow.values()) if actor.teacher else 0,
+        "teacher": nbytes(actor.teacher.weights.shadow.values()) if actor.teacher.passes else 0,
     }
     (signal,) = signals
     if len(signal.slot_R):
@@ -160,13 +160,8 @@ def measure(actor: Actor, config: Config, job: PlannedRun) -> dict[str, int]:
         found["signal"] = sum(
             size for key, size in kept.items() if key not in shadows and key not in storages(params)
         )
-    cut, parts = actor._microbatches, []
-
-    def kept_cut(*args: Any, **kwargs: Any) -> list:
-        parts.append(cut(*args, **kwargs))
-        return parts[-1]
-
-    saved, workspaces, own_loss = Saved(params), [0], actor._loss
+    learner = actor.learner
+    saved, workspaces, own_loss = Saved(params), [0], learner._loss
     read: list[TokenWeights] = []
 
     def loss(*args: Any) -> Any:
@@ -176,13 +171,14 @@ def measure(actor: Actor, config: Config, job: PlannedRun) -> dict[str, int]:
         workspaces.append(peak_allocated(profiled))
         return result
 
-    actor._microbatches, actor._loss = kept_cut, loss
+    learner._loss = loss
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         actor.update(batches, signals)
-    actor._microbatches, actor._loss = cut, own_loss
+    learner._loss = own_loss
+    microbatches = actor.student.microbatches(batches[0].batch, batches[0].microbatches)
     streams = [*batches[0].streams.values(), *(t for one in read[:1] for t in one.streams.values())]
     found["batch"] = nbytes(
-        [t for one in parts[-1] for t in vars(one).values() if isinstance(t, Tensor)]
+        [t for one in microbatches for t in vars(one).values() if isinstance(t, Tensor)]
     ) + nbytes(streams)
     found |= {"activations": saved.peak, "loss": max(workspaces), "optimizer": optimizer_bytes(actor, params)}
     gather = actor.gather(dtype=None, bucket_bytes=(config.sync.bucket_mib or 24) << 20)

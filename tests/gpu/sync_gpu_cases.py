@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from megasd.actor import actor as actor_module
+from megasd.actor import student as student_module
 from megasd.actor import teacher as teacher_module
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import init_distributed, init_model_parallel
@@ -32,7 +32,7 @@ CASES: dict[str, tuple[dict, dict]] = {
 
 def watch() -> None:
     """From here on a wait inside the schedules is an error."""
-    real = actor_module.run_microbatches
+    real = student_module.run_microbatches
 
     def watched(*args: object, **kwargs: object) -> object:
         torch.cuda.set_sync_debug_mode("error")
@@ -41,12 +41,12 @@ def watch() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    for module in (actor_module, teacher_module):
+    for module in (student_module, teacher_module):
         module.run_microbatches = watched
 
 
 def main() -> None:
-    device, real = init_distributed(), actor_module.run_microbatches
+    device, real = init_distributed(), student_module.run_microbatches
     for name, (layout, algorithm) in CASES.items():
         config = make_config(sys.argv[1], {"dtype": "bfloat16"} | layout, **algorithm)
         actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
@@ -57,7 +57,7 @@ def main() -> None:
                 watch()
             batches = actor.shard(batch)
             actor.update(batches, actor.teacher_forward(batches))
-        for module in (actor_module, teacher_module):
+        for module in (student_module, teacher_module):
             module.run_microbatches = real
         print(f"ok {name}", flush=True)
     print("all ok", flush=True)

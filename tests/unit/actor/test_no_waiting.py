@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.overrides import TorchFunctionMode
 
-from megasd.actor import actor as actor_module
+from megasd.actor import student as student_module
 from megasd.actor import teacher as teacher_module
 from megasd.actor.actor import Actor
 from megasd.actor.parallel import init_distributed, init_model_parallel
@@ -112,13 +112,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
-    mode, real = Waits(), actor_module.run_microbatches
+    mode, real = Waits(), student_module.run_microbatches
 
     def watched(*args: object, **kwargs: object) -> object:
         with mode:
             return real(*args, **kwargs)
 
-    for module in (actor_module, teacher_module):
+    for module in (student_module, teacher_module):
         monkeypatch.setattr(module, "run_microbatches", watched)
     return mode
 

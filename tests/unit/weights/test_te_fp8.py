@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from megasd.actor.teacher import TeacherWeights
+from megasd.actor.teacher_weights import Outcome, TeacherWeights
 from megasd.config.schema import TeacherConfig
 from megasd.weight_sync.delta import tensor_fingerprint
 from megasd.weights.te_fp8 import fill, is_quantised, lend, plain, storage
@@ -123,7 +123,7 @@ def test_the_average_of_an_fp8_student() -> None:
     teacher = TeacherWeights(model, TeacherConfig(weights="ema", ema_rate=0.25))
     assert torch.equal(teacher.shadow["weight"], start)
     fill(model.weight, torch.ones(8, 4, dtype=torch.bfloat16))
-    teacher.update()
+    teacher.update(Outcome())
     average = 0.75 * start + 0.25
     assert torch.allclose(teacher.shadow["weight"], average)
     with teacher.active():
