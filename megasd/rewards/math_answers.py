@@ -64,10 +64,10 @@ def compare_math(answer: str, gold: str) -> Judgement | None:
 
 
 def check_math(answer: str, gold: str) -> bool:
-    """Whether two final answers are the same mathematics, by math-verify: 10\\% is 0.1, \\frac12 is
-    0.5, x=3 is 3.
+    """Whether two final answers are the same mathematics, by math-verify.
 
-    math-verify's own timeouts are off: they would turn a hung comparison into a wrong answer.
+    10\\% is 0.1, \\frac12 is 0.5, x=3 is 3. The timeouts of math-verify are off: they would turn a hung
+    comparison into a wrong answer.
     """
     from math_verify import parse, verify
 

@@ -81,8 +81,9 @@ class RuleJudge:
 
 
 def write_rubric(prompt: Prompt) -> list[dict[str, Any]]:
-    """4 to 12 weighted criteria from a row's answer and solution: the answer first and heaviest,
-    then form, then the solution's steps.
+    """Write 4 to 12 weighted criteria from the answer and the solution of a row.
+
+    The answer is first and heaviest, then form, then the steps of the solution.
     """
     answer = prompt.answer.strip()
     rubric: list[dict[str, Any]] = [
@@ -97,7 +98,7 @@ def write_rubric(prompt: Prompt) -> list[dict[str, Any]]:
     return rubric + [{"rule": "contains", "value": number, "weight": 0.5} for number in list(steps)[:8]]
 
 
-# ---- rules: (text, value) -> met, or the share that is met ----
+# ---- rules: (text, value) -> whether the text meets the criterion ----
 
 
 def contains(text: str, value: str) -> bool:

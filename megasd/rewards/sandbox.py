@@ -1,16 +1,21 @@
-"""A place to run programs that nobody has read: no network, no files of the machine but Python's
-own, no environment, hard limits.
+"""A place to run programs that nobody has read.
+
+Inside there is no network, no environment and no file of the machine except Python's own, and there
+are hard limits.
 
     with Sandbox("print(int(input()) + 1)") as sandbox:      # UserError where the machine offers no sandbox
         # Outcome(limit=None, status=0, stdout="42\\n", ...)
         sandbox.run("41\\n", seconds=2.0)
 
-Two ways, the first that passes a real probe is taken: bubblewrap, or namespaces made by
-sandbox_init.py itself (user, mount, pid, network, ipc, uts). There is no third: a program is never
-run outside. Inside, sandbox_init.py is process 1 and runs each test as a process of its own; this
-side keeps the clock and the memory account, and kills everything at once by killing process 1. What
-it does not do: filter system calls. A hole in the kernel is a hole in the sandbox; do not train on
-hostile data on a machine that matters.
+There are two kinds: bubblewrap, and namespaces that sandbox_init.py makes itself (user, mount, pid,
+network, ipc, uts). The first kind that passes a real probe is used. There is no third kind: a program
+never runs outside a sandbox.
+
+Inside, sandbox_init.py is process 1 and runs each test as a process. This side keeps the clock and
+the memory account. It kills process 1 to kill everything at once.
+
+System calls are not filtered. A hole in the kernel is a hole in the sandbox: do not train on hostile
+data on a machine that matters.
 """
 
 from __future__ import annotations
@@ -31,20 +36,20 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from megasd.rewards import sandbox_init, sandbox_program
 from megasd.types import UserError
 
 INIT, PROGRAM = os.path.abspath(sandbox_init.__file__), os.path.abspath(sandbox_program.__file__)
-# until process 1 answers, on a busy machine
+# how long process 1 may take to answer, on a busy machine
 START_SECONDS = 20.0
-# seconds past a test's limit until the whole sandbox is killed, should process 1 not have ended the
-# test
+# Process 1 ends a test at its limit. So many seconds later the whole sandbox is killed.
 SLACK = 0.4
-# between two looks at the memory of all processes together
+# how often the memory of all processes together is measured
 WATCH_SECONDS = 0.05
-# Errors at the left margin of a failed program's traceback -> the limit that it met. A program that
-# met one is not judged.
+# The limit that a failed program met -> how the error looks at the left margin of its traceback. A
+# program that met a limit is not judged.
 SIGNS = {
     "memory": re.compile(r"^[\w.]*MemoryError\b|Errno 12\]"),
     "processes": re.compile(r"Errno 11\]|can't start new thread"),
@@ -86,42 +91,47 @@ print(json.dumps({"bad": bad, "environment": sorted(os.environ)}))
 
 @dataclass(frozen=True)
 class Limits:
-    # address space of a process, and resident memory of all together
+    """What the processes of one sandbox may use."""
+
+    # address space of each process, and resident memory of all processes together
     memory_bytes: int = 1 << 30
-    # a file that is written
+    # size of each file that is written
     file_bytes: int = 16 << 20
-    # all of /tmp
+    # size of /tmp
     tmp_bytes: int = 64 << 20
-    # printed, on each of stdout and stderr
+    # length of stdout, and of stderr
     output_bytes: int = 1 << 20
-    # and threads, at once
+    # processes and threads at once
     processes: int = 16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one run. `limit` is what stopped it: time, memory, processes, output, files,
-    network, killed; None = it ended itself.
+    """The end of one run.
+
+    `limit` stopped it: time, memory, processes, output, files, network or killed. None: the program
+    ended by itself.
     """
 
     limit: str | None
-    # exit status, minus the signal's number; None when it was killed here
+    # exit status, or minus the number of the signal; None when this side killed the program
     status: int | None
     stdout: str
-    # the end of it
+    # the last characters
     stderr: str
     seconds: float
 
 
 class Sandbox:
-    """One program in a sandbox of its own; `run` it on as many inputs as wanted. Not thread-safe;
-    several may live at once.
+    """One program in a sandbox, to `run` on any number of inputs.
 
-    fn_name   None: a script that reads standard input. Else the function, or method of `class
-              Solution`, that is called with the
-              input's JSON list as arguments; its JSON result is `stdout`, and what it prints goes to `stderr`.
-    kind      "bubblewrap" or "namespaces"; None = find_kind().
-    """  # noqa: E501
+    fn_name   None: the program is a script that reads standard input. Otherwise the function, or the
+              method of `class Solution`, to call. The input is a JSON list of arguments, `stdout` is
+              the JSON result, and prints of the program go to `stderr`.
+    kind      "bubblewrap" or "namespaces"; None: find_kind().
+
+    Not thread-safe. Several sandboxes may exist at once. UserError: the machine offers no sandbox.
+    """
 
     def __init__(
         self,
@@ -146,12 +156,14 @@ class Sandbox:
             raise
 
     def run(self, text: str, *, seconds: float) -> Outcome:
-        """The program on one input. Returns within `seconds` + 1, whatever it does."""
-        if self._process is None:
+        """Run the program on one input. Returns within `seconds` + 1, whatever the program does."""
+        process = self._process
+        if process is None:
             return _stopped("killed", 0.0)
         (self._folder / "input").write_bytes(text.encode("utf-8", "replace"))
         begun = time.monotonic()
-        reply, reason = self._ask({"input": "/in/input", "seconds": seconds}, begun + seconds + SLACK)
+        request = {"input": "/in/input", "seconds": seconds}
+        reply, reason = self._ask(process, request, begun + seconds + SLACK)
         if reply is None:
             self.close()
             return _stopped(reason, time.monotonic() - begun)
@@ -162,13 +174,13 @@ class Sandbox:
         """Kill everything inside and remove the files. May be called twice."""
         if self._process is not None:
             tree = _descendants(self._process.pid)
-            # process 1 is among them, and the kernel ends a namespace with its process 1
+            # The kernel ends a namespace with its process 1, which is in the tree.
             for pid in tree:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
+            for pipe in _pipes(self._process):
+                pipe.close()
             self._process = None
             _wait_gone(tree)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -207,7 +219,7 @@ class Sandbox:
                 json.dumps(spec),
             ]
         with tempfile.TemporaryFile() as errors:
-            self._process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -217,41 +229,51 @@ class Sandbox:
                 start_new_session=True,
                 bufsize=0,
             )
-            reply, _ = self._ask(None, time.monotonic() + START_SECONDS)
+            reply, _ = self._ask(process, None, time.monotonic() + START_SECONDS)
             if reply is None or not reply["ready"]:
                 errors.seek(0)
                 said = errors.read()[-500:].decode("utf-8", "replace").strip().splitlines()
                 raise _Unusable(reply["reason"] if reply else said[-1] if said else "it did not start")
 
-    def _ask(self, request: dict | None, deadline: float) -> tuple[dict | None, str]:
-        """(reply, "") of process 1, or (None, why there is none)."""
+    def _ask(
+        self, process: subprocess.Popen[bytes], request: dict[str, Any] | None, deadline: float
+    ) -> tuple[dict[str, Any] | None, str]:
+        """(reply of process 1, ""), or (None, why there is no reply)."""
+        stdin, stdout = _pipes(process)
         if request is not None:
             try:
-                self._process.stdin.write(json.dumps(request).encode() + b"\n")
+                stdin.write(json.dumps(request).encode() + b"\n")
             except BrokenPipeError:
                 return None, "killed"
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0:
                 return None, "time"
-            if select.select([self._process.stdout], [], [], min(left, WATCH_SECONDS))[0]:
-                data = os.read(self._process.stdout.fileno(), 1 << 16)
+            if select.select([stdout], [], [], min(left, WATCH_SECONDS))[0]:
+                data = os.read(stdout.fileno(), 1 << 16)
                 if not data:
                     return None, "killed"
                 self._buffer += data
-            elif request is not None and _resident_bytes(self._process.pid) > self.limits.memory_bytes:
+            elif request is not None and _resident_bytes(process.pid) > self.limits.memory_bytes:
                 return None, "memory"
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line), ""
 
 
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """stdin and stdout of a process that was started with both."""
+    if process.stdin is None or process.stdout is None:
+        raise ValueError("the process was started without pipes")
+    return process.stdin, process.stdout
+
+
 class _Unusable(Exception):
-    """This way of making a sandbox does not work here."""
+    """This kind of sandbox does not work on this machine."""
 
 
 @functools.cache
 def find_kind() -> str:
-    """The way that works on this machine, probed once. UserError, one line, when none does."""
+    """The kind that works on this machine, probed once. UserError, one line, when no kind works."""
     reasons = []
     for kind in SANDBOX_KINDS:
         reason = probe_sandbox(kind)
@@ -266,8 +288,9 @@ def find_kind() -> str:
 
 
 def probe_sandbox(kind: str) -> str | None:
-    """Why this way does not work or does not hold, None when it does: a program looks around from
-    the inside.
+    """Why this kind does not work, or does not hold; None when it does both.
+
+    A program looks around from the inside.
     """
     if kind == "bubblewrap" and shutil.which("bwrap") is None:
         return "bwrap is not installed"
@@ -291,10 +314,12 @@ SANDBOX_KINDS = ("bubblewrap", "namespaces")
 
 
 def _python_files() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
-    """(directories to read inside, links, site-packages): the system's libraries and this Python's,
-    nothing of a project or a home.
+    """(directories to read inside, links, site-packages).
+
+    The libraries of the system and of this Python, and nothing of a project or a home.
     """
-    binds, links = [("/usr", "/usr")], []
+    binds: list[tuple[str, str]] = [("/usr", "/usr")]
+    links: list[tuple[str, str]] = []
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if os.path.islink(name):
             links.append((name, os.readlink(name)))
@@ -325,17 +350,17 @@ def _bubblewrap(binds: list[tuple[str, str]], links: list[tuple[str, str]], limi
         "--die-with-parent",
         "--new-session",
     ]
-    # without a user namespace: sandbox_init.py leaves root, so that RLIMIT_NPROC binds
+    # For root there is no user namespace: sandbox_init.py leaves root, so that RLIMIT_NPROC binds.
     if os.geteuid() == 0:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user"]
     command += ["--as-pid-1", "--clearenv"]
-    # first: Python itself may live below it
+    # /tmp comes first: Python itself may live below it.
     command += ["--perms", "1777", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"]
     parents = {str(parent) for _, target in binds for parent in Path(target).parents} - {"/", "/tmp"}
     for folder in sorted(parents):
-        # left to itself, bwrap makes them for root alone
+        # By itself, bwrap would make these directories for root alone.
         command += ["--perms", "0755", "--dir", folder]
     for source, target in binds:
         command += ["--ro-bind", source, target]
@@ -347,7 +372,7 @@ def _bubblewrap(binds: list[tuple[str, str]], links: list[tuple[str, str]], limi
 
 
 def _with_limit(outcome: Outcome) -> Outcome:
-    """The outcome of a program that ended by itself, with the limit that made it end."""
+    """The outcome of a program that ended by itself; with the limit, if a limit made it end."""
     if outcome.status == sandbox_program.NETWORK:
         return Outcome("network", **{k: v for k, v in asdict(outcome).items() if k != "limit"})
     said = [line for line in outcome.stderr.splitlines() if line[:1].strip()] if outcome.status else []
@@ -360,8 +385,9 @@ def _stopped(reason: str, seconds: float) -> Outcome:
 
 
 def _descendants(pid: int) -> list[int]:
-    """The process and all below it. Processes of a dead parent go to process 1 of the sandbox, so
-    none is missed.
+    """The process and all processes below it.
+
+    Process 1 of the sandbox adopts the children of a dead parent, so none is missed.
     """
     found = [pid]
     for parent in found:
@@ -370,7 +396,7 @@ def _descendants(pid: int) -> list[int]:
                 with open(f"/proc/{parent}/task/{task}/children") as file:
                     found += [int(child) for child in file.read().split()]
         except OSError:
-            # it ended while it was looked at
+            # the process ended meanwhile
             continue
     return found
 

@@ -1,15 +1,18 @@
-"""Runs inside the sandbox, as process 1 of its own pid namespace: `python -I -S sandbox_init.py
-SPEC`, driven by sandbox.py over pipes.
+"""Process 1 of a sandbox: `python -I -S sandbox_init.py SPEC`, in its own pid namespace.
 
-    -> {"input": "/in/3", "seconds": 2.0}                                                    a line on stdin, one test
-    <- {"status": 0, "stdout": "15\\n", "stderr": "", "seconds": 0.02, "limit": null}         a line on stdout; {"ready": true} first
+sandbox.py drives it over pipes, one JSON object a line:
 
-Each test is a fresh Python process of the program in /in/program.py with rlimits of its own; when
-it has ended, everything that it left running is killed. Expected outputs are never in here:
-sandbox.py's caller compares. Stdlib only, imports nothing of megasd: the file is mounted alone.
-With SPEC["unshare"] it makes the namespaces and the file system first; under bubblewrap both are
-there already.
-"""  # noqa: E501
+    <- {"ready": true}                                                                   first
+    -> {"input": "/in/3", "seconds": 2.0}                                                a test
+    <- {"status": 0, "stdout": "15\\n", "stderr": "", "seconds": 0.02, "limit": null}    its end
+
+Each test is a fresh Python process of the program in /in/program.py, with its own rlimits. When the
+process has ended, everything that it left running is killed. Expected outputs are never in here: the
+caller of sandbox.py compares. If SPEC["unshare"] is true, then this file makes the namespaces and
+the file system first; bubblewrap has made both already.
+
+The file imports the standard library alone, and nothing of megasd: it is mounted alone.
+"""
 
 import ctypes
 import json
@@ -19,6 +22,11 @@ import select
 import signal
 import sys
 import time
+
+# Type checkers take this for True. The sandbox starts faster without typing.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 NOBODY = 65534
 # exit status of a program that never began
@@ -45,29 +53,36 @@ ENVIRONMENT = {
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(name, *arguments):
-    """A function of libc; OSError when it fails."""
+def call(name: str, *arguments: "Any") -> None:
+    """Call a function of libc; OSError when it fails."""
     if getattr(libc, name)(*arguments) < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
-def mount(source, target, kind=None, flags=0, data=None):
-    encode = lambda text: None if text is None else os.fsencode(text)  # noqa: E731
+def mount(
+    source: str | None, target: str, kind: str | None = None, flags: int = 0, data: str | None = None
+) -> None:
+    """mount(2); OSError when it fails."""
+
+    def encode(text: str | None) -> bytes | None:
+        return None if text is None else os.fsencode(text)
+
     call("mount", encode(source), os.fsencode(target), encode(kind), ctypes.c_ulong(flags), encode(data))
 
 
 # ---- namespaces and the file system, where bubblewrap did not make them ----
 
 
-def make_namespaces():
-    """Leave in a child that is process 1 of fresh namespaces; the outer process waits for it, and
-    takes it along when it dies.
+def make_namespaces() -> None:
+    """Return in a child that is process 1 of fresh namespaces.
+
+    The outer process waits for the child. When the outer process dies, the child dies, too.
     """
     flags = NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS
     uid, gid = os.geteuid(), os.getegid()
     if not has_capability(CAP_SYS_ADMIN):
-        # root of a container: as root's own user id it would be free of RLIMIT_NPROC
+        # root of a container: RLIMIT_NPROC does not bind the user id of root
         if uid == 0:
             become_nobody()
             uid = gid = NOBODY
@@ -84,13 +99,15 @@ def make_namespaces():
     die_with_parent()
 
 
-def has_capability(number):
+def has_capability(number: int) -> bool:
+    """Whether this process has the capability in effect."""
     with open("/proc/self/status") as file:
         effective = next(line for line in file if line.startswith("CapEff:"))
     return bool(int(effective.split()[1], 16) >> number & 1)
 
 
-def map_ids(inside, uid, gid):
+def map_ids(inside: int, uid: int, gid: int) -> None:
+    """Give the new user namespace one user and one group: `inside`, which is (uid, gid) outside."""
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{inside} {uid} 1"),
@@ -100,16 +117,15 @@ def map_ids(inside, uid, gid):
             file.write(text)
 
 
-def die_with_parent():
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def build_root(spec):
-    """A root of its own: the directories to read, a /tmp of limited size to write, and nothing else
-    of the machine.
-    """
+def build_root(spec: "dict[str, Any]") -> None:
+    """Enter a new root: the directories to read, a /tmp of limited size to write, and nothing else."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
-    # becomes the root
+    # this tmpfs becomes the root
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/.old")
     if libc.syscall(PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/.old") < 0:
@@ -130,14 +146,15 @@ def build_root(spec):
     try:
         mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     except OSError:
-        # a container that hides parts of its /proc allows no new one; programs do without
+        # A container that hides parts of its /proc allows no new one. Programs then have no /proc.
         pass
     call("umount2", b"/.old", MNT_DETACH)
     os.rmdir("/.old")
     read_only_mount("/", recursive=False)
 
 
-def bind(source, target, read_only=True):
+def bind(source: str, target: str, read_only: bool = True) -> None:
+    """Mount a file or directory at another place; makes the place."""
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
@@ -148,8 +165,11 @@ def bind(source, target, read_only=True):
         read_only_mount(target, recursive=True)
 
 
-def read_only_mount(path, recursive):
-    """mount_setattr (Linux 5.12): adds flags and keeps those that a user namespace may not drop."""
+def read_only_mount(path: str, recursive: bool) -> None:
+    """Make a mount read-only, with mount_setattr (Linux 5.12).
+
+    mount_setattr adds flags and keeps the flags that a user namespace may not drop.
+    """
     # set: read-only, nosuid, nodev
     attributes = (ctypes.c_uint64 * 4)(1 | 2 | 4, 0, 0, 0)
     if (
@@ -164,17 +184,19 @@ def read_only_mount(path, recursive):
 # ---- privileges ----
 
 
-def become_nobody():
+def become_nobody() -> None:
+    """Become the user and group nobody; needs root."""
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    # a change of user takes /proc/self away, where maps are written
+    # After a change of user the process could not write its maps in /proc/self.
     call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
-def drop_privileges():
-    """No root, no capabilities after the next exec, and processes counted in a user namespace of
-    this sandbox alone.
+def drop_privileges() -> None:
+    """Give up root, and all capabilities after the next exec.
+
+    A user namespace of this sandbox alone then counts the processes.
     """
     # System V memory outlives its process and escapes RLIMIT_AS
     try_write("/proc/sys/kernel/shmall", "0")
@@ -187,7 +209,7 @@ def drop_privileges():
         map_ids(NOBODY, uid, gid)
         try_write("/proc/sys/user/max_user_namespaces", "0")
     except OSError:
-        # no further user namespace allowed: processes are counted with others of this user
+        # No further user namespace is allowed: the limit counts all processes of this user.
         pass
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     # programs may not trace this process nor open its files
@@ -195,7 +217,8 @@ def drop_privileges():
     die_with_parent()
 
 
-def try_write(path, text):
+def try_write(path: str, text: str) -> None:
+    """Write a file of /proc, if this machine allows it."""
     try:
         with open(path, "w") as file:
             file.write(text)
@@ -206,8 +229,9 @@ def try_write(path, text):
 # ---- tests ----
 
 
-def serve_tests(spec):
-    # kill(-1) below would reach the machine
+def serve_tests(spec: "dict[str, Any]") -> None:
+    """Run one test for each line of stdin."""
+    # otherwise kill(-1) below would reach the machine
     assert os.getpid() == 1, "not process 1 of a pid namespace"
     for line in sys.stdin:
         request = json.loads(line)
@@ -215,8 +239,8 @@ def serve_tests(spec):
         print(json.dumps(reply), flush=True)
 
 
-def run_test(spec, path, seconds):
-    """One process of the program on one input; its end, what it printed and which limit it met."""
+def run_test(spec: "dict[str, Any]", path: str, seconds: float) -> "dict[str, Any]":
+    """Run the program on one input. Returns its exit status, its output and the limit that it met."""
     begun = time.monotonic()
     out_read, out_write = os.pipe()
     error_read, error_write = os.pipe()
@@ -227,7 +251,7 @@ def run_test(spec, path, seconds):
     os.close(error_write)
     out, error, limit = collect(out_read, error_read, begun + seconds, spec["output_bytes"])
     status = None
-    # both pipes are closed: it has ended, or is about to
+    # Both pipes are closed: the program has ended, or is about to end.
     while limit is None and status is None:
         done, code = os.waitpid(child, os.WNOHANG)
         if done:
@@ -245,19 +269,21 @@ def run_test(spec, path, seconds):
         clear_tmp()
     except (OSError, RecursionError):
         limit = limit or "files"
-    text = lambda data: data.decode("utf-8", "replace")  # noqa: E731
     seconds = time.monotonic() - begun
     return {
         "status": status,
-        "stdout": text(out),
-        "stderr": text(error[-4000:]),
+        "stdout": out.decode("utf-8", "replace"),
+        "stderr": error[-4000:].decode("utf-8", "replace"),
         "seconds": round(seconds, 3),
         "limit": limit,
     }
 
 
-def collect(out_fd, error_fd, deadline, most):
-    """(stdout, stderr, limit) until both are closed, or "time" or "output" is up."""
+def collect(out_fd: int, error_fd: int, deadline: float, most: int) -> "tuple[bytes, bytes, str | None]":
+    """(stdout, stderr, limit): read both until both are closed, or a limit is met.
+
+    The limit is None, "time" or "output" (more than `most` bytes).
+    """
     found = {out_fd: bytearray(), error_fd: bytearray()}
     still = [out_fd, error_fd]
     while still:
@@ -265,8 +291,8 @@ def collect(out_fd, error_fd, deadline, most):
         if left <= 0:
             return bytes(found[out_fd]), bytes(found[error_fd]), "time"
         for fd in select.select([*still, 0], [], [], left)[0]:
-            # no request comes before the reply: the other side is gone, and so is this namespace
-            # with process 1
+            # No request comes before the reply, so the other side is gone. The kernel ends this
+            # namespace with its process 1.
             if fd == 0:
                 os._exit(1)
             data = os.read(fd, 65536)
@@ -278,8 +304,8 @@ def collect(out_fd, error_fd, deadline, most):
     return bytes(found[out_fd]), bytes(found[error_fd]), None
 
 
-def end_all(child, status):
-    """Kill whatever runs in this namespace but this process; returns the program's exit status."""
+def end_all(child: int, status: int | None) -> int | None:
+    """Kill every other process of this namespace. Returns the exit status of `child`."""
     while True:
         try:
             os.kill(-1, signal.SIGKILL)
@@ -293,11 +319,15 @@ def end_all(child, status):
             status = os.waitstatus_to_exitcode(code)
 
 
-def clear_tmp():
-    """No test finds what an earlier one left. What is mounted below /tmp (Python, where it lives
-    there) stays.
+def clear_tmp() -> None:
+    """Empty /tmp, so that no test finds the files of an earlier test.
+
+    Mounts below /tmp stay: Python itself may live there.
     """
-    device, folders, found, mounted = os.stat("/tmp").st_dev, ["/tmp"], [], []
+    device = os.stat("/tmp").st_dev
+    folders: list[str] = ["/tmp"]
+    found: list[str] = []
+    mounted: list[str] = []
     while folders:
         for entry in list(os.scandir(folders.pop())):
             if entry.stat(follow_symlinks=False).st_dev != device:
@@ -312,8 +342,10 @@ def clear_tmp():
             os.rmdir(path)
 
 
-def become_program(spec, path, seconds, out_fd, error_fd):
-    """In the child: limits, descriptors, exec. Never returns."""
+def become_program(
+    spec: "dict[str, Any]", path: str, seconds: float, out_fd: int, error_fd: int
+) -> "NoReturn":
+    """In the child: set limits and descriptors, then exec. Never returns."""
     try:
         os.setsid()
         os.dup2(os.open(path, os.O_RDONLY), 0)
@@ -352,9 +384,10 @@ def become_program(spec, path, seconds, out_fd, error_fd):
         os._exit(CANNOT_START)
 
 
-def main(argv):
+def main(argv: "list[str]") -> None:
+    """Make the sandbox of SPEC (argv[0], JSON), then serve tests."""
     spec = json.loads(argv[0])
-    # process 1 of a namespace is immune to signals that it has no handler for
+    # Process 1 of a namespace ignores signals that it has no handler for.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         die_with_parent()

@@ -32,7 +32,7 @@ from megasd.types import Prompt, UserError, Verdict
 
 ACTION = re.compile(r"^[ \t]*Action:[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 ACTION_INPUT = re.compile(r"^[ \t]*Action Input:", re.MULTILINE)
-# no JSON object holds such a line: its strings have no newlines
+# No JSON object holds such a line, because JSON strings have no newlines.
 LINE = re.compile(r"^[ \t]*Action(?: Input)?:", re.MULTILINE)
 DECODER = json.JSONDecoder()
 NO_CALL = "no `Action:` line was found"

@@ -91,8 +91,10 @@ class WorkerRequest:
 
 @dataclass(frozen=True)
 class WorkerReply:
-    """What came of a request: the verdict of a check that returned a bool; RIGHT with the `result` of
-    a check that returned anything else; ERROR or TIMEOUT with a `detail`.
+    """What came of a request.
+
+    A check that returned a bool gives RIGHT or WRONG. A check that returned another value gives RIGHT
+    and this value as `result`. A check that failed gives ERROR or TIMEOUT and a `detail`.
     """
 
     verdict: Verdict
@@ -103,8 +105,9 @@ class WorkerReply:
 
 @dataclass(frozen=True)
 class WorkerCheck(Generic[GoldT]):
-    """A check that may hang (sympy, regular expressions): it runs in a worker process that is killed
-    at a deadline.
+    """A check that may hang, in sympy or in a regular expression.
+
+    It runs in a worker process that is killed at a deadline.
     """
 
     # (answer, gold text) -> whether they agree, or a JSON value that `conclude` reads. The worker

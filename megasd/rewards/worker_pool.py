@@ -60,7 +60,7 @@ class WorkerPool:
     def run(self, requests: Sequence[WorkerRequest]) -> list[WorkerReply]:
         """One reply for each request, in order. UserError when workers do not start.
 
-        Each worker has one request at a time. A request whose worker dies is asked a second time.
+        Each worker has one request at a time. A request whose worker dies is sent a second time.
         """
         queue = deque(Job(index, request) for index, request in enumerate(requests))
         replies: dict[int, WorkerReply] = {}
