@@ -37,7 +37,7 @@ from megasd.convert.common import (
 from megasd.convert.hf_source import PickleShards, open_source
 from megasd.convert.megatron_source import open_checkpoint
 from megasd.convert.resumable_dir import ResumableDir
-from megasd.convert.torch_dist import Item, no_extra_state, write_chunk, write_metadata
+from megasd.convert.torch_dist_write import Item, no_extra_state, write_chunk, write_metadata
 from megasd.models import registry
 from megasd.models.param_table import ParamTable
 from megasd.models.tp_layouts import Shape
