@@ -23,6 +23,7 @@ from megasd.actor.teacher import Teacher
 from megasd.actor.teacher_signal import TeacherSignal
 from megasd.batch.microbatch import Microbatch
 from megasd.config.schema import Config
+from megasd.config.variants import credit_traits, surrogate_traits, token_weight_traits
 from megasd.loss.exact_sum import exact_words, reduce_metrics
 from megasd.loss.megatron_scaling import megatron_loss
 from megasd.loss.objective import METRIC_WEIGHTS, objective
@@ -87,9 +88,7 @@ class Learner:
         Empty where neither a later update (`repeats`) nor the algorithm's credit reads it, and
         before the last pipeline stage. Collectives: those of `student_logprobs`, or none.
         """
-        pg = rank_batch.algorithm.policy_gradient
-        reads = pg is not None and pg.credit is not None and pg.credit.kind in ("return", "margin")
-        if not repeats and not reads:
+        if not repeats and not credit_traits(rank_batch.algorithm).needs_old_logp:
             return {}
         return {"old_" + name: values_R for name, values_R in self._logprobs(rank_batch).items()}
 
@@ -109,9 +108,9 @@ class Learner:
         is_first: of the step's minibatches. Collectives: loss/token_weights.py, and those of
         `student_divergence` where the algorithm's token weights read it.
         """
-        term, device = rank_batch.algorithm.distill, self.student.mesh.device
+        device = self.student.mesh.device
         streams = {**rank_batch.streams, **signal.streams, **snapshot}
-        if term is not None and term.token_weight == "scan":
+        if token_weight_traits(rank_batch.algorithm).reads_divergence:
             streams |= student_divergence(self.student, rank_batch, signal)
         return token_weights(
             rank_batch.batch,
@@ -129,8 +128,7 @@ class Learner:
 
         Collectives: those of `student_logprobs` for GSPO, else none.
         """
-        pg = rank_batch.algorithm.policy_gradient
-        if pg is None or pg.surrogate != "gspo":
+        if not surrogate_traits(rank_batch.algorithm).reads_sequence_ratio:
             return weights
         streams, lens_N = dict(weights.streams), rank_batch.batch.response_lens
         for logp_R in self._logprobs(rank_batch).values():

@@ -13,12 +13,10 @@ from megasd.actor.teacher_weights import Outcome
 from megasd.batch.batch import TERMS, Batch
 from megasd.batch.shard import Costs, plan_ranks
 from megasd.config.schema import AlgorithmConfig
+from megasd.config.variants import credit_traits
 from megasd.loss.exact_sum import exact_value, exact_words
 from megasd.loss.objective import logprobs_spec
 from megasd.ops.vocab_parallel import LogProbsSpec
-
-# credits that add to an advantage; the others multiply it
-ADDITIVE_CREDITS = ("antisd", "log_ratio", "return", "margin")
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,7 @@ def active_samples(batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
         mask = batch.mask(term)
         if term == "distill" or algorithm.question_weight.terms == "all":
             mask = mask & weighed
-        if term == "policy_gradient" and not (
-            algorithm.policy_gradient.credit and algorithm.policy_gradient.credit.kind in ADDITIVE_CREDITS
-        ):
+        if term == "policy_gradient" and not credit_traits(algorithm).adds_to_advantage:
             first = batch.response_lens.cumsum(0) - batch.response_lens
             mask = mask & (batch.streams["advantage"][first] != 0)
         active |= mask

@@ -41,10 +41,13 @@ def student_divergence(student: Student, rank_batch: RankBatch, teacher: Teacher
     Collectives: the model's, ops/vocab_parallel.py, one all_reduce over CP.
     """
 
+    term = rank_batch.algorithm.distill
+    assert term is not None, "a divergence is read where there is distillation"
+
     def read(index_T: Tensor, hidden_Th: Tensor) -> dict[str, Tensor]:
         targets_T = rank_batch.targets[index_T]
         logprobs = student.logprobs(hidden_Th, targets_T, rank_batch.spec, teacher.of(index_T))
-        return {"divergence": token_divergence(logprobs, rank_batch.algorithm)}
+        return {"divergence": token_divergence(logprobs, term)}
 
     found = student.read_tokens(rank_batch.batch, rank_batch.microbatches, {"divergence": ()}, read)
     return {name: values_R.float() for name, values_R in found.items()}

@@ -26,6 +26,7 @@ from megasd.actor.teacher_signal import (
     row_of_each_token,
 )
 from megasd.batch.microbatch import Microbatch
+from megasd.config.variants import reads_teacher_logprobs
 from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_logprobs, fused_linear_teacher_record
 from megasd.ops.vocab_parallel import LogProbsSpec, TeacherRecord
 
@@ -67,10 +68,7 @@ def _signal(
     student: Student, teacher: Teacher, weight_Vh: Tensor, rank_batch: RankBatch, empty: TeacherSignal
 ) -> TeacherSignal:
     """The signal on the last pipeline stage."""
-    term, pg = rank_batch.algorithm.distill, rank_batch.algorithm.policy_gradient
-    reads = (pg is not None and pg.credit is not None) or (
-        term is not None and term.token_weight == "confidence"
-    )
+    term, reads = rank_batch.algorithm.distill, reads_teacher_logprobs(rank_batch.algorithm)
     passes = []
     for context, groups in enumerate(rank_batch.teacher_microbatches):
         keeps = context == 0 and term is not None

@@ -24,6 +24,7 @@ from megasd.config.load import override
 from megasd.config.schema import AlgorithmConfig, Config, ConfigError, CreditConfig, DistillTerm
 from megasd.config.validate import data_parallel_size, default_world_size
 from megasd.config.validate_algorithm import check_algorithm, check_read
+from megasd.config.variants import CONTEXT_TRAITS, CREDIT_TRAITS
 
 STAGE = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*:(.*)", re.DOTALL)
 # What is built once, before the first step.
@@ -73,7 +74,7 @@ def at(algorithm: AlgorithmConfig, step: int, steps: int) -> AlgorithmConfig:
     if pg is not None and pg.credit is not None and pg.credit.lam_end is not None:
         lam = _lam(pg.credit, step)
         # the advantage alone is left, and the teacher need not run
-        gone = lam == 0.0 and pg.credit.kind in ("rlsd", "cepo")
+        gone = lam == 0.0 and CREDIT_TRAITS[pg.credit.kind].vanishes_at_lam_0
         algorithm = replace(
             algorithm, policy_gradient=replace(pg, credit=None if gone else replace(pg.credit, lam=lam))
         )
@@ -94,7 +95,7 @@ def reads_solutions(algorithm: AlgorithmConfig) -> bool:
     stages = variants(algorithm)
     learned = any(one.source != "rollout" for one in stages)
     return learned or any(
-        one.teacher is not None and one.teacher.context in ("solution", "prefix") for one in stages
+        one.teacher is not None and CONTEXT_TRAITS[one.teacher.context].shows_solution for one in stages
     )
 
 
@@ -154,7 +155,7 @@ def _check_built(where: str, start: AlgorithmConfig, before: AlgorithmConfig, af
         changed = []
     changed += [name for name in ("recipe", "stages") if attrgetter(name)(before) != attrgetter(name)(after)]
     credit = after.policy_gradient.credit if after.policy_gradient is not None else None
-    if credit is not None and credit.kind == "antisd":
+    if credit is not None and CREDIT_TRAITS[credit.kind].has_gate:
         first = start.policy_gradient.credit if start.policy_gradient is not None else None
         gate = attrgetter("gate_warmup", "gate_ratio")
         changed += ["policy_gradient.credit's gate"] if first is None or gate(first) != gate(credit) else []

@@ -16,6 +16,7 @@ from megasd.batch import balance
 from megasd.batch.batch import Batch
 from megasd.config.schema import ActorConfig, AlgorithmConfig, Config
 from megasd.config.validate_actor import sequence_multiple
+from megasd.config.variants import reads_teacher_logprobs
 from megasd.models.flops import forward_flops, recompute_flops
 from megasd.weights.hf_files import read_hf_config
 
@@ -92,7 +93,7 @@ def contexts_read(algorithm: AlgorithmConfig, columns: int) -> int:
     # a stage without them, or a credit that has faded out
     if algorithm.teacher is None or (term is None and credit is None):
         return 0
-    return columns if credit is not None or (term is not None and term.token_weight == "confidence") else 1
+    return columns if reads_teacher_logprobs(algorithm) else 1
 
 
 def teacher_samples(batch: Batch, algorithm: AlgorithmConfig, active: Tensor, context: int) -> Tensor:

@@ -1,22 +1,32 @@
-"""What the values of an algorithm may be together, and in the run it is part of. Stdlib only, as
-validate.py, which asks it of the start; algo/stages.py asks it of every stage.
+"""Checks of an algorithm: which of its values go together, and whether the run can take them.
 
-What would run and do nothing is refused too: a reader of a config should find in it what the run
-does. All raise ConfigError, one line.
+config/validate.py checks the algorithm of the start, algo/stages.py that of every stage. A value
+that would have no effect is refused too, so that a config says what the run does. All functions
+raise ConfigError, one line, and import nothing heavy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megasd.config.schema import AlgorithmConfig, Config, ConfigError, QuestionWeightConfig
-
-# contexts that show other samples of the group
-SIBLINGS = ("first_success", "random_success", "shortest_success")
-# credits of two teachers
-CONTRASTING = ("rlcsd", "cepo")
-# credits that teach without a reward's advantage
-ADDING = ("antisd", "log_ratio", "return", "margin")
+from megasd.config.schema import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    DistillTerm,
+    PolicyGradientTerm,
+    TeacherConfig,
+)
+from megasd.config.variants import (
+    CONTEXT_TRAITS,
+    CREDIT_TRAITS,
+    DIVERGENCE_TRAITS,
+    QUESTION_WEIGHT_TRAITS,
+    SURROGATE_TRAITS,
+    TOKEN_WEIGHT_TRAITS,
+    contrasting_credits,
+    credit_traits,
+)
 
 
 def check_algorithm(config: Config, algorithm: AlgorithmConfig, data_parallel: int) -> None:
@@ -30,8 +40,9 @@ def check_algorithm(config: Config, algorithm: AlgorithmConfig, data_parallel: i
 
 
 def check_read(config: Config, stages: Sequence[AlgorithmConfig]) -> None:
-    """Refuse what is built for the whole run and read in no stage of it. stages: the algorithm
-    before the first one included.
+    """Refuse a teacher, or dynamic sampling, that no stage of the run reads.
+
+    stages: the algorithm at the start and after each of its stages.
     """
     if any(one.teacher for one in stages) and not any(one.teacher and _reads_teacher(one) for one in stages):
         raise ConfigError(
@@ -51,7 +62,7 @@ def _reads_teacher(algorithm: AlgorithmConfig) -> bool:
 
 
 def check_terms(algorithm: AlgorithmConfig) -> None:
-    """What the values of one algorithm may be together, whatever else the run is."""
+    """Refuse values of one algorithm that do not go together, whatever the rest of the config says."""
     distill, pg, nll, teacher = algorithm.distill, algorithm.policy_gradient, algorithm.nll, algorithm.teacher
     credit = pg.credit if pg is not None else None
     if distill is None and pg is None and nll is None:
@@ -70,12 +81,12 @@ def check_terms(algorithm: AlgorithmConfig) -> None:
             " to null"
         )
     _check_source(algorithm)
-    if distill:
-        _check_distill(algorithm)
+    if distill and teacher:
+        _check_distill(algorithm, distill, teacher)
     if teacher:
-        _check_teacher(algorithm)
+        _check_teacher(algorithm, teacher)
     if pg:
-        _check_policy_gradient(algorithm)
+        _check_policy_gradient(algorithm, pg)
     if algorithm.tis_mode == "mask" and algorithm.tis_clip is None:
         raise ConfigError("algorithm.tis_mode=mask: needs an upper bound; set algorithm.tis_clip")
     if algorithm.tis_clip is not None and algorithm.tis_low >= algorithm.tis_clip:
@@ -100,39 +111,39 @@ def _check_question_weight(algorithm: AlgorithmConfig) -> None:
         )
     if weight.terms == "distill" and algorithm.distill is None:
         raise ConfigError(
-            "algorithm.question_weight.terms=distill: there is no algorithm.distill to weigh; set it to all,"
+            "algorithm.question_weight.terms=distill: there is no algorithm.distill to weight; set it to all,"
             " or kind to none"
         )
 
 
-def _check_policy_gradient(algorithm: AlgorithmConfig) -> None:
-    pg, teacher = algorithm.policy_gradient, algorithm.teacher
-    credit = pg.credit
+def _check_policy_gradient(algorithm: AlgorithmConfig, pg: PolicyGradientTerm) -> None:
+    credit, teacher = pg.credit, algorithm.teacher
     if pg.samples == "undistilled" and algorithm.distill is None:
         raise ConfigError(
             "algorithm.policy_gradient.samples=undistilled: there is no algorithm.distill to leave samples;"
             " set it to scored"
         )
-    if pg.advantage == "none" and (credit is None or credit.kind not in ADDING):
+    if pg.advantage == "none" and not credit_traits(algorithm).adds_to_advantage:
         raise ConfigError(
             "algorithm.policy_gradient.advantage=none: nothing is left to learn from; give a reward's"
             " advantage, or a credit that adds one"
         )
-    if pg.dual_clip is not None and pg.surrogate not in ("ppo", "gspo"):
+    if pg.dual_clip is not None and not SURROGATE_TRAITS[pg.surrogate].takes_dual_clip:
+        takers = " and ".join(name for name, traits in SURROGATE_TRAITS.items() if traits.takes_dual_clip)
         raise ConfigError(
-            f"algorithm.policy_gradient.dual_clip: is of ppo and gspo, and the surrogate is {pg.surrogate};"
+            f"algorithm.policy_gradient.dual_clip: is of {takers}, and the surrogate is {pg.surrogate};"
             " set it to null"
         )
-    if credit and credit.kind in CONTRASTING:
+    if credit and teacher and CREDIT_TRAITS[credit.kind].reads_contrast:
         if teacher.contrast == "none":
             raise ConfigError(
                 f"algorithm.teacher.contrast: credit {credit.kind} contrasts two teachers; set it to failures"
                 " or wrong_answer"
             )
-        if teacher.context == "prompt":
+        if CONTEXT_TRAITS[teacher.context].shows_nothing:
             raise ConfigError(
-                f"algorithm.teacher.context=prompt: shows nothing for credit {credit.kind} to contrast; take"
-                " answer, solution or a success"
+                f"algorithm.teacher.context={teacher.context}: shows nothing for credit {credit.kind} to"
+                " contrast; take answer, solution or a success"
             )
 
 
@@ -164,26 +175,19 @@ def _check_source(algorithm: AlgorithmConfig) -> None:
         )
 
 
-def _check_distill(algorithm: AlgorithmConfig) -> None:
-    distill, teacher = algorithm.distill, algorithm.teacher
+def _check_distill(algorithm: AlgorithmConfig, distill: DistillTerm, teacher: TeacherConfig) -> None:
     if teacher.transport == "record" and distill.support != "teacher":
         raise ConfigError(
             "algorithm.teacher.transport=record: holds the teacher's own top tokens, which"
             f" algorithm.distill.support={distill.support} does not ask for; set the support to teacher or"
             " the transport to hidden"
         )
-    if teacher.transport == "record" and distill.token_weight == "confidence":
+    if teacher.transport == "record" and TOKEN_WEIGHT_TRAITS[distill.token_weight].reads_teacher_entropy:
         raise ConfigError(
-            "algorithm.teacher.transport=record: holds no entropy for token_weight=confidence; set the"
-            " transport to hidden"
+            f"algorithm.teacher.transport=record: holds no entropy for"
+            f" token_weight={distill.token_weight}; set the transport to hidden"
         )
-    if distill.divergence == "adaptive" and (distill.support == "full" or distill.tail == "raw"):
-        raise ConfigError(
-            "algorithm.distill.divergence=adaptive: weighs buckets that sum to one; take support student,"
-            " teacher or union with tail bucket or renormalise"
-        )
-    if distill.divergence == "adaptive" and distill.pointwise_clip is not None:
-        raise ConfigError("algorithm.distill.pointwise_clip: is of divergence=mixture; set it to null")
+    _check_divergence(distill)
     if distill.samples == "positive" and algorithm.policy_gradient is None:
         raise ConfigError(
             "algorithm.distill.samples=positive: there is no algorithm.policy_gradient to give advantages;"
@@ -196,17 +200,34 @@ def _check_distill(algorithm: AlgorithmConfig) -> None:
         )
 
 
-def _check_teacher(algorithm: AlgorithmConfig) -> None:
-    teacher = algorithm.teacher
+def _check_divergence(distill: DistillTerm) -> None:
+    name, traits = distill.divergence, DIVERGENCE_TRAITS[distill.divergence]
+    if distill.support == "full" and not traits.has_full_kernel:
+        raise ConfigError(
+            f"algorithm.distill.divergence={name}: weighs buckets, not the whole vocabulary of support=full;"
+            " take support student, teacher or union"
+        )
+    if distill.tail == "raw" and traits.needs_normalised_buckets:
+        raise ConfigError(
+            f"algorithm.distill.divergence={name}: weighs buckets that sum to one; take tail bucket or"
+            " renormalise"
+        )
+    if distill.pointwise_clip is not None and not traits.takes_pointwise_clip:
+        takers = " and ".join(one for one, its in DIVERGENCE_TRAITS.items() if its.takes_pointwise_clip)
+        raise ConfigError(f"algorithm.distill.pointwise_clip: is of divergence={takers}; set it to null")
+
+
+def _check_teacher(algorithm: AlgorithmConfig, teacher: TeacherConfig) -> None:
     if (teacher.weights == "separate") != (teacher.model_path is not None):
         raise ConfigError(
             f"algorithm.teacher.model_path={teacher.model_path}: goes with algorithm.teacher.weights=separate"
             " and with it alone; give both"
         )
-    if teacher.context == "prompt" and teacher.system is None and teacher.weights == "live":
+    shows_nothing = CONTEXT_TRAITS[teacher.context].shows_nothing
+    if shows_nothing and teacher.system is None and teacher.weights == "live":
         raise ConfigError(
-            "algorithm.teacher.context=prompt: a live teacher that reads the student's own prompt is the"
-            " student; give algorithm.teacher.system, other weights or another context"
+            f"algorithm.teacher.context={teacher.context}: a live teacher that reads the student's own"
+            " prompt is the student; give algorithm.teacher.system, other weights or another context"
         )
     if teacher.adaptive_prefix and teacher.context != "prefix":
         raise ConfigError(
@@ -223,12 +244,11 @@ def _check_teacher(algorithm: AlgorithmConfig) -> None:
             "algorithm.teacher.transport=record: is of one model's logits, and weights=trust_region mixes"
             " two; set the transport to hidden"
         )
-    pg = algorithm.policy_gradient
-    contrasts = pg is not None and pg.credit is not None and pg.credit.kind in CONTRASTING
-    if teacher.contrast != "none" and _reads_teacher(algorithm) and not contrasts:
+    reads_contrast = credit_traits(algorithm).reads_contrast
+    if teacher.contrast != "none" and _reads_teacher(algorithm) and not reads_contrast:
         raise ConfigError(
-            f"algorithm.teacher.contrast={teacher.contrast}: only the credits {' and '.join(CONTRASTING)}"
-            " read it; set it to none"
+            f"algorithm.teacher.contrast={teacher.contrast}: only the credits"
+            f" {' and '.join(contrasting_credits())} read it; set it to none"
         )
 
 
@@ -260,13 +280,13 @@ def _check_alone(config: Config, algorithm: AlgorithmConfig) -> None:
     why = "algorithm.source=dataset" if algorithm.source == "dataset" else "rollout.num_samples=1"
     teacher, weight = algorithm.teacher, algorithm.question_weight
     if teacher and _reads_teacher(algorithm):
-        others = (
-            teacher.context in SIBLINGS
+        needs_siblings = (
+            CONTEXT_TRAITS[teacher.context].shows_siblings
             and teacher.exclude_self
             and teacher.fallback == "none"
             and teacher.feedback == "never"
         )
-        if others:
+        if needs_siblings:
             raise ConfigError(
                 f"algorithm.teacher.context={teacher.context}: reads other samples of a question, and with"
                 f" {why} there are none; take solution or answer, or give a fallback"
@@ -276,19 +296,11 @@ def _check_alone(config: Config, algorithm: AlgorithmConfig) -> None:
                 f"algorithm.teacher.contrast=failures: reads other samples of a question, and with {why}"
                 " there are none; take wrong_answer"
             )
-    if weight.pass_rate == "step" and _is_nothing_at_0_and_1(weight):
+    if weight.pass_rate == "step" and QUESTION_WEIGHT_TRAITS[weight.kind].is_zero_at_0_and_1(weight):
         raise ConfigError(
             f"algorithm.question_weight.kind={weight.kind}: is 0 for the pass rates 0 and 1, and with {why} a"
             " step has no others; set pass_rate to ema or frozen, or kind to none"
         )
-
-
-def _is_nothing_at_0_and_1(weight: QuestionWeightConfig) -> bool:
-    if weight.kind == "band":
-        return weight.low > 0 and weight.high < 1
-    return weight.kind in ("sqrt_pq", "pq", "four_pq") or (
-        weight.kind == "power" and weight.a > 0 and weight.b > 0
-    )
 
 
 def _check_minibatches(config: Config, algorithm: AlgorithmConfig, data_parallel: int) -> None:

@@ -1,26 +1,30 @@
-"""The loss of some tokens: the algorithm's terms, each times its per-token weight, from what
-ops/vocab_parallel.py says about the logits.
+"""The loss of some tokens: each term of the algorithm times its weight of the token.
 
-T response tokens. Weights already hold the global normaliser (loss/normalise.py), so the loss of a
-step is the plain sum over tokens, microbatches, context- and data-parallel ranks. Replicated over
-tensor-parallel ranks: no process group in sight.
+T response tokens; the log-probs come from ops/vocab_parallel.py. Weights already hold the global
+normaliser (loss/normalise.py), so the loss of a step is the plain sum over tokens, microbatches,
+context- and data-parallel ranks. Every tensor-parallel rank computes the same, so no function here
+takes a process group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from megasd.config.schema import AlgorithmConfig, CreditConfig, PolicyGradientTerm
-from megasd.loss.credit import antisd, egrsd, phi, rlsd
-from megasd.loss.divergence import adaptive, divergence
+from megasd.config.schema import AlgorithmConfig, CreditConfig, DistillTerm, PolicyGradientTerm
+from megasd.config.variants import SURROGATE_TRAITS
+from megasd.loss.credit import CREDITS, CreditTokens
+from megasd.loss.divergence import DIVERGENCES
 from megasd.loss.exact_sum import exact_words
 from megasd.loss.normalise import weighted
 from megasd.loss.policy_gradient import is_ratio, policy_gradient, tis
 from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec
 
-# What a metric is a mean over, where that is not "tokens" (response tokens of samples with a
-# weight); "" is a plain sum.
+# A metric is a mean over the metric that stands here, or a plain sum for "". Metrics that are not
+# named are means over "tokens" (response tokens of samples with a weight).
 METRIC_WEIGHTS = {
     "loss": "",
     "tokens": "",
@@ -54,92 +58,132 @@ def logprobs_spec(algorithm: AlgorithmConfig, *, temperature: float, vocab_size:
     )
 
 
-def token_divergence(readout: LogProbs, algorithm: AlgorithmConfig) -> Tensor:
-    """The distillation loss [T] (nats) before any weight, differentiable in the readout."""
-    term = algorithm.distill
-    if readout.divergence_T is not None:
-        return readout.divergence_T
-    buckets = readout.student_logq_TB, readout.teacher_logq_TB
-    if term.divergence == "adaptive":
-        return adaptive(*buckets, tail=term.tail)
-    return divergence(*buckets, beta=term.beta, normalised=term.tail != "raw", clip=term.pointwise_clip)
+def token_divergence(logprobs: LogProbs, term: DistillTerm) -> Tensor:
+    """The distillation loss [T] (nats) before any weight, differentiable in the log-probs.
+
+    With support "full" it has been made with the log-probs (ops/vocab_parallel.py).
+    """
+    if logprobs.divergence_T is not None:
+        return logprobs.divergence_T
+    assert logprobs.student_logq_TB is not None and logprobs.teacher_logq_TB is not None
+    return DIVERGENCES[term.divergence](logprobs.student_logq_TB, logprobs.teacher_logq_TB, term)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Losses [T] of one part of the objective by term, and values [T] for metrics by name."""
+
+    losses_T: dict[str, Tensor]
+    metrics_T: dict[str, Tensor]
 
 
 def objective(
-    readout: LogProbs,
-    streams_T: dict[str, Tensor],
-    weights_T: dict[str, Tensor],
+    logprobs: LogProbs,
+    streams_T: Mapping[str, Tensor],
+    weights_T: Mapping[str, Tensor],
     valid_T: Tensor,
     algorithm: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss_T, sums): weighted losses, and sums over valid tokens for metrics as words of
-    loss/normalise.py, which add up exactly.
+    loss/exact_sum.py, which add up exactly.
 
     `streams_T`: "rollout_logp" (engine log-prob mu of the sampled token, nats) and "advantage";
     where the algorithm has them "old_logp" (pi_old; without it the step is on policy and pi_old the
     detached student, so that ratios are 1 and only the correction against the engine remains, SDPO
-    2601.20802, 2.1 steps 6 and 7), and what loss/token_weights.py made of the teacher. `weights_T`:
-    one float64 weight per term in use ("distill", "policy_gradient", "second_path", "nll"), 0 where
-    a token does not take part. No collective.
+    2601.20802, 2.1 steps 6 and 7), and those of loss/token_weights.py. `weights_T`: one float64
+    weight per term in use ("distill", "policy_gradient", "second_path", "nll"), 0 where a token
+    does not take part. No collective.
     """
-    logp_T = readout.logp_T
+    assert logprobs.logp_T is not None and logprobs.entropy_T is not None
+    logp_T = logprobs.logp_T
     detached_T = logp_T.detach()
     old_T = streams_T.get("old_logp", detached_T).to(detached_T.dtype)
     tis_T = tis(
         old_T, streams_T["rollout_logp"], algorithm.tis_clip, low=algorithm.tis_low, mode=algorithm.tis_mode
     )
-    terms_T = {}
-    metrics_T = {
-        "tokens": valid_T,
-        "entropy": weighted(readout.entropy_T, valid_T),
-        "logp": weighted(detached_T, valid_T),
-    }
-    # the others are rows' own solutions
+    # a row's own solution has no engine log-prob
     sampled_T = valid_T & ~streams_T["rollout_logp"].isnan()
     gap_T = (detached_T - streams_T["rollout_logp"]).abs()
-    metrics_T |= {
+    metrics_T = {
+        "tokens": valid_T,
+        "entropy": weighted(logprobs.entropy_T, valid_T),
+        "logp": weighted(detached_T, valid_T),
         "sampled_tokens": sampled_T,
         "rollout_gap": weighted(gap_T, sampled_T),
         "tis": weighted(tis_T, valid_T),
     }
+    losses_T: dict[str, Tensor] = {}
+    parts = []
     if algorithm.distill is not None:
-        term = algorithm.distill
-        div_T = token_divergence(readout, algorithm)
-        terms_T["distill"] = term.coefficient * is_ratio(detached_T, old_T, term.is_clip) * tis_T * div_T
-        distilled_T = weights_T["distill"] > 0
-        metrics_T |= {"taught_tokens": distilled_T, "divergence": weighted(div_T.detach(), distilled_T)}
+        parts.append(_distill(logprobs, old_T, tis_T, weights_T, algorithm.distill))
     if algorithm.policy_gradient is not None:
-        term = algorithm.policy_gradient
-        advantages_T = streams_T["advantage"]
-        if term.credit is not None:
-            advantages_T, figures_T = credited(detached_T, streams_T, valid_T, term.credit)
-            metrics_T |= {name: values_T for name, values_T in figures_T.items() if name not in metrics_T}
-        terms_T["policy_gradient"] = tis_T * _surrogate(logp_T, old_T, advantages_T, streams_T, term)
-        if "second_advantage" in streams_T:
-            second_T = _surrogate(logp_T, old_T, streams_T["second_advantage"], streams_T, term)
-            terms_T["second_path"] = term.credit.eta * tis_T * second_T
-            metrics_T["second_path"] = weights_T["second_path"] > 0
+        parts.append(
+            _policy_gradient(logp_T, old_T, tis_T, streams_T, weights_T, valid_T, algorithm.policy_gradient)
+        )
+    for part in parts:
+        losses_T |= part.losses_T
+        # the first part that has a metric gives it: "taught_tokens" are those of distillation
+        metrics_T = part.metrics_T | metrics_T
     if algorithm.nll is not None:
-        terms_T["nll"] = -algorithm.nll.coefficient * logp_T
-    weighed_T = [weighted(values_T, weights_T[name].to(values_T.dtype)) for name, values_T in terms_T.items()]
-    metrics_T["loss"] = sum(
-        weighted(values_T.detach().double(), weights_T[name]) for name, values_T in terms_T.items()
-    )
+        losses_T["nll"] = -algorithm.nll.coefficient * logp_T
+    loss_T = torch.zeros_like(detached_T)
+    total_T = torch.zeros_like(detached_T, dtype=torch.float64)
+    for name, values_T in losses_T.items():
+        loss_T = loss_T + weighted(values_T, weights_T[name].to(values_T.dtype))
+        total_T = total_T + weighted(values_T.detach().double(), weights_T[name])
+    metrics_T["loss"] = total_T
     words = exact_words(torch.stack([values_T.double() for values_T in metrics_T.values()]), dim=-1)
-    return sum(weighed_T), dict(zip(metrics_T, words, strict=True))
+    return loss_T, dict(zip(metrics_T, words, strict=True))
+
+
+def _distill(
+    logprobs: LogProbs, old_T: Tensor, tis_T: Tensor, weights_T: Mapping[str, Tensor], term: DistillTerm
+) -> _Terms:
+    """The divergence times its detached ratios: the student's to pi_old, and pi_old's to the engine."""
+    assert logprobs.logp_T is not None
+    ratio_T = is_ratio(logprobs.logp_T.detach(), old_T, term.is_clip)
+    divergence_T = token_divergence(logprobs, term)
+    distilled_T = weights_T["distill"] > 0
+    return _Terms(
+        {"distill": term.coefficient * ratio_T * tis_T * divergence_T},
+        {"taught_tokens": distilled_T, "divergence": weighted(divergence_T.detach(), distilled_T)},
+    )
+
+
+def _policy_gradient(
+    logp_T: Tensor,
+    old_T: Tensor,
+    tis_T: Tensor,
+    streams_T: Mapping[str, Tensor],
+    weights_T: Mapping[str, Tensor],
+    valid_T: Tensor,
+    term: PolicyGradientTerm,
+) -> _Terms:
+    """The policy gradient on the credited advantages, and the second path of a credit that has one."""
+    advantages_T, credit = streams_T["advantage"], term.credit
+    metrics_T: dict[str, Tensor] = {}
+    if credit is not None:
+        advantages_T, metrics_T = credited(logp_T.detach(), streams_T, valid_T, credit)
+    losses_T = {"policy_gradient": tis_T * _surrogate(logp_T, old_T, advantages_T, streams_T, term)}
+    if credit is not None and "second_advantage" in streams_T:
+        second_T = _surrogate(logp_T, old_T, streams_T["second_advantage"], streams_T, term)
+        losses_T["second_path"] = credit.eta * tis_T * second_T
+        metrics_T = metrics_T | {"second_path": weights_T["second_path"] > 0}
+    return _Terms(losses_T, metrics_T)
 
 
 def _surrogate(
     logp_T: Tensor,
     old_logp_T: Tensor,
     advantages_T: Tensor,
-    streams_T: dict[str, Tensor],
+    streams_T: Mapping[str, Tensor],
     term: PolicyGradientTerm,
 ) -> Tensor:
-    sequence_log_ratio_T = streams_T.get("sequence_log_ratio")
-    # on policy the ratio of every sequence is 1
-    if term.surrogate == "gspo" and sequence_log_ratio_T is None:
-        sequence_log_ratio_T = torch.zeros_like(old_logp_T)
+    sequence_log_ratio_T = None
+    if SURROGATE_TRAITS[term.surrogate].reads_sequence_ratio:
+        # on policy there is no such stream, and the ratio of every sequence is 1
+        sequence_log_ratio_T = streams_T.get("sequence_log_ratio", torch.zeros_like(old_logp_T))
+        sequence_log_ratio_T = sequence_log_ratio_T.to(logp_T.dtype)
     return term.coefficient * policy_gradient(
         logp_T,
         old_logp_T,
@@ -148,38 +192,21 @@ def _surrogate(
         clip_low=term.clip_low,
         clip_high=term.clip_high,
         dual_clip=term.dual_clip,
-        sequence_log_ratio_T=None if sequence_log_ratio_T is None else sequence_log_ratio_T.to(logp_T.dtype),
+        sequence_log_ratio_T=sequence_log_ratio_T,
     )
 
 
 def credited(
-    logp_T: Tensor, streams_T: dict[str, Tensor], valid_T: Tensor, credit: CreditConfig
+    logp_T: Tensor, streams_T: Mapping[str, Tensor], valid_T: Tensor, credit: CreditConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(advantages_T, sums for metrics): the advantage of each token in the light of the teacher.
-    Untaught tokens keep theirs.
+    """(advantages_T, values_T for metrics): the advantage of each token in the light of the teacher.
+    A token without a teacher keeps its advantage.
 
-    logp_T: the student's, detached. streams_T: "advantage", "teacher_logp" and "distilled" (bool);
-    cepo: "contrast_logp" and "contrasted"; egrsd: "discount". rlcsd, return and margin were dealt
-    with before, on whole sequences (loss/token_weights.py).
+    logp_T: the student's, detached. streams_T: "advantage", "teacher_logp", "distilled" (bool), and
+    those that the credit's `prepare` has made (loss/credit.py). No collective.
     """
-    advantages_T, distilled_T = streams_T["advantage"], streams_T["distilled"] & valid_T
+    distilled_T = streams_T["distilled"] & valid_T
     log_ratio_T = torch.where(distilled_T, streams_T["teacher_logp"].to(logp_T.dtype) - logp_T, 0.0)
-    figures_T = {"taught_tokens": distilled_T, "log_ratio": log_ratio_T}
-    if credit.kind in ("rlsd", "cepo", "egrsd"):
-        if credit.kind == "cepo":
-            gap_T = streams_T["teacher_logp"] - streams_T["contrast_logp"]
-            log_ratio_T = torch.where(
-                streams_T["contrasted"] & distilled_T, gap_T.to(logp_T.dtype), log_ratio_T
-            )
-        factor_T = (advantages_T.sign() * log_ratio_T).exp()
-        figures_T["credit_clipped"] = ((factor_T - 1).abs() > credit.clip) & distilled_T & (advantages_T != 0)
-        if credit.kind == "egrsd":
-            return egrsd(advantages_T, log_ratio_T, streams_T["discount"], clip=credit.clip), figures_T
-        return rlsd(advantages_T, log_ratio_T, lam=credit.lam, clip=credit.clip), figures_T
-    if credit.kind == "antisd":
-        figures_T["phi"] = torch.where(distilled_T, phi(log_ratio_T), 0.0)
-        lam_T = torch.where(distilled_T, streams_T["gate"] * credit.lam, 0.0)
-        return antisd(advantages_T, log_ratio_T, lam=lam_T), figures_T
-    if credit.kind == "log_ratio":
-        return advantages_T + log_ratio_T, figures_T
-    return advantages_T, figures_T
+    tokens = CreditTokens(streams_T["advantage"], log_ratio_T, distilled_T, streams_T)
+    advantages_T, metrics_T = CREDITS[credit.kind].apply(tokens, credit)
+    return advantages_T, {"taught_tokens": distilled_T, "log_ratio": log_ratio_T} | metrics_T

@@ -4,23 +4,25 @@ T response tokens. logp: student under gradient, old_logp: student before the ba
 (pi_old), rollout_logp: the engine (mu); nats, all at the sampling temperature. Elementwise, no
 collective. Log-ratios are clamped to +-20 as verl does.
 
-    ppo         -min(rho A, clip(rho) A), rho = pi_theta / pi_old           PPO 1707.06347; unequal
-                clips: DAPO 2503.14476
-    gspo        the same on the response's ratio s = exp(mean log rho), as sg(s) pi_theta /
-                sg(pi_theta)     GSPO 2507.18071
-    cispo       -sg(clip(rho)) A log pi_theta: clipped tokens keep a gradient
-                CISPO 2506.13585
-    importance  -rho A                                                      Thinking Machines'
-                on-policy distillation
-    reinforce   -A log pi_theta                                             EGRSD 2605.13255
+    ppo         -min(rho A, clip(rho) A), rho = pi_theta / pi_old
+                PPO 1707.06347; unequal clips: DAPO 2503.14476
+    gspo        the same on the response's ratio s = exp(mean log rho), as
+                sg(s) pi_theta / sg(pi_theta); GSPO 2507.18071
+    cispo       -sg(clip(rho)) A log pi_theta: clipped tokens keep a gradient; CISPO 2506.13585
+    importance  -rho A; on-policy distillation of Thinking Machines
+    reinforce   -A log pi_theta; EGRSD 2605.13255
+
+`SURROGATES` names them; config/variants.py, SURROGATE_TRAITS, says what other files ask of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-SURROGATES = ("ppo", "gspo", "cispo", "importance", "reinforce")
 TIS_MODES = ("truncate", "mask")
 _LOG_RATIO = 20.0
 
@@ -60,6 +62,73 @@ def tis(
     return ratio_T.clamp(min=low, max=clip)
 
 
+@dataclass(frozen=True)
+class SurrogateTokens:
+    """T tokens with their ratio: what a surrogate reads."""
+
+    # under gradient
+    logp_T: Tensor
+    # constants
+    old_logp_T: Tensor
+    advantages_T: Tensor
+    # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_low: float
+    clip_high: float
+    # c: where A < 0, the loss is at most -c A; None: no bound
+    dual_clip: float | None
+    # mean log-ratio of each token's response, for gspo
+    sequence_log_ratio_T: Tensor | None
+
+    def ratio(self) -> Tensor:
+        """[T]: pi_theta / pi_old, under gradient."""
+        return _ratio(self.logp_T - self.old_logp_T)
+
+
+def _clipped_loss(tokens: SurrogateTokens, ratio_T: Tensor) -> Tensor:
+    """The pessimistic minimum of PPO and GSPO, with the dual clip (1912.09729)."""
+    advantages_T, dual_clip = tokens.advantages_T, tokens.dual_clip
+    clipped_T = ratio_T.clamp(1 - tokens.clip_low, 1 + tokens.clip_high)
+    loss_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
+    if dual_clip is None:
+        return loss_T
+    return torch.where(advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)
+
+
+def _ppo(tokens: SurrogateTokens) -> Tensor:
+    return _clipped_loss(tokens, tokens.ratio())
+
+
+def _gspo(tokens: SurrogateTokens) -> Tensor:
+    if tokens.sequence_log_ratio_T is None:
+        raise ValueError(
+            "surrogate 'gspo' needs sequence_log_ratio_T, the mean log-ratio of each token's response"
+        )
+    one_T = (tokens.logp_T - tokens.logp_T.detach()).exp()
+    return _clipped_loss(tokens, _ratio(tokens.sequence_log_ratio_T) * one_T)
+
+
+def _cispo(tokens: SurrogateTokens) -> Tensor:
+    clipped_T = tokens.ratio().clamp(1 - tokens.clip_low, 1 + tokens.clip_high)
+    return -clipped_T.detach() * tokens.advantages_T * tokens.logp_T
+
+
+def _importance(tokens: SurrogateTokens) -> Tensor:
+    return -tokens.ratio() * tokens.advantages_T
+
+
+def _reinforce(tokens: SurrogateTokens) -> Tensor:
+    return -tokens.advantages_T * tokens.logp_T
+
+
+SURROGATES: dict[str, Callable[[SurrogateTokens], Tensor]] = {
+    "ppo": _ppo,
+    "gspo": _gspo,
+    "cispo": _cispo,
+    "importance": _importance,
+    "reinforce": _reinforce,
+}
+
+
 def policy_gradient(
     logp_T: Tensor,
     old_logp_T: Tensor,
@@ -71,33 +140,23 @@ def policy_gradient(
     dual_clip: float | None = None,
     sequence_log_ratio_T: Tensor | None = None,
 ) -> Tensor:
-    """loss_T of a surrogate of the list at the head of the file; only logp_T gets a gradient.
+    """loss_T of a surrogate by its name in `SURROGATES`; only logp_T gets a gradient.
 
     On policy (old_logp = logp detached) ppo, gspo and importance have the value -A, and all five
     the gradient -A grad logp. Ratios are clipped to [1 - clip_low, 1 + clip_high] (ppo, gspo,
     cispo). dual_clip c > 1: where A < 0 the loss is at most -c A (ppo, gspo; dual-clip PPO
-    1912.09729). sequence_log_ratio_T: mean log rho of each token's response (gspo). ValueError
-    where it is missing.
+    1912.09729). sequence_log_ratio_T: mean log rho of each token's response; gspo reads it, and
+    raises ValueError where it is missing. ValueError for an unknown surrogate.
     """
-    advantages_T = advantages_T.detach()
-    if surrogate == "reinforce":
-        return -advantages_T * logp_T
-    if surrogate == "gspo":
-        if sequence_log_ratio_T is None:
-            raise ValueError(
-                "surrogate 'gspo' needs sequence_log_ratio_T, the mean log-ratio of each token's response"
-            )
-        ratio_T = _ratio(sequence_log_ratio_T.detach()) * (logp_T - logp_T.detach()).exp()
-    elif surrogate in SURROGATES:
-        ratio_T = _ratio(logp_T - old_logp_T.detach())
-    else:
+    if surrogate not in SURROGATES:
         raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")
-    if surrogate == "importance":
-        return -ratio_T * advantages_T
-    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
-    if surrogate == "cispo":
-        return -clipped_T.detach() * advantages_T * logp_T
-    loss_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
-    if dual_clip is None:
-        return loss_T
-    return torch.where(advantages_T < 0, torch.minimum(loss_T, -dual_clip * advantages_T), loss_T)
+    tokens = SurrogateTokens(
+        logp_T=logp_T,
+        old_logp_T=old_logp_T.detach(),
+        advantages_T=advantages_T.detach(),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        sequence_log_ratio_T=None if sequence_log_ratio_T is None else sequence_log_ratio_T.detach(),
+    )
+    return SURROGATES[surrogate](tokens)

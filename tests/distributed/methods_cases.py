@@ -132,7 +132,9 @@ def advantages_of(
         room=ROOM,
         dp_group=None,
     )
-    weighed.weights = {name: (weights > 0).double() for name, weights in weighed.weights.items()}
+    weighed = replace(
+        weighed, weights={name: (weights > 0).double() for name, weights in weighed.weights.items()}
+    )
     found = []
     for index in range(len(advantages)):
         loss, _, _ = of_tokens(

@@ -20,6 +20,7 @@ from megasd.batch.balance import by_count
 from megasd.batch.batch import Batch
 from megasd.batch.build import build_batch
 from megasd.config.schema import AlgorithmConfig
+from megasd.config.variants import credit_traits, token_weight_traits
 from megasd.loss.exact_sum import reduce_metrics
 from megasd.loss.objective import METRIC_WEIGHTS, logprobs_spec, objective, token_divergence
 from megasd.loss.sequence_stats import EntropyGate
@@ -168,16 +169,15 @@ def signals(
         "contrast_logp": torch.stack(contrasts) if contrasts else none,
         "contrast_present": present[1:],
     }
-    credit = algorithm.policy_gradient.credit if algorithm.policy_gradient is not None else None
     if old is not None:
         streams["old_logp"] = old
-    elif credit is not None and credit.kind in ("return", "margin"):
+    elif credit_traits(algorithm).needs_old_logp:
         streams["old_logp"] = read_alone(mine.student, targets, layout).logp_T
-    if algorithm.distill is not None and algorithm.distill.token_weight == "scan":
+    if algorithm.distill is not None and token_weight_traits(algorithm).reads_divergence:
         spec = logprobs_spec(algorithm, temperature=TEMPERATURE, vocab_size=VOCAB)
         x, y = shard(mine.student, layout.tp_group), shard(mine.teacher, layout.tp_group)
         streams["divergence"] = token_divergence(
-            vocab_parallel_logprobs(x, y, targets, spec, tp_group=layout.tp_group), algorithm
+            vocab_parallel_logprobs(x, y, targets, spec, tp_group=layout.tp_group), algorithm.distill
         )
     return streams
 

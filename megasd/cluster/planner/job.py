@@ -14,6 +14,7 @@ from megasd.cluster.planner.hardware import GpuKind
 from megasd.cluster.planner.shapes import Model
 from megasd.config.schema import Config, samples_per_step
 from megasd.config.validate import data_parallel_size, needs_engine, sequence_multiple
+from megasd.config.variants import CONTEXT_TRAITS
 
 # Assumptions: shares of rollout.max_prompt_tokens and max_response_tokens that a step's mean sample takes.
 MEAN_PROMPT, MEAN_RESPONSE = 0.5, 0.5
@@ -119,9 +120,12 @@ class PlannedRun:
         row's solution, taken to be as long.
         """
         teacher = self.config.algorithm.teacher
-        if teacher is None or teacher.context in ("answer", "prompt"):
+        if teacher is None:
             return 0.0
-        return float(teacher.num_demonstrations) if teacher.context.endswith("_success") else 1.0
+        traits = CONTEXT_TRAITS[teacher.context]
+        if traits.shows_siblings:
+            return float(teacher.num_demonstrations)
+        return 1.0 if traits.shows_solution else 0.0
 
     @property
     def longest_teacher(self) -> int:

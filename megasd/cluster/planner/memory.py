@@ -36,6 +36,7 @@ from megasd.cluster.planner import activations
 from megasd.cluster.planner.engine_memory import cache_holds_a_sample, engine
 from megasd.cluster.planner.hardware import GIB
 from megasd.cluster.planner.job import SHADOWED, PlannedRun
+from megasd.config.variants import credit_traits
 
 # Per communicator: NCCL_BUFFSIZE's default of 4 MiB (NCCL user guide, environment variables), two
 # directions, 24 channels. An estimate.
@@ -209,11 +210,7 @@ def batch_bytes(job: PlannedRun, longest: int) -> float:
     credit = pg is not None and pg.credit is not None
     # engine's log-prob and advantage, taught; of the teacher log-prob and entropy; the student's
     # own before the step
-    streams = (
-        9
-        + (8 if credit else 0)
-        + (4 if repeats or (credit and pg.credit.kind in ("return", "margin")) else 0)
-    )
+    streams = 9 + (8 if credit else 0) + (4 if repeats or (credit_traits(algorithm).needs_old_logp) else 0)
     tokens = job.samples * longest / job.cp
     return tokens * 16 + min(responses, tokens) * 17 + responses * streams * algorithm.minibatches
 

@@ -36,6 +36,7 @@ from megasd.cluster.planner import push
 from megasd.cluster.planner.engine_memory import engine_weights, kv_token_bytes, kv_tokens
 from megasd.cluster.planner.job import PlannedRun
 from megasd.config.schema import samples_per_step
+from megasd.config.variants import token_weight_traits
 from megasd.models.flops import layers_flops, linear_weights, output_flops, recompute_flops, scores_flops
 
 # Assumptions, each stated once.
@@ -247,7 +248,7 @@ def student(job: PlannedRun) -> Phase:
     samples, mean = job.samples * algorithm.minibatches, _mean(job)
     # pi_old
     extra = float(algorithm.minibatches * algorithm.epochs > 1)
-    extra += algorithm.distill is not None and algorithm.distill.token_weight == "scan"
+    extra += token_weight_traits(algorithm).reads_divergence
     # of a forward's collectives
     anew = 0.0
     if actor.recompute_granularity == "full":
