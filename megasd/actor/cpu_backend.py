@@ -1,14 +1,13 @@
-"""All that lets megatron-core 0.16 run without CUDA (gloo, CPU tensors). Nothing here acts when a
-GPU is visible.
+"""Patches that let megatron-core 0.16 run without CUDA, on gloo and CPU tensors.
 
-Megatron writes "cuda" and torch.cuda.* where it means "the device". On a build of torch without
-CUDA each function replaced here raises, so nothing that worked changes. Literals are swapped in the
-named functions' code objects, and a missing literal raises: a changed Megatron is noticed at start,
-not in the numbers. Line numbers are of 0.16.1.
+Nothing here acts when a GPU is visible. Megatron writes "cuda" and torch.cuda.* where it means "the
+device". On a build of torch without CUDA each function that is replaced here raises, so nothing
+that worked changes. Literals are swapped in the code objects of named functions, and a missing
+literal raises: a changed Megatron is noticed at start, not in the numbers. Line numbers are those
+of 0.16.1.
 
-Settings that are silently wrong on gloo are set in model.py: batch_p2p_comm=True and
-deallocate_pipeline_outputs=True send buffers that are freed or reordered in flight (wrong loss,
-exit status 0).
+model.py turns off two settings that give wrong numbers on gloo without an error:
+batch_p2p_comm=True and deallocate_pipeline_outputs=True free or reorder send buffers in flight.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import importlib
 import time
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -25,10 +25,10 @@ SUPPORTED = "0.16."
 _DEVICE = {"cuda": "cpu"}
 _TYPES = {f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
 
-# (module, function, literals): device="cuda" of small helper tensors, and type names compared with
-# tensor.type().
+# (module, function, literals). Literals are the device of small helper tensors, and type names that
+# are compared with tensor.type(). Comments give their lines in megatron-core 0.16.1.
 _LITERALS: list[tuple[str, str, dict[str, str]]] = [
-    # :596 token counter
+    # :596, the token counter
     ("pipeline_parallel.schedules", "forward_backward_no_pipelining", _DEVICE),
     # :2138
     ("pipeline_parallel.schedules", "forward_backward_pipelining_without_interleaving", _DEVICE),
@@ -55,7 +55,7 @@ _LITERALS: list[tuple[str, str, dict[str, str]]] = [
     ("optimizer.distrib_optimizer", "DistributedOptimizer.__init__", _TYPES),
     # :361, :420
     ("optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups", _TYPES),
-    # fully parallel load
+    # a fully parallel load of a checkpoint
     ("dist_checkpointing.exchange_utils", "_get_empty_tensor_for_exchange", _DEVICE),
 ]
 
@@ -63,7 +63,7 @@ _installed = False
 
 
 def install_cpu_backend() -> bool:
-    """Patch megatron-core for CPU, once. Returns False, untouched, where CUDA is available.
+    """Patch megatron-core for the CPU, once; False where CUDA is available and nothing is patched.
 
     Raises RuntimeError when megatron-core is of another version or a patched literal is gone.
     """
@@ -90,36 +90,38 @@ def install_cpu_backend() -> bool:
 
 
 def _swap_literals(module: str, qualified_name: str, table: dict[str, str]) -> None:
-    """Replace string constants of one function, nested functions and default tuples included."""
-    found: object = importlib.import_module(module)
+    """Replace string constants of one function, in nested functions and tuples too.
+
+    Raises RuntimeError when the function holds none of them.
+    """
+    found: Any = importlib.import_module(module)
     for part in qualified_name.split("."):
         found = found.__dict__[part] if isinstance(found, type) else getattr(found, part)
     function = getattr(found, "__func__", found)
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
-    hits = 0
-
-    def swap(constant: object) -> object:
-        nonlocal hits
-        if isinstance(constant, str) and constant in table:
-            hits += 1
-            return table[constant]
-        if isinstance(constant, tuple):
-            return tuple(swap(c) for c in constant)
-        if isinstance(constant, types.CodeType):
-            return constant.replace(co_consts=tuple(swap(c) for c in constant.co_consts))
-        return constant
-
-    function.__code__ = swap(function.__code__)
-    if not hits:
+    swapped = _swapped(function.__code__, table)
+    if swapped == function.__code__:
         raise RuntimeError(
             f"{module}.{qualified_name} holds none of {sorted(table)}: megatron-core changed, review"
             " actor/cpu_backend.py"
         )
+    function.__code__ = swapped
+
+
+def _swapped(constant: Any, table: dict[str, str]) -> Any:
+    """A constant of a code object with the strings of `table` replaced in it."""
+    if isinstance(constant, str):
+        return table.get(constant, constant)
+    if isinstance(constant, tuple):
+        return tuple(_swapped(one, table) for one in constant)
+    if isinstance(constant, types.CodeType):
+        return constant.replace(co_consts=_swapped(constant.co_consts, table))
+    return constant
 
 
 class _NullEvent:
-    """torch.cuda.Event on a CPU: wall-clock times, nothing to wait for."""
+    """torch.cuda.Event on a CPU: it takes wall-clock times, and nobody waits for it."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.time = 0.0
@@ -137,7 +139,7 @@ class _NullEvent:
 
 
 class _NullStream:
-    """torch.cuda.Stream on a CPU: everything is already in order."""
+    """torch.cuda.Stream on a CPU, where everything is already in order."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -152,32 +154,37 @@ class _NullStream:
 
 
 def _patch_torch_cuda() -> None:
-    cuda = torch.cuda
-    # device=torch.cuda.current_device() all over Megatron
+    """Functions of torch that Megatron calls for the current device, its random state and streams."""
+    cuda: Any = torch.cuda
+    # Megatron writes device=torch.cuda.current_device() in many places.
     cuda.current_device = lambda: torch.device("cpu")
-    # tensor_parallel/random.py seeds the default stream
+    # tensor_parallel/random.py seeds the default stream.
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    # p2p_communication.py:242, variable sequence lengths
+    # p2p_communication.py:242 waits after an exchange of sequence lengths.
     cuda.synchronize = lambda *args, **kwargs: None
-    # MoE token dispatcher
+    # The token dispatcher of mixtures of experts has a stream of its own.
     cuda.Stream, cuda.Event = _NullStream, _NullEvent
     cuda.current_stream = cuda.default_stream = lambda *args: _NullStream()
     cuda.stream = lambda stream: contextlib.nullcontext()
-    # language_module.py:244, tied embeddings over PP
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    # language_module.py:244 moves tied embeddings under pipeline parallelism.
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _patch_rng() -> None:
-    """The tensor-parallel RNG tracker on the CPU generator (tensor_parallel/random.py:235)."""
+    """Put the tensor-parallel RNG tracker on the CPU's generator (tensor_parallel/random.py:235)."""
     import megatron.core.tensor_parallel.random as random
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
     class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
+        """Megatron's tracker with the CPU's generator for that of a GPU."""
+
         def add(self, name: str, seed: int) -> None:
+            """Make a named state from a seed; ValueError for a seed or a name that is taken."""
             self._is_initialized = True
             if seed in self.seeds_ or name in self.states_:
                 raise ValueError(f"RNG seed {seed} or name {name} was already added")
@@ -186,6 +193,7 @@ def _patch_rng() -> None:
 
         @contextlib.contextmanager
         def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            """Draw from the named state while the context lasts."""
             outer = torch.get_rng_state()
             torch.set_rng_state(self.states_[name])
             try:
@@ -194,16 +202,16 @@ def _patch_rng() -> None:
                 self.states_[name] = torch.get_rng_state()
                 torch.set_rng_state(outer)
 
-    # looked up by initialize_rng_tracker()
+    # initialize_rng_tracker() looks the class up by this name.
     random.CudaRNGStatesTracker = CpuRNGStatesTracker
 
 
 def _patch_rope() -> None:
-    """Context-parallel rotary tables without pinned memory (rope_utils.py:62)."""
+    """Cut context-parallel rotary tables without pinned memory (rope_utils.py:62)."""
     import megatron.core.models.common.embeddings.rope_utils as rope_utils
     import megatron.core.models.common.embeddings.rotary_pos_embedding as rotary
 
-    def get_pos_emb_on_this_cp_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: object) -> torch.Tensor:
+    def get_pos_emb_on_this_cp_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
         size, rank = cp_group.size(), cp_group.rank()
         chunks = pos_emb.chunk(2 * size, dim=seq_dim)
         return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim=seq_dim)
@@ -212,7 +220,10 @@ def _patch_rope() -> None:
 
 
 def _patch_moe() -> None:
-    """The router's missing TransformerEngine name (moe_utils.py:1192) and split sizes as numpy (:1093)."""
+    """Mend the router of mixtures of experts.
+
+    moe_utils.py:1192 looks for a name of TransformerEngine, and :1093 wants split sizes as numpy.
+    """
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 

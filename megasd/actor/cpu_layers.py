@@ -1,14 +1,15 @@
-"""Two modules for Megatron's local layer spec: RMSNorm that allows sequence parallelism, and SDPA
-core attention.
+"""Two modules for the layers of the CPU: RMSNorm, and core attention on torch's SDPA.
 
-TransformerEngine brings its own on a GPU. Megatron's local DotProductAttention refuses context
-parallelism and packed sequences (dot_product_attention.py:55), and WrappedTorchNorm refuses
-sequence parallelism (torch_norm.py:32).
+Megatron's own local modules do not suffice: DotProductAttention refuses context parallelism and
+packed sequences (dot_product_attention.py:55), and WrappedTorchNorm refuses sequence parallelism
+(torch_norm.py:32). On a GPU TransformerEngine brings both.
 
 Shapes: s sequence (local), b batch, h heads (local), d head size, t packed tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +20,35 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megasd.actor.layers import mark
+
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension. The weight is marked so that its gradient is
-    summed under sequence parallelism.
+    """x / rms(x) * weight over the last dimension.
+
+    The weight is marked, so that Megatron sums its gradient under sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normed values, of the shape of x."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class SDPAttention(MegatronModule):
-    """Causal core attention on torch SDPA: `[s, b, h, d]` with right padding, or `[t, h, d]` packed.
+    """Causal core attention on torch's SDPA: [s, b, h, d] with right padding, or [t, h, d] packed.
 
     In a layer with a sliding window (config.window_size, window_attn_skip_freq) a token attends to
-    itself and window_size[0] before it.
+    itself and to window_size[0] tokens before it.
 
-    Context parallelism: rank r holds chunks r and 2*cp-1-r of the (each) sequence (Megatron's
-    zig-zag). Keys and values are all-gathered over the context-parallel group (backward:
-    reduce-scatter); the mask carries the global positions.
+    Under context parallelism rank r holds chunks r and 2*cp-1-r of each sequence (Megatron's
+    zig-zag). Collectives: keys and values are all-gathered over the context-parallel group
+    (backward: reduce-scatter). The mask carries the global positions.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class SDPAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: object = None,
+        pg_collection: Any = None,
         **_: object,
     ) -> None:
         super().__init__(config=config)
@@ -69,10 +74,10 @@ class SDPAttention(MegatronModule):
         self.window = config.window_size[0] if windowed else None
 
     def _mask(self, length: int, size: int, rank: int) -> Tensor | None:
-        """bool `[queries, keys]`, True = may attend, for the tokens of context-parallel `rank` of
-        `size` in a sequence of `length`.
+        """bool [queries, keys], True where a token may attend; None for plain causal attention.
 
-        None = causal: SDPA's own mask is faster.
+        The queries are the tokens that context-parallel `rank` of `size` holds of a sequence of
+        `length`. SDPA's own causal mask is faster than a tensor.
         """
         if size == 1:
             if self.window is None or length <= self.window + 1:
@@ -87,7 +92,7 @@ class SDPAttention(MegatronModule):
         return distance >= 0 if self.window is None else (distance >= 0) & (distance <= self.window)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """`[b, h, s, d]` tensors; mask True = may attend, None = causal."""
+        """SDPA on [b, h, s, d] tensors, with a mask of `_mask`."""
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -108,7 +113,7 @@ class SDPAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """`[s, b, h, d]` -> `[s, b, h*d]`, or packed `[t, h, d]` -> `[t, h*d]`."""
+        """Attention [s, b, h, d] -> [s, b, h*d], or packed [t, h, d] -> [t, h*d]."""
         if attention_mask is not None:
             raise ValueError("SDPAttention is causal: right-pad or pack, and pass no mask")
         if packed_seq_params is not None:
@@ -125,13 +130,15 @@ class SDPAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), -1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int]) -> Tensor:
-        """One SDPA call a sequence; `cu_seqlens` counts global tokens, of which each
-        context-parallel rank holds an equal share.
+        """Run SDPA once a sequence.
+
+        cu_seqlens counts the tokens of all context-parallel ranks, which hold equally many.
         """
         query, key, value = (t.squeeze(1) if t.dim() == 4 else t for t in (query, key, value))
         size, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
         if size > 1:
-            # [t, h, d] of each rank, stacked: a sequence's chunks are cut out of every rank's part below
+            # The parts [t, h, d] of all ranks are stacked. The loop below cuts the chunks of a
+            # sequence out of every part.
             key, value = (
                 gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group).unflatten(
                     0, (size, -1)
@@ -151,8 +158,9 @@ class SDPAttention(MegatronModule):
 
 
 def zigzag_positions(half: int, size: int, rank: int) -> Tensor:
-    """Global positions `[2*half]` that context-parallel `rank` of `size` holds: chunk `rank` and
-    its mirror image.
+    """Global positions [2*half] that context-parallel `rank` of `size` holds.
+
+    They are chunk `rank` and its mirror image, of `half` tokens each.
     """
     low, high = rank * half, (2 * size - 1 - rank) * half
     return torch.cat([torch.arange(low, low + half), torch.arange(high, high + half)])

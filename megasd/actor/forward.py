@@ -1,5 +1,4 @@
-"""Forward and backward passes through Megatron's schedules, and the hidden states that predict
-response tokens.
+"""Microbatches through Megatron's schedules, to the hidden states that predict response tokens.
 
 s sequence, b rows, T response tokens of the microbatch on this context-parallel rank, h hidden.
 """
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -23,9 +23,10 @@ from megasd.actor.static_shapes import outside_graphs
 from megasd.batch.microbatch import Microbatch
 from megasd.loss.megatron_scaling import without_division
 
-# (microbatch, hidden [T, h] of the tokens that predict its response tokens) -> what the pass is for
+# (microbatch, hidden [T, h] that predict its response tokens) -> Megatron's (loss, num_tokens, log)
 TrainLoss = Callable[[Microbatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-Reader = Callable[[Microbatch, Tensor], object]
+# (microbatch, hidden [T, h] that predict its response tokens) -> any result
+Reader = Callable[[Microbatch, Tensor], Any]
 
 
 def run_microbatches(
@@ -36,32 +37,36 @@ def run_microbatches(
     on_hidden: TrainLoss | Reader,
     *,
     forward_only: bool,
-) -> list:
-    """One pass over the microbatches by Megatron's own schedule (no pipelining, or 1F1B).
+) -> list[Any]:
+    """Run the microbatches by Megatron's own schedule (no pipelining, or 1F1B).
 
-    On the last stage `on_hidden` gets each microbatch and its response hidden states `[T, h]`; its
-    results are returned in order (an empty list on other stages). With `forward_only` no graph is
-    kept. Otherwise on_hidden returns Megatron's (loss, num_tokens, log) and gradients are summed
-    over DP x CP. Collectives: TP, PP, CP of the model, then the gradient reduction. Any number of
-    microbatches from 1 on suits both schedules, equal over data-parallel ranks (experts'
-    all-to-all, gradient buckets). No wait for the device, but for Megatron's own: shapes between
-    pipeline stages, experts' token counts, rotary tables of packed sequences without
-    actor.apply_rope_fusion.
+    On the last stage `on_hidden` gets each microbatch and its response hidden states [T, h]. With
+    `forward_only` no graph is kept, and the results of `on_hidden` are returned in order. Otherwise
+    `on_hidden` is a TrainLoss, gradients are summed over DP x CP, and its logs are returned in
+    order. On other stages the list is empty.
+
+    Both schedules take any number of microbatches from 1 on. It must be the same on all
+    data-parallel ranks, because of the experts' all-to-all and of gradient buckets. Collectives:
+    TP, PP, CP of the model, then the gradient reduction. The host waits for the device only where
+    Megatron does: for shapes between pipeline stages, experts' token counts, and rotary tables of
+    packed sequences without actor.apply_rope_fusion. ValueError for interleaved stages, and for no
+    microbatch.
     """
     if config.virtual_pipeline_model_parallel_size is not None:
         raise ValueError(
-            "interleaved stages need microbatches in multiples of the stages, which nobody sees to here"
+            "interleaved stages need microbatches in multiples of the stages, which this function does not"
+            " provide"
         )
     if not microbatches:
-        raise ValueError("a schedule needs a microbatch; fill in an empty one")
+        raise ValueError("a schedule needs a microbatch; give it one of filler")
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         microbatch = next(iterator)
         packed = None
         if microbatch.cu_seqlens is not None:
-            # The lengths are the padded ones already. TransformerEngine asks for them twice under
-            # context parallelism only; elsewhere a second copy makes it compare the two on the host
-            # in every layer (dot_product_attention.py, pad_between_seqs).
+            # The lengths are the padded ones already. Under context parallelism TransformerEngine
+            # needs them a second time. Without it a second copy makes every layer compare the two
+            # on the host (dot_product_attention.py, pad_between_seqs).
             padded = microbatch.cu_seqlens if mesh.cp_size > 1 else None
             packed = PackedSeqParams(
                 qkv_format="thd",
@@ -94,8 +99,9 @@ def run_microbatches(
 
 
 def response_hidden(hidden: Tensor, rows: Tensor, mesh: Mesh, config: TransformerConfig) -> Tensor:
-    """Rows `[T, h]` of the last stage's output `[s, b, h]` (`[s / TP, b, h]` under sequence
-    parallelism: gathered over TP).
+    """Rows [T, h] of the last stage's output [s, b, h].
+
+    Under sequence parallelism the output is [s / TP, b, h]. Collective: then an all-gather over TP.
     """
     if config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(

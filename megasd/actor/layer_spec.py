@@ -1,8 +1,8 @@
-"""Megatron's layer specs for a family: TransformerEngine's modules on a GPU, on a CPU the local
-ones with those of cpu_layers.py.
+"""Megatron's layer specs for a model family.
 
-A spec per layer, because rotary tables and attention factors differ between the layers of some
-families. megatron-core 0.16.1.
+On a GPU the modules are TransformerEngine's. On a CPU they are Megatron's local ones and those of
+cpu_layers.py. Each layer has a spec of its own, because rotary tables and attention factors differ
+between the layers of some families. megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megasd.models.param_table import Family
 def block_spec(
     family: Family, config: TransformerConfig, gpu: bool, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage (of its virtual stage `vp_stage`) and the final norm."""
+    """The layers of this pipeline stage, or of its virtual stage `vp_stage`, and the final norm."""
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage))
     return TransformerBlockSubmodules(
@@ -36,7 +36,7 @@ def block_spec(
 
 
 def _te() -> dict[str, type]:
-    """TransformerEngine's modules, which only a GPU machine has."""
+    """TransformerEngine's modules, imported here since only a GPU machine has them."""
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TENorm,
@@ -47,7 +47,7 @@ def _te() -> dict[str, type]:
 
 
 def layer_spec(family: Family, config: TransformerConfig, gpu: bool, index: int) -> ModuleSpec:
-    """One layer, by its number in the whole model."""
+    """The spec of one layer; index: its number in the whole model."""
     if gpu:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
@@ -68,7 +68,7 @@ def layer_spec(family: Family, config: TransformerConfig, gpu: bool, index: int)
         )
         mlp = layer.mlp.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
-        # not TransformerEngine's that begin with a norm
+        # TransformerEngine's usual modules begin with a norm; these do not.
         attention.linear_qkv = mlp.linear_fc1 = modules["column"]
         attention.linear_proj = mlp.linear_fc2 = post_norm(modules["row"], modules["norm"])
         attention.q_layernorm = ModuleSpec(AllHeadsRMSNorm, params={"num_heads": config.num_attention_heads})

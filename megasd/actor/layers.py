@@ -1,9 +1,9 @@
-"""Modules that Megatron does not have and some families need: rotary tables by layer, norms after a
-linear layer, q/k norms over all heads.
+"""Modules that some families need and Megatron does not have.
 
-They are the same on CPU and GPU; layer_spec.py puts them into Megatron's layer specs. megatron-core 0.16.1.
+They are rotary tables by layer, norms after a linear layer, and q/k norms over all heads. They are
+the same on CPU and GPU; layer_spec.py puts them into Megatron's layer specs. megatron-core 0.16.1.
 
-Shapes: s sequence (local), b batch, h heads (local), d head size.
+Shapes: s sequence (local), b batch, h heads (local), d head size, n rotary tables.
 """
 
 from __future__ import annotations
@@ -25,9 +25,16 @@ from megasd.models.param_table import Rope
 from megasd.types import UserError
 
 
+def mark(parameter: torch.nn.Parameter, **attributes: object) -> None:
+    """Set the attributes by which Megatron tells parameters apart."""
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+
+
 class RotaryTables(RotaryEmbedding):
-    """Megatron's rotary embedding with given inverse frequencies: angles `[s, 1, n, d]` of n
-    tables, of which each layer takes one.
+    """Megatron's rotary embedding with given inverse frequencies.
+
+    It gives the angles [s, 1, n, d] of n tables. Each layer takes one table.
     """
 
     def __init__(self, ropes: tuple[Rope, ...], config: TransformerConfig) -> None:
@@ -36,7 +43,8 @@ class RotaryTables(RotaryEmbedding):
         self.inv_freq = torch.tensor([rope.inverse_frequencies for rope in ropes])
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        # as upstream: moved at the first forward
+        """Angles of the positions from `offset` on, float32 [s, 1, n, d]."""
+        # The first forward moves the frequencies to the device, as upstream does.
         self.inv_freq = self.inv_freq.to(torch.cuda.current_device())
         positions = torch.arange(
             offset, offset + max_seq_len, dtype=torch.float32, device=self.inv_freq.device
@@ -46,10 +54,10 @@ class RotaryTables(RotaryEmbedding):
 
 
 class TableAttention(SelfAttention):
-    """Self-attention that takes one of several rotary tables and carries its attention factor.
+    """Self-attention that takes one of several rotary tables, with the attention factor of that table.
 
-    Cosines and sines of queries and keys are all multiplied by the factor, so the scores are by its
-    square: softmax_scale does it.
+    The factor multiplies cosines and sines of queries and of keys, hence scores by its square. Here
+    softmax_scale carries the square.
     """
 
     def __init__(
@@ -71,13 +79,17 @@ class TableAttention(SelfAttention):
         self.table = table
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """SelfAttention's forward with this layer's table out of [s, 1, n, d]."""
         return super().forward(
             *args, rotary_pos_emb=rotary_pos_emb[:, :, self.table : self.table + 1].contiguous(), **kwargs
         )
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce (sum) of a value and of its gradient: every rank's loss depends on every rank's term."""
+    """All-reduce (sum) of a value and of its gradient.
+
+    The gradient is summed too, because the loss of every rank depends on the terms of all ranks.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -93,17 +105,18 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
-    """RMS norm of queries (or keys) over the heads of all tensor-parallel ranks, `[s, b, h, d]`;
-    the weight is this rank's heads' part.
+    """RMS norm of queries (or keys) [s, b, h, d] over the heads of all tensor-parallel ranks.
 
-    Collectives: one all-reduce of `[s, b]` over TP forward, one backward. The weight's gradient is
-    whole on its rank: nothing may sum it over TP, hence config.qk_layernorm stays False; marked as
-    tensor-parallel, so that the gradient norm counts every rank's part.
+    Each rank holds the weight of its own heads, with the whole gradient of it. Nothing may sum that
+    gradient over TP, hence config.qk_layernorm stays False. The weight is marked as
+    tensor-parallel, so that the gradient norm counts the part of every rank. Collectives: one
+    all-reduce of [s, b] over TP forward, one backward.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int) -> None:
-        """`hidden_size`: of one head; `num_heads`: of all ranks. UserError when they do not divide
-        over the ranks.
+        """hidden_size: of one head; num_heads: over all ranks.
+
+        UserError when the heads do not divide over the ranks.
         """
         super().__init__()
         self.group = parallel_state.get_tensor_model_parallel_group()
@@ -116,13 +129,10 @@ class AllHeadsRMSNorm(torch.nn.Module):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         local = self.width // self.group.size()
         self.weight = torch.nn.Parameter(torch.ones(local, dtype=config.params_dtype, device=device))
-        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = (
-            True,
-            0,
-            1,
-        )
+        mark(self.weight, tensor_model_parallel=True, partition_dim=0, partition_stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normed heads, in the dtype of x [s, b, h, d]."""
         values = x.float()
         squares = values.pow(2).sum((-2, -1), keepdim=True)
         if self.group.size() > 1:
@@ -134,8 +144,9 @@ class AllHeadsRMSNorm(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """For Megatron's distributed checkpoints; without it they would take one rank's part for
-        the whole.
+        """The weight with its place in the whole weight, for Megatron's distributed checkpoints.
+
+        Without it they would take one rank's part for the whole.
         """
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -150,10 +161,10 @@ class AllHeadsRMSNorm(torch.nn.Module):
 
 @cache
 def post_norm(linear: type, norm: Callable[..., torch.nn.Module]) -> type:
-    """A row-parallel linear layer followed by a norm, before the residual: `linear` with a child
-    `post_layernorm`.
+    """The class `linear` (row-parallel) with a norm after it, its child `post_layernorm`.
 
-    Upstream does the same for Gemma and EXAONE (TERowParallelLinearLayerNorm of Megatron-Bridge).
+    The norm comes before the residual. Upstream does the same for Gemma and EXAONE
+    (TERowParallelLinearLayerNorm of Megatron-Bridge).
     """
 
     class PostNormLinear(linear):

@@ -1,8 +1,8 @@
-"""Three defects of megatron-core 0.16.1's DistributedOptimizer checkpoints with torch's AdamW (no
-TransformerEngine, no Apex).
+"""Mends of three defects in megatron-core 0.16.1's DistributedOptimizer checkpoints.
 
-Not a matter of the CPU: they bite wherever FusedAdam is absent. With TransformerEngine installed
-nothing here is needed and `install_megatron_patches` does nothing.
+The defects show wherever Megatron falls back on torch's AdamW, on a GPU as on a CPU: without
+TransformerEngine and Apex. With one of them installed nothing here is needed, and
+`install_megatron_patches` does nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ _installed = False
 
 
 def install_megatron_patches() -> None:
-    """Patch DistributedOptimizer, once, unless Megatron uses a fused Adam that keeps its step in
-    the parameter group.
+    """Patch DistributedOptimizer, once, where Megatron uses torch's AdamW.
+
+    A fused Adam keeps its step in the parameter group and has none of the defects.
     """
     global _installed
     from megatron.core.optimizer import Adam
@@ -25,7 +26,7 @@ def install_megatron_patches() -> None:
     state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
 
     def state_dict_from_the_first_step(self: DistributedOptimizer) -> dict:
-        """distrib_optimizer.py:642 asserts before the first step: the state exists as zeros instead."""
+        """Make the state as zeros before the first step, where distrib_optimizer.py:642 asserts."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state[parameter]
@@ -37,12 +38,15 @@ def install_megatron_patches() -> None:
                     )
         return state_dict(self)
 
-    # main parameters are views of leaf parameters
+    # Main parameters are views of leaf parameters, into which autograd forbids a copy.
     @torch.no_grad()
     def set_main_param_and_optimizer_states(
         self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict
     ) -> None:
-        """distrib_optimizer.py:940 raises KeyError 'step'; torch's step comes from load_state_dict."""
+        """Fill all but the step, for which distrib_optimizer.py:940 raises KeyError.
+
+        torch's step comes from load_state_dict.
+        """
         group, order = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group]["params"][order]
         for key, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
@@ -50,8 +54,10 @@ def install_megatron_patches() -> None:
                 target.copy_(tensors[key])
 
     def load_state_dict_with_own_steps(self: DistributedOptimizer, state: dict) -> None:
-        """distrib_optimizer.py:825 gives all parameters ONE step tensor, to which Adam adds in
-        place once per parameter.
+        """Give every parameter a step tensor of its own.
+
+        distrib_optimizer.py:825 gives all parameters the same one, to which Adam adds in place once
+        per parameter.
         """
         load_state_dict(self, state)
         for parameter_state in self.optimizer.state.values():

@@ -1,5 +1,8 @@
-"""Megatron-core GPTModel from a Hugging Face config: transformer config, model, data-parallel
-wrapper, optimizer. megatron-core 0.16.1.
+"""A megatron-core GPTModel from a Hugging Face directory, with wrapper and optimizer.
+
+megatron-core 0.16.1.
+
+s sequence, b rows, h hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,25 +36,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Backbone(GPTModel):
-    """GPTModel whose last stage returns the final hidden states `[s, b, h]`: the loss projects the
-    rows it needs.
+    """GPTModel whose last stage returns the final hidden states [s, b, h] instead of logits.
 
-    Prompt tokens are never projected on the vocabulary, and the teacher's hidden states can be kept
-    (O(h) a token).
+    The loss projects the rows that it needs. So prompt tokens are never projected on the
+    vocabulary, and the teacher's hidden states can be kept, O(h) a token.
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.post_process:
-            # The loss reads the output layer's weight without its forward, whose hook waits for the
-            # weight (overlap_param_gather).
+            # With overlap_param_gather a hook of the output layer's forward waits for its weight.
+            # The loss reads the weight without that forward, so the hook is called here.
             for hook in self.output_layer._forward_pre_hooks.values():
                 hook(self.output_layer)
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """The vocabulary shard `[V / TP, h]` of the output layer, on the last stage: in
-        params_dtype under FP8 too, since Megatron makes FP8 parameters inside its TransformerBlock
-        only.
+        """The vocabulary shard [V / TP, h] of the output layer, on the last stage.
+
+        It has params_dtype under FP8 too: Megatron makes FP8 parameters only inside its
+        TransformerBlock.
         """
         return (
             self.shared_embedding_or_output_weight()
@@ -61,13 +64,15 @@ class Backbone(GPTModel):
 
 
 def transformer_config(family: Family, actor: ActorConfig, device: torch.device) -> TransformerConfig:
-    """Megatron's TransformerConfig. What is off on the CPU needs TransformerEngine, Apex or CUDA,
-    or is silently wrong on gloo.
+    """Megatron's TransformerConfig of a model family in this run's layout.
+
+    Options that are off on the CPU need TransformerEngine, Apex or CUDA, or give wrong numbers on
+    gloo without an error.
     """
     dtype, gpu = DTYPES[actor.dtype], device.type == "cuda"
     pipelined = actor.pipeline_model_parallel_size > 1
-    # Apex's kernel, which Megatron demands for its own output layer: weight gradients go straight
-    # into their fp32 buffers.
+    # Apex's kernel writes weight gradients straight into their fp32 buffers. Megatron demands it
+    # for its own output layer.
     fuses_gradients = gpu and find_spec("fused_weight_gradient_mlp_cuda") is not None
     return TransformerConfig(
         **family.transformer,
@@ -80,11 +85,11 @@ def transformer_config(family: Family, actor: ActorConfig, device: torch.device)
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # microbatches differ in length
+        # Microbatches differ in length, and stages send them to each other.
         variable_seq_lengths=pipelined,
-        # variable_seq_lengths asks for it, dense models included
+        # variable_seq_lengths needs this one, also in dense models.
         moe_token_dispatcher_type="alltoall",
-        # loss/normalise.py owns the normaliser, Megatron divides by nothing
+        # loss/normalise.py owns the normaliser: Megatron divides by nothing.
         calculate_per_token_loss=True,
         tp_comm_overlap=actor.tp_comm_overlap,
         attention_backend=AttnBackend[actor.attention_backend],
@@ -95,21 +100,24 @@ def transformer_config(family: Family, actor: ActorConfig, device: torch.device)
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=actor.apply_rope_fusion,
-        # gloo: wrong numbers with interleaved pipelines, exit status 0
+        # gloo gives wrong numbers with interleaved pipelines, and exit status 0.
         batch_p2p_comm=gpu,
-        # gloo: the send buffer would be freed in flight
+        # On gloo the send buffer would be freed in flight.
         deallocate_pipeline_outputs=gpu,
-        # TransformerEngine's ring of key-value blocks has no sliding window; its exchange of heads has.
+        # TransformerEngine's ring of key-value blocks has no sliding window; "a2a" has one.
         cp_comm_type="a2a" if gpu and "window_size" in family.transformer else None,
         **_recompute(actor),
         **_fp8(actor),
-        # an empty scope: whole layers
+        # An empty scope means whole layers.
         **({"cuda_graph_impl": "local", "cuda_graph_scope": []} if actor.cuda_graph else {}),
     )
 
 
 def _recompute(actor: ActorConfig) -> dict[str, Any]:
-    """TransformerConfig's arguments; it takes those of the other granularity only as None."""
+    """TransformerConfig's arguments for actor.recompute_granularity.
+
+    Arguments of the other granularity are left out, since it takes them only as None.
+    """
     if actor.recompute_granularity == "full":
         return {
             "recompute_granularity": "full",
@@ -122,8 +130,10 @@ def _recompute(actor: ActorConfig) -> dict[str, Any]:
 
 
 def _fp8(actor: ActorConfig) -> dict[str, Any]:
-    """TransformerConfig's arguments. Delayed scaling by the largest value of 1,024 passes, as
-    TransformerEngine's own default recipe; Megatron's default is that of the last pass.
+    """TransformerConfig's arguments for actor.fp8.
+
+    Delayed scaling goes by the largest value of 1,024 forwards, as TransformerEngine's default
+    recipe does. Megatron's default is the largest value of the last forward.
     """
     if actor.fp8 is None:
         return {}
@@ -149,12 +159,12 @@ def build_model(
     *,
     local_spec: bool = False,
 ) -> Backbone:
-    """This rank's part of the model (its pipeline stage and tensor shard), on its device, weights
-    uninitialised by the checkpoint.
+    """This rank's pipeline stage and tensor shard of the model, on its device.
 
-    `vp_stage`: which of config.virtual_pipeline_model_parallel_size parts of the stage, if it has
-    several. `local_spec`: the layers of the CPU on a GPU too, for comparisons and benchmarks
-    (torch's attention, no FP8).
+    The weights are Megatron's random ones; `load_pretrained` fills them. vp_stage: which of
+    config.virtual_pipeline_model_parallel_size parts of the stage, if it has several. local_spec:
+    use the layers of the CPU on a GPU too (torch's attention, no FP8), for comparisons and
+    benchmarks.
     """
     last = None if vp_stage is None else config.virtual_pipeline_model_parallel_size - 1
     model = Backbone(
@@ -206,7 +216,10 @@ def load_pretrained(model: Backbone, config: TransformerConfig, path: str, mesh:
 def wrap_data_parallel(
     model: Backbone, config: TransformerConfig, actor: ActorConfig
 ) -> DistributedDataParallel:
-    """bf16 wrapper where asked, then Megatron's DDP (gradients are summed over DP x CP in fp32)."""
+    """The model in Megatron's DDP, which sums gradients over DP x CP in fp32.
+
+    A bf16 model gets Megatron's Float16Module in between.
+    """
     module = Float16Module(config, model) if config.bf16 else model
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=actor.use_distributed_optimizer,
@@ -214,33 +227,36 @@ def wrap_data_parallel(
         overlap_grad_reduce=actor.overlap_grad_reduce,
         overlap_param_gather=actor.overlap_param_gather,
         fp8_param_gather=actor.fp8_param_gather,
-        # the actor refuses a non-finite gradient norm itself
+        # The learner refuses a non-finite gradient norm itself.
         check_for_nan_in_grad=False,
     )
     wrapped = DistributedDataParallel(config, ddp, module)
     if actor.overlap_grad_reduce:
-        # only the last microbatch of a step starts the reduction
+        # Only the last microbatch of a step starts the reduction.
         config.no_sync_func = wrapped.no_sync
     return wrapped
 
 
 def whole_parameters(model: DistributedDataParallel) -> None:
-    """With overlap_param_gather, wait until every parameter is whole: all readers but a forward
-    pass of the model need it (the teacher's average, a push of weights, a checkpoint). Collectives:
-    all-gathers over DP x CP of what was not yet gathered.
+    """Wait until every parameter is whole, which actor.overlap_param_gather puts off.
+
+    A forward of the model waits by itself. All other readers need this call: the teacher's
+    average, a push of weights, a checkpoint. Collectives: all-gathers over DP x CP of the
+    parameters that were not yet gathered.
     """
     if not model.ddp_config.overlap_param_gather:
         return
     model.start_param_sync(force_sync=True)
-    # left out upstream where the gather is forced
+    # Upstream leaves this out where the gather is forced.
     post_all_gather_processing([p for p in model.parameters() if is_float8tensor(p)])
 
 
 def build_optimizer(
     model: DistributedDataParallel, config: OptimizerConfig, actor: ActorConfig, num_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Megatron's Adam (fp32 main parameters for bf16 models) and its learning-rate schedule over
-    `num_steps`.
+    """Megatron's Adam and its learning-rate schedule over `num_steps`.
+
+    A bf16 model gets fp32 main parameters.
     """
     dtype = DTYPES[actor.dtype]
     optimizer = get_megatron_optimizer(
@@ -257,7 +273,7 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=actor.use_distributed_optimizer,
             overlap_param_gather=actor.overlap_param_gather,
-            # how main parameters become FP8 ones
+            # The recipe says how main parameters become FP8 ones.
             fp8_recipe=actor.fp8_recipe if actor.fp8 else None,
         ),
         [model],
@@ -274,7 +290,7 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # The config is the truth after a resume: a raised run.steps or another rate must act.
+        # After a resume the config holds: a raised run.steps or another rate must act.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
@@ -282,12 +298,13 @@ def build_optimizer(
 
 
 def family_of(path: str) -> Family:
-    """Model family of a Hugging Face directory; UserError names what its config.json has that is
-    not supported.
+    """The model family of a Hugging Face directory.
+
+    UserError names the entries of config.json that are not supported.
     """
     return registry.config_from_hf(read_hf_config(path))
 
 
 def layer_offset(config: TransformerConfig, vp_stage: int | None = None) -> int:
-    """Global index of the first layer of this pipeline stage (of its virtual stage)."""
+    """Global index of the first layer of this pipeline stage, or of its virtual stage."""
     return get_transformer_layer_offset(config, vp_stage)

@@ -1,7 +1,7 @@
-"""Process groups of the run: torch.distributed under torchrun, then Megatron's TP x CP x EP x DP x PP groups.
+"""Process groups of the run: torch.distributed, then Megatron's TP x CP x EP x DP x PP groups.
 
-Every rank runs the same program. `broadcast_tensors` carries rank 0's batch to the others: a JSON
-header and raw bytes, never a pickle.
+Every rank runs the same program under torchrun. `broadcast_tensors` carries tensors of one rank to
+all others, as a JSON header and raw bytes, never as a pickle.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from megasd.config.schema import ActorConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the parallel layout. Sizes and ranks are Megatron's; groups are torch
-    process groups.
-    """
+    """This rank's place in the parallel layout: Megatron's sizes and ranks, torch's groups."""
 
     device: torch.device
     rank: int
@@ -41,7 +39,7 @@ class Mesh:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
-    # without context parallelism
+    # data-parallel ranks of the same context-parallel rank
     dp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
 
@@ -65,11 +63,12 @@ class Mesh:
 
 
 def init_distributed(timeout_minutes: int = 24 * 60) -> torch.device:
-    """Join the torchrun process group (alone if not under torchrun) and pick this rank's device.
+    """Join the torchrun process group and pick this rank's device.
 
-    GPU machines get NCCL for CUDA tensors beside gloo for CPU tensors. Ranks wait for rank 0's
-    whole rollout inside a collective, hence the long timeout; a rank that dies closes its sockets
-    and is noticed at once. Collectives: the rendezvous.
+    Without torchrun the process is a group of its own. GPU machines get NCCL for CUDA tensors and
+    gloo for CPU tensors. Ranks wait for rank 0's whole rollout inside a collective, hence the long
+    timeout; a rank that dies closes its sockets and is noticed at once. Collectives: the
+    rendezvous.
     """
     cpu_backend.install_cpu_backend()
     cuda = torch.cuda.is_available()
@@ -77,18 +76,20 @@ def init_distributed(timeout_minutes: int = 24 * 60) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # Alone, no port is opened: torch's TCPStore would listen on all interfaces.
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes), **alone
-        )
+        backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            # A process of its own opens no port: torch's TCPStore would listen on all interfaces.
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
 def init_model_parallel(config: ActorConfig, device: torch.device, seed: int) -> Mesh:
-    """Build Megatron's process groups (again, if they exist with another layout) and seed its RNG tracker.
+    """Build Megatron's process groups and seed its RNG tracker.
 
-    Raises ValueError when the world size is not a multiple of TP x PP x CP. Collectives: group creation.
+    Groups of an earlier layout are destroyed first. Raises ValueError when the world size is not a
+    multiple of TP x PP x CP. Collectives: group creation.
     """
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -102,7 +103,7 @@ def init_model_parallel(config: ActorConfig, device: torch.device, seed: int) ->
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=1 if config.expert_model_parallel_size > 1 else None,
     )
-    # of another layout, too
+    # Also the tracker of an earlier layout starts again.
     model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=config.cuda_graph, force_reset_rng=True)
     return Mesh(
         device=device,
@@ -127,14 +128,15 @@ def init_model_parallel(config: ActorConfig, device: torch.device, seed: int) ->
 
 
 def broadcast_tensors(tensors: dict[str, Tensor] | None, src: int = 0) -> dict[str, Tensor]:
-    """Send `src`'s CPU tensors to every rank; the others pass None. Returns CPU tensors.
+    """Send the CPU tensors of rank `src` to every rank; returns them on the CPU.
 
-    Three broadcasts over the world's CPU backend: header length, JSON header (names, dtypes,
-    shapes), one byte buffer.
+    Other ranks pass None, or tensors that are ignored. Collectives: three broadcasts over the
+    world's CPU backend: header length, JSON header (names, dtypes, shapes), one byte buffer.
     """
+    tensors = tensors or {}
     sender = dist.get_rank() == src
     if dist.get_world_size() == 1:
-        return tensors or {}
+        return tensors
     header = b""
     if sender:
         entries = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()]

@@ -1,7 +1,8 @@
-"""Microbatches of one shape, and passes outside the CUDA graphs that need it (actor.cuda_graph,
-actor.tp_comm_overlap).
+"""Microbatches of one shape, for actor.cuda_graph and actor.tp_comm_overlap.
 
-b rows, s tokens of this context-parallel rank, T response tokens.
+CUDA graphs and TransformerEngine's user buffers are made for one shape of microbatch.
+
+b rows, s tokens of this context-parallel rank.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -24,11 +26,11 @@ from megasd.types import UserError
 def fix_shapes(
     microbatches: list[Microbatch], actor: ActorConfig, length: int, *, is_student: bool
 ) -> list[Microbatch]:
-    """The padded microbatches with actor.micro_batch_size rows each, where shapes are fixed; else
-    as they are.
+    """Padded microbatches with actor.micro_batch_size rows each, if the config needs one shape.
 
-    length: what validate_actor.sequence_multiple padded to. The teacher's passes go outside the
-    CUDA graphs, so theirs need no fixing then. UserError for a sequence that is longer.
+    Otherwise the microbatches stay as they are. The teacher runs outside CUDA graphs, so its
+    microbatches need one shape for actor.tp_comm_overlap only. length: tokens to which
+    validate_actor.sequence_multiple padded. UserError for a sequence that is longer.
     """
     if not has_fixed_shape(actor) or (not is_student and not actor.tp_comm_overlap):
         return microbatches
@@ -36,6 +38,7 @@ def fix_shapes(
 
 
 def _fixed(microbatch: Microbatch, actor: ActorConfig, length: int) -> Microbatch:
+    """The microbatch with filler rows of zeros up to actor.micro_batch_size."""
     if microbatch.max_seqlen != length:
         key = "cuda_graph" if actor.cuda_graph else "tp_comm_overlap"
         raise UserError(
@@ -50,20 +53,20 @@ def _fixed(microbatch: Microbatch, actor: ActorConfig, length: int) -> Microbatc
         position_ids=torch.cat(
             [microbatch.position_ids, microbatch.position_ids[:1].expand(wanted - rows, -1)]
         ),
-        # of hidden [s, b], flattened
+        # Rows count along hidden [s, b], flattened: b has grown.
         rows=microbatch.rows // rows * wanted + microbatch.rows % rows,
     )
 
 
 @contextmanager
 def outside_graphs(model: torch.nn.Module) -> Iterator[None]:
-    """Run the layers as they are written: graphs replay the student's weights at their addresses,
-    in the one shape that was recorded.
+    """Run the layers without CUDA graphs while the context lasts.
 
-    Each layer's answer to Megatron's question is overridden; its manager of graphs, which keeps
-    count of microbatches, stays.
+    A graph replays the student's weights at their addresses, in the one shape that was recorded.
+    Megatron asks each layer whether to use its graph, and every layer says no here. The layer's
+    manager of graphs stays, since it counts microbatches.
     """
-    layers = [module for module in model.modules() if "cudagraph_manager" in module._modules]
+    layers: list[Any] = [module for module in model.modules() if "cudagraph_manager" in module._modules]
     for layer in layers:
         layer._should_call_local_cudagraph = lambda *args, **kwargs: False
     try:
@@ -73,14 +76,15 @@ def outside_graphs(model: torch.nn.Module) -> Iterator[None]:
             del layer._should_call_local_cudagraph
 
 
+# (tokens, hidden size) of the buffers of this process, once they are made
 _user_buffers: tuple[int, ...] | None = None
 
 
 def init_user_buffers(config: Config, model_config: TransformerConfig, mesh: Mesh) -> None:
-    """TransformerEngine's buffers for actor.tp_comm_overlap, once a process, before the model is
-    built. Collectives: its own, over TP.
+    """Make TransformerEngine's buffers for actor.tp_comm_overlap, once a process.
 
-    UserError when this process has buffers for another shape.
+    Call it before the model is built. UserError when this process has buffers for another shape.
+    Collectives: TransformerEngine's own, over TP.
     """
     global _user_buffers
     actor = config.actor
@@ -89,7 +93,7 @@ def init_user_buffers(config: Config, model_config: TransformerConfig, mesh: Mes
         return
     if _user_buffers is not None:
         raise UserError(
-            f"actor.tp_comm_overlap: this process has buffers for {_user_buffers} already, and now asks for"
+            f"actor.tp_comm_overlap: this process has buffers for {_user_buffers} already, and now needs"
             f" {shape}"
         )
     from transformer_engine.pytorch.module import base
