@@ -1,6 +1,4 @@
-"""Logits of a Megatron checkpoint beside those of transformers: does the model that was converted
-still compute the same?
-"""
+"""Compares the logits of a converted Megatron checkpoint with the logits of transformers."""
 
 from __future__ import annotations
 
@@ -17,12 +15,12 @@ from megasd.models import tp_layouts
 from megasd.models.param_table import global_params
 
 TOKENS = 24
-# of the largest logit, float32
+# allowed difference in float32, as a fraction of the largest logit
 TOLERANCE = 1e-3
 
 
 def bytes_needed(parameters: int) -> int:
-    """Host memory of logits_difference: one model at a time, in float32, and what building it takes."""
+    """Host memory that logits_difference needs: one float32 model at a time, and room to build it."""
     return int(parameters * 4 * 1.5) + (1 << 30)
 
 
@@ -30,12 +28,11 @@ def bytes_needed(parameters: int) -> int:
 def logits_difference(
     checkpoint_dir: Path, hf_dir: Path, dtype: torch.dtype | None = None
 ) -> tuple[float, float]:
-    """Largest difference and largest logit over TOKENS fixed tokens, both models in float32 and one
-    after the other.
+    """The largest difference of two logits, and the largest logit, over TOKENS fixed tokens.
 
-    The GPTModel is filled by the conversion's own reader, from values rounded to `dtype` as the
-    other side's are. Joins a process group of one rank if there is none. Collectives: none beyond
-    it.
+    Both models run in float32, one after the other. The reader of the conversion fills the GPTModel,
+    from values rounded to `dtype`; transformers loads values of the same dtype. If there is no process
+    group, then this function makes one of one rank. No collectives besides.
     """
     cpu_backend.install_cpu_backend()
     device = parallel.init_distributed()

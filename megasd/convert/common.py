@@ -1,8 +1,7 @@
-"""What both directions of a conversion share: options, progress, checked blocks of rows, the facts
-that are written down.
+"""Parts of a conversion in either direction: options, progress, blocks of rows, conversion.json.
 
-A conversion never builds a model: to_megatron.py and to_hf.py move blocks of rows from one
-directory to another.
+A conversion never builds a model: hf_to_megatron.py and megatron_to_hf.py move blocks of rows from
+one directory to another.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from megasd.models.tp_layouts import Shape
 from megasd.types import UserError
 from megasd.weights.safetensors_io import RawShards, as_bytes
 
-# read and written at once towards Hugging Face
+# how much is read and written at once towards Hugging Face
 BLOCK_BYTES = 16 << 20
 FILE_BYTES = 2 << 30
 FACTS = "conversion.json"
@@ -35,45 +34,57 @@ FACTS = "conversion.json"
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    # of what is written; None = as it is
+    """The options of `megasd convert`."""
+
+    # dtype of the target; None: the dtype of the source
     dtype: torch.dtype | None = None
+    # about how large a file of the target is
     file_bytes: int = FILE_BYTES
     overwrite: bool = False
     allow_nonfinite: bool = False
     allow_pickle: bool = False
     # compare every value with the source before the target appears
     check: bool = False
-    # of a run's checkpoint: the teacher's average
+    # convert the moving average of the teacher, which the checkpoint of a run may hold
     teacher: bool = False
-    # config.json and tokenizer, where the checkpoint does not lead to them
+    # directory of config.json and tokenizer; None: the checkpoint says where they are
     hf: Path | None = None
 
 
 @dataclass(frozen=True)
 class ConversionResult:
+    """What a conversion wrote."""
+
     out_dir: Path
-    # the Hugging Face side: source, target, or where config.json came from
+    # the Hugging Face directory: the source or the target
     hf_dir: Path
     parameters: int
     nbytes: int
     files: int
+    # files that an earlier, stopped conversion had written
     resumed_files: int
 
 
 class ConversionProgress:
-    """What a conversion tells while it works; the command line draws it."""
+    """Hears how far a conversion is. This class ignores it; the command line draws it."""
 
-    def start(self, what: str, total_bytes: int) -> None: ...
+    def start(self, what: str, total_bytes: int) -> None:
+        """A part of the work begins."""
 
-    def advance(self, nbytes: int) -> None: ...
+    def advance(self, nbytes: int) -> None:
+        """So many bytes more are done."""
 
-    def say(self, line: str) -> None: ...
+    def say(self, line: str) -> None:
+        """A line for the user."""
 
 
 def cast_checked(
     values: Tensor, dtype: torch.dtype, name: str, where: object, allow_nonfinite: bool
 ) -> Tensor:
-    """UserError naming the tensor when it holds, or becomes in this dtype, an infinity or NaN."""
+    """The values in another dtype.
+
+    UserError, naming the tensor: it holds NaN or infinity, or has values too large for the dtype.
+    """
     cast = values.to(dtype)
     if not allow_nonfinite and cast.numel():
         low, high = (float(v) for v in torch.aminmax(cast))
@@ -90,12 +101,14 @@ def cast_checked(
 
 
 def row_blocks(rows: int, row_bytes: int, limit: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of blocks of rows of at most `limit` bytes; one row at least."""
     step = max(1, limit // row_bytes)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two CPU tensors agree in dtype, shape and every bit."""
     return a.dtype == b.dtype and a.shape == b.shape and as_bytes(a) == as_bytes(b)
 
 
@@ -107,7 +120,8 @@ def parameter_rows(
     read: Callable[[Tensor, str], Tensor],
 ) -> Tensor:
     """Rows [start, stop) of a whole Megatron parameter, put together from Hugging Face tensors.
-    `read(values, name)` casts and checks.
+
+    `read(values, name)` casts and checks the rows of one tensor.
     """
     pieces = []
     for part, first, length, offset in torch_dist_keys.rows_of(rule):
@@ -118,7 +132,7 @@ def parameter_rows(
 
 
 def parts_of(rule: ParamRule) -> dict[str, list[Rows]]:
-    """Hugging Face tensor -> where its rows lie in the parameter, in the tensor's order."""
+    """Hugging Face tensor -> where its rows lie in the parameter, in the order of the tensor."""
     found: dict[str, list[Rows]] = {part: [] for part in rule.parts}
     for rows in torch_dist_keys.rows_of(rule):
         found[rows.part].append(rows)
@@ -126,8 +140,9 @@ def parts_of(rule: ParamRule) -> dict[str, list[Rows]]:
 
 
 def hf_rows(checkpoint: MegatronSource, name: str, rows: list[Rows]) -> Iterator[tuple[int, Tensor]]:
-    """(first row, values) of one Hugging Face tensor, block by block in its order, from the
-    parameter `name` of a checkpoint.
+    """(first row, values) of one Hugging Face tensor, block by block.
+
+    `rows`: where the tensor lies in the parameter `name` of the checkpoint.
     """
     row_bytes = max(1, checkpoint.row_bytes(name))
     for _, first, length, offset in rows:
@@ -136,7 +151,7 @@ def hf_rows(checkpoint: MegatronSource, name: str, rows: list[Rows]) -> Iterator
 
 
 def source_fingerprint(directory: Path) -> dict[str, list[int]]:
-    """What a directory's weights are told apart by: names, sizes and times of its files."""
+    """Names, sizes and times of the files of a directory: they change when the weights change."""
     found = {}
     for path in sorted(directory.iterdir()):
         if path.is_file() and (
@@ -148,10 +163,12 @@ def source_fingerprint(directory: Path) -> dict[str, list[int]]:
 
 
 def dtype_names(tensors: dict[str, tuple[torch.dtype, Shape]]) -> str:
+    """The dtypes of these tensors, such as "bfloat16, float32"."""
     return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype, _ in tensors.values()}))
 
 
 def say_resumed(work: ResumableDir, progress: ConversionProgress) -> int:
+    """Number of files that a stopped conversion left; told to the user when there are any."""
     done = len(work.sizes) - len(work.left)
     if done:
         progress.say(f"going on from {work.partial}: {done} of {len(work.sizes)} files are whole")
@@ -159,9 +176,7 @@ def say_resumed(work: ResumableDir, progress: ConversionProgress) -> int:
 
 
 def write_facts(work: ResumableDir, facts: dict[str, Any]) -> None:
-    """conversion.json: what was converted, by which version, and bytes and CRC-32 of every file of
-    weights.
-    """
+    """Write conversion.json: the facts, this version, and bytes and CRC-32 of every weight file."""
     files = {name: {key: record[key] for key in ("bytes", "crc32")} for name, record in work.records.items()}
     known = {key: value for key, value in facts.items() if value is not None}
     (work.partial / FACTS).write_text(

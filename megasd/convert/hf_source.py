@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory for a conversion, all of them checked before the first is read."""
+"""The tensors of a Hugging Face directory for a conversion, checked before the first is read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from megasd.weights.safetensors_io import DTYPE_NAMES, INDEX, RawShards, TensorL
 
 
 def open_source(hf_dir: Path, stack: ExitStack, *, allow_pickle: bool = False) -> RawShards | PickleShards:
-    """Tensors to read by rows. UserError for a broken, incomplete or unsupported directory, and for
-    pickles unless they are allowed.
+    """Open a Hugging Face directory, to read its tensors by rows.
+
+    UserError: a broken, incomplete or unsupported directory, or pickles that are not allowed.
     """
     if not any((hf_dir / name).is_file() for name in ("model.safetensors", INDEX)) and any(
         hf_dir.glob("pytorch_model*.bin")
@@ -44,8 +45,9 @@ def open_source(hf_dir: Path, stack: ExitStack, *, allow_pickle: bool = False) -
 
 
 class PickleShards:
-    """pytorch_model.bin, one or many, with torch.load(weights_only=True, mmap=True); one file is
-    open at a time.
+    """The tensors of pytorch_model.bin, one file or many; one file is open at a time.
+
+    Read with torch.load(weights_only=True, mmap=True).
     """
 
     def __init__(self, hf_dir: Path, table: ParamTable) -> None:
@@ -58,7 +60,9 @@ class PickleShards:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not an index ({error!r}); fetch the directory again") from error
-        self.directory, self.places, self.file_of = hf_dir, {}, {}
+        self.directory = hf_dir
+        self.places: dict[str, TensorLocation] = {}
+        self.file_of: dict[str, str] = {}
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         for file in listed:
             if Path(file).name != file:
@@ -86,7 +90,7 @@ class PickleShards:
                     torch.load(self.directory / file, map_location="cpu", weights_only=True, mmap=True),
                 )
             except Exception as error:
-                # torch raises several kinds for damaged files and refused classes
+                # Damaged files and refused classes raise several kinds of errors.
                 reason = str(error).partition("\n")[0]
                 raise UserError(
                     f"{self.directory / file}: cannot be read as plain weights ({reason}); fetch it again"
@@ -94,5 +98,5 @@ class PickleShards:
         return self._last[1]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, in its own dtype."""
+        """Rows [start, stop) of a tensor, in the dtype of the file."""
         return self._load(self.file_of[name])[name][start:stop].clone(memory_format=torch.contiguous_format)

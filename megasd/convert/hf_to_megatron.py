@@ -1,9 +1,9 @@
 """Hugging Face -> Megatron (torch_dist), a block of rows at a time, without building a model.
 
-    to_megatron(Path("Qwen3-8B"), Path("qwen3-8b-megatron"), Options())
+    to_megatron(Path("Qwen3-8B"), Path("qwen3-8b-megatron"), ConversionOptions())
 
 All names, shapes, dtypes and the free disk are checked before the first byte is written. Writing is
-resumable (work.py).
+resumable (resumable_dir.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from megasd.convert.common import (
 )
 from megasd.convert.hf_source import PickleShards, open_source
 from megasd.convert.megatron_source import open_checkpoint
-from megasd.convert.resumable_dir import ResumableDir
+from megasd.convert.resumable_dir import ResumableDir, Sink
 from megasd.convert.torch_dist_write import Item, no_extra_state, write_chunk, write_metadata
 from megasd.models import registry
 from megasd.models.param_table import ParamTable
@@ -45,20 +45,28 @@ from megasd.types import UserError
 from megasd.weights.hf_files import copy_side_files, read_hf_config, write_hf_config
 from megasd.weights.safetensors_io import RawShards
 
-# of one chunk of the checkpoint; what a conversion holds in memory
+# size of a chunk of the checkpoint, which is what a conversion holds in memory
 CHUNK_BYTES = 64 << 20
-# file -> chunks: parameter, rows [start, stop), bytes
-Pieces = dict[str, list[tuple[str, int, int, int]]]
+Tensors = dict[str, tuple[torch.dtype, Shape]]
+
+
+class PlannedChunk(NamedTuple):
+    """Rows [start, stop) of a parameter, which become one chunk of a file."""
+
+    name: str
+    start: int
+    stop: int
+    nbytes: int
 
 
 def to_megatron(
     hf_dir: Path, out_dir: Path, options: ConversionOptions, progress: ConversionProgress | None = None
 ) -> ConversionResult:
-    """Write a torch_dist directory that megatron.core.dist_checkpointing.load fills a GPTModel of
-    any TP, PP, EP, VPP from.
+    """Write a torch_dist directory from a Hugging Face directory.
 
-    `<out_dir>/hf` holds config.json and the tokenizer, for the way back. UserError for whatever is
-    refused.
+    megatron.core.dist_checkpointing.load fills a GPTModel of any TP, PP, EP and VPP from it.
+    `<out_dir>/hf` holds config.json and the tokenizer, for the way back. UserError: see the checks of
+    open_source, ResumableDir and cast_checked.
     """
     progress = progress or ConversionProgress()
     hf = read_hf_config(hf_dir)
@@ -67,7 +75,7 @@ def to_megatron(
         table = registry.param_table(hf)
         tensors = _global_tensors(table, source, options.dtype, hf_dir)
         files = _plan_files(table, tensors, options.file_bytes)
-        sizes = {name: sum(nbytes for *_, nbytes in pieces) for name, pieces in files.items()}
+        sizes = {name: sum(chunk.nbytes for chunk in chunks) for name, chunks in files.items()}
         job = {
             "to": "megatron",
             "dtype": str(options.dtype),
@@ -79,22 +87,9 @@ def to_megatron(
             resumed = say_resumed(work, progress)
             for file in work.left:
                 with work.file(file) as sink:
-                    sink.record["items"] = items = []
-                    for name, start, stop, _ in files[file]:
-                        slot, rule = torch_dist_keys.slot(name, table), table.rule(name)
-                        dtype, shape = tensors[slot.key]
-
-                        def read(values: Tensor, part: str, dtype: torch.dtype = dtype) -> Tensor:
-                            where = hf_dir / source.file_of[part]
-                            return cast_checked(values, dtype, part, where, options.allow_nonfinite)
-
-                        chunk = parameter_rows(source, rule, start, stop, read)
-                        depth = len(slot.stack)
-                        chunk = chunk.view((1,) * depth + tuple(chunk.shape))
-                        begin = sink.nbytes
-                        write_chunk(chunk, sink)
-                        offsets = (*slot.prefix, start, *(0,) * (len(shape) - depth - 1))
-                        items.append(Item(slot.key, offsets, tuple(chunk.shape), begin, sink.nbytes - begin))
+                    sink.record["items"] = [
+                        _write_planned(sink, chunk, source, table, tensors, options) for chunk in files[file]
+                    ]
             parameters = sum(prod(shape) for _, shape in tensors.values())
             _finish_megatron(work, hf_dir, table, tensors, options, parameters)
             if options.check:
@@ -104,11 +99,36 @@ def to_megatron(
     return ConversionResult(out_dir, hf_dir, parameters, nbytes, len(files), resumed)
 
 
+def _write_planned(
+    sink: Sink,
+    planned: PlannedChunk,
+    source: RawShards | PickleShards,
+    table: ParamTable,
+    tensors: Tensors,
+    options: ConversionOptions,
+) -> Item:
+    """Write one chunk. Returns where it lies."""
+    slot, rule = torch_dist_keys.slot(planned.name, table), table.rule(planned.name)
+    dtype, shape = tensors[slot.key]
+
+    def read(values: Tensor, part: str) -> Tensor:
+        where = source.directory / source.file_of[part]
+        return cast_checked(values, dtype, part, where, options.allow_nonfinite)
+
+    chunk = parameter_rows(source, rule, planned.start, planned.stop, read)
+    depth = len(slot.stack)
+    chunk = chunk.view((1,) * depth + tuple(chunk.shape))
+    begin = sink.nbytes
+    write_chunk(chunk, sink)
+    offsets = (*slot.prefix, planned.start, *(0,) * (len(shape) - depth - 1))
+    return Item(slot.key, offsets, tuple(chunk.shape), begin, sink.nbytes - begin)
+
+
 def _global_tensors(
     table: ParamTable, source: RawShards | PickleShards, dtype: torch.dtype | None, where: Path
-) -> dict[str, tuple[torch.dtype, Shape]]:
-    """dtype and shape of every tensor of the checkpoint. One global tensor has one dtype."""
-    tensors: dict[str, tuple[torch.dtype, Shape]] = {}
+) -> Tensors:
+    """dtype and shape of every tensor of the checkpoint; UserError: one tensor would have two dtypes."""
+    tensors: Tensors = {}
     for name in torch_dist_keys.names(table):
         slot, rule = torch_dist_keys.slot(name, table), table.rule(name)
         for part in rule.parts:
@@ -122,9 +142,9 @@ def _global_tensors(
     return tensors
 
 
-def _plan_files(table: ParamTable, tensors: dict[str, tuple[torch.dtype, Shape]], file_bytes: int) -> Pieces:
-    """In the model's order."""
-    files: list[list[tuple[str, int, int, int]]] = [[]]
+def _plan_files(table: ParamTable, tensors: Tensors, file_bytes: int) -> dict[str, list[PlannedChunk]]:
+    """File -> chunks, in the order of the model."""
+    files: list[list[PlannedChunk]] = [[]]
     size = 0
     for name in torch_dist_keys.names(table):
         slot = torch_dist_keys.slot(name, table)
@@ -135,29 +155,29 @@ def _plan_files(table: ParamTable, tensors: dict[str, tuple[torch.dtype, Shape]]
             if files[-1] and size + nbytes > file_bytes:
                 files.append([])
                 size = 0
-            files[-1].append((name, start, stop, nbytes))
+            files[-1].append(PlannedChunk(name, start, stop, nbytes))
             size += nbytes
-    return {f"__0_{number}.distcp": pieces for number, pieces in enumerate(files)}
+    return {f"__0_{number}.distcp": chunks for number, chunks in enumerate(files)}
 
 
 def _finish_megatron(
     work: ResumableDir,
     hf_dir: Path,
     table: ParamTable,
-    tensors: dict[str, tuple[torch.dtype, Shape]],
+    tensors: Tensors,
     options: ConversionOptions,
     parameters: int,
 ) -> None:
-    """Everything but the chunks: extra states, .metadata, config and tokenizer, facts."""
+    """Write all but the chunks: extra states, .metadata, config and tokenizer, conversion.json."""
     items = {file: [Item(*map(_tupled, item)) for item in work.records[file]["items"]] for file in work.sizes}
     tensors = dict(tensors)
-    # one stored chunk under two keys
+    # The norm before experts is stored once, under two keys.
     if table.num_experts:
         for key, alias in torch_dist_keys.ALIASES.items():
             tensors[alias] = tensors[key]
             for chunks in items.values():
                 chunks += [item._replace(key=alias) for item in chunks if item.key == key]
-    # one for all modules
+    # All modules share the bytes of one empty extra state.
     state = no_extra_state()
     states = f"__0_{len(work.sizes)}.distcp"
     (work.partial / states).write_bytes(state)
@@ -167,8 +187,7 @@ def _finish_megatron(
             unique = f"{key}/shard_{'.'.join(map(str, offset))}_{'.'.join(map(str, stack))}"
             objects[unique] = Item(unique, (), (), 0, len(state))
     write_metadata(work.partial, tensors, items, objects, states)
-    beside = work.partial / "hf"
-    _copy_hf(hf_dir, beside, options.dtype)
+    _copy_hf(hf_dir, work.partial / "hf", options.dtype)
     write_facts(
         work,
         {
@@ -186,7 +205,7 @@ def _tupled(value: Any) -> Any:
 
 def _copy_hf(hf_dir: Path, out_dir: Path, dtype: torch.dtype | None) -> None:
     out_dir.mkdir(exist_ok=True)
-    # of a stopped conversion
+    # A stopped conversion may have left files.
     for path in out_dir.iterdir():
         path.unlink() if path.is_file() else shutil.rmtree(path)
     if dtype is None:
@@ -201,11 +220,12 @@ def _check_megatron(
     hf_dir: Path,
     source: RawShards | PickleShards,
     table: ParamTable,
-    tensors: dict[str, tuple[torch.dtype, Shape]],
+    tensors: Tensors,
     progress: ConversionProgress,
 ) -> None:
     """Read the directory back as Hugging Face tensors and compare every byte with the source.
-    UserError names the first that differs.
+
+    UserError names the first tensor that differs.
     """
     with ExitStack() as stack:
         written = open_checkpoint(partial, hf_dir, stack)

@@ -1,10 +1,12 @@
-"""The model of a Megatron checkpoint for a conversion: which config.json it belongs to, all keys
-checked before the first value is read.
+"""The parameters of a Megatron checkpoint for a conversion.
+
+All keys are compared with config.json before the first value is read.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -20,12 +22,12 @@ from megasd.models import registry
 from megasd.types import UserError
 from megasd.weights.hf_files import read_hf_config
 
-# of a run's checkpoint
+# The checkpoint of a run has this file.
 STATE = "megasd.json"
 
 
 class MegatronSource:
-    """Parameters under global names, by rows."""
+    """A checkpoint, to read parameters by rows, under global names."""
 
     def __init__(
         self,
@@ -37,8 +39,9 @@ class MegatronSource:
         step: int | None,
         recipe: str | None,
     ) -> None:
-        """UserError for a damaged or incomplete checkpoint, or one of another model than hf_dir's
-        config.json.
+        """Open the checkpoint. `step` and `recipe`: of the run that wrote it, if any.
+
+        UserError: the checkpoint is damaged or incomplete, or config.json of hf_dir is of another model.
         """
         self.directory, self.hf_dir, self.step, self.recipe = directory, hf_dir, step, recipe
         self.hf = read_hf_config(hf_dir)
@@ -56,28 +59,33 @@ class MegatronSource:
         self._keys = torch_dist_keys.check_keys(shapes, self.table, str(directory / METADATA), prefix)
 
     def key(self, name: str) -> str:
-        """The checkpoint's key of a parameter."""
+        """The key under which the checkpoint holds a parameter."""
         return self._keys[torch_dist_keys.slot(name, self.table).key]
 
     def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a parameter in the checkpoint."""
         return self.stored.tensors[self.key(name)].dtype
 
     def row_bytes(self, name: str) -> int:
+        """Bytes of one row of a parameter."""
         tensor, depth = self.stored.tensors[self.key(name)], len(torch_dist_keys.slot(name, self.table).stack)
         return prod(tensor.shape[depth + 1 :]) * tensor.dtype.itemsize
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the whole parameter of a global name."""
+        """Rows [start, stop) of a whole parameter."""
         return self.stored.read(self.key(name), torch_dist_keys.slot(name, self.table).prefix, start, stop)
 
 
 def open_checkpoint(
     directory: Path, hf_dir: Path | None, stack: ExitStack, *, teacher: bool = False
 ) -> MegatronSource:
-    """A converted directory (config.json in its hf/), a run's checkpoint (in its run's model.path),
-    or any with hf_dir given.
+    """Open a checkpoint with the config.json of its model.
+
+    config.json is in `hf_dir` if it is given, in `hf/` of a converted directory, or in model.path of
+    the run that wrote the checkpoint. UserError: there is none, or see MegatronSource.
     """
-    step, run = None, {}
+    step: int | None = None
+    run: dict[str, Any] = {}
     if (directory / STATE).is_file():
         step = _mapping(directory / STATE, json.loads).get("step")
         config = directory.absolute().parent.parent / "config.yaml"
@@ -96,7 +104,7 @@ def open_checkpoint(
     return MegatronSource(directory, hf_dir, stack, teacher=teacher, step=step, recipe=recipe)
 
 
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         found = parse(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -1,9 +1,9 @@
 """Megatron (torch_dist) -> Hugging Face, a block of rows at a time, without building a model.
 
-    to_hf(Path("runs/x/checkpoints/step-100"), Path("exported"), Options(dtype=torch.bfloat16))
+    to_hf(Path("runs/x/checkpoints/step-100"), Path("exported"), ConversionOptions(dtype=torch.bfloat16))
 
 All keys, shapes, dtypes and the free disk are checked before the first byte is written. Writing is
-resumable (work.py).
+resumable (resumable_dir.py).
 """
 
 from __future__ import annotations
@@ -48,30 +48,20 @@ def to_hf(
     options: ConversionOptions,
     progress: ConversionProgress | None = None,
 ) -> ConversionResult:
-    """Write a Hugging Face directory from a torch_dist checkpoint: one that to_megatron made, or a run's."""
+    """Write a Hugging Face directory from a torch_dist checkpoint of to_megatron or of a run.
+
+    UserError: see the checks of open_checkpoint, ResumableDir and cast_checked.
+    """
     progress = progress or ConversionProgress()
     with ExitStack() as stack:
         checkpoint = open_checkpoint(checkpoint_dir, options.hf, stack, teacher=options.teacher)
-        table = checkpoint.table
+        # Hugging Face tensor -> parameter, and where the tensor lies in it
         source = {
             part: (name, rows)
-            for name in torch_dist_keys.names(table)
-            for part, rows in parts_of(table.rule(name)).items()
+            for name in torch_dist_keys.names(checkpoint.table)
+            for part, rows in parts_of(checkpoint.table.rule(name)).items()
         }
-        shapes = {
-            part: shape
-            for name in torch_dist_keys.names(table)
-            for part, shape in table.rule(name).parts.items()
-        }
-        planned = {
-            part: (options.dtype or checkpoint.dtype(name), shapes[part])
-            for part, (name, _) in source.items()
-        }
-        for part, (dtype, _) in planned.items():
-            if dtype not in DTYPE_NAMES:
-                raise UserError(
-                    f"{checkpoint_dir}: {part} is {dtype}; give --dtype float32, bfloat16 or float16"
-                )
+        planned = _plan_tensors(checkpoint, options.dtype)
         plans = {plan.name: plan for plan in plan_shards(planned, options.file_bytes)}
         job = {
             "to": "hf",
@@ -89,8 +79,8 @@ def to_hf(
                 with work.file(file) as sink:
                     sink.write(plans[file].header)
                     for part, place in plans[file].places.items():
+                        what = f"{checkpoint.key(source[part][0])} ({part})"
                         for _, values in hf_rows(checkpoint, *source[part]):
-                            what = f"{checkpoint.key(source[part][0])} ({part})"
                             cast = cast_checked(
                                 values, place.dtype, what, checkpoint_dir, options.allow_nonfinite
                             )
@@ -106,6 +96,25 @@ def to_hf(
     return ConversionResult(out_dir, out_dir, parameters, nbytes, len(plans), resumed)
 
 
+def _plan_tensors(
+    checkpoint: MegatronSource, dtype: torch.dtype | None
+) -> dict[str, tuple[torch.dtype, Shape]]:
+    """dtype and shape of every Hugging Face tensor, in the order of the model.
+
+    UserError: a tensor would have a dtype that safetensors files of models do not have.
+    """
+    planned: dict[str, tuple[torch.dtype, Shape]] = {}
+    for name in torch_dist_keys.names(checkpoint.table):
+        for part, shape in checkpoint.table.rule(name).parts.items():
+            written = dtype or checkpoint.dtype(name)
+            if written not in DTYPE_NAMES:
+                raise UserError(
+                    f"{checkpoint.directory}: {part} is {written}; give --dtype float32, bfloat16 or float16"
+                )
+            planned[part] = written, shape
+    return planned
+
+
 def _finish_hf(
     work: ResumableDir,
     checkpoint: MegatronSource,
@@ -113,6 +122,7 @@ def _finish_hf(
     options: ConversionOptions,
     parameters: int,
 ) -> None:
+    """Write all but the weights: config and tokenizer, conversion.json, README.md."""
     write_hf_config(checkpoint.hf_dir, work.partial, planned["model.embed_tokens.weight"][0])
     copy_side_files(checkpoint.hf_dir, work.partial)
     facts = {
@@ -152,8 +162,9 @@ def _check_hf(
     progress: ConversionProgress,
     stack: ExitStack,
 ) -> None:
-    """Read the directory as the way to Megatron does and compare every byte with the checkpoint.
-    UserError names the first that differs.
+    """Read the directory as to_megatron does, and compare every byte with the checkpoint.
+
+    UserError names the first parameter that differs.
     """
     written, table = open_source(partial, stack), checkpoint.table
     progress.start("check", sum(prod(shape) * dtype.itemsize for dtype, shape in planned.values()))

@@ -1,4 +1,4 @@
-"""README.md of a converted model: the facts of its making. No path but those that the user gave."""
+"""README.md of a converted model. It names no path except the paths that the user gave."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Any
 
 
 def card(facts: dict[str, Any]) -> str:
-    """Markdown. `facts`: what to say -> value, in order; "title" is the heading, None values are left out."""
+    """The text of README.md.
+
+    `facts`: name -> value, in order. "title" is the heading; values that are None are left out.
+    """
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None and name != "title"]
     lines = [
         "---",

@@ -1,16 +1,17 @@
-"""A directory that is made file by file beside its place, and renamed to it when whole: stopped
-anywhere, the same command goes on.
+"""A directory that is written file by file under another name, and renamed when it is whole.
 
-    with Work(out_dir, job={"source": ..., "dtype": ...}, sizes={"a.bin": 1000}) as work:
+If the command is stopped anywhere, then the same command goes on from the last whole file.
+
+    with ResumableDir(out_dir, job={"source": ..., "dtype": ...}, sizes={"a.bin": 1000}) as work:
         for name in work.left:
             with work.file(name) as sink:
                 sink.write(data)
             ...
         work.publish()
 
-`<out_dir>.partial` holds what is there; a file counts when its record (bytes, CRC-32) lies in
-`.done/`, written after the file was synced. A record is believed only after the file has been read
-again. Another job's partial directory is never mixed in.
+`<out_dir>.partial` holds the files so far. A file is whole when its record (bytes, CRC-32) is in
+`.done/`; the record is written after the file was synced. A later command reads the file again before
+it believes the record. Files of another job are never mixed in.
 """
 
 from __future__ import annotations
@@ -25,27 +26,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from megasd.types import UserError
 from megasd.weights.hf_files import put_in_place, sync_directory
 
-# left free on the disk
+# how much of the disk stays free
 SPARE_BYTES = 64 << 20
 _BLOCK = 16 << 20
 
 
 class Sink:
-    """A file being written: counts and sums what passes."""
+    """A file that is being written; keeps the number of bytes and their CRC-32."""
 
-    def __init__(self, file: Any, advance: Callable[[int], None]) -> None:
+    def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
         self.file, self.advance, self.nbytes, self.crc = file, advance, 0, 0
-        # what else its record shall say
+        # further fields for the record of the file
         self.record: dict[str, Any] = {}
-        # torch.save turns it into an error of its own
+        # the error of a write, because torch.save raises another error in its place
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
+        """Append the data."""
         data = memoryview(data).cast("B")
         self.crc = zlib.crc32(data, self.crc)
         self.nbytes += len(data)
@@ -58,12 +60,14 @@ class Sink:
         return len(data)
 
     def flush(self) -> None:
+        """Hand everything to the system; torch.save calls this."""
         self.file.flush()
 
 
 class ResumableDir:
-    """One conversion's partial directory. UserError when the target is there, cannot be written,
-    has no room, or is being made already.
+    """The partial directory of one conversion.
+
+    UserError: the target exists, cannot be written, has no room, or another process is writing it.
     """
 
     def __init__(
@@ -75,15 +79,13 @@ class ResumableDir:
         overwrite: bool = False,
         advance: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
-        """`job`: JSON-able; equal jobs write equal files. `sizes`: about how many bytes each file
-        will have. `advance`: told bytes done.
+        """Lock the directory and find the files that are whole.
+
+        `job`: a JSON value; equal jobs write equal files. `sizes`: file -> about how many bytes it will
+        have. `advance` is called with numbers of bytes that are done.
         """
-        self.out_dir, self.job, self.sizes, self.advance = (
-            out_dir,
-            json.loads(json.dumps(job)),
-            dict(sizes),
-            advance,
-        )
+        self.out_dir, self.advance = out_dir, advance
+        self.job, self.sizes = json.loads(json.dumps(job)), dict(sizes)
         self.partial = out_dir.with_name(out_dir.name + ".partial")
         self.records: dict[str, dict[str, Any]] = {}
         if out_dir.exists() and not overwrite:
@@ -141,7 +143,7 @@ class ResumableDir:
 
     def _check_room(self) -> None:
         needed = sum(self.sizes[name] for name in self.left) + SPARE_BYTES
-        # a stopped file's
+        # The file of a stopped conversion will be overwritten.
         free = shutil.disk_usage(self.partial).free + sum(
             p.stat().st_size for p in self.partial.glob("*.tmp")
         )
@@ -153,17 +155,15 @@ class ResumableDir:
 
     @contextmanager
     def file(self, name: str) -> Iterator[Sink]:
-        """Write one file. It appears under its name, with its record, when the block ends without
-        an error.
-        """
-        path, beside, sink = self.partial / name, self.partial / f"{name}.tmp", None
+        """Write one file. It gets its name and its record when the block ends without an error."""
+        path, unfinished, sink = self.partial / name, self.partial / f"{name}.tmp", None
         try:
-            with beside.open("wb") as file:
+            with unfinished.open("wb") as file:
                 sink = Sink(file, self.advance)
                 yield sink
                 file.flush()
                 os.fsync(file.fileno())
-            beside.rename(path)
+            unfinished.rename(path)
             sync_directory(self.partial)
             record = {"bytes": sink.nbytes, "crc32": sink.crc, **sink.record}
             _write(self.partial / ".done" / f"{name}.json", record)
@@ -172,7 +172,7 @@ class ResumableDir:
             error = caught if sink is None or sink.error is None else sink.error
             if not isinstance(error, OSError):
                 raise
-            beside.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             again = " after making room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise UserError(
                 f"{path}: {error.strerror or error}; the same command{again} goes on from the last whole file"
@@ -223,10 +223,10 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, value: Any) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w") as file:
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w") as file:
         json.dump(value, file)
         file.flush()
         os.fsync(file.fileno())
-    beside.rename(path)
+    unfinished.rename(path)
     sync_directory(path.parent)

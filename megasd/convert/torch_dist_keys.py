@@ -1,8 +1,8 @@
-"""Where each parameter lies in a Megatron checkpoint, and which rows of Hugging Face tensors it is made of.
+"""Where each parameter lies in a Megatron checkpoint, and of which Hugging Face rows it is made.
 
-A checkpoint knows no ranks: its tensors are global, layers (and experts) are stacked, and a fused
-tensor has the row order that it has on one tensor-parallel rank. So every parameter is a list of
-row ranges of Hugging Face tensors, in both directions.
+A checkpoint knows no ranks. Its tensors are global, layers (and experts) are stacked, and a fused
+tensor has the row order of a single tensor-parallel rank. So every parameter is a list of row ranges
+of Hugging Face tensors, in both directions.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ _NORMS = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 _MLP_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
-# Experts do not begin with a norm: TransformerEngine's layers have it apart, under its own name.
+# Experts do not begin with a norm: TransformerEngine's layers keep the norm under another name.
 ALIASES = {_MLP_NORM: "decoder.layers.pre_mlp_layernorm.weight"}
-# What a run's checkpoint holds besides the model.
+# Keys in the checkpoint of a run that are no part of the model.
 NOT_THE_MODEL = re.compile(
     r"(chained_\d+\.)?optimizer\.|teacher\.|rng\b|rng_state|opt_param_scheduler|rerun_state"
 )
 
 
 class Slot(NamedTuple):
-    """One parameter in a checkpoint: `tensor key`[*prefix], where the key's tensor has the shape
-    (*stack, rows, ...).
+    """Where one parameter lies in a checkpoint: `tensor[key][*prefix]`.
+
+    The tensor has the shape (*stack, rows, ...).
     """
 
     key: str
@@ -43,8 +44,9 @@ class Slot(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """`part[start : start + length]` of a Hugging Face tensor lies at rows [offset, offset +
-    length) of the parameter.
+    """A range of rows of a Hugging Face tensor, and its place in the parameter.
+
+    `part[start : start + length]` lies at rows [offset, offset + length) of the parameter.
     """
 
     part: str
@@ -70,24 +72,24 @@ def slot(name: str, table: ParamTable) -> Slot:
 
 
 def names(table: ParamTable) -> list[str]:
-    """Global names of what a checkpoint holds: a tied model's output layer is its embedding."""
+    """Global names of all parameters of a checkpoint; the output layer of a tied model is not stored."""
     return [name for name in table.names() if not (table.tied and name == "output_layer.weight")]
 
 
 def shape_of(rule: ParamRule) -> Shape:
-    """The whole parameter's shape, without vocabulary padding."""
+    """The shape of a whole parameter, without vocabulary padding."""
     shapes = tuple(rule.parts.values())
     return shapes[0] if rule.layout is tp_layouts.vocab else tuple(rule.layout(shapes, 0, 1).shape)
 
 
 def rows_of(rule: ParamRule) -> list[Rows]:
-    """The row ranges that make up the whole parameter, in its order."""
+    """The row ranges that make up a whole parameter, in order."""
     parts = list(rule.parts)
     if rule.layout is tp_layouts.vocab:
         return [Rows(parts[0], 0, shape_of(rule)[0], 0)]
     rows = []
     for s in rule.layout(tuple(rule.parts.values()), 0, 1).segments:
-        # Cut along dimension 1 on several ranks, whole on one: all rows.
+        # A parameter that is cut along dimension 1 is whole on one rank: it has all rows.
         rows.append(
             Rows(parts[s.part], s.start, s.length, s.offset)
             if s.dim == 0
@@ -97,8 +99,9 @@ def rows_of(rule: ParamRule) -> list[Rows]:
 
 
 def modules_with_state(table: ParamTable) -> dict[str, Shape]:
-    """`<key>._extra_state` -> the dimensions it is stacked over, of every module that Megatron or
-    TransformerEngine may ask it of.
+    """`<key>._extra_state` -> the dimensions that it is stacked over.
+
+    Of every module of which Megatron or TransformerEngine may load an extra state.
     """
     found: dict[str, Shape] = {}
     for name in names(table):
@@ -112,8 +115,10 @@ def modules_with_state(table: ParamTable) -> dict[str, Shape]:
 
 
 def check_keys(found: dict[str, Shape], table: ParamTable, where: str, prefix: str = "") -> dict[str, str]:
-    """UserError naming the first key that is missing, unknown or of another shape; gives the key
-    that was found for each that is wanted.
+    """Wanted key -> key that was found.
+
+    `found`: key -> shape, where every key of the model begins with `prefix`. UserError names the first
+    key that is missing, unknown or of another shape.
     """
     chosen: dict[str, str] = {}
     for name in names(table):

@@ -1,10 +1,13 @@
-"""Block-scaled fp8 weights, as engines serve them: float8_e4m3fn values and one float32 scale per
-block of 128 x 128.
+"""Block-scaled fp8 weights, as engines hold them.
 
-    values, scale = quantise(weight)                  # weight ~ values * scale, block by block
-    fp8 = Requantise(dtypes_of_an_fp8_checkpoint)     # which tensors its directory stores as F8_E4M3
+A weight is float8_e4m3fn values and one float32 scale for each block of 128 x 128.
+
+    # weight ~ values * scale, block by block
+    values, scale = quantise(weight)
+    # `stored`: tensor -> safetensors dtype of an fp8 checkpoint
+    fp8 = Requantise(stored, quantization_config)
     # "x.weight" becomes "x.weight" (fp8) and "x.weight_scale_inv"
-    bucket, flat = fp8(bucket, flat)
+    bucket, flat = fp8(bucket, flat, slot, make_buffer)
 
 The format is that of DeepSeek-V3 (2412.19437, section 3.3.2) and of Hugging Face's
 `quantization_config: {"quant_method": "fp8", "weight_block_size": [128, 128]}`: scale = largest
@@ -14,6 +17,7 @@ magnitude of the block / 448.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +28,17 @@ from megasd.weights.gather_plan import Bucket, Entry
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
-# of float8_e4m3fn
+# the largest value of float8_e4m3fn
 _LARGEST = 448.0
-# suffix of a weight's scales
+# "x.weight" has its scales in "x.weight_scale_inv"
 SCALE = "_scale_inv"
 
 
 @torch.no_grad()
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`[r, c]` of any float dtype -> float8_e4m3fn `[r, c]`, float32 scales `[ceil(r/128),
-    ceil(c/128)]`. A block of zeros has scale 1.
+    """Values, float8_e4m3fn `[r, c]`, and scales, float32 `[ceil(r/128), ceil(c/128)]`.
+
+    `weight`: `[r, c]` of any float dtype. A block of zeros has scale 1.
     """
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
@@ -46,18 +51,19 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:
-    """float32 `[r, c]`."""
+    """The weight, float32 `[r, c]`; the inverse of `quantise`."""
     rows, columns = values.shape
     return values.float() * scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
 
 
 class Requantise:
-    """Turns buckets of whole tensors into those of an fp8 checkpoint. `stored`: safetensors dtype
-    of each of its tensors.
-    """
+    """Turns buckets of whole float tensors into buckets of an fp8 checkpoint."""
 
-    def __init__(self, stored: Mapping[str, str], quantization_config: Mapping[str, object]) -> None:
-        """UserError for another quantisation than fp8 weights in 128 x 128 blocks."""
+    def __init__(self, stored: Mapping[str, str], quantization_config: Mapping[str, Any]) -> None:
+        """Take the names of the fp8 tensors. `stored`: tensor -> safetensors dtype of the checkpoint.
+
+        UserError: another quantisation than fp8 weights in 128 x 128 blocks.
+        """
         block = quantization_config.get("weight_block_size")
         if quantization_config.get("quant_method") != "fp8" or list(block or ()) != [BLOCK, BLOCK]:
             raise UserError(
@@ -69,7 +75,10 @@ class Requantise:
         self._made: dict[int, Tensor] = {}
 
     def layout(self, bucket: Bucket) -> Bucket:
-        """The bucket as it is sent: scales first, fp8 last, so that every tensor is aligned without gaps."""
+        """The bucket as it is sent: scales first, fp8 values last.
+
+        In this order every tensor is aligned without gaps.
+        """
         kinds: list[tuple[str, Shape, torch.dtype]] = []
         for name, entry in bucket.tensors.items():
             if name in self.names:
@@ -87,7 +96,11 @@ class Requantise:
     def __call__(
         self, bucket: Bucket, flat: Tensor, slot: int, make_buffer: Callable[[int], Tensor]
     ) -> tuple[Bucket, Tensor]:
-        """The same weights in the layout above, in the buffer of a slot (kept from call to call)."""
+        """The weights of a bucket, quantised, as (layout, flat uint8 buffer).
+
+        `flat`: the bucket's buffer. `slot`: which of the kept buffers to write; `make_buffer(nbytes)`
+        makes one that is missing or too small.
+        """
         sent = self.layout(bucket)
         if slot not in self._made or self._made[slot].numel() < sent.nbytes:
             self._made[slot] = make_buffer(sent.nbytes)

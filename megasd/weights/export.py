@@ -26,8 +26,9 @@ def plan_of(
     bucket_bytes: int = BUCKET_BYTES,
     dtype: torch.dtype | None = None,
 ) -> GatherPlan:
-    """The plan of this world's model. `params`: this rank's, under global names. Collectives: those
-    of gather.exchange, once.
+    """The gather plan of a model that is spread over all ranks.
+
+    `params`: the parameters of this rank, under global names. Collectives: gather.exchange, once.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -37,11 +38,10 @@ def plan_of(
 
 
 def export_hf(gather: Gather) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor with its name, in the model's order, on rank 0 (elsewhere nothing,
-    but the iterator must be run out).
+    """Every Hugging Face tensor with its name, in the order of the model, on rank 0.
 
-    A tensor is a view that is overwritten two buckets later: copy or write it before. Collectives:
-    the gather's messages.
+    Other ranks yield nothing, but must exhaust the iterator. A tensor is a view, and is overwritten two
+    buckets later: copy it or write it before. Collectives: the messages of the gather.
     """
     for bucket, flat in gather.replay():
         if flat is not None:

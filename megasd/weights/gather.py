@@ -1,18 +1,22 @@
-"""Replay a plan: the pieces of a bucket travel from their owners to where the bucket is wanted,
-while the one before is on its way out.
+"""Carries out a gather plan: the pieces of each bucket travel from their owners to rank 0.
 
-    gather = Gather(plan, params, rank=rank, world_size=world_size)
-    for bucket, flat in gather.replay():       # on every rank; flat is None where the bucket is not wanted
-        ...                                    # flat (uint8) is overwritten two buckets later
+While the caller sends one bucket on, the pieces of the next bucket travel.
 
-Point-to-point messages only, one a bucket and pair of ranks, and two buffers of each kind, kept
-from push to push: fresh memory costs more in page faults than the copy itself (0.29 s against 0.03
-s for 250 MiB here), and gloo's gather is 18 times slower than its send.
+    gather = Gather(plan, params, rank=rank)
+    # on every rank; flat is None on all ranks but rank 0
+    for bucket, flat in gather.replay():
+        # flat (uint8) is overwritten two buckets later
+        ...
+
+There is one point-to-point message for each bucket and owner, and no collective: gloo's gather is 18
+times slower than its send. There are two buffers of each kind, kept from push to push: fresh memory
+costs more in page faults than the copy itself (0.29 s against 0.03 s for 250 MiB, measured).
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,8 +31,9 @@ from megasd.weights.te_fp8 import plain
 
 
 def exchange(mine: Holding, world_size: int) -> list[Holding]:
-    """Every rank's holding, in rank order. Collectives: two all_gathers of bytes (JSON) over the
-    world's CPU backend.
+    """The holdings of all ranks, in rank order.
+
+    Collectives: two all_gathers of bytes (JSON) over the CPU backend of the world.
     """
     if world_size == 1:
         return [mine]
@@ -43,8 +48,8 @@ def exchange(mine: Holding, world_size: int) -> list[Holding]:
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(world_size)]
     dist.all_gather(texts, padded)
     found = []
-    for text in texts:
-        rank, tp_rank, tp_size, ep_size, params = json.loads(bytes(text.numpy()))
+    for received in texts:
+        rank, tp_rank, tp_size, ep_size, params = json.loads(bytes(received.numpy()))
         found.append(
             Holding(rank, tp_rank, tp_size, ep_size, {n: (tuple(s), getattr(torch, d)) for n, s, d in params})
         )
@@ -53,24 +58,33 @@ def exchange(mine: Holding, world_size: int) -> list[Holding]:
 
 @dataclass
 class _Slot:
-    """One of the two places that buckets take turns in."""
+    """The buffers of every second bucket."""
 
-    # message to rank 0
-    outgoing: Tensor | None = None
-    # owner -> message
+    # message to rank 0; empty until the first message
+    outgoing: Tensor
+    # on rank 0: owner -> message
     incoming: dict[int, Tensor] = field(default_factory=dict)
+    # on rank 0: the whole bucket
     flat: Tensor | None = None
-    works: list[dist.Work] = field(default_factory=list)
-    bucket: Bucket | None = None
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """A bucket whose messages are on their way into the buffers of a slot."""
+
+    bucket: Bucket
+    slot: _Slot
+    works: list[dist.Work]
 
 
 class Gather:
-    """One rank's side of the transfers to rank 0. Every rank of the world makes one with the same
-    plan, and replays it together.
+    """One rank's part of the transfers to rank 0.
 
-    `params`: this rank's live parameters under global names. `device`: where whole buckets are put
-    together. `make_buffer(nbytes)`: memory for a flat bucket (uint8) on rank 0, asked twice in all;
-    None = plain memory on `device`.
+    Every rank of the world makes a Gather of the same plan, and all ranks replay together.
+
+    `params`: the live parameters of this rank, under global names. `device`: where whole buckets are
+    put together. `make_buffer(nbytes)`: makes the memory of a flat bucket (uint8) on rank 0, called
+    twice in all; None: plain memory on `device`.
     """
 
     def __init__(
@@ -87,38 +101,44 @@ class Gather:
         self._make = make_buffer or (
             lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         )
-        self._slots = [_Slot(), _Slot()]
+        self._slots = [_Slot(_empty(0, self.device)), _Slot(_empty(0, self.device))]
 
     def replay(
         self, only: frozenset[str] | None = None, ready: Callable[[int], None] | None = None
     ) -> Iterator[tuple[Bucket, Tensor | None]]:
-        """Buckets in order, with the flat buffer on rank 0. `only`: these parameters alone (the
-        same on every rank).
+        """Buckets in order, with the flat buffer on rank 0 and None on other ranks.
 
-        `ready(i)` is called before the buffer that bucket i - 2 was put in is written again: wait
-        there until nobody reads it.
+        `only`: gather these parameters alone (the same set on every rank). `ready(i)` is called before
+        the buffer of bucket i - 2 is written again: wait there until nobody reads this buffer.
         """
         buckets = [b if only is None else b.only(only) for b in self.plan.buckets]
         buckets = [bucket for bucket in buckets if bucket.params]
+        transfers: deque[_Transfer] = deque()
         for i, bucket in enumerate(buckets):
             if i == 0:
-                self._start(bucket, self._slots[0])
+                transfers.append(self._start(bucket, self._slots[0]))
             if i + 1 < len(buckets):
-                self._start(buckets[i + 1], self._slots[(i + 1) % 2])
+                transfers.append(self._start(buckets[i + 1], self._slots[(i + 1) % 2]))
             if ready is not None:
                 ready(i)
-            yield bucket, self._finish(self._slots[i % 2])
+            yield bucket, self._finish(transfers.popleft())
 
     def reserve(self) -> None:
-        """Make the buffers for whole buckets, on rank 0; else done when the first is needed."""
-        for slot in self._slots:
-            if self.rank == 0 and slot.flat is None:
-                slot.flat = self._make(self.plan.max_bucket_bytes)
+        """Make the buffers of whole buckets now, on rank 0; without a call, the first bucket does."""
+        if self.rank == 0:
+            for slot in self._slots:
+                self._flat(slot)
+
+    def _flat(self, slot: _Slot) -> Tensor:
+        """The whole-bucket buffer of a slot."""
+        if slot.flat is None:
+            slot.flat = self._make(self.plan.max_bucket_bytes)
+        return slot.flat
 
     @torch.no_grad()
-    def _start(self, bucket: Bucket, slot: _Slot) -> None:
-        """Post the bucket's messages. The slot's earlier ones are through: `_finish` waited for them."""
-        slot.bucket, by_owner = bucket, _by_owner(bucket)
+    def _start(self, bucket: Bucket, slot: _Slot) -> _Transfer:
+        """Post the messages of a bucket. Earlier messages of the slot are done: `_finish` waited."""
+        by_owner = _by_owner(bucket)
         operations = []
         if self.rank == 0:
             for owner, pieces in by_owner.items():
@@ -133,18 +153,20 @@ class Gather:
             for (param, _), view in zip(pieces, _views(slot.outgoing, pieces), strict=True):
                 view.copy_(plain(self.params[param.name]))
             operations.append(dist.P2POp(dist.isend, slot.outgoing[:nbytes], 0))
-        slot.works = dist.batch_isend_irecv(operations) if operations else []
+        return _Transfer(bucket, slot, dist.batch_isend_irecv(operations) if operations else [])
 
     @torch.no_grad()
-    def _finish(self, slot: _Slot) -> Tensor | None:
-        for work in slot.works:
+    def _finish(self, transfer: _Transfer) -> Tensor | None:
+        """Wait for the messages, and put the bucket together on rank 0."""
+        for work in transfer.works:
             work.wait()
         if self.rank != 0:
             return None
         self.reserve()
-        flat = slot.flat[: slot.bucket.nbytes]
-        tensors = slot.bucket.views(flat)
-        for owner, pieces in _by_owner(slot.bucket).items():
+        bucket, slot = transfer.bucket, transfer.slot
+        flat = self._flat(slot)[: bucket.nbytes]
+        tensors = bucket.views(flat)
+        for owner, pieces in _by_owner(bucket).items():
             mine = owner == self.rank
             shards = (
                 (plain(self.params[p.name]) for p, _ in pieces)
@@ -182,9 +204,9 @@ def _views(message: Tensor, pieces: Sequence[tuple[Param, Piece]]) -> Iterator[T
 
 
 def _room(kept: Tensor | None, nbytes: int, device: torch.device) -> Tensor:
-    """The kept buffer if it is long enough, else a new one."""
-    return (
-        kept
-        if kept is not None and kept.numel() >= nbytes
-        else torch.empty(nbytes, dtype=torch.uint8, device=device)
-    )
+    """The kept buffer if it is long enough, otherwise a new buffer."""
+    return kept if kept is not None and kept.numel() >= nbytes else _empty(nbytes, device)
+
+
+def _empty(nbytes: int, device: torch.device) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -1,14 +1,17 @@
-"""The plan of a weight push: which rank owns which piece, and what travels in which bucket. Made
-once, replayed at every push.
+"""The plan of a weight push: which rank sends which piece, and which tensors are in which bucket.
 
-    holdings = exchange(mine)                       # gather.py: what every rank holds, JSON, once
-    plan = make_plan(table, holdings, bucket_bytes=256 << 20)
-    plan.buckets[3].tensors["model.norm.weight"]    # Entry(shape, dtype, offset) in the bucket's flat buffer
+The plan is made once and carried out at every push.
 
-A bucket is consecutive Hugging Face tensors of the model, laid out one after another without gaps,
-which is both a safetensors data section and SGLang's flattened bucket. A parameter is never split
-over buckets. Nothing here knows a process group or an engine: every rank makes the same plan from
-the same holdings.
+    # what every rank holds (gather.py)
+    holdings = exchange(mine, world_size)
+    plan = make_gather_plan(table, holdings, bucket_bytes=256 << 20)
+    # Entry(shape, dtype, offset) in the flat buffer of bucket 3
+    plan.buckets[3].tensors["model.norm.weight"]
+
+A bucket is consecutive Hugging Face tensors of the model, one after another without gaps. This is the
+layout of a safetensors data section and of SGLang's flattened bucket. A parameter is never split over
+buckets. Nothing here knows a process group or an engine: every rank makes the same plan from the same
+holdings.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Holding:
-    """What one rank has: its place and its parameters under global names (table.global_params)."""
+    """What one rank has: its place, and its parameters under global names (global_params)."""
 
-    # of the world
+    # rank in the world
     rank: int
     tp_rank: int
     tp_size: int
@@ -42,8 +45,9 @@ class Holding:
 
 @dataclass(frozen=True)
 class Entry:
-    """A Hugging Face tensor in a bucket's flat buffer: `flat[offset : offset +
-    nbytes].view(dtype).view(shape)`.
+    """A Hugging Face tensor in the flat buffer of a bucket.
+
+    The tensor is `flat[offset : offset + nbytes].view(dtype).view(shape)`.
     """
 
     shape: Shape
@@ -53,17 +57,16 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor-parallel part of a parameter (or the whole of one that is not cut), and the rank
-    that sends it.
-    """
+    """One tensor-parallel part of a parameter, or the whole parameter if it is not cut."""
 
     layout: Layout
-    # the first of the ranks that hold a copy
+    # the rank that sends the piece: the first rank that holds a copy
     owner: int
 
 
@@ -73,27 +76,29 @@ class Param:
 
     name: str
     parts: tuple[str, ...]
-    # on the way: every piece is cast to it by its owner
+    # the dtype that travels; owners cast their pieces
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
 class Bucket:
+    """Consecutive parameters of the model, and their Hugging Face tensors in one flat buffer."""
+
     index: int
     params: tuple[Param, ...]
     tensors: Mapping[str, Entry]
     nbytes: int
 
     def only(self, names: frozenset[str]) -> Bucket:
-        """The same bucket with these parameters alone."""
+        """This bucket with these parameters alone."""
         params = tuple(param for param in self.params if param.name in names)
         return _bucket(
             self.index, params, {part: self.tensors[part].shape for param in params for part in param.parts}
         )
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The tensors of a flat uint8 buffer, without a copy."""
+        """The tensors of a flat uint8 buffer, by name, without a copy."""
         return {
             n: flat[e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)
             for n, e in self.tensors.items()
@@ -102,31 +107,33 @@ class Bucket:
 
 @dataclass(frozen=True)
 class GatherPlan:
+    """All buckets of a model, in order."""
+
     buckets: tuple[Bucket, ...]
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(bucket.nbytes for bucket in self.buckets)
 
     @property
     def max_bucket_bytes(self) -> int:
+        """Bytes of the largest bucket."""
         return max(bucket.nbytes for bucket in self.buckets)
 
     def tensors(self) -> dict[str, Entry]:
-        """Every Hugging Face tensor; offsets are those within its bucket."""
+        """Every Hugging Face tensor by name; offsets count from the begin of the bucket."""
         return {name: entry for bucket in self.buckets for name, entry in bucket.tensors.items()}
 
 
 def make_gather_plan(
     table: ParamTable, holdings: Sequence[Holding], *, bucket_bytes: int, dtype: torch.dtype | None = None
 ) -> GatherPlan:
-    """Buckets of at most `bucket_bytes` (a larger parameter alone) over the whole model, in the
-    model's order.
+    """Divide the model into buckets of at most `bucket_bytes`, in order; a larger parameter is alone.
 
-    `dtype`: what travels; None = each parameter's own. A tied model's output layer does not travel.
-    UserError names a tensor that no rank holds, a parameter that the table does not know, and one
-    whose shape does not fit.
+    `dtype`: what travels; None: the dtype of each parameter. The output layer of a tied model does not
+    travel. UserError names a tensor that no rank holds, a parameter that the table does not know, or a
+    parameter whose shape does not fit.
     """
     held: dict[str, list[Holding]] = {}
     for holding in holdings:
@@ -155,7 +162,7 @@ def make_gather_plan(
         params.append(Param(name, tuple(rule.parts), dtype or own_dtype, tuple(pieces)))
         shapes.update(rule.parts)
     for name in held:
-        # raises for what the table does not know
+        # The table does not list these names: raises UserError if no rule fits.
         table.rule(name)
     return GatherPlan(
         tuple(_bucket(i, group, shapes) for i, group in enumerate(_groups(params, shapes, bucket_bytes)))

@@ -1,15 +1,21 @@
-"""Hugging Face directories: read config.json and safetensors lazily, write weights and what belongs to them.
+"""Reads and writes Hugging Face directories.
 
-with ExitStack() as stack:
-    source = Source(Path(hf_dir), stack)
-    rows = source.slice("model.norm.weight", (4096,))[:16]              # reads 16 rows
-write_weights(tensors, source_dir, out_dir)                             what an engine loads:
-                                                                        weights + config.json
-save_hf(tensors, source_dir, out_dir)                                   what a user loads: +
-                                                                        tokenizer and the rest
-with HFWriter(out_dir, source_dir) as writer:                           the same, one tensor in
-memory at a time
-    writer.add(name, tensor)
+Reading is lazy:
+
+    with ExitStack() as stack:
+        source = Source(Path(hf_dir), stack)
+        # reads 16 rows
+        rows = source.slice("model.norm.weight", (4096,))[:16]
+
+Three ways to write:
+
+    # what an engine loads: weights and config.json
+    write_weights(tensors, source_dir, out_dir)
+    # what a user loads: also the tokenizer and the rest
+    save_hf(tensors, source_dir, out_dir)
+    # the same, with one tensor in memory at a time
+    with HFWriter(out_dir, source_dir) as writer:
+        writer.add(name, tensor)
 """
 
 from __future__ import annotations
@@ -31,9 +37,16 @@ from torch import Tensor
 from megasd.models import registry
 from megasd.models.tp_layouts import Shape
 from megasd.types import UserError
-from megasd.weights.safetensors_io import INDEX, as_bytes, index_of, plan_shards, write_at
+from megasd.weights.safetensors_io import (
+    INDEX,
+    TensorLocation,
+    as_bytes,
+    index_of,
+    plan_shards,
+    write_at,
+)
 
-# of one safetensors file of save_hf
+# about how large one safetensors file of HFWriter is
 SHARD_BYTES = 4 << 30
 _FILE_DTYPES = {"F32", "BF16", "F16"}
 _COPIED = (
@@ -49,7 +62,7 @@ _COPIED = (
 
 
 def read_hf_config(hf_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """config.json of a directory; UserError when it is missing or not JSON."""
+    """config.json of a directory. UserError: it is missing or not JSON."""
     path = Path(hf_dir) / "config.json"
     try:
         return json.loads(path.read_text())
@@ -60,12 +73,16 @@ def read_hf_config(hf_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class Source:
-    """The safetensors files of a directory, one or many, opened when first read. Close with the
-    ExitStack given.
+    """The safetensors files of a directory, one or many.
+
+    Files are opened when they are first read, and closed with the ExitStack that is given. UserError:
+    the directory has no safetensors, or an index that does not fit.
     """
 
     def __init__(self, hf_dir: Path, stack: ExitStack) -> None:
-        self.dir, self.stack, self.files = hf_dir, stack, {}
+        self.dir, self.stack = hf_dir, stack
+        # file name -> open file
+        self.files: dict[str, Any] = {}
         index, single = hf_dir / "model.safetensors.index.json", hf_dir / "model.safetensors"
         if single.is_file():
             self.file_of = dict.fromkeys(self._open(single.name).keys(), single.name)
@@ -102,7 +119,7 @@ class Source:
         return self.files[name]
 
     def slice(self, name: str, shape: Shape) -> Any:
-        """A lazily read tensor; UserError unless it is there, floating point and of this shape."""
+        """A tensor to slice, read lazily. UserError: no float tensor of this name and shape."""
         path = self.dir / self.file_of[name]
         try:
             found = self._open(self.file_of[name]).get_slice(name)
@@ -125,7 +142,7 @@ class Source:
 
 
 def write_hf_config(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None:
-    """source_dir's config.json with the dtype of the weights that go beside it."""
+    """Write the config.json of source_dir, with the dtype of the weights of out_dir."""
     config = read_hf_config(source_dir)
     name = str(dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = name
@@ -135,8 +152,9 @@ def write_hf_config(source_dir: Path, out_dir: Path, dtype: torch.dtype) -> None
 def write_weights(
     tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]
 ) -> int:
-    """Write model.safetensors and config.json into out_dir, each renamed when whole; returns the
-    bytes of the tensors.
+    """Write model.safetensors and config.json into out_dir. Returns the bytes of the tensors.
+
+    model.safetensors gets its name when it is whole.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -148,9 +166,7 @@ def write_weights(
 
 
 def copy_side_files(source_dir: Path, out_dir: Path) -> None:
-    """What belongs to a model beside weights and config.json: tokenizer, chat templates, generation
-    config.
-    """
+    """Copy what belongs to a model next to its weights: tokenizer, chat templates, generation config."""
     for pattern in _COPIED:
         for path in sorted(source_dir.glob(pattern)):
             (
@@ -161,7 +177,7 @@ def copy_side_files(source_dir: Path, out_dir: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Renames and new files in it survive a power cut."""
+    """Make renames and new files in this directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -169,27 +185,27 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def put_in_place(beside: Path, out_dir: Path) -> None:
-    """Rename a whole directory to out_dir; one that is there is replaced."""
+def put_in_place(finished: Path, out_dir: Path) -> None:
+    """Rename a finished directory to out_dir; replaces an existing out_dir."""
     old = out_dir.with_name(out_dir.name + ".old")
     if old.exists():
         shutil.rmtree(old)
     if out_dir.exists():
         out_dir.rename(old)
-    beside.rename(out_dir)
+    finished.rename(out_dir)
     sync_directory(out_dir.parent)
     if old.exists():
         shutil.rmtree(old)
 
 
 class HFWriter:
-    """A Hugging Face directory written tensor by tensor, in any order: weights, config.json,
-    generation config, tokenizer.
+    """Writes a Hugging Face directory tensor by tensor, in any order.
 
-    Everything goes to `<out_dir>.tmp`, renamed when whole; an out_dir that is there is replaced.
-    The names and shapes are those of source_dir's config.json, and every one must come once. An
-    error in the `with` block leaves out_dir as it was. Nothing is kept in memory; files of about
-    SHARD_BYTES and an index when there are several.
+    The directory gets weights, config.json, generation config and tokenizer. All files go to
+    `<out_dir>.tmp`, which is renamed when it is whole and replaces an existing out_dir. config.json of
+    source_dir gives names and shapes, and every tensor must be added once. An error in the `with` block
+    leaves out_dir as it was. No tensor is kept in memory. Files have about SHARD_BYTES; several files
+    have an index.
     """
 
     def __init__(
@@ -198,43 +214,38 @@ class HFWriter:
         source_dir: str | os.PathLike[str],
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`dtype`: what is written (tensors are cast); None = that of the first tensor, which all
-        must have.
-        """
-        self.out_dir, self.source_dir, self.dtype, self._cast = (
-            Path(out_dir),
-            Path(source_dir),
-            dtype,
-            dtype is not None,
-        )
+        """`dtype`: tensors are cast to it; None: all tensors must have the dtype of the first one."""
+        self.out_dir, self.source_dir = Path(out_dir), Path(source_dir)
+        self.dtype, self._cast = dtype, dtype is not None
         self.expected = registry.param_table(read_hf_config(source_dir)).expected_tensors()
-        self.beside = self.out_dir.with_name(self.out_dir.name + ".tmp")
-        # tensor -> open file
+        self.unfinished = self.out_dir.with_name(self.out_dir.name + ".tmp")
+        # tensor -> open file, and its place there; empty before the first tensor
         self._files: dict[str, int] = {}
+        self._places: dict[str, TensorLocation] = {}
         self._stack = ExitStack()
         self._left = dict.fromkeys(self.expected)
 
     def __enter__(self) -> Self:
         with self._telling():
-            if self.beside.exists():
-                shutil.rmtree(self.beside)
-            self.beside.mkdir(parents=True)
+            if self.unfinished.exists():
+                shutil.rmtree(self.unfinished)
+            self.unfinished.mkdir(parents=True)
         return self
 
     def _begin(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        write_hf_config(self.source_dir, self.beside, dtype)
-        copy_side_files(self.source_dir, self.beside)
+        write_hf_config(self.source_dir, self.unfinished, dtype)
+        copy_side_files(self.source_dir, self.unfinished)
         plans = plan_shards({name: (dtype, shape) for name, shape in self.expected.items()}, SHARD_BYTES)
         self._places = {name: place for plan in plans for name, place in plan.places.items()}
         for plan in plans:
-            file = os.open(self.beside / plan.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            file = os.open(self.unfinished / plan.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._stack.callback(os.close, file)
             write_at(file, memoryview(plan.header), 0)
             os.truncate(file, plan.nbytes)
             self._files |= dict.fromkeys(plan.places, file)
         if (index := index_of(plans)) is not None:
-            (self.beside / INDEX).write_text(index)
+            (self.unfinished / INDEX).write_text(index)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -242,12 +253,14 @@ class HFWriter:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.beside}: {error.strerror}; make room for the export, {self.out_dir} is as it was"
+                f"{self.unfinished}: {error.strerror}; make room for the export, {self.out_dir} is as it was"
             ) from error
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor. UserError for a name that config.json does not ask for, a second time,
-        another shape or another dtype.
+        """Write one tensor.
+
+        UserError: config.json has no such tensor, or the tensor comes a second time, or has another
+        shape or dtype.
         """
         if name not in self._left:
             why = "was written before" if name in self.expected else "is not a tensor of this config.json"
@@ -283,16 +296,16 @@ class HFWriter:
                     for file in set(self._files.values()):
                         os.fsync(file)
             if kind is None:
-                sync_directory(self.beside)
-                put_in_place(self.beside, self.out_dir)
+                sync_directory(self.unfinished)
+                put_in_place(self.unfinished, self.out_dir)
         finally:
-            shutil.rmtree(self.beside, ignore_errors=True)
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
 def save_hf(
     tensors: Mapping[str, Tensor], source_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]
 ) -> None:
-    """A Hugging Face directory of all tensors of source_dir's config.json; see HFWriter."""
+    """Write a Hugging Face directory of all tensors of the config.json of source_dir; see HFWriter."""
     with HFWriter(out_dir, source_dir) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)

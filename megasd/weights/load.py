@@ -1,5 +1,6 @@
-"""Fill the live parameters of a parallel model from a Hugging Face directory. No communication:
-each rank reads only its own slices.
+"""Fills the live parameters of a parallel model from a Hugging Face directory.
+
+Ranks do not communicate: each rank reads only its own slices.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ from megasd.weights.te_fp8 import fill, is_quantised
 
 
 def check_names(names: Iterable[str], table: ParamTable, where: Path) -> None:
-    """UserError for a tensor of the model that is not among `names`, or one of `names` that the
-    model has not. `where`: for the message.
-    """
+    """Raise UserError unless `names` are the tensors of the model; the message begins with `where`."""
     expected, found = table.expected_tensors(), set(names)
     for name in expected:
         if name not in found:
@@ -30,7 +29,7 @@ def check_names(names: Iterable[str], table: ParamTable, where: Path) -> None:
                 f"{where}: tensor {name} is missing, which config.json asks for; fetch the directory again"
             )
     if table.tied:
-        # some tied checkpoints carry a copy of the embedding
+        # Some checkpoints of tied models hold a copy of the embedding.
         found.discard("lm_head.weight")
     unknown = sorted(found - expected.keys())
     if unknown:
@@ -41,10 +40,10 @@ def check_names(names: Iterable[str], table: ParamTable, where: Path) -> None:
 
 
 def check_hf(hf_dir: str | os.PathLike[str]) -> None:
-    """Raise UserError for whatever `load_hf` would refuse in any layout: config.json, and every
-    tensor's name, shape and dtype.
+    """Raise UserError for everything that `load_hf` would refuse with any parallel layout.
 
-    Reads headers only. One rank does it before the others build a model that they cannot load.
+    Checks config.json, and name, shape and dtype of every tensor; reads headers only. One rank calls
+    this before the ranks build a model that they could not load.
     """
     hf_dir = Path(hf_dir)
     hf = read_hf_config(hf_dir)
@@ -52,7 +51,7 @@ def check_hf(hf_dir: str | os.PathLike[str]) -> None:
         table = registry.param_table(hf)
         registry.config_from_hf(hf)
     except UserError as error:
-        # which begins with "config.json" and cannot know where it lies
+        # The message begins with "config.json", without a directory.
         raise UserError(f"{hf_dir}/{error}") from error
     with ExitStack() as stack:
         checkpoint = Source(hf_dir, stack)
@@ -62,7 +61,7 @@ def check_hf(hf_dir: str | os.PathLike[str]) -> None:
 
 
 def _check_whole_layers(params: Mapping[str, Tensor], table: ParamTable, experts: Sequence[int]) -> None:
-    """A layer of which one parameter is here must be here whole: a layer spec may have left one out."""
+    """Raise UserError if a layer lacks a parameter that a layer spec may have left out."""
     for index in sorted({int(name.split(".")[2]) for name in params if name.startswith("decoder.layers.")}):
         for wanted in table.layer_names(index, experts):
             if wanted not in params:
@@ -83,12 +82,11 @@ def load_hf(
     ep_rank: int = 0,
     ep_size: int = 1,
 ) -> None:
-    """Fill the local parameters, under global names (table.global_params), in place, from a Hugging
-    Face directory. No communication.
+    """Fill the local parameters, under global names (global_params), in place. No communication.
 
-    Only this rank's slices are read; values are cast to the parameter's dtype; padded vocabulary
-    rows (embedding and output layer) become zeros, and the loss masks their logits. All names and
-    shapes are checked before the first copy. UserError names the tensor that is missing, left over
+    Only the slices of this rank are read. Values are cast to the dtype of the parameter. Padded
+    vocabulary rows (embedding and output layer) become zeros; the loss masks their logits. All names
+    and shapes are checked before the first copy. UserError names a tensor that is missing, left over
     or of another shape.
     """
     hf_dir = Path(hf_dir)
@@ -111,15 +109,15 @@ def load_hf(
                 (param, rule, layout, [source.slice(part, shape) for part, shape in rule.parts.items()])
             )
         for param, rule, layout, sources in plan:
-            # A slice of a TransformerEngine fp8 parameter is a dequantised copy; only whole does it
-            # take values.
+            # A slice of a TransformerEngine fp8 parameter is a dequantised copy: the parameter takes
+            # values only as a whole.
             shard = (
                 torch.empty(layout.shape, dtype=param.dtype, device=param.device)
                 if is_quantised(param)
                 else param
             )
             if rule.layout is tp_layouts.vocab:
-                # its last rows may be padding
+                # the last rows may be padding
                 shard.zero_()
             for s in layout.segments:
                 values = (

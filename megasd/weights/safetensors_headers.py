@@ -10,8 +10,9 @@ from megasd.types import UserError
 
 
 def read_headers(directory: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (safetensors dtype, shape) of every tensor in a directory's *.safetensors. UserError
-    if there is none or one is cut.
+    """Name -> (safetensors dtype, shape) of every tensor in the *.safetensors of a directory.
+
+    UserError: the directory has no such file, or a file is cut off.
     """
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
@@ -36,15 +37,15 @@ def read_headers(directory: str | Path) -> dict[str, tuple[str, tuple[int, ...]]
 
 
 def tensor_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape; see read_headers."""
+    """Name -> shape of every tensor in the *.safetensors of a directory; see read_headers."""
     return {name: shape for name, (_, shape) in read_headers(directory).items()}
 
 
 def check_same_tensors(directory: str | Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """UserError naming the first missing, unknown or differently shaped tensor. SGLang ignores
-    unknown names and dies of wrong shapes.
+    """Raise UserError naming the first tensor that is missing, unknown or of another shape.
 
-    With tied embeddings lm_head.weight may be left out on either side.
+    SGLang ignores unknown names and dies of wrong shapes. With tied embeddings, either side may leave
+    out lm_head.weight.
     """
     found = tensor_shapes(directory)
     optional = {"lm_head.weight"} if tied else set()

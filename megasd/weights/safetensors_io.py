@@ -1,8 +1,7 @@
-"""Safetensors files written in pieces at known places, and read without mapping them: the memory
-held is one block.
+"""Writes and reads safetensors files block by block, without mapping them.
 
-The names, dtypes and shapes of a checkpoint are known before its first value, and so are its files,
-headers and every tensor's offset.
+One block is in memory at a time. The names, dtypes and shapes of a checkpoint are known before the
+first value, and so are the files, their headers and the offset of every tensor.
 """
 
 from __future__ import annotations
@@ -31,23 +30,25 @@ INDEX = "model.safetensors.index.json"
 class TensorLocation(NamedTuple):
     """Where a tensor lies in its file."""
 
-    # bytes from the file's begin
+    # bytes from the begin of the file
     offset: int
     dtype: torch.dtype
     shape: Shape
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return prod(self.shape[1:]) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One file: its header as it is written and the place of each tensor, in the file's order."""
+    """One file: its header as bytes, and the place of each tensor, in the order of the file."""
 
     name: str
     header: bytes
@@ -55,12 +56,14 @@ class ShardPlan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the file."""
         return len(self.header) + sum(place.nbytes for place in self.places.values())
 
 
 def plan_shards(tensors: Mapping[str, tuple[torch.dtype, Shape]], shard_bytes: int) -> list[ShardPlan]:
-    """Files of about shard_bytes (a larger tensor has its own), tensors in the given order, the
-    wider dtypes of a file first.
+    """Divide tensors over files of about `shard_bytes`, in the given order; a larger tensor is alone.
+
+    Within a file, wider dtypes come first.
     """
     parts: list[list[str]] = [[]]
     size = 0
@@ -73,7 +76,7 @@ def plan_shards(tensors: Mapping[str, tuple[torch.dtype, Shape]], shard_bytes: i
         size += nbytes
     plans = []
     for number, names in enumerate(parts, start=1):
-        # stable: every tensor is aligned without gaps
+        # wider dtypes first, so that every tensor is aligned without gaps; otherwise in order
         names.sort(key=lambda name: -tensors[name][0].itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset, offsets = 0, {}
@@ -94,7 +97,7 @@ def plan_shards(tensors: Mapping[str, tuple[torch.dtype, Shape]], shard_bytes: i
 
 
 def index_of(plans: list[ShardPlan]) -> str | None:
-    """The text of model.safetensors.index.json; None for a single file, which has none."""
+    """The text of model.safetensors.index.json; None for a single file, which needs no index."""
     if len(plans) == 1:
         return None
     total = sum(place.nbytes for plan in plans for place in plan.places.values())
@@ -104,19 +107,20 @@ def index_of(plans: list[ShardPlan]) -> str | None:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_at(file: int, data: memoryview, offset: int) -> None:
-    """All of data at an offset of an open file; one call of the system may write less than it is given."""
+    """Write all of `data` at an offset of an open file; one system call may write only a part."""
     while len(data):
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
 
 
 def read_at(file: int, out: Tensor, offset: int, where: str) -> None:
-    """Fill a contiguous CPU tensor from an offset of an open file. UserError naming `where` when
-    the file ends before.
+    """Fill a contiguous CPU tensor from an offset of an open file.
+
+    UserError, which begins with `where`: the file ends too early.
     """
     data = as_bytes(out)
     while len(data):
@@ -127,12 +131,13 @@ def read_at(file: int, out: Tensor, offset: int, where: str) -> None:
 
 
 class RawShards:
-    """Tensors of safetensors files by plain reads: unlike mapped files, what was read is not
-    counted as this process's memory.
+    """The tensors of safetensors files, by plain reads.
+
+    Unlike pages of mapped files, the bytes that were read do not count as memory of this process.
     """
 
     def __init__(self, directory: Path, files: set[str], stack: ExitStack) -> None:
-        """UserError for a file that is not a whole safetensors file."""
+        """Open the files and read their headers. UserError: not a whole safetensors file."""
         self.places: dict[str, TensorLocation] = {}
         self.file_of: dict[str, str] = {}
         self._open: dict[str, int] = {}
@@ -166,7 +171,7 @@ class RawShards:
                     )
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, in its own dtype."""
+        """Rows [start, stop) of a tensor, in the dtype of the file."""
         place = self.places[name]
         out = torch.empty((stop - start, *place.shape[1:]), dtype=place.dtype)
         file = self.file_of[name]

@@ -1,64 +1,79 @@
-"""TransformerEngine's FP8 parameters (actor.fp8_param_gather) seen from outside its modules: read,
-filled, and lent other values.
+"""Reads and fills TransformerEngine's FP8 parameters (actor.fp8_param_gather).
 
-Such a parameter is a tensor subclass that shows its dtype before quantisation; its bytes lie
-elsewhere (`_data`, `_rowwise_data`), with scales and sometimes a transposed copy beside them.
-Whatever reads bytes, or sets `.data`, must come here. TransformerEngine 2.9 to 2.11.
+Such a parameter is a tensor subclass that shows its dtype before quantisation. Its bytes lie elsewhere
+(`_data`, `_rowwise_data`), next to scales and sometimes a transposed copy. Code that reads the bytes
+of a parameter, or sets `.data`, must use this file. Written for TransformerEngine 2.9 to 2.11.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
 
-def is_quantised(tensor: Tensor) -> bool:
-    """Whether it is one of TransformerEngine's, which exist only once it is imported."""
+    class QuantizedTensor(Tensor):
+        """The private attributes of TransformerEngine's tensors that are used here."""
+
+        _high_precision_init_val: Tensor | None
+        _quantizer: _Quantizer
+
+    class _Quantizer:
+        internal: bool
+
+        def __call__(self, values: Tensor) -> Tensor: ...
+
+
+def is_quantised(tensor: Tensor) -> TypeGuard[QuantizedTensor]:
+    """Whether the tensor is one of TransformerEngine's; none is, if it was never imported."""
     module = sys.modules.get("transformer_engine.pytorch.tensor")
     return module is not None and isinstance(tensor, module.QuantizedTensor)
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The values as an ordinary tensor, detached: those that the layer computes with, so an engine
-    that gets them computes with the same. An ordinary tensor is itself.
+    """The values that the layer computes with, as an ordinary tensor, detached.
+
+    An engine that gets these values computes with the same values as the layer.
     """
     return tensor.dequantize().detach() if is_quantised(tensor) else tensor.detach()
 
 
 @torch.no_grad()
 def fill(param: Tensor, values: Tensor) -> None:
-    """Give a whole parameter its start values, of its shape.
+    """Give a whole parameter its start values; `values` has the shape of the parameter.
 
-    The optimizer makes its fp32 copies from what a quantised parameter was before it was quantised,
-    which TransformerEngine keeps until then (on the CPU, from the random initialisation): that must
-    be these values too.
+    TransformerEngine keeps the values of before quantisation (on the CPU, from the random
+    initialisation). The optimizer makes its fp32 copies from them. So they are replaced, too.
     """
     param.copy_(values)
-    if is_quantised(param) and getattr(param, "_high_precision_init_val", None) is not None:
-        kept = param._high_precision_init_val
-        param._high_precision_init_val = values.to(device=kept.device, dtype=kept.dtype)
+    if is_quantised(param):
+        kept = getattr(param, "_high_precision_init_val", None)
+        if kept is not None:
+            param._high_precision_init_val = values.to(device=kept.device, dtype=kept.dtype)
 
 
 def storage(param: Tensor) -> Tensor:
-    """What `lend(param, storage)` puts back: the bytes that it has now, not a copy."""
+    """The bytes of the parameter, not a copy; `lend(param, storage)` puts them back."""
     return param.detach() if is_quantised(param) else param.data
 
 
 @torch.no_grad()
 def lend(param: Tensor, values: Tensor) -> None:
-    """`param.data = values` without a write into the bytes it had, in which optimizer buffers lie.
-    Ordinary values are quantised first: setting `.data` of a block-scaled parameter to them would
-    overwrite its bytes in place.
+    """Set `param.data = values` without writing into the old bytes, where optimizer buffers lie.
+
+    Ordinary values are quantised first: to set `.data` of a block-scaled parameter to ordinary values
+    would overwrite its bytes in place.
     """
     if is_quantised(param) and not is_quantised(values):
         quantizer = param._quantizer
-        # else a bare container without tensor methods
+        # With internal=True the quantizer would give a bare container without tensor methods.
         internal, quantizer.internal = quantizer.internal, False
         values = quantizer(values.to(param.dtype).contiguous())
         quantizer.internal = internal
     needs_gradient = param.requires_grad
     param.data = values
-    # TransformerEngine's setter takes it from the values
+    # TransformerEngine's setter of .data takes requires_grad from the values.
     param.requires_grad_(needs_gradient)
