@@ -26,19 +26,18 @@ in the verifier's own worker processes.
 
 from __future__ import annotations
 
-import hashlib
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megasd.config.schema import RewardConfig
-from megasd.data import check_text
+from megasd.data import check_answer, check_text
 from megasd.data.columns import DROPS_REPEATS, MAPPINGS
 from megasd.data.prompts import no_solution, read_prompts, used_id
-from megasd.data.rows import DataError, Row, row_files
+from megasd.data.rows import DataError, Row, row_files, short
+from megasd.data.same_text import FILLER, TOKEN, digest, prompt_digest, question_of
 from megasd.types import Group, Message, Prompt, Sample, UserError, Verdict
 
 VERIFIER_OF = {
@@ -52,24 +51,6 @@ HABIT_SHARE, HABIT_ROWS = 0.95, 20
 MATHS = re.compile(r"[\d\\$^=<>|{}]")
 # more than any tokenizer's on text; used where none is given
 CHARACTERS_A_TOKEN = 8
-SAME = str.maketrans(
-    {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
-    | dict.fromkeys("‐‑‒–—―−", "-")
-    | dict.fromkeys("‘’‚‛′", "'")
-    | dict.fromkeys("“”„‟″", '"')
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", "")
-)
-VARIANT = re.compile(f"[{''.join(map(chr, SAME))}]")
-# of text in small letters
-HOW_TO_ANSWER = re.compile(r"\\boxed|</?answer>|step[ -]by[ -]step|final answer|\$answer|\"answer:\"")
-DIGIT = re.compile(r"\d")
-SENTENCE = re.compile(r"(?<=[.?!:])\s+|\n+")
-ROUND_SYMBOLS = re.compile(r" (?=[^\w\s])|(?<=[^\w\s]) ")
-TOKEN = re.compile(r"\w+|[^\w\s]")
-FILLER = set(
-    ". , ; : ? ! ' \" ` please what whats is are s the a an of find compute calculate evaluate determine"
-    " solve give me work out".split()
-)
 
 
 @dataclass(frozen=True)
@@ -204,8 +185,8 @@ def _judge(
     if finding is not None:
         return finding
     verifier = rules.verifier or VERIFIER_OF.get(rules.mapping)
-    labels = check_text.options(prompt) or check_text.listed_options(row.values)
-    finding = check_text.unreadable_answer(prompt, verifier, labels) or check_text.shown_answer(prompt)
+    labels = check_answer.options(prompt) or check_answer.listed_options(row.values)
+    finding = check_answer.unreadable_answer(prompt, verifier, labels) or check_answer.shown_answer(prompt)
     return finding or _denied(row, prompt, verifier, labels, seen)
 
 
@@ -240,7 +221,7 @@ def _finding(error: DataError, row: Row) -> tuple[str, str]:
 
 def _is_known_repeat(prompt: Prompt, seen: _Seen) -> bool:
     known = seen.prompts.get(prompt_digest(prompt.messages))
-    return known is not None and known[1:] == (check_text.normal(prompt.answer), prompt.id)
+    return known is not None and known[1:] == (check_answer.normal(prompt.answer), prompt.id)
 
 
 def _repeated(
@@ -252,10 +233,10 @@ def _repeated(
     # without its values
     place = Row(row.path, row.number, None)
     asked = question_of(prompt.messages)
-    question = _digest(asked)
+    question = digest(asked)
     report.questions.setdefault(question, row.where)
     known_id = seen.ids.setdefault(prompt.id, place)
-    whole, answer = prompt_digest(prompt.messages), check_text.normal(prompt.answer)
+    whole, answer = prompt_digest(prompt.messages), check_answer.normal(prompt.answer)
     known, known_answer, _ = seen.prompts.setdefault(whole, (place, answer, prompt.id))
     if held_out is not None and question in held_out.questions:
         return (
@@ -274,7 +255,7 @@ def _repeated(
     if known_id is not place:
         return _finding(used_id(row, prompt.id, known_id), row)
     nearly = seen.nearly.setdefault(
-        _digest(" ".join(token for token in TOKEN.findall(asked) if token not in FILLER)), place
+        digest(" ".join(token for token in TOKEN.findall(asked) if token not in FILLER)), place
     )
     if nearly is not place:
         there = f"line {nearly.number}" if nearly.path == row.path else nearly.where
@@ -298,39 +279,38 @@ def _denied(
             "is none of the options that its prompt lists, unlike the file's others",
         )
     elif verifier in (None, "math"):
-        keeps = check_text.number(prompt.answer) is not None or (
+        keeps = check_answer.number(prompt.answer) is not None or (
             None if MATHS.search(prompt.answer) else False
         )
         message = (
-            f'"answer" is {check_text.short(prompt.answer)}, and nearly all others of the file are numbers;'
-            " correct it"
+            f'"answer" is {short(prompt.answer)}, and nearly all others of the file are numbers; correct it'
         )
         _note_habit(seen, row, "numbers", keeps, "answer", message)
     if prompt.solution is None or verifier in ("code", "tool_use"):
         return None
-    ends_on, broken = check_text.stated_answer(prompt.solution)
+    ends_on, broken = check_answer.stated_answer(prompt.solution)
     if broken:
         return "solution", f'"solution" {broken}; correct it'
     if ends_on is None:
-        gold, last = check_text.number(prompt.answer), check_text.last_number(prompt.solution)
+        gold, last = check_answer.number(prompt.answer), check_answer.last_number(prompt.solution)
         if gold is not None and last is not None:
             message = (
-                f'"solution" ends on {check_text.short(str(last))}, and "answer" is'
-                f" {check_text.short(prompt.answer)}; correct one of them"
+                f'"solution" ends on {short(str(last))}, and "answer" is'
+                f" {short(prompt.answer)}; correct one of them"
             )
             _note_habit(seen, row, "last number", gold == last, "solution", message)
         return None
-    mine, other = check_text.normal(prompt.answer), check_text.normal(ends_on)
+    mine, other = check_answer.normal(prompt.answer), check_answer.normal(ends_on)
     if mine.casefold() == other.casefold():
         return None
-    numbers = check_text.number(mine), check_text.number(other)
+    numbers = check_answer.number(mine), check_answer.number(other)
     letters = len(mine) == len(other) == 1 and mine.isalpha() and other.isalpha() and mine in labels
     if (None not in numbers and numbers[0] != numbers[1]) or letters:
         return (
             "solution",
             (
-                f'"solution" ends on {check_text.short(ends_on)}, and "answer" is'
-                f" {check_text.short(prompt.answer)}; correct one of them"
+                f'"solution" ends on {short(ends_on)}, and "answer" is'
+                f" {short(prompt.answer)}; correct one of them"
             ),
         )
     if None in numbers and not labels:
@@ -372,40 +352,8 @@ def _judge_doubts(report: CheckReport, seen: _Seen) -> None:
         pool.score(groups)
     for (row, answer, ends_on), group in zip(seen.doubts, groups, strict=True):
         verdict = group.samples[0].verdict
-        said = f'"solution" ends on {check_text.short(ends_on)}, and "answer" is {check_text.short(answer)}'
+        said = f'"solution" ends on {short(ends_on)}, and "answer" is {short(answer)}'
         if verdict is Verdict.WRONG:
             _add(report.errors, row, ("solution", f"{said}; correct one of them"))
         elif verdict is not Verdict.RIGHT:
             _add(report.warnings, row, ("solution", f"{said}; they could not be compared"))
-
-
-def prompt_digest(messages: list[Message]) -> bytes:
-    """16 bytes that two prompts share when they are the same: case, spacing, typographic variants
-    and a final mark aside.
-    """
-    return _digest(
-        "\x1e".join(f"{message['role']}\x1f{same_text(message['content'])}" for message in messages)
-    )
-
-
-def same_text(text: str) -> str:
-    """The text in the one spelling that texts are compared in."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-        text = text.translate(SAME) if VARIANT.search(text) else text
-    return ROUND_SYMBOLS.sub("", " ".join(text.casefold().split())).rstrip(" .?:;")
-
-
-def question_of(messages: list[Message]) -> str:
-    """What the user turns ask, as same_text has it, without sentences on how to answer; all of it
-    when nothing else is left.
-    """
-    text = "\n".join(message["content"] for message in messages if message["role"] == "user").lower()
-    if ("boxed" in text or "answer" in text or "step" in text) and HOW_TO_ANSWER.search(text):
-        kept = [part for part in SENTENCE.split(text) if not HOW_TO_ANSWER.search(part) or DIGIT.search(part)]
-        text = "\n".join(kept) if any(part.strip() for part in kept) else text
-    return same_text(text)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megasd.data.columns import DROPS_REPEATS, MAPPINGS, Mapped
+from megasd.data.column_values import Mapped
+from megasd.data.columns import DROPS_REPEATS, MAPPINGS
 from megasd.data.rows import DataError, Row, kind_name, read_rows, short
 from megasd.types import Message, Prompt
 

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megasd.data.check import CheckRules, check_file, question_of, same_text
+from megasd.data.check import CheckRules, check_file
 from megasd.data.prompts import load_prompts
+from megasd.data.same_text import question_of, same_text
 from tools.make_quickstart import make_rows, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -24,8 +24,9 @@ from pyarrow import parquet
 
 from megasd.config.schema import DataConfig
 from megasd.data.check import CheckRules, check_file
-from megasd.data.columns import BOXED, MAPPINGS, look_alike
+from megasd.data.columns import MAPPINGS, look_alike
 from megasd.data.prompts import DataError, load_prompts
+from megasd.data.published_sets import BOXED
 from megasd.rewards.code import parse_tests
 from megasd.rewards.tool_use import parse_calls, parse_gold
 from megasd.types import Prompt
