@@ -35,7 +35,7 @@ from megasd.config.schema import (
     RolloutConfig,
     SyncConfig,
 )
-from megasd.engine.client import EngineError, Unreachable
+from megasd.engine.errors import EngineError, Unreachable
 from megasd.engine.sampler import Sampler, make_sampler
 from megasd.weight_sync.engine_checksums import EngineWeights
 from megasd.weight_sync.sync import SyncError, WeightSync

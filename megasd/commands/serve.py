@@ -1,9 +1,10 @@
-"""megasd serve CONFIG...: rollout engines on this machine for a run on others
-(rollout.engine.served; engine/remote.py: how they meet).
+"""megasd serve CONFIG...: rollout engines on this machine for a run on other machines
+(rollout.engine.served). engine/remote.py says how run and engines find each other.
 
-Starts as many as fit, announces each when it answers, starts a dead or condemned one anew, and
-ends, closing all, when the run does, when its sign of life stops for PATIENCE seconds, or on
-SIGTERM. SIGUSR1 is not for engines: the run saves, leaves, and then they end.
+The command starts as many engines as fit, announces each when it answers, and restarts an engine
+that died or hangs. It closes all engines and ends when the run ends, when the run has given no sign
+of life for PATIENCE seconds, or on SIGTERM. It ignores SIGUSR1, which preempts the run: the engines
+end when the run has saved and ended.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from megasd.config.load import load_config
 from megasd.config.schema import LOOPBACK, Config, EngineConfig, engine_dtype
 from megasd.config.validate import default_world_size, validate_values
 from megasd.engine.auth import VARIABLE, engine_key
-from megasd.engine.client import EngineClient, EngineError
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError
 from megasd.engine.remote import (
     CLOSED,
     POLL,
@@ -45,8 +47,8 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 def run(args: argparse.Namespace, items: list[str]) -> int:
-    """The command; 0 when the run has ended or this was told to, 1 when the run went silent.
-    UserError for what cannot be served.
+    """Serve until the run ends. Returns 0 when the run has ended or a signal came, 1 when the run went
+    silent. UserError for a config that cannot be served here.
     """
     overrides = [item for item in items if re.match(r"[\w.]+=", item)]
     config = load_config([item for item in items if item not in overrides], overrides, RECIPES)
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace, items: list[str]) -> int:
 
 
 def make_engines(config: Config, *, host: str, count: int | None) -> list[EngineClient]:
-    """This machine's engines, not started. count None: as many as its GPUs hold; 1 on a machine without."""
+    """This machine's engines, not started. count None: as many as its GPUs hold, or 1 without GPUs."""
     if host not in LOOPBACK and engine_key() is None:
         raise UserError(
             f"--host {host}: SGLang lets in whoever reaches it; set {VARIABLE} here and where the run starts"
@@ -76,7 +78,7 @@ def make_engines(config: Config, *, host: str, count: int | None) -> list[Engine
             f" {gpus} GPUs; lower one"
         )
     node, logs = socket.gethostname(), Path(config.run.dir) / "engines"
-    # machines must not sample alike
+    # engines of different machines must not draw the same samples
     seed = config.run.seed + zlib.crc32(node.encode())
     return [
         EngineClient(
@@ -94,10 +96,10 @@ def make_engines(config: Config, *, host: str, count: int | None) -> list[Engine
 
 
 async def serve(engines: list[EngineClient], directory: Path) -> int:
-    """Until the run ends or goes silent or a signal comes; the exit code.
+    """Keep the engines up until the run ends, goes silent, or a signal comes. Returns the exit code.
 
-    StartError, EngineError when no engine can be kept up, when one has never answered, or one is
-    lost before the run is there.
+    EngineError (StartError) when all engines are lost, when an engine has never answered, or when
+    an engine is lost before the run is there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -112,7 +114,7 @@ async def serve(engines: list[EngineClient], directory: Path) -> int:
             for task in [task for task in tasks if task.done() and task not in lost]:
                 lost.add(task)
                 if tasks[task].answers_as is None or watch.heard is None or len(lost) == len(tasks):
-                    # raises
+                    # raises what the task failed with
                     await task
                 print(f"megasd: {task.exception()}; the others go on", flush=True)
             with contextlib.suppress(TimeoutError):
@@ -128,8 +130,12 @@ async def serve(engines: list[EngineClient], directory: Path) -> int:
 
 
 async def keep(engine: EngineClient, directory: Path, say: Callable[..., None]) -> None:
-    """Start an engine, announce it, and start it anew whenever it dies, at most max_restarts times."""
-    token, node, reason = job_token(), socket.gethostname(), ""
+    """Start an engine, announce it, and restart it whenever it dies, at most max_restarts times.
+
+    Never returns; EngineError when the restarts are used up.
+    """
+    token, node = job_token(), socket.gethostname()
+    reason: str | None = None
     for _ in range(engine.config.max_restarts + 1):
         engine.name = engine_name()
         engine.launch()
@@ -157,7 +163,7 @@ async def keep(engine: EngineClient, directory: Path, say: Callable[..., None]) 
 
 
 def died(engine: EngineClient, condemned: Path) -> str | None:
-    """Why it is to be started anew, None while it is not."""
+    """Why an engine must be restarted; None while it lives. `condemned`: file by which the run says so."""
     if engine.exit_code() is not None:
         return f"exit status {engine.exit_code()}"
     found = read_announcement(condemned)
@@ -165,21 +171,22 @@ def died(engine: EngineClient, condemned: Path) -> str | None:
 
 
 class Watch:
-    """Whether the run that the engines are for is still there."""
+    """Watches the run's files to see whether the run is still there.
+
+    heard: when its sign of life last changed; None before the run has begun. silent: it stopped.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.token = directory, job_token()
-        self.closed_before, self.beat = read_announcement(directory / CLOSED), None
+        self.closed_before = read_announcement(directory / CLOSED)
+        self.beat: str | None = None
         self.silent = False
-        # when its sign of life last changed; None before the run has begun
         self.heard: float | None = None
 
     def ended(self) -> str | None:
-        """Why, None while it is not."""
-        closed, trainer = (
-            read_announcement(self.directory / CLOSED),
-            read_announcement(self.directory / TRAINER),
-        )
+        """Why the engines are to be closed; None while the run is there, or has not begun."""
+        closed = read_announcement(self.directory / CLOSED)
+        trainer = read_announcement(self.directory / TRAINER)
         if (
             closed is not None
             and closed.get("token") == self.token
@@ -187,7 +194,7 @@ class Watch:
         ):
             return "the run has ended"
         if trainer is not None and trainer.get("token") == self.token and trainer.get("beat") != self.beat:
-            # what lay there before may be an earlier run's
+            # without a token, a file that lay there at the start may be an earlier run's
             if self.beat is not None or self.token:
                 self.heard = time.monotonic()
             self.beat = trainer.get("beat")

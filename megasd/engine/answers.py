@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megasd.engine.client import EngineError
+from megasd.engine.errors import EngineError
 from megasd.engine.target_weights import stamped_version
 
 

@@ -1,9 +1,9 @@
-"""The key that protects engines: the environment's MEGASD_ENGINE_KEY, on both sides. No config, no
-argument and no file holds it.
+"""The key that protects engines: the environment variable MEGASD_ENGINE_KEY, on both sides. No
+config, no argument and no file holds it.
 
-An engine that is started where the variable is set answers only who sends it (`Authorization:
-Bearer`); the client sends it to all. It travels as plain HTTP: it keeps other users of a cluster's
-network out, not who can read that network.
+An engine that is started where the variable is set answers only requests with the key
+(`Authorization: Bearer`); the client sends it with every request. The key travels as plain HTTP: it
+keeps other users of a cluster's network out, but not a user who can read that network.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Secret(str):
 
 
 def engine_key() -> Secret | None:
-    """The key, None where the variable is not set or empty. UserError, which does not quote it, for
-    one that HTTP cannot carry.
+    """The key; None where the variable is not set, or empty. UserError for a key that HTTP cannot
+    carry; the message does not quote it.
     """
     found = os.environ.get(VARIABLE, "")
     if not found:
@@ -41,8 +41,8 @@ def engine_key() -> Secret | None:
 
 
 def protect(server_args: Any) -> None:
-    """In the server's process: SGLang's `api_key` from the environment. Its argument vector and its
-    log stay without.
+    """Give SGLang its `api_key` from the environment, in the server's process. The key is then in no
+    argument vector and no log.
     """
     key = engine_key()
     if key is not None:

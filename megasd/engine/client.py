@@ -1,134 +1,114 @@
-"""One SGLang server over HTTP: know whether it is alive, ask it, give it weights. HTTP only; sglang
-is never imported here.
+"""One SGLang server over HTTP: whether it is alive, requests for samples, and its weights.
 
-    engine = Engine(config, model_path="runs/q/model", device="cpu", dtype="float32", log_path=Path("runs/q/engine.log"), seed=1)
-    engine.launch()                                   # a process on loopback; output in runs/q/engine.log
+    engine = EngineClient(config, model_path="runs/q/model", device="cpu", dtype="float32", ...)
+    engine.launch()                                   # a process on loopback; output in log_path
     await engine.wait_ready()                         # until it has generated a token
-    await engine.load_weights("runs/q/weights/3", 3)  # and /model_info says 3
-    # the whole process tree; also when the trainer is killed
-    engine.kill()
+    await engine.applied.load("runs/q/weights/3", 3)  # and /model_info says 3
+    engine.kill()                                     # the whole process tree
+
+A trainer that is killed takes its engines with it.
 
 An engine is dead when its process has exited, when it refuses connections repeatedly, or when
 requests wait in it and none has finished nor grown by a token for `progress_timeout` seconds:
-SGLang's own /health goes on answering for a while in each of these cases.
-"""  # noqa: E501
+SGLang's own /health goes on answering for a while in each of these cases. sglang is never imported
+here.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from megasd.config.schema import EngineConfig
+from megasd.engine.applied_weights import PARTIAL, AppliedWeights
 from megasd.engine.auth import VARIABLE, engine_key
+from megasd.engine.errors import Refused, StartError, Unreachable
 from megasd.engine.process import EngineProcess
 from megasd.types import UserError
 
 # seconds; SGLang closes an idle connection after 5, and a request that meets the closing is lost
 KEEP_ALIVE = 2.0
-# seconds an engine may take to read pushed weights; a silent one must not hold all ranks for ever
-LOAD_TIMEOUT = 1800.0
 # connections refused in a row that make an engine dead
 PROBES = 4
-# stamp of an engine in the middle of a live update: nothing that it samples counts
-PARTIAL = "partial-"
-
-
-class EngineError(RuntimeError):
-    """An engine that did not do what it was asked, and would not if asked again."""
-
-
-class StartError(EngineError, UserError):
-    """An engine that does not start; its log says why, most often about rollout.engine's settings
-    or the machine's memory.
-    """
-
-
-class Refused(EngineError):
-    """HTTP 4xx: asking again would be refused again."""
-
-
-class Unreachable(Exception):
-    """Connection refused, reset or closed, HTTP 5xx, or no progress: worth asking again, perhaps
-    elsewhere.
-    """
 
 
 class EngineClient(EngineProcess):
-    """A server and what is known of it. `restartable`: it can come back as a new process, by
-    `launch` and `wait_ready`.
+    """A server, its weights (`applied`), and what is known of its health.
 
     Every coroutine and `launch` belong to one event loop, in a thread that lives as long as the
-    engine: the server dies with that thread.
+    engine: the server dies with that thread. `restartable`: it can come back as a new process, by
+    `launch` and `wait_ready`.
     """
 
     def __init__(self, config: EngineConfig, **kwargs: Any) -> None:
-        """`kwargs`: those of Server."""
+        """`kwargs`: those of EngineProcess."""
         super().__init__(config, **kwargs)
-        self.session: aiohttp.ClientSession | None = None
-        # answers, as far as is known
+        self.applied = AppliedWeights(self)
+        # whether it answers, as far as is known
         self.alive = False
-        # weight version that it holds whole; None = it must not be asked for samples
-        self.applied_version: int | None = None
-        # was found to hold something else than was sent
-        self.distrusted = False
-        # tags of memory that it has given back
-        self.released: set[str] = set()
-        # in a live update: generation stopped; SGLang's update session open
-        self.paused = self.updating = False
         # why it is not alive, once it was found dead
         self.reason = "not started"
         self.restartable, self.restarts = self.owned, 0
-        # dead, and its restarts are used up: the others go on without it
+        # it is dead and its restarts are used up: the others go on without it
         self.lost = False
-        self.tp_size = config.tensor_parallel_size
-        # the name that it was started under
-        self.answers_as: str | None = None
-        # prompt + response tokens that a request may have
-        self.max_tokens: int | None = None
-        # generate requests
-        self.in_flight = 0
-        # tokens that they ask for, prompt and response
-        self.busy = 0
-        self.hung = False
-        # the scheduler's load when it was last asked
-        self._load: list | None = None
-        self._last_progress = 0.0
-        # one caller revives
+        # only one caller at a time revives it
         self.lock = asyncio.Lock()
+        self.tp_size = config.tensor_parallel_size
+        # the name that it was started under (served_model_name)
+        self.answers_as: str | None = None
+        # prompt + response tokens that a request may have; None before it has said
+        self.max_tokens: int | None = None
+        # generate requests, and the prompt and response tokens that they ask for
+        self.in_flight = self.busy = 0
+        # requests wait in it, and it makes no progress
+        self.hung = False
+        # load of the scheduler when it was last asked, and the time of the last answer
+        self._load: list[list[Any]] | None = None
+        self._last_progress = 0.0
+        self._session: aiohttp.ClientSession | None = None
 
     @property
     def up(self) -> bool:
-        """May be asked for samples."""
-        return self.alive and self.applied_version is not None
+        """Whether it may be asked for samples."""
+        return self.alive and self.applied.version is not None
 
     def launch(self) -> None:
-        """As Server's; the new process knows nothing of the old one's weights or pauses."""
+        """Start the process and return at once; see EngineProcess."""
         super().launch()
-        self.hung = self.paused = self.updating = False
-        self.released = set()
+        self.hung = False
+        self.applied.forget_update()
 
     def kill(self) -> None:
-        """As Server's."""
+        """Kill the process tree of an owned engine and wait until it is gone."""
         self.alive = False
         super().kill()
 
+    async def close(self) -> None:
+        """Close the connections and kill an owned engine."""
+        await self.disconnect()
+        self.kill()
+
+    async def disconnect(self) -> None:
+        """Close the connections; the next request opens them again."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
     # ---- HTTP ------------------------------------------------------------------------------------
 
-    def _session(self) -> aiohttp.ClientSession:
-        if self.session is None:
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
             key = engine_key()
             headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
-            self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
-        return self.session
+            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
+        return self._session
 
     async def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
@@ -137,7 +117,7 @@ class EngineClient(EngineProcess):
         after `timeout` seconds.
         """
         try:
-            async with self._session().request(
+            async with self._open_session().request(
                 method,
                 self.url + path,
                 json=body,
@@ -181,8 +161,8 @@ class EngineClient(EngineProcess):
                     self._last_progress = time.monotonic()
                     return outputs
                 if time.monotonic() >= self._last_progress + self.config.progress_timeout:
-                    # a push is under way; or long answers: none is finished, and all grow
-                    if self.paused or await self._generating():
+                    # a push is under way, or answers are long: none is finished, and all grow
+                    if self.applied.paused or await self.is_progressing():
                         self._last_progress = time.monotonic()
                         continue
                     self.hung = True
@@ -191,9 +171,9 @@ class EngineClient(EngineProcess):
             self.in_flight, self.busy = self.in_flight - 1, self.busy - size
             task.cancel()
 
-    async def _generating(self) -> bool:
-        """Whether the scheduler's load (requests and tokens in use) has moved since this was last
-        asked; the first answer counts as moved.
+    async def is_progressing(self) -> bool:
+        """Whether the scheduler's load (requests and tokens in use) has changed since the last call; the
+        first answer counts as a change.
         """
         try:
             answer = await self.request("GET", "/v1/loads", timeout=10)
@@ -203,18 +183,13 @@ class EngineClient(EngineProcess):
         before, self._load = self._load, [[load.get(name) for name in names] for load in answer["loads"]]
         return self._load != before
 
-    async def close(self) -> None:
-        """Close the connections and kill an owned engine."""
-        if self.session is not None:
-            await self.session.close()
-            self.session = None
-        self.kill()
-
-    # ---- life ------------------------------------------------------------------------------------
+    # ---- health ----------------------------------------------------------------------------------
 
     async def wait_ready(self) -> None:
-        """Until the engine has generated a token (at most start_timeout). StartError with the log's
-        last error; UserError for a URL.
+        """Wait until the engine has generated a token, at most start_timeout. StartError with the log's
+        last error.
+
+        A server given by URL is asked once: UserError if it does not answer, or serves another model.
         """
         if not self.owned:
             return await self._check_url()
@@ -232,7 +207,7 @@ class EngineClient(EngineProcess):
                 raise StartError(
                     f"the engine gave no token within {limit}: {self.last_error()} (log: {self.log_path})"
                 )
-            # whoever answers there is another
+            # whatever answers at this port is another program
             if self.port_was_taken():
                 self.kill()
                 self.launch()
@@ -242,7 +217,7 @@ class EngineClient(EngineProcess):
             except Unreachable:
                 await asyncio.sleep(0.2)
         await self._read_limits()
-        self.alive, self.applied_version = True, 0
+        self.alive, self.applied.version = True, 0
 
     async def _check_url(self) -> None:
         try:
@@ -263,10 +238,11 @@ class EngineClient(EngineProcess):
             )
         await self._read_limits()
         self.incarnation += 1
-        self.hung, self.alive, self.released = False, True, set()
-        # A trainer that died in the middle of a push has left it so; a server that was restarted
-        # since knows nothing of it.
-        self.paused = self.updating = str(info["weight_version"]).startswith(PARTIAL)
+        self.hung, self.alive = False, True
+        self.applied.forget_update()
+        # A trainer that died in the middle of a push has left the engine paused. A server that was
+        # restarted since then knows nothing of the push.
+        self.applied.paused = self.applied.updating = str(info["weight_version"]).startswith(PARTIAL)
 
     async def _read_limits(self) -> None:
         info = await self.request("GET", "/server_info", timeout=30)
@@ -284,8 +260,8 @@ class EngineClient(EngineProcess):
                 )
 
     async def why_dead(self) -> str | None:
-        """Why the engine counts as dead, None if it lives. Takes some seconds to be sure of a
-        refused connection.
+        """Why the engine counts as dead, None if it lives. A refused connection is tried again for some
+        seconds.
         """
         if self.hung:
             return f"no token in {self.config.progress_timeout:g} s"
@@ -300,141 +276,6 @@ class EngineClient(EngineProcess):
                 reason = str(error)
             await asyncio.sleep(0.25 * 2**attempt)
         return reason
-
-    async def weight_version(self) -> str:
-        """What /model_info says."""
-        return str((await self.request("GET", "/model_info", timeout=30))["weight_version"])
-
-    async def load_weights(self, directory: str, version: int) -> None:
-        """Load a safetensors directory and stamp it. EngineError if the engine refuses or then
-        names another version.
-        """
-        self.applied_version = None
-        await self._resume("weights")
-        body = {
-            "model_path": os.path.abspath(directory),
-            "weight_version": str(version),
-            "flush_cache": True,
-            # whatever still runs belongs to a request that was given up
-            "abort_all_requests": True,
-        }
-        try:
-            answer = await self.request("POST", "/update_weights_from_disk", body, timeout=LOAD_TIMEOUT)
-        except Refused as error:
-            raise EngineError(f"the engine did not load {directory}: {error}") from error
-        if not answer.get("success"):
-            raise EngineError(f"the engine did not load {directory}: {answer.get('message')}")
-        await self._resume("kv_cache")
-        await self._confirm(version)
-
-    async def _confirm(self, version: int) -> None:
-        served = await self.weight_version()
-        if served != str(version):
-            raise EngineError(f"{self.url} serves weight version {served} after a push of version {version}")
-        self.applied_version, self.distrusted = version, False
-
-    # ---- a live update: pause, update session, stamp ---------------------------------------------
-
-    async def enter_update(self, version: int, mode: str) -> None:
-        """Pause generation (mode: retract | abort) and open SGLang's update session. EngineError
-        when somebody else's is open.
-
-        From here on the engine holds no version; it is stamped so too, for whoever else asks it.
-        """
-        if not self.paused:
-            served = await self.weight_version()
-            if served.startswith(PARTIAL):
-                raise EngineError(
-                    f"{self.url}: another push is under way (weight version {served}); one trainer at a time,"
-                    " or restart it"
-                )
-            # before the answer: whoever is waiting meanwhile is not hung
-            self.paused = True
-            await self.request("POST", "/pause_generation", {"mode": mode}, timeout=LOAD_TIMEOUT)
-        await self._resume("weights")
-        await self._end(broken_off=True)
-        try:
-            await self.request("POST", "/begin_weight_update", {}, timeout=LOAD_TIMEOUT)
-        except Refused as error:
-            await self.request("POST", "/continue_generation", {}, timeout=LOAD_TIMEOUT)
-            self.paused = False
-            raise EngineError(
-                f"{self.url}: another push is under way ({error}); one trainer at a time"
-            ) from error
-        self.updating, self.applied_version = True, None
-        await self.stamp(f"{PARTIAL}{version}")
-
-    async def update_weights(self, path: str, body: dict[str, Any]) -> None:
-        """One request of a live update. EngineError with the engine's words if it refuses,
-        Unreachable if it died.
-        """
-        answer = await self.request("POST", path, body, timeout=LOAD_TIMEOUT)
-        if not answer.get("success"):
-            raise EngineError(f"{self.url}{path}: {answer.get('message')}")
-
-    async def leave_update(self, version: int | None = None) -> None:
-        """Close the session, stamp `version` (if given) and let generation go on. Nothing to do
-        where no update is open.
-        """
-        await self._end(broken_off=version is None)
-        if version is not None:
-            await self.stamp(str(version))
-            await self._confirm(version)
-        if self.paused:
-            await self._resume("kv_cache")
-            await self.request("POST", "/continue_generation", {}, timeout=LOAD_TIMEOUT)
-            self.paused = False
-
-    async def _end(self, *, broken_off: bool) -> None:
-        """Close the update session if one is open. After an update that broke off the server may
-        have closed it: its answer was lost.
-        """
-        if not self.updating:
-            return
-        try:
-            await self.request("POST", "/end_weight_update", {}, timeout=LOAD_TIMEOUT)
-        except Refused:
-            if not broken_off:
-                raise
-        self.updating = False
-
-    async def holds(self, version: int) -> bool:
-        """Whether it holds this version, by what is known here and by its own word: a server may
-        have been restarted behind its URL.
-        """
-        return self.applied_version == version and await self.weight_version() == str(version)
-
-    async def release(self) -> None:
-        """Give back the memory of weights and KV cache; no requests may run. On a CPU the server
-        says yes and frees nothing.
-        """
-        self.applied_version = None
-        tags = [tag for tag in ("kv_cache", "weights") if tag not in self.released]
-        if tags:
-            await self.request("POST", "/release_memory_occupation", {"tags": tags}, timeout=LOAD_TIMEOUT)
-            self.released.update(tags)
-
-    async def _resume(self, tag: str) -> None:
-        # a second resume would kill the engine
-        if tag in self.released:
-            await self.request("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout=LOAD_TIMEOUT)
-            self.released.remove(tag)
-
-    async def stamp(self, version: str) -> None:
-        """Set the weight version that answers carry."""
-        body = {"new_version": version, "abort_all_requests": False}
-        await self.request("POST", "/update_weight_version", body, timeout=LOAD_TIMEOUT)
-
-    async def checksums(self, skip: Sequence[str] = ()) -> list[dict[str, str]]:
-        """Per tensor-parallel rank: engine parameter -> checksum of what it holds now. Synchronises
-        the engine's devices.
-
-        `skip`: names that contain one of these are left out.
-        """
-        body = {"action": "checksum", "skip_tensor_list": list(skip)}
-        answer = await self.request("POST", "/weights_checker", body, timeout=LOAD_TIMEOUT)
-        ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
-        return [rank["checksums"] for rank in ranks]
 
 
 def _message(text: str) -> str:

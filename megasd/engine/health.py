@@ -10,7 +10,8 @@ import contextlib
 from collections.abc import Sequence
 
 from megasd.config.schema import EngineConfig
-from megasd.engine.client import EngineClient, EngineError, Unreachable
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError, Unreachable
 from megasd.engine.remote import RemoteEngine
 from megasd.engine.router import Router
 from megasd.engine.target_weights import TargetWeights
@@ -45,7 +46,9 @@ class EngineHealth:
         """Engines that may be asked for samples now."""
         # an engine whose lock is taken is being looked after, and may be dead
         return [
-            engine for engine in self.engines if engine.up and not engine.paused and not engine.lock.locked()
+            engine
+            for engine in self.engines
+            if engine.up and not engine.applied.paused and not engine.lock.locked()
         ]
 
     async def available(self) -> EngineClient:
@@ -61,7 +64,7 @@ class EngineHealth:
             if not any((engine.restartable and not engine.lost) or engine.alive for engine in self.engines):
                 raise self.no_engine("for a request")
             if not any(
-                (engine.up and not engine.paused)
+                (engine.up and not engine.applied.paused)
                 or engine.lock.locked()
                 or engine in self.updating
                 or not (engine.alive or engine.lost)
@@ -120,12 +123,12 @@ class EngineHealth:
             reason = engine.reason if gone else await engine.why_dead()
             if reason is None:
                 if (
-                    engine.applied_version is not None
+                    engine.applied.version is not None
                     and await self.target.read_version(engine) != self.target.version
                 ):
                     await self.target.apply(engine)
                 return
-            engine.alive, engine.reason, engine.applied_version = False, reason, None
+            engine.alive, engine.reason, engine.applied.version = False, reason, None
             if engine.restartable:
                 engine.kill()
                 await self._restart(engine, reason)
@@ -149,7 +152,7 @@ class EngineHealth:
                 await engine.wait_ready()
                 if not (engine.owned and self.target.is_start_model):
                     # it is asked for samples only when it has the weights
-                    engine.applied_version = None
+                    engine.applied.version = None
                     await self.target.apply(engine)
                 if self.router is not None:
                     await self.router.enlist(engine)
@@ -185,8 +188,13 @@ class EngineHealth:
         for engine in self.engines:
             if engine.alive:
                 # such an engine gets its weights with the next push
-                waits = engine.distrusted or engine.released or engine.paused or engine in self.updating
-                if engine.applied_version is None and not waits and not engine.lock.locked():
+                waits = (
+                    engine.applied.distrusted
+                    or engine.applied.released
+                    or engine.applied.paused
+                    or engine in self.updating
+                )
+                if engine.applied.version is None and not waits and not engine.lock.locked():
                     # it came back when no thread could give it weights
                     async with engine.lock:
                         await self.target.apply(engine)

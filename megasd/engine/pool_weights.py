@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megasd.engine.client import EngineClient, EngineError, Unreachable
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError, Unreachable
 from megasd.engine.event_loop import finish_all
 from megasd.engine.pool import EnginePool
 from megasd.weights.safetensors_headers import check_same_tensors, tensor_shapes
@@ -80,8 +81,8 @@ class PoolWeights:
                 return
             incarnation = engine.incarnation
             try:
-                await engine.leave_update()
-                return await engine.load_weights(directory, version)
+                await engine.applied.leave_update()
+                return await engine.applied.load(directory, version)
             except Unreachable as error:
                 if attempt == max_retries:
                     raise EngineError(
@@ -108,7 +109,7 @@ class PoolWeights:
         health.updating = [
             engine
             for engine in self.pool.engines
-            if engine.alive and not (lacking and engine.applied_version == version)
+            if engine.alive and not (lacking and engine.applied.version == version)
         ]
         if not health.updating:
             raise health.no_engine("for a push")
@@ -122,7 +123,7 @@ class PoolWeights:
             while any(engine.in_flight for engine in health.updating):
                 await asyncio.sleep(0.01)
         mode = "abort" if in_flight == "abort" else "retract"
-        await finish_all(engine.enter_update(version, mode) for engine in health.updating)
+        await finish_all(engine.applied.enter_update(version, mode) for engine in health.updating)
 
     def update(self, path: str, bodies: Sequence[dict[str, Any]]) -> concurrent.futures.Future[None]:
         """POST one body to each engine of the open update; the future fails with EngineError
@@ -135,7 +136,7 @@ class PoolWeights:
 
         async def send() -> None:
             tasks = [
-                asyncio.ensure_future(engine.update_weights(path, body))
+                asyncio.ensure_future(engine.applied.update(path, body))
                 for engine, body in zip(engines, bodies, strict=True)
             ]
             self._sending = [task for task in self._sending if not task.done()] + tasks
@@ -151,7 +152,7 @@ class PoolWeights:
         async def close() -> None:
             # first, since an engine that goes on early samples with this version
             self._set_live_target(version)
-            await finish_all(engine.leave_update(version) for engine in self.pool.health.updating)
+            await finish_all(engine.applied.leave_update(version) for engine in self.pool.health.updating)
 
         self.pool.call(close())
         self._end_update()
@@ -181,7 +182,7 @@ class PoolWeights:
         """The living engines drop a process group; they have 10 s for it."""
         body = {"group_name": name}
         leaving = [
-            engine.update_weights("/destroy_weights_update_group", body)
+            engine.applied.update("/destroy_weights_update_group", body)
             for engine in self.pool.engines
             if engine.alive
         ]
@@ -193,8 +194,8 @@ class PoolWeights:
         async def stamp() -> None:
             for engine in self.pool.engines:
                 if engine.up:
-                    await engine.stamp(str(version))
-                    engine.applied_version = version
+                    await engine.applied.stamp(str(version))
+                    engine.applied.version = version
 
         self.pool.call(stamp())
         self._set_live_target(version)
@@ -213,7 +214,7 @@ class PoolWeights:
 
         async def ask() -> list[bool]:
             living = [engine for engine in self.pool.engines if engine.alive]
-            return await asyncio.gather(*(engine.holds(version) for engine in living))
+            return await asyncio.gather(*(engine.applied.holds(version) for engine in living))
 
         try:
             return all(self.pool.call(ask()))
@@ -227,7 +228,7 @@ class PoolWeights:
 
         async def ask() -> dict[str, list[dict[str, str]]]:
             living = [engine for engine in self.pool.engines if engine.alive]
-            answers = await asyncio.gather(*(engine.checksums(skip) for engine in living))
+            answers = await asyncio.gather(*(engine.applied.checksums(skip) for engine in living))
             return {engine.url: ranks for engine, ranks in zip(living, answers, strict=True)}
 
         return self.pool.call(ask())
@@ -237,7 +238,7 @@ class PoolWeights:
         samples before the next push.
         """
         for engine in self.pool.engines:
-            engine.applied_version, engine.distrusted = None, True
+            engine.applied.version, engine.applied.distrusted = None, True
 
     def release(self) -> None:
         """Have the engines that this run or `megasd serve` started free the memory of weights and KV
@@ -249,7 +250,9 @@ class PoolWeights:
         async def release() -> None:
             await self.pool.health.settle()
             await finish_all(
-                engine.release() for engine in self.pool.engines if engine.restartable and engine.alive
+                engine.applied.release()
+                for engine in self.pool.engines
+                if engine.restartable and engine.alive
             )
 
         self.pool.call(release())

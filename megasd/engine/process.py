@@ -1,5 +1,6 @@
-"""The process of one SGLang server: its command, its environment, its birth and death. sglang is
-never imported here.
+"""The process of one SGLang server: its command, its environment, its start and its end.
+
+sglang is never imported here.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from megasd.config.schema import LOOPBACK, EngineConfig
 from megasd.engine.auth import VARIABLE, engine_key
 from megasd.types import UserError
 
-# Runs before the server, in its process, and survives exec: SIGKILL the server when the trainer's
-# thread that started it ends; SIGUSR1, which tells a run to save and leave and may reach every
-# process of a job, is not for engines. SGLang's children ask the same of the server, so killing the
-# trainer in any way takes the whole tree with it.
+# This runs before the server, in its process, and its effects survive exec. Linux sends SIGKILL to
+# the server when the trainer's thread that started it ends. SIGUSR1, which preempts a run and may
+# reach every process of a job, is ignored. SGLang's children die with the server in the same way:
+# however the trainer is killed, the whole tree goes with it.
 DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -32,18 +33,15 @@ if sys.platform == "linux":
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
-# What torchrun tells its ranks; torch.distributed inside the engine must not read it as its own (it
-# would wait for the trainer's store).
+# Variables that torchrun sets for its ranks. torch.distributed inside the engine must not read them,
+# or it would wait for the trainer's store.
 TORCHRUN_VARIABLES = re.compile(
     r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_|MASTER_)|(RANK|WORLD_SIZE|OMP_NUM_THREADS)$"
 )
-
-
-# environment: the python of SGLang's own environment, where that is not the trainer's
+# environment variable: the python of SGLang's own environment, where that is not the trainer's
 ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"
 SEED_STRIDE = 1_000_003
-# Flags that the run sets, or refuses for safety; and those whose engines could not be given
-# weights, with what to set instead.
+# Flags that the run sets itself, or refuses for safety.
 OURS = (
     "--host",
     "--port",
@@ -54,18 +52,21 @@ OURS = (
     "--served-model-name",
 )
 ENGINE_TP, ENGINES = "rollout.engine.tensor_parallel_size", "rollout.engine.num_engines (several engines)"
+# Flags whose engines could not be given weights, with the setting to use instead.
 NOT_HERE = {
     "--tp": ENGINE_TP, "--tp-size": ENGINE_TP, "--tensor-parallel-size": ENGINE_TP,
     "--dp": ENGINES, "--dp-size": ENGINES, "--data-parallel-size": ENGINES,
     "--pp-size": ENGINE_TP, "--pipeline-parallel-size": ENGINE_TP, "--nnodes": ENGINES,
 }  # fmt: skip
-# Linux gives 32768 and above to whoever asks for any port
+# free ports are chosen here: Linux gives 32768 and above to any program that asks for any port
 OWN_PORTS = 20000, 32768
 
 
 class EngineProcess:
-    """A server of this run (`url=None`), or one that somebody else runs at `url` ("": not known
-    yet), never started or killed from here.
+    """A server that this run starts and kills (`url=None`, `owned`), or a server at `url`.
+
+    A server at a URL ("": not known yet) belongs to somebody else: it is never started or killed
+    from here. incarnation: starts so far, so that a failed request tells which start it met.
     """
 
     def __init__(
@@ -80,28 +81,28 @@ class EngineProcess:
         need_text: bool = False,
         url: str | None = None,
         index: int = 0,
-    ):
-        """index: which of config.num_engines it is; it takes the index-th tensor_parallel_size GPUs
-        and, of a given port, the index-th.
+    ) -> None:
+        """index: which of config.num_engines it is. It takes the index-th tensor_parallel_size GPUs
+        and, if config.port is given, the port `index` above it.
         """
         self.config, self.model_path, self.device, self.need_text = config, model_path, device, need_text
-        # one seed would give equal samples of a prompt
+        # engines with the same seed would give equal samples of a prompt
         self.index, self.seed = index, (seed + SEED_STRIDE * index) % 2**31
         self.dtype = dtype if config.dtype == "auto" else config.dtype
         self.log_path = log_path
         self.owned = url is None
-        # by which the started process may be known again (/server_info)
+        # the name that the process is started under; /server_info tells it
         self.name: str | None = None
         if url and not re.fullmatch(r"https?://[^\s/?#]+/*", url):
             raise UserError(f"rollout.engine.urls: {url!r} is not of the form http://host:port")
         self.url = (url or "").rstrip("/")
         self.process: subprocess.Popen[bytes] | None = None
-        # starts so far
         self.incarnation = 0
+        # size of the log when this start began
         self._log_start = 0
 
     def command(self) -> list[str]:
-        """The server's argument vector; it carries no secrets (engine_key.py)."""
+        """The server's argument vector; it carries no secrets (see auth.py)."""
         module = "megasd.engine.sglang_cpu"
         if self.device == "cuda":
             module = "sglang.launch_server" if engine_key() is None else "megasd.engine.sglang_with_key"
@@ -142,8 +143,8 @@ class EngineProcess:
         # an idle engine leaves its core to the trainer
         command += ["--sleep-on-idle", "--log-level-http", "warning"]
         if self.device == "cuda":
-            # Every engine sees all GPUs and counts from its own first: one that saw no other could
-            # not map the trainer's buffer.
+            # Every engine sees all GPUs and starts at its own first one. An engine that saw only
+            # its own could not map the trainer's buffer.
             command += ["--base-gpu-id", str(self.index * self.config.tensor_parallel_size)]
         if self.config.mem_fraction_static is not None:
             command += ["--mem-fraction-static", str(self.config.mem_fraction_static)]
@@ -158,7 +159,7 @@ class EngineProcess:
         return command + list(self.config.extra_args)
 
     def environment(self) -> dict[str, str]:
-        """The trainer's environment without torchrun's variables; the hub stays unasked."""
+        """The trainer's environment without torchrun's variables; nothing is loaded from the hub."""
         environment = {
             name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)
         }
@@ -169,14 +170,15 @@ class EngineProcess:
         # SGLang's warm-up asks itself over HTTP
         environment |= {"NO_PROXY": no_proxy, "no_proxy": no_proxy}
         if self.device == "cpu":
-            # Huge pages: an update's receive buffers are fresh memory, and page faults were half of its cost.
+            # Huge pages: the buffers that receive an update are fresh memory, and page faults were half
+            # of its cost.
             environment |= {
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "OMP_NUM_THREADS": "1",
                 "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
             }
-            # one core a rank; SGLang asks for it where NUMA nodes are fewer than ranks
             if self.config.tensor_parallel_size > 1:
+                # one core a rank; SGLang needs it where there are fewer NUMA nodes than ranks
                 cores, size = sorted(os.sched_getaffinity(0)), self.config.tensor_parallel_size
                 ranks = range(self.index * size, (self.index + 1) * size)
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
@@ -228,8 +230,8 @@ class EngineProcess:
         self.incarnation += 1
 
     def _choose_port(self) -> int:
-        """The config's, or a free one below the range that the kernel deals out: an engine binds it
-        only seconds later.
+        """config.port, or a free port below the range that the kernel gives out: an engine binds it
+        only seconds later. UserError if config.port is taken.
         """
         if self.config.port == 0:
             for _ in range(100):
@@ -270,13 +272,13 @@ class EngineProcess:
         return self.process.poll() if self.process is not None else None
 
     def port_was_taken(self) -> bool:
-        """Whether the server could not bind its port, which another process took since it was
-        chosen. It does not exit for that.
+        """Whether the server could not bind its port, since another process took it after it was
+        chosen. The server does not exit then.
         """
         return self.owned and self.config.port == 0 and "address already in use" in self.last_error()
 
     def last_error(self) -> str:
-        """The last line of this start's log that looks like an error, else its last line."""
+        """The last line of this start's log that looks like an error, or its last line."""
         with self.log_path.open("rb") as log:
             log.seek(max(self._log_start, self.log_path.stat().st_size - 200_000))
             lines = [

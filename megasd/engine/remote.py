@@ -1,14 +1,13 @@
-"""Engines that `megasd serve` starts on other machines: announced in run.dir/engines, which both
-sides see, and taken from there.
+"""Engines that `megasd serve` starts on other machines. They are announced by files in
+run.dir/engines, which both sides see, and the run takes them from there.
 
     <host>-<port>.json   {"url", "name", "token"}: an engine that answers; a new name with every start
-    <name>.condemned     written by the run: the engine hangs, and is to be restarted
+    <name>.condemned     the run writes it: the engine hangs, and `megasd serve` is to restart it
     trainer.json         {"token", "beat"}: rewritten every few seconds while the run lives
     closed               {"token", "beat"}: the run has ended
 
-A requeued job finds the files of its earlier start: only those of the same token (job and restart)
-count, and an engine is taken only when the server that answers at its URL says the announced name
-itself.
+A requeued job finds the files of its earlier start. So only files with this start's token (job and
+restart) count, and the run takes an engine only if the server at its URL gives the announced name.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megasd.config.schema import EngineConfig
-from megasd.engine.client import EngineClient, Refused, StartError, Unreachable
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import Refused, StartError, Unreachable
 from megasd.types import UserError
 
 # seconds between two signs of life of the run
@@ -44,8 +44,8 @@ class Announcement:
 
 
 def job_token() -> str:
-    """What tells this start of a job from an earlier one: MEGASD_JOB, or Slurm's job and restart;
-    "" elsewhere.
+    """A text that tells this start of a job from an earlier one: MEGASD_JOB, or Slurm's job and
+    restart; "" elsewhere.
     """
     job = os.environ.get("SLURM_HET_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     return os.environ.get("MEGASD_JOB") or (
@@ -59,14 +59,14 @@ def engine_name() -> str:
 
 
 def write_announcement(path: Path, content: dict[str, Any]) -> None:
-    """Whole, or not at all."""
+    """Write a JSON file, whole or not at all."""
     writing = path.with_name(f".{path.name}.{os.getpid()}")
     writing.write_text(json.dumps(content) + "\n")
     os.replace(writing, path)
 
 
 def read_announcement(path: Path) -> dict[str, Any] | None:
-    """None for a file that is not there, or not one of these."""
+    """The content of such a file; None if it is not there, or holds no JSON object."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -75,37 +75,39 @@ def read_announcement(path: Path) -> dict[str, Any] | None:
 
 
 class EngineRegistry:
-    """The run's side of the directory. `open` and `close` belong to the engines' event loop."""
+    """The run's side of the directory. `open` and `close` belong to the engines' event loop.
+
+    taken: the engines of this run by their announced names. condemned: names of engines that hang.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.directory, self.token = run_dir / "engines", job_token()
-        # engine by name
         self.taken: dict[str, RemoteEngine] = {}
         self.condemned: set[str] = set()
         self._beating: asyncio.Task[None] | None = None
         self._beat = uuid.uuid4().hex[:8]
 
     def open(self) -> None:
-        """Say that the run is there."""
+        """Write that the run lives, again every few seconds."""
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / CLOSED).unlink(missing_ok=True)
         self._sign()
-        self._beating = asyncio.ensure_future(self._go_on())
+        self._beating = asyncio.ensure_future(self._sign_again())
 
     def _sign(self) -> None:
         write_announcement(
             self.directory / TRAINER, {"token": self.token, "beat": f"{self._beat}-{time.time():.3f}"}
         )
 
-    async def _go_on(self) -> None:
+    async def _sign_again(self) -> None:
         while True:
             await asyncio.sleep(BEAT)
-            # a file system that is away for a moment
+            # the file system may be away for a moment
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(self._sign)
 
     async def close(self) -> None:
-        """Say that it has ended."""
+        """Write that the run has ended."""
         if self._beating is None:
             return
         self._beating.cancel()
@@ -127,15 +129,17 @@ class EngineRegistry:
         return [one for one in entries if one.token == self.token and one.name not in self.condemned]
 
     def condemn(self, name: str, reason: str) -> None:
-        """Ask for a restart of an engine that hangs."""
+        """Have `megasd serve` restart an engine that hangs."""
         self.condemned.add(name)
         with contextlib.suppress(OSError):
             write_announcement(self.directory / f"{name}.condemned", {"reason": reason})
 
 
 class RemoteEngine(EngineClient):
-    """An engine of another machine: `launch` forgets it, `wait_ready` waits until one that nobody
-    has taken is announced and answers.
+    """An engine on another machine, which `megasd serve` starts.
+
+    `launch` forgets the engine. `wait_ready` waits until an engine that is not taken is announced,
+    and takes it if it answers.
     """
 
     def __init__(self, config: EngineConfig, registry: EngineRegistry, **kwargs: Any) -> None:
@@ -143,24 +147,24 @@ class RemoteEngine(EngineClient):
         self.registry, self.restartable = registry, True
 
     def launch(self) -> None:
-        """As Engine's, for a process that another machine starts."""
+        """Forget the engine; `megasd serve` starts the next one."""
         for name in [name for name, engine in self.registry.taken.items() if engine is self]:
             del self.registry.taken[name]
-        self.hung = self.paused = self.updating = False
-        self.released = set()
+        self.hung = False
+        self.applied.forget_update()
 
     def kill(self) -> None:
-        """It cannot be killed from here; one that hangs is told of."""
+        """Condemn an engine that hangs; this machine cannot kill it."""
         self.alive = False
         if self.hung and self.answers_as is not None:
             self.registry.condemn(self.answers_as, self.reason)
 
     def last_error(self) -> str:
-        """Its log is on its machine."""
+        """Where its log is: on the other machine."""
         return f"see the logs of megasd serve in {self.registry.directory}"
 
     async def wait_ready(self) -> None:
-        """As Engine's; StartError when none came within start_timeout."""
+        """Take an announced engine that answers. StartError when none came within start_timeout."""
         deadline, said = time.monotonic() + self.config.start_timeout, "no further engine was announced"
         while True:
             for found in self.registry.announced():
@@ -181,7 +185,7 @@ class RemoteEngine(EngineClient):
             await asyncio.sleep(POLL)
 
     async def _try(self, found: Announcement) -> str | None:
-        """Why the announced engine is none; None when it answers."""
+        """Why the announced engine cannot be taken; None when it can."""
         self.url = found.url
         try:
             await self._check_url()

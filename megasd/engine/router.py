@@ -1,12 +1,11 @@
-"""An sglang-router before the engines: samples are asked of it, everything else (weights, versions,
-health) of the engines themselves.
+"""An sglang-router in front of the engines: requests for samples go to it, all other requests
+(weights, versions, health) to the engines themselves.
 
-Of sglang-router 0.3.2: /generate takes one request at a time with a rid of its own (a list of rids
-is answered 422), and passes rid, log-probs, weight versions and the Authorization header through;
-begin_weight_update and the other control endpoints are 404. Start it without --api-key, which would
-show in process lists, and without workers: the run enlists its engines, and takes them out when it
-ends. A worker is added and removed in the background (202), and removed by the id that the list
-gives it.
+sglang-router 0.3.2 behaves so. /generate takes one request at a time with one rid (it answers 422 to
+a list of rids), and passes rid, log-probs, weight versions and the Authorization header through. The
+control endpoints, such as begin_weight_update, are 404. Start the router without --api-key, which
+would show in process lists, and without workers: the run enlists its engines, and takes them out
+when it ends. The router adds and removes a worker in the background (202), and names it by an id.
 """
 
 from __future__ import annotations
@@ -19,22 +18,27 @@ from typing import Any
 import aiohttp
 
 from megasd.config.schema import EngineConfig
-from megasd.engine.client import EngineClient, Refused, Unreachable
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import Refused, Unreachable
 from megasd.types import UserError
 
 
 class Router(EngineClient):
-    """Asked for samples in the engines' place; it moves as long as one of them does."""
+    """A router that is asked for samples in place of its engines.
+
+    It makes progress as long as one of the engines does.
+    """
 
     def __init__(self, config: EngineConfig, engines: list[EngineClient], **kwargs: Any) -> None:
         super().__init__(config, url=config.router, log_path=Path("engine.log"), **kwargs)
         self.engines = engines
-        # the worker that was made of each
+        # the URL under which each engine was made a worker
         self._listed: dict[EngineClient, str] = {}
 
     async def wait_ready(self) -> None:
-        """It answers, and its workers are the run's engines. UserError otherwise. Dead workers (an
-        earlier run's) are taken out.
+        """Make the run's engines its workers, and take out dead workers of an earlier run.
+
+        UserError when it does not answer, or has a living worker that is no engine of this run.
         """
         ours = {engine.url for engine in self.engines}
         for url in sorted(set(await self._workers()) - ours):
@@ -72,7 +76,7 @@ class Router(EngineClient):
 
     async def close(self) -> None:
         """Take the run's engines out, and close the connections."""
-        # a router that is gone
+        # the router may be gone
         with contextlib.suppress(UserError):
             for url in self._listed.values():
                 await self._remove(url)
@@ -84,7 +88,7 @@ class Router(EngineClient):
         return [worker | {"url": worker["url"].rstrip("/")} for worker in answer["workers"]]
 
     async def _workers(self) -> dict[str, bool]:
-        """URL -> whether the router holds it healthy."""
+        """URL -> whether the router counts it as healthy."""
         return {worker["url"]: bool(worker["is_healthy"]) for worker in await self._list()}
 
     async def _remove(self, url: str) -> None:
@@ -101,27 +105,24 @@ class Router(EngineClient):
                 " to null"
             ) from error
 
-    async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """As Engine's, for a batch of one."""
-        return await super().generate(body)
-
     async def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
     ) -> Any:
-        """As Engine's; a batch of one goes as the single request that the router takes."""
-        if path != "/generate":
+        """The parsed JSON answer. /generate takes a batch of one, as the router does."""
+        if path != "/generate" or body is None:
             return await super().request(method, path, body, timeout=timeout)
         single = body | {"rid": body["rid"][0], "input_ids": body["input_ids"][0]}
         return [await super().request(method, path, single, timeout=timeout)]
 
-    async def _generating(self) -> bool:
-        moved = await asyncio.gather(*(engine._generating() for engine in self.engines if engine.alive))
-        return any(moved) or any(engine.paused for engine in self.engines)
+    async def is_progressing(self) -> bool:
+        moved = await asyncio.gather(*(engine.is_progressing() for engine in self.engines if engine.alive))
+        return any(moved) or any(engine.applied.paused for engine in self.engines)
 
 
 async def _answers(url: str) -> bool:
-    """Whether a server is there, asked without this run's key: the router may hold a dead one
-    healthy until it looks again.
+    """Whether a server answers: the router may count a dead one as healthy until it looks again.
+
+    The request goes without this run's key, since the server may be somebody else's.
     """
     try:
         async with (

@@ -21,12 +21,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megasd.config.schema import RolloutConfig
 from megasd.engine.answers import response_of, scores_of, top_of, versions_of
-from megasd.engine.client import EngineError, Refused, Unreachable
+from megasd.engine.errors import EngineError, Refused, Unreachable
 from megasd.engine.event_loop import cancel_on_error
 from megasd.engine.pool import EnginePool
 from megasd.engine.pool_weights import PoolWeights
@@ -208,7 +209,7 @@ class Sampler:
             name, ids = f"prompt {batch[0].prompt.id}{more}", [ask.prompt_ids for ask in batch]
             try:
                 async with call.slots:
-                    outputs = await self._request(lambda ids=ids: self._body(ids, call.params), name)
+                    outputs = await self._request(partial(self._body, ids, call.params), name)
             except Refused as error:
                 if len(batch) == 1:
                     raise EngineError(f"{name}: {error}") from error

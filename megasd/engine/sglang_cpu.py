@@ -2,13 +2,13 @@
 --model-path DIR --device cpu ...
 
 SGLang's wheel imports two packages that have no CPU build, for features that a text model on a CPU
-never calls; this file puts an empty stand-in in the place of each, leaves out imports that only
-cost start-up time, and calls SGLang's own server, whose loop over sequences in decode attention
-gives way to one batched call (sglang_cpu_attention.py). A GPU machine never imports it.
+never calls. This file puts an empty stand-in in the place of each, leaves out imports that only
+cost start-up time, and runs SGLang's own server. In its decode attention one batched call replaces
+the loop over sequences (sglang_cpu_attention.py). A GPU machine never imports this file.
 
-SGLang's scheduler and detokenizer are forked from this process, where SGLang asks for "spawn":
-there is no CUDA context to protect, no thread runs yet, and forking saves two further imports of
-everything (12 s of CPU and 0.5 GB each). It also hands them the stand-ins.
+SGLang starts its scheduler and detokenizer by "spawn"; here they are forked. There is no CUDA
+context to protect, no thread runs yet, and forking saves two further imports of everything (12 s of
+CPU and 0.5 GB each). The forked processes also have the stand-ins.
 """
 
 from __future__ import annotations
@@ -20,77 +20,84 @@ import multiprocessing
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from megasd.engine.auth import protect
 
 # Without it SGLang takes the vLLM path for rotary embeddings ("No module named 'vllm'").
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-# Tiny decode steps lose 3-70 x to thread hand-over when the machine is shared with a trainer.
+# Small decode steps are 3 to 70 times slower with threads when a trainer shares the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def stand_in_for_sgl_kernel() -> None:
-    """SGLang's compiled kernels (CUDA wheel only). Its CPU modules import speculative-decoding
-    helpers by name; calling one is an error.
+    """An empty module in the place of SGLang's compiled kernels, which have a CUDA wheel only.
+
+    SGLang's CPU modules import speculative-decoding helpers from it by name; calling one is an error.
     """
     if importlib.util.find_spec("sgl_kernel") is not None:
         return
     module = types.ModuleType("sgl_kernel")
 
-    def missing(name: str):
+    def missing(name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
             raise AttributeError(name)
 
-        def call(*args, **kwargs):
+        def call(*args: object, **kwargs: object) -> NoReturn:
             raise NotImplementedError(f"sgl_kernel.{name} has no CPU stand-in")
 
         return call
 
-    module.__getattr__ = missing
+    vars(module)["__getattr__"] = missing
     sys.modules["sgl_kernel"] = module
 
 
 def stand_in_for_torchvision() -> None:
-    """Image transforms, imported by SGLang's table of image models. PyPI's wheel is linked against
-    CUDA and breaks a CPU torch.
+    """Empty modules in the place of torchvision, whose image transforms SGLang's image models import.
 
-    transformers must go on believing that torchvision is absent, so its cached answer is taken
-    before the stand-in appears.
+    PyPI's wheel is linked against CUDA and breaks a CPU torch. transformers must believe that
+    torchvision is absent. It caches its answer, so it is asked before the stand-in appears.
     """
     from transformers.utils import is_torchvision_available
 
     if is_torchvision_available():
         return
+    modes = types.SimpleNamespace(
+        NEAREST="nearest", BILINEAR="bilinear", BICUBIC="bicubic", LANCZOS="lanczos"
+    )
     for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
         module = types.ModuleType(name)
         module.__path__ = []
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        module.InterpolationMode = types.SimpleNamespace(
-            NEAREST="nearest", BILINEAR="bilinear", BICUBIC="bicubic", LANCZOS="lanczos"
-        )
+        vars(module)["InterpolationMode"] = modes
         sys.modules[name] = module
-    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
-    sys.modules["torchvision.transforms"].functional = sys.modules["torchvision.transforms.functional"]
+        parent, _, leaf = name.rpartition(".")
+        if parent:
+            vars(sys.modules[parent])[leaf] = module
 
 
 def leave_out_megatron() -> None:
-    """SGLang's tensor dumper imports Megatron-core when it finds it: 1.5 s in each of three
-    processes, for a debugging aid.
+    """Hide Megatron-core from SGLang's tensor dumper, a debugging aid: importing it would take 1.5 s
+    in each of three processes.
     """
-    # makes the import raise ImportError, which the dumper expects
-    sys.modules["megatron.core"] = None
+    # None makes the import raise ImportError, which the dumper expects
+    modules: dict[str, Any] = sys.modules
+    modules["megatron.core"] = None
 
 
 def leave_out_other_models(model_path: Path) -> None:
-    """SGLang imports every one of its 200 model files in each process (a third of the start) unless
-    they are disabled by name.
+    """Have SGLang import one of its 200 model files, where all of them take a third of the start.
 
-    Keeps the file named after config.json's model_type (what it imports comes with it); without
-    such a file every model stays.
+    The file is that with the name of config.json's model_type. Without such a file every model is
+    imported.
     """
     model_type = json.loads((model_path / "config.json").read_text())["model_type"]
-    models = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "models"
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or spec.origin is None:
+        raise ImportError("sglang is not installed in this environment")
+    models = Path(spec.origin).parent / "srt" / "models"
     names = {path.stem for path in models.glob("*.py")}
     if model_type in names:
         os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(names - {model_type})))
@@ -106,9 +113,9 @@ importlib.import_module("megasd.engine.sglang_cpu_attention")
 
 
 def fork_instead_of_spawn() -> None:
-    """The start method of SGLang's child processes; later calls, as SGLang's own, change nothing."""
+    """Child processes are forked; later calls of set_start_method, such as SGLang's, change nothing."""
     multiprocessing.set_start_method("fork")
-    multiprocessing.set_start_method = lambda method, force=False: None
+    vars(multiprocessing)["set_start_method"] = lambda method, force=False: None
 
 
 def main(argv: list[str]) -> None:

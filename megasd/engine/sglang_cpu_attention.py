@@ -1,11 +1,11 @@
-"""Attention of a whole batch at once, for SGLang's torch_native backend on a CPU. Imported by the
-engine's processes only.
+"""Attention of a whole batch at once, for SGLang's torch_native backend on a CPU. Only the engine's
+processes import it.
 
 SGLang's own loop calls scaled_dot_product_attention once per sequence and layer: with 256 short
-sequences in flight that is half of a rollout's time. Here the batch is padded to its longest
-sequence and masked: the same sums, one call a layer. It enters by SGLang's registry of attention
-backends; sliding windows, cross attention and batches that padding would blow up stay with SGLang's
-code.
+sequences in flight that takes half of a rollout's time. Here the batch is padded to its longest
+sequence and masked: the same sums, one call a layer. SGLang's registry of attention backends gets
+this backend. SGLang's code still does sliding windows, cross attention, and batches that padding
+would make too large.
 
 B sequences, T new tokens of all of them, Q and K longest new and whole sequence, H query heads, D
 head size.
@@ -13,9 +13,12 @@ head size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 # elements of [B, H, Q, K]; 128 MB in float32
@@ -29,16 +32,16 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
 
     def _run_sdpa_forward_decode(
         self,
-        query,
-        output,
-        k_cache,
-        v_cache,
-        req_to_token,
-        req_pool_indices,
-        seq_lens,
-        encoder_lens=None,
-        **kwargs,
-    ):
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        req_to_token: Tensor,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        encoder_lens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """One new token a sequence (T = B), counted in `seq_lens` [B]; writes `output`."""
         if encoder_lens is None and self._plain(query, k_cache, kwargs):
             new_lens = torch.ones_like(seq_lens)
@@ -58,18 +61,18 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
 
     def _run_sdpa_forward_extend(
         self,
-        query,
-        output,
-        k_cache,
-        v_cache,
-        req_to_token,
-        req_pool_indices,
-        seq_lens,
-        extend_prefix_lens,
-        extend_seq_lens,
-        encoder_lens=None,
-        **kwargs,
-    ):
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        req_to_token: Tensor,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        extend_prefix_lens: Tensor,
+        extend_seq_lens: Tensor,
+        encoder_lens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """`extend_seq_lens` [B] new tokens after `extend_prefix_lens` [B] cached ones; writes `output`."""
         padded = len(seq_lens) * int(extend_seq_lens.max()) * int(seq_lens.max())
         small = padded <= 2 * int((seq_lens**2).sum()) and padded * query.shape[1] <= MAX_SCORES
@@ -93,7 +96,7 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         )
 
     @staticmethod
-    def _plain(query, k_cache, kwargs) -> bool:
+    def _plain(query: Tensor, k_cache: Tensor, kwargs: dict[str, Any]) -> bool:
         return (
             not kwargs.get("is_cross_attn")
             and kwargs.get("sliding_window_size") is None
@@ -101,13 +104,22 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         )
 
     @staticmethod
-    def _attend(query, output, k_cache, v_cache, slots, prefix_lens, new_lens, kwargs):
+    def _attend(
+        query: Tensor,
+        output: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        prefix_lens: Tensor,
+        new_lens: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         q_positions = torch.arange(int(new_lens.max()))
         k_positions = torch.arange(int((prefix_lens + new_lens).max()))
         new_BQ = q_positions < new_lens[:, None]
         seen_BQK = k_positions <= (prefix_lens[:, None] + q_positions)[:, :, None]
-        # Past a sequence's end: slot 0, SGLang's padding slot. It is finite, and no query that is
-        # kept sees it.
+        # Past the end of a sequence: slot 0, SGLang's padding slot. Its values are finite, and no
+        # query that is kept sees them.
         slots_BK = (
             slots[:, : len(k_positions)]
             .masked_fill(k_positions >= (prefix_lens + new_lens)[:, None], 0)

@@ -1,7 +1,8 @@
 """SGLang's server with the key of the environment:  python -m megasd.engine.sglang_with_key
 --model-path DIR ...
 
-What sglang.launch_server does, and no more: `--api-key` would show in process lists.
+It does what sglang.launch_server does, and reads the key from the environment: `--api-key` would
+show in process lists.
 """
 
 from __future__ import annotations
@@ -28,6 +29,6 @@ def main(argv: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-# SGLang's children import this file again
+# without this condition SGLang's children, which import this file again, would serve too
 if __name__ == "__main__":
     main(sys.argv[1:])

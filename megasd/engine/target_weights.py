@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from megasd.engine.client import EngineClient, EngineError, Unreachable
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError, Unreachable
 from megasd.engine.push_requests import PushRequests
 from megasd.types import UserError
 
@@ -36,8 +37,8 @@ class TargetWeights:
         It may hold the weights of another run, or half of them. UserError if it cannot load them.
         """
         try:
-            await engine.leave_update()
-            await engine.load_weights(self.model_path, 0)
+            await engine.applied.leave_update()
+            await engine.applied.load(self.model_path, 0)
         except (EngineError, Unreachable) as error:
             raise UserError(
                 f"rollout.engine.urls: {engine.url} cannot load model.path {self.model_path}: {error}"
@@ -49,13 +50,13 @@ class TargetWeights:
         If a push is needed and no thread waits to do it, the engine stays without weights. Raises
         Unreachable if the engine dies meanwhile, and what the push raises.
         """
-        engine.applied_version = None
+        engine.applied.version = None
         if self.directory is not None:
-            await engine.leave_update()
-            await engine.load_weights(self.directory, self.version)
+            await engine.applied.leave_update()
+            await engine.applied.load(self.directory, self.version)
         elif self.push_requests.is_open:
             request = self.push_requests.submit(
-                lambda: engine.alive and engine.applied_version != self.version
+                lambda: engine.alive and engine.applied.version != self.version
             )
             try:
                 await asyncio.wrap_future(request)
@@ -68,7 +69,7 @@ class TargetWeights:
     async def read_version(self, engine: EngineClient) -> int | None:
         """The version that an engine itself names, FOREIGN for another stamp; None if it does not answer."""
         try:
-            return stamped_version(await engine.weight_version())
+            return stamped_version(await engine.applied.read_stamp())
         except Unreachable:
             return None
 

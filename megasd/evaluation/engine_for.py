@@ -12,7 +12,9 @@ from pathlib import Path
 
 from megasd.config.schema import Config
 from megasd.data.chat import Chat
-from megasd.engine.client import PARTIAL, EngineClient, EngineError
+from megasd.engine.applied_weights import PARTIAL
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError
 from megasd.engine.sampler import Sampler, make_sampler
 from megasd.engine.target_weights import TargetWeights, stamped_version
 from megasd.types import UserError
@@ -26,13 +28,13 @@ class ServedWeights(TargetWeights):
 
     async def greet(self, engine: EngineClient) -> None:
         """Take over the version that a server names. UserError when a push is under way there."""
-        stamp = await engine.weight_version()
+        stamp = await engine.applied.read_stamp()
         if stamp.startswith(PARTIAL):
             raise UserError(
                 f"{engine.url}: a push of weights is under way there (weight version {stamp}); wait until"
                 " it has ended"
             )
-        self.version = engine.applied_version = stamped_version(stamp)
+        self.version = engine.applied.version = stamped_version(stamp)
 
     async def apply(self, engine: EngineClient) -> None:
         """EngineError for a server given by URL, which holds other weights than at the start."""

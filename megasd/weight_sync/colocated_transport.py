@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from megasd.config.schema import LOOPBACK
-from megasd.engine.client import EngineClient, EngineError
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError
 from megasd.engine.pool_weights import InFlight, PoolWeights
 from megasd.weight_sync.transport import PendingSend
 from megasd.weights.gather_plan import Bucket, GatherPlan

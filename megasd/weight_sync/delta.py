@@ -1,4 +1,7 @@
-"""Which parameters have changed since the last push: a fingerprint of every shard, kept by its owner."""
+"""Which parameters have changed since the last push (sync.delta).
+
+Each rank keeps a fingerprint of every shard that it owns.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ _CHUNK = 1 << 20
 
 
 def tensor_fingerprint(tensor: Tensor) -> int:
-    """64 bits of a tensor's bytes: sum of words times odd numbers that depend on the place, modulo
-    2**64. Equal bytes, equal number.
+    """64 bits that depend on all bytes of a tensor: the sum of its 64-bit words, each times an odd
+    number of its place, modulo 2**64. Equal bytes give an equal number.
     """
     data = plain(tensor).contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
@@ -33,25 +36,27 @@ def tensor_fingerprint(tensor: Tensor) -> int:
 
 
 class Fingerprints:
-    """`take` before a push, `keep` after it has succeeded: what was taken then is what the engines hold."""
+    """Fingerprints of this rank's shards: call `take` before a push, and `keep` after it succeeded."""
 
     def __init__(self) -> None:
-        self._held: dict[str, int] = {}
+        # of the weights that the engines hold
+        self._applied: dict[str, int] = {}
+        # of the weights that are being pushed
         self._taken: dict[str, int] = {}
 
     def take(
         self, plan: GatherPlan, params: Mapping[str, Tensor], *, whole: bool = False
     ) -> frozenset[str] | None:
-        """The parameters that have changed on any rank since `keep`; None when nothing was kept
-        yet, or a rank says `whole`.
+        """Names of the parameters that have changed on any rank since `keep`.
 
-        Collective: one all-reduce of a byte per parameter, and one more, over the world.
+        None (send all) when nothing was kept yet, or when a rank says `whole`. Collective: one
+        all-reduce over the world, of a byte a parameter and one more.
         """
         names = [param.name for bucket in plan.buckets for param in bucket.params]
         self._taken = {name: tensor_fingerprint(params[name]) for name in names if name in params}
         device = next(iter(params.values())).device
-        flags = [name in params and self._held.get(name) != self._taken[name] for name in names]
-        changed = torch.tensor([*flags, whole or not self._held], dtype=torch.uint8, device=device)
+        flags = [name in params and self._applied.get(name) != self._taken[name] for name in names]
+        changed = torch.tensor([*flags, whole or not self._applied], dtype=torch.uint8, device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(changed, dist.ReduceOp.MAX)
         *found, everything = changed.tolist()
@@ -60,8 +65,9 @@ class Fingerprints:
         )
 
     def keep(self) -> None:
-        self._held = self._taken
+        """The push succeeded: the engines hold what was taken."""
+        self._applied = self._taken
 
     def forget(self) -> None:
         """After a failed push: the next one sends everything."""
-        self._held = {}
+        self._applied = {}

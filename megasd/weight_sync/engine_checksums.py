@@ -1,11 +1,10 @@
-"""How SGLang stores a model, and the checksums it gives of it: what proves, tensor by tensor, that
+"""How SGLang stores a model, and the checksums that it reports. They prove, tensor by tensor, that
 an engine holds what was sent.
 
     expected = EngineWeights(hf_config, tp_size=2)
-    # fused and cut as SGLang does, hashed when complete
-    for name, tensor in hf_tensors: expected.feed(name, tensor)
-    # [{"model.layers.0.self_attn.qkv_proj.weight": "9f...", ...}, ...]
-    expected.checksums
+    for name, tensor in hf_tensors:     # fused and cut as SGLang does, hashed when complete
+        expected.feed(name, tensor)
+    expected.checksums                  # [{"model.layers.0.self_attn.qkv_proj.weight": "9f...", ...}, ...]
 
 SGLang fuses q, k, v and gate, up, stacks experts, pads the vocabulary to 64 and cuts all of it over
 its tensor-parallel ranks (srt/models/{qwen2,qwen3,qwen3_moe,llama,mistral,olmo2}.py,
@@ -20,15 +19,16 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megasd.models.tp_layouts import Shape
 
+# the vocabulary is padded to a multiple of it
 VOCAB_PADDING = 64
-# of a rank's share of the intermediate size
+# on a CPU, a rank's part of the intermediate size is padded to a multiple of it
 CPU_PADDING = 32
 _FUSED = {
     "q_proj": ("qkv_proj", 0),
@@ -41,19 +41,19 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _WORD, _TILE = 0xFFFFFFFF, 8192
 
 
-class EngineSlice(NamedTuple):
-    """Where one rank puts a tensor: `parameter[index].narrow(dim, offset, length)` takes
-    `tensor.narrow(dim, start, length)`.
+@dataclass(frozen=True)
+class EngineSlice:
+    """Where one rank puts a Hugging Face tensor: `parameter[expert].narrow(dim, offset, length)`
+    takes `tensor.narrow(dim, start, length)`.
+
+    parameter: SGLang's name. shape: of the parameter on this rank. parts: how many Hugging Face
+    tensors make it up. expert: index into a stacked parameter; None for a parameter without stack.
     """
 
-    # SGLang's name
     parameter: str
-    # of the parameter on this rank
     shape: Shape
-    # Hugging Face tensors that make it up
     parts: int
-    # expert of a stacked parameter
-    index: int | None
+    expert: int | None
     offset: int
     dim: int
     start: int
@@ -62,13 +62,17 @@ class EngineSlice(NamedTuple):
 
 @dataclass
 class _Filling:
+    """A parameter that still lacks `missing` of its parts."""
+
     tensor: Tensor
-    left: int
+    missing: int
 
 
 class EngineWeights:
-    """Expected checksums of every tensor-parallel rank of an engine. `only`: SGLang parameters to
-    follow, None = all.
+    """Expected checksums of every tensor-parallel rank of an engine.
+
+    hf: config.json of the model. only: SGLang parameters to follow, None = all. on_cpu: the engine
+    runs on a CPU, which pads and hashes in its own way.
     """
 
     def __init__(
@@ -76,10 +80,8 @@ class EngineWeights:
     ) -> None:
         self.tp_size, self.only, self.on_cpu = tp_size, only, on_cpu
         self.width_padding = CPU_PADDING if on_cpu else 1
-        self.heads, self.groups = (
-            hf["num_attention_heads"],
-            hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        )
+        self.heads = hf["num_attention_heads"]
+        self.groups = hf.get("num_key_value_heads") or self.heads
         self.num_experts = hf.get("num_experts") or hf.get("num_local_experts") or 0
         self.checksums: list[dict[str, str]] = [{} for _ in range(tp_size)]
         self._filling: dict[tuple[int, str], _Filling] = {}
@@ -100,9 +102,9 @@ class EngineWeights:
         if expert is not None:
             number, stack = int(expert[2]), self.num_experts
             if expert[3] == "down":
-                columns, start, length = self._share(shape[1], rank, self.width_padding)
+                columns, start, length = self._rank_part(shape[1], rank, self.width_padding)
                 return EngineSlice(parameter, (stack, shape[0], columns), stack, number, 0, 1, start, length)
-            rows, start, length = self._share(shape[0], rank, self.width_padding)
+            rows, start, length = self._rank_part(shape[0], rank, self.width_padding)
             offset = rows if expert[3] == "up" else 0
             return EngineSlice(
                 parameter, (stack, 2 * rows, *shape[1:]), 2 * stack, number, offset, 0, start, length
@@ -118,23 +120,23 @@ class EngineWeights:
                 parameter, (q + 2 * kv, *shape[1:]), 3, None, offset, 0, start, q if leaf == "q_proj" else kv
             )
         if leaf in ("gate_proj", "up_proj"):
-            rows, start, length = self._share(shape[0], rank, self.width_padding)
+            rows, start, length = self._rank_part(shape[0], rank, self.width_padding)
             return EngineSlice(
                 parameter, (2 * rows, *shape[1:]), 2, None, rows if leaf == "up_proj" else 0, 0, start, length
             )
         if leaf in ("o_proj", "down_proj"):
-            columns, start, length = self._share(
+            columns, start, length = self._rank_part(
                 shape[1], rank, self.width_padding if leaf == "down_proj" else 1
             )
             return EngineSlice(parameter, (shape[0], columns), 1, None, 0, 1, start, length)
         if leaf in ("embed_tokens", "lm_head"):
-            rows, start, length = self._share(shape[0], rank, VOCAB_PADDING / size)
+            rows, start, length = self._rank_part(shape[0], rank, VOCAB_PADDING / size)
             return EngineSlice(parameter, (rows, *shape[1:]), 1, None, 0, 0, start, length)
         return EngineSlice(parameter, tuple(shape), 1, None, 0, 0, 0, shape[0])
 
-    def _share(self, total: int, rank: int, padding: float) -> tuple[int, int, int]:
-        """(size of a rank's share, where this rank's begins, how much of it is real) when `padding`
-        a rank is the unit.
+    def _rank_part(self, total: int, rank: int, padding: float) -> tuple[int, int, int]:
+        """(size of a rank's part, where this rank's begins, how much of it is no padding), if every part
+        is a multiple of `padding`.
         """
         unit = round(padding * self.tp_size)
         size = -(-total // unit) * unit // self.tp_size
@@ -154,24 +156,24 @@ class EngineWeights:
                     torch.zeros(place.shape, dtype=tensor.dtype, device=tensor.device), place.parts
                 )
             filling = self._filling[key]
-            target = filling.tensor if place.index is None else filling.tensor[place.index]
+            target = filling.tensor if place.expert is None else filling.tensor[place.expert]
             target.narrow(place.dim, place.offset, place.length).copy_(
                 tensor.narrow(place.dim, place.start, place.length)
             )
-            filling.left -= 1
-            if not filling.left:
+            filling.missing -= 1
+            if not filling.missing:
                 self.checksums[rank][place.parameter] = checksum(
                     self._filling.pop(key).tensor, on_cpu=self.on_cpu
                 )
 
 
 def checksum(tensor: Tensor, *, on_cpu: bool) -> str:
-    """The checksum, 16 hex digits, that an engine on a CPU or on a GPU gives of these bytes,
-    wherever they lie here.
+    """The checksum, 16 hex digits, that an engine on a CPU or on a GPU reports of these bytes. The
+    tensor may lie on any device.
     """
     data = tensor.contiguous().reshape(-1).view(torch.uint8)
     if on_cpu:
-        return hashlib.sha256(memoryview(data.cpu().numpy())).digest()[:8].hex()
+        return hashlib.sha256(data.cpu().numpy().data).digest()[:8].hex()
     return f"{words_hash(data):016x}"
 
 
@@ -199,7 +201,7 @@ def words_hash(data: Tensor) -> int:
             hashed = _fmix32(v ^ ((_times(index, factor) + s) & _WORD) ^ rotated)
             tiles = torch.nn.functional.pad(hashed, (0, -v.numel() % _TILE)).view(-1, _TILE).sum(1) & _WORD
             halves.append(_fmix32(tiles ^ (count * 4 & _WORD)))
-        high, low = (half.sum().item() for half in halves)
+        high, low = (int(half.sum().item()) for half in halves)
         total += (high << 32) + low
     x = total & ((1 << 64) - 1)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -208,11 +210,15 @@ def words_hash(data: Tensor) -> int:
 
 
 def _times(x: Tensor, factor: int) -> Tensor:
-    """x * factor modulo 2**32 for 32-bit values in int64: in halves, since the whole product does not fit."""
+    """x * factor modulo 2**32, for 32-bit values in int64.
+
+    It multiplies by the halves of the factor, since the whole product does not fit into int64.
+    """
     return ((x * (factor & 0xFFFF)) + (((x * (factor >> 16)) & 0xFFFF) << 16)) & _WORD
 
 
 def _fmix32(x: Tensor) -> Tensor:
+    """murmur3's 32-bit finaliser of values in int64."""
     x = _times(x ^ (x >> 16), 0x85EBCA6B)
     x = _times(x ^ (x >> 13), 0xC2B2AE35)
     return x ^ (x >> 16)

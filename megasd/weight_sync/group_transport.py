@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasd.config.schema import LOOPBACK
-from megasd.engine.client import EngineClient, EngineError, Unreachable
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError, Unreachable
 from megasd.engine.pool_weights import InFlight, PoolWeights
 from megasd.weight_sync.transport import PendingSend
 from megasd.weights.gather_plan import Bucket, GatherPlan

@@ -1,5 +1,5 @@
-"""Where pushed files lie until an engine has read them: shared memory when there is room, else the
-run directory.
+"""Where pushed files lie until an engine has read them: in shared memory if there is room, else in
+the run directory.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SHARED_MEMORY = Path("/dev/shm")
-# file with the process id of the run
+# name of the file with the process id of the run
 _OWNER = "owner"
 
 
 @contextlib.contextmanager
 def staging_directory(run_dir: Path, nbytes: int, local_engine: bool) -> Iterator[Path]:
-    """A fresh directory: in shared memory when the engine is local and there is room for nbytes
-    (and a tenth), else in run_dir.
+    """A fresh directory, removed afterwards. It is in shared memory if the engine is local and there is
+    room for nbytes and a tenth more, else in run_dir.
     """
     root = _make_root(run_dir, nbytes, local_engine)
     try:
@@ -35,7 +35,7 @@ def _make_root(run_dir: Path, nbytes: int, local_engine: bool) -> Path:
             _SHARED_MEMORY / f"megasd-{os.getuid()}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]}"
         )
         if not root.is_symlink() and (not root.exists() or root.stat().st_uid == os.getuid()):
-            # what a killed run left there goes
+            # removes what a killed run left there
             return _fresh(root)
     return _fresh(run_dir / "weights")
 
@@ -49,7 +49,7 @@ def _fresh(root: Path) -> Path:
 
 
 def _sweep(parent: Path) -> None:
-    """Give back the memory of killed runs of this user: directories whose owner is gone."""
+    """Remove the directories of this user's killed runs, whose process is gone."""
     for root in parent.glob(f"megasd-{os.getuid()}-*"):
         owner = root / _OWNER
         if owner.is_file() and not Path(f"/proc/{owner.read_text()}").exists():

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megasd.config.schema import SyncConfig
-from megasd.engine.client import Unreachable
+from megasd.engine.errors import Unreachable
 from megasd.engine.sampler import Sampler
 from megasd.types import UserError
 from megasd.weight_sync.delta import Fingerprints

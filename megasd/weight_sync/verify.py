@@ -1,8 +1,8 @@
 """Proof that engines hold what the actor holds: names and shapes before a push, checksums and
 log-probs after it.
 
-SGLang answers 200 to a name it does not know and dies of a wrong shape, so both are looked at
-before anything is sent.
+SGLang answers 200 to a name that it does not know, and dies of a wrong shape. So names and shapes
+are checked before anything is sent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megasd.engine.client import EngineError
+from megasd.engine.errors import EngineError
 from megasd.models.tp_layouts import Shape
 from megasd.weight_sync.engine_checksums import EngineWeights
 from megasd.weights.block_fp8 import SCALE
@@ -19,12 +19,12 @@ from megasd.weights.gather_plan import GatherPlan
 
 
 class VerifyError(EngineError):
-    """An engine that does not hold, or could not take, the actor's weights; names the tensor."""
+    """An engine does not hold, or cannot take, the actor's weights. The message names the tensor."""
 
 
 def check_shapes(plan: GatherPlan, stored: Mapping[str, Shape], *, tied: bool) -> None:
-    """VerifyError unless the plan's names and shapes are those of the checkpoint that the engine
-    was started from.
+    """VerifyError unless the plan's names and shapes are `stored`, those of the checkpoint that the
+    engine was started from. tied: that checkpoint may leave out lm_head.weight.
     """
     planned = plan.tensors()
     for name, shape in stored.items():
@@ -46,8 +46,10 @@ def check_shapes(plan: GatherPlan, stored: Mapping[str, Shape], *, tied: bool) -
 def check_engine_names(
     plan: GatherPlan, reported: Mapping[str, Sequence[Mapping[str, str]]], place: EngineWeights
 ) -> None:
-    """VerifyError when an engine has no parameter for a tensor. `reported`: checksums by URL and
-    rank; fp8 scales go with their weights.
+    """VerifyError when an engine has no parameter for a tensor of the plan.
+
+    reported: the engines' checksums by URL and rank. place: how SGLang names parameters. The scales
+    of fp8 weights have no parameter of their own.
     """
     for url, ranks in reported.items():
         for name in plan.tensors():
@@ -64,8 +66,10 @@ def compare_checksums(
     reported: Mapping[str, Sequence[Mapping[str, str]]],
     skipped: Sequence[str],
 ) -> None:
-    """VerifyError naming the first parameter whose checksum differs. `expected`: by tensor-parallel
-    size; `skipped`: left out by the engine, and with it every name that contains one.
+    """VerifyError naming the first parameter whose checksum differs.
+
+    expected: by tensor-parallel size. reported: by URL and rank. skipped: the engine left out every
+    name that contains one of these.
     """
     for url, ranks in reported.items():
         for rank, found in enumerate(ranks):
@@ -83,8 +87,9 @@ def compare_checksums(
 
 
 def max_difference(actor_logps: Sequence[Sequence[float]], engine_logps: Sequence[Sequence[float]]) -> float:
-    """Largest absolute difference (nats) over all tokens of all probes; NaN, which no tolerance
-    admits, if any is NaN or lengths differ.
+    """Largest absolute difference (nats) over all tokens of all probes.
+
+    NaN, which no tolerance admits, if a log-prob is NaN or the lengths differ.
     """
     ours, theirs = (
         torch.tensor([x for logps in side for x in logps], dtype=torch.float64)

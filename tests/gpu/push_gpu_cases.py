@@ -82,7 +82,7 @@ def start_elsewhere(settings: EngineConfig, model: Path, root: Path) -> EngineCl
         try:
             await engine.wait_ready()
         finally:
-            await engine.session.close()
+            await engine.disconnect()
 
     try:
         asyncio.run(start())

@@ -31,7 +31,8 @@ from megasd.actor.parallel import broadcast_tensors, init_distributed, init_mode
 from megasd.batch.batch import Batch
 from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig
 from megasd.engine.answers import versions_of
-from megasd.engine.client import EngineClient, EngineError
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError
 from megasd.engine.sampler import Sampler, make_sampler
 from megasd.types import Group, Prompt
 from megasd.weight_sync.sender import SAMPLE
@@ -464,7 +465,7 @@ def death(root: Path, owned: Sampler | None, actor: Actor) -> None:
             worst = compare(actor, owned)
             if owned is not None:
                 assert (
-                    owned.pool.engines[0].applied_version == version
+                    owned.pool.engines[0].applied.version == version
                     and owned.pool.engines[0].restarts == version - 299
                 )
                 taken = time.perf_counter() - start
@@ -494,7 +495,7 @@ def rest(root: Path, owned: Sampler | None, actor: Actor) -> None:
                     raise AssertionError("an engine without memory answered")
             pushed = sync.push(version)
             if owned is not None:
-                assert pushed["sync/bytes"] > 1e6 and not owned.pool.engines[0].released
+                assert pushed["sync/bytes"] > 1e6 and not owned.pool.engines[0].applied.released
             say(f"memory released and resumed by {transport}: log-probs {compare(actor, owned):.1e}")
 
 

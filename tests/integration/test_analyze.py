@@ -249,7 +249,7 @@ def test_a_smaller_k_is_never_above_the_exact_kl(analysis: Path, engine: Sampler
 def test_kl_by_transformers_is_exact_in_both_directions(root: Path, engine: Sampler, twin):
     server = engine.pool.engines[0]
     # as of a server that no run has stamped
-    engine.pool.call(server.stamp("default"))
+    engine.pool.call(server.applied.stamp("default"))
     try:
         assert (
             guidance(
@@ -258,7 +258,7 @@ def test_kl_by_transformers_is_exact_in_both_directions(root: Path, engine: Samp
             == 0
         )
     finally:
-        engine.pool.call(server.stamp(str(STAMP)))
+        engine.pool.call(server.applied.stamp(str(STAMP)))
     groups = samples_of(root / "full")["regenerated"]
     assert len(groups) == 3 and {s.version for group in groups for s in group.samples} == {-1}
     check_kl(root / "full", expected_kl(twin, root / "full"), ("KL(T||S)", "KL(S||T)"))

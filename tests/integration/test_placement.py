@@ -56,7 +56,7 @@ def test_two_engines_and_the_death_of_one(tmp_path: Path) -> None:
         check_groups(groups, other, 8, 8, version=3)
         # waits for the one that is being started
         rollout.weights.push(str(model), 4)
-        assert [engine.applied_version for engine in rollout.pool.engines] == [4, 4] and (
+        assert [engine.applied.version for engine in rollout.pool.engines] == [4, 4] and (
             dead.restarts,
             left.restarts,
         ) == (
@@ -239,7 +239,7 @@ def test_a_router_before_two_engines(tmp_path: Path) -> None:
             check_groups(ask(rollout, 6, 6, 200), other, 6, 6, version=3)
             strike.join()
             rollout.weights.push(str(model), 4)
-            assert [one.applied_version for one in rollout.pool.engines] == [4, 4]
+            assert [one.applied.version for one in rollout.pool.engines] == [4, 4]
             check_groups(ask(rollout, 4, 4, 12), model, 4, 4, version=4)
     finally:
         router.kill()

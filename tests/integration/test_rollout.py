@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megasd.config.schema import EngineConfig, RolloutConfig
-from megasd.engine.client import EngineClient, EngineError
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import EngineError
 from megasd.engine.sampler import Sampler, make_sampler
 from megasd.types import Group, Prompt, UserError
 from tests.launch import generating

@@ -26,7 +26,8 @@ from megasd.commands import serve
 from megasd.config.load import load_config
 from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.engine.auth import VARIABLE, Secret, engine_key, protect
-from megasd.engine.client import EngineClient, StartError
+from megasd.engine.client import EngineClient
+from megasd.engine.errors import StartError
 from megasd.engine.remote import CLOSED, TRAINER, job_token, read_announcement, write_announcement
 from megasd.engine.sampler import Sampler, make_sampler
 from megasd.types import Prompt, UserError
@@ -148,7 +149,7 @@ def test_requests_of_a_dead_engine_go_to_the_others_and_it_is_taken_back(node: N
             time.sleep(0.05)
         assert (
             engine.answers_as == "megasd-c"
-            and engine.applied_version == 0
+            and engine.applied.version == 0
             and node.servers[0].version == "0"
             and engine.restarts == 1
         )
@@ -178,7 +179,7 @@ def test_a_push_does_not_wait_for_an_engine_that_nobody_announces_again(node: No
         deadline = time.monotonic() + 120
         while not engine.up and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert engine.applied_version == 4 and engine.answers_as == "megasd-c" and engine.restarts == 1
+        assert engine.applied.version == 4 and engine.answers_as == "megasd-c" and engine.restarts == 1
 
 
 def test_the_engine_that_is_asked_least_is_asked(node: Node) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from megasd.config.schema import EngineConfig, RolloutConfig, SyncConfig
-from megasd.engine.client import EngineError
+from megasd.engine.errors import EngineError
 from megasd.engine.sampler import make_sampler
 from megasd.models.param_table import global_params
 from megasd.types import Prompt
@@ -88,7 +88,7 @@ class Pushes:
 
     @property
     def held(self) -> list[int | None]:
-        return [engine.applied_version for engine in self.rollout.pool.engines]
+        return [engine.applied.version for engine in self.rollout.pool.engines]
 
     def restarted(self, index: int) -> None:
         self.servers[index] = ControlServer(self.servers[index].architectures, self.servers[index].port)

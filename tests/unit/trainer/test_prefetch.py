@@ -17,7 +17,7 @@ from collections.abc import Callable
 import pytest
 
 from megasd.config.schema import RolloutConfig
-from megasd.engine.client import EngineError
+from megasd.engine.errors import EngineError
 from megasd.trainer.prefetch import Prefetcher, staleness
 from megasd.types import Group, Prompt, Sample
 from megasd.weight_sync.sync import SyncError

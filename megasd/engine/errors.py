@@ -1,0 +1,25 @@
+"""What can go wrong with an engine."""
+
+from __future__ import annotations
+
+from megasd.types import UserError
+
+
+class EngineError(RuntimeError):
+    """An engine did not do what it was told, and would not if it were told again."""
+
+
+class StartError(EngineError, UserError):
+    """An engine does not start. Its log says why: most often a setting of rollout.engine, or the
+    machine's memory.
+    """
+
+
+class Refused(EngineError):
+    """An engine answered HTTP 4xx: it would refuse the same request again."""
+
+
+class Unreachable(Exception):
+    """Connection refused, reset or closed, HTTP 5xx, or no progress: worth another try, perhaps with
+    another engine.
+    """
