@@ -1,4 +1,7 @@
-"""A data-parallel rank's part of a step."""
+"""Cuts the batch of a step into minibatches, and out of each the part of a data-parallel rank.
+
+N samples, R response tokens of all samples of the rank, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ class RankBatch:
 
     # the samples of this rank
     batch: Batch
-    # Samples of each student microbatch, as indices into batch: those that some term gives a weight.
-    # Every rank has the same number of microbatches; an empty one is filler.
+    # The samples of each student microbatch, as indices into batch. They are the samples to which
+    # some term gives a weight. Every rank has the same number of microbatches; an empty one is filler.
     microbatches: list[list[int]]
     # the same for each teacher context that is read
     teacher_microbatches: list[list[list[int]]]
@@ -42,7 +45,7 @@ class RankBatch:
     metrics: Mapping[str, float]
     # what the whole batch says to a teacher that copies the student
     outcome: Outcome
-    # what question weights are divided by, as loss/normalise.py's normaliser and dataset_mean
+    # global_normalisers of loss/normalise.py takes these as normaliser and dataset_mean
     normaliser: str
     mean_weight: float | None
 
@@ -95,16 +98,17 @@ def shard(
 
 
 def active_samples(batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
-    """bool [N]: samples that some term gives a weight; the others are counted by the normalisers
-    and need no forward.
+    """bool [N]: the samples to which some term of the loss gives a weight.
+
+    All other samples need no forward. The normalisers count them nevertheless.
     """
-    active, weighed = torch.zeros(len(batch), dtype=torch.bool), batch.question_weight > 0
+    active, has_weight = torch.zeros(len(batch), dtype=torch.bool), batch.question_weight > 0
     for term in TERMS:
         if getattr(algorithm, term) is None:
             continue
         mask = batch.mask(term)
         if term == "distill" or algorithm.question_weight.terms == "all":
-            mask = mask & weighed
+            mask = mask & has_weight
         if term == "policy_gradient" and not credit_traits(algorithm).adds_to_advantage:
             first = batch.response_lens.cumsum(0) - batch.response_lens
             mask = mask & (batch.streams["advantage"][first] != 0)
@@ -113,8 +117,10 @@ def active_samples(batch: Batch, algorithm: AlgorithmConfig) -> Tensor:
 
 
 def mean_question_weight(batch: Batch, normaliser: str) -> float:
-    """What the question weights of a batch are divided by under "informative" or "batch", as
-    loss/normalise.py has it; 0.0: nothing.
+    """The mean over the questions of a batch by which loss/normalise.py divides their weights.
+
+    normaliser: "informative" (questions with a weight above 0) or "batch" (all questions). 0.0 when
+    there is no such question.
     """
     weight_N, size_N = batch.question_weight, batch.question_size.double()
     counted_N = weight_N > 0 if normaliser == "informative" else torch.ones_like(weight_N, dtype=torch.bool)
@@ -131,8 +137,10 @@ def batch_outcome(batch: Batch) -> Outcome:
 
 
 def softmax_temperature(algorithm: AlgorithmConfig, sampling: float) -> float:
-    """That of sampling; 1 for a likelihood alone (SSD 2604.01193), and for rows, which were not
-    sampled at any.
+    """The temperature of the student's softmax in the loss: the sampling temperature, or 1.
+
+    It is 1 for an algorithm with a likelihood term alone (SSD 2604.01193), and where the responses
+    are rows of the data, which were not sampled.
     """
     likelihood = algorithm.distill is None and algorithm.policy_gradient is None
     return 1.0 if likelihood or algorithm.source == "dataset" else sampling

@@ -1,7 +1,8 @@
-"""The teacher's forward passes, which make the hidden states that the loss compares with.
+"""The teacher's forward passes, which make the hidden states behind its logits.
 
-A teacher has one pass, or several whose logits are mixed. A mixture of logits is one projection:
-of the hidden states side by side on the output weights side by side. So the loss does not know it.
+A teacher has one pass, or several passes whose logits are mixed. A mixture of logits is a single
+projection: hidden states joined along h, times output weights joined along h. So the loss reads a
+mixture as it reads one model.
 
 T response tokens of a microbatch, h hidden, V local vocabulary.
 """
@@ -36,7 +37,7 @@ class Pass:
     config: TransformerConfig
     # the output layer's shard [V, h], detached; last stage only
     output_weight: Callable[[], Tensor]
-    # what its logits are multiplied by
+    # factor of the logits of this pass
     share: float = 1.0
     # gives the module the teacher's weights for the time of the pass
     weights: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -56,7 +57,7 @@ class Teacher:
         return sum(one.config.hidden_size for one in self.passes)
 
     def output_weight(self, *, repeats: bool) -> Tensor:
-        """[V, hidden_size]: the passes' output layers side by side, of this tensor-parallel rank.
+        """[V, hidden_size]: the output layers of the passes, joined along h, of this tensor-parallel rank.
 
         repeats: the student is updated before the batch has read the teacher for the last time, so
         the weight of a live teacher is copied. Last stage only. No collective.
@@ -91,9 +92,9 @@ class Teacher:
 
 
 def build_teacher(config: TeacherConfig | None, student: Student) -> Teacher:
-    """The teacher that algorithm.teacher describes, on the student's ranks. None: of no passes.
+    """The teacher that algorithm.teacher describes, on the student's ranks.
 
-    UserError for an unfit teacher.model_path. No collective.
+    config None: an algorithm without a teacher, which gets a teacher without passes. UserError for an unfit teacher.model_path. No collective.
     """
     if config is None:
         return Teacher([], NoTeacherWeights(), student.mesh)

@@ -54,7 +54,7 @@ def teacher_forward(student: Student, teacher: Teacher, batches: list[RankBatch]
 def _run_before_last_stage(
     student: Student, teacher: Teacher, rank_batch: RankBatch, empty: TeacherSignal
 ) -> TeacherSignal:
-    """Take part in the passes on a pipeline stage that sees no hidden states of the last layer."""
+    """Run the teacher on a pipeline stage before the last one, which gets no hidden states."""
     for context, groups in enumerate(rank_batch.teacher_microbatches):
         microbatches = student.microbatches(rank_batch.batch, groups, context)
         teacher.run(microbatches, lambda microbatch, hidden_Th, columns: None)
@@ -90,7 +90,7 @@ def _places(student: Student, rank_batch: RankBatch, context: int) -> tuple[Tens
 
 @dataclass(frozen=True)
 class _ContextPass:
-    """The results of the passes over one context."""
+    """What one context of the samples gave."""
 
     slot_R: Tensor
     kept: TeacherHead | TeacherRecord | None
@@ -104,7 +104,7 @@ class _Collector:
 
     `add` fills tensors that are made beforehand, since a list of parts would need twice the memory
     when it is joined. A teacher of several passes has one joint hidden state a token, whose columns
-    come pass by pass: its log-probs are read in `finish`.
+    come pass by pass. So its log-probs are read in `finish`.
     """
 
     def __init__(
@@ -174,6 +174,7 @@ class _Collector:
         return _ContextPass(self.slot_R, kept if self.keeps else None, self.logp_R, self.entropy_R)
 
     def _read(self, index_T: Tensor, hidden_Th: Tensor) -> None:
+        """Log-probs and entropies of some tokens from their joint hidden states."""
         student = self.student
         logprobs = fused_linear_logprobs(
             hidden_Th,
@@ -187,7 +188,7 @@ class _Collector:
 
 
 def _streams(passes: list[_ContextPass]) -> dict[str, Tensor]:
-    """The streams that loss/token_weights.py reads: of the first context, and of the contrasts."""
+    """The streams that loss/token_weights.py reads: of the first context and of the contrasts."""
     first, contrasts = passes[0], passes[1:]
     none = first.logp_R.new_zeros(0, len(first.logp_R))
     return {

@@ -1,4 +1,4 @@
-"""What the teacher's forward passes leave for the student's pass over the same samples.
+"""What the teacher's forward leaves for the student's forward over the same samples.
 
 Student and teacher read different prompts. Therefore their packing, their context-parallel shards
 and their microbatches do not align. A signal is kept by sample and place in the response, and the
@@ -24,7 +24,7 @@ from megasd.ops.vocab_parallel import TeacherRecord
 
 @dataclass(frozen=True)
 class TeacherSignal:
-    """The teacher of one rank batch: rows for the distillation loss, streams for the token weights.
+    """The teacher of a rank batch: rows for the distillation loss, streams for the token weights.
 
     kept: what distillation compares the student with, one row per distilled token and one spare
     row. It is a hidden state `[S, h]` with the teacher's output layer, or a record of K tokens.
@@ -32,7 +32,8 @@ class TeacherSignal:
     None for an algorithm without a distillation term, and before the last pipeline stage.
     """
 
-    # int64 [R]: the row of each response token, -1 (the spare row) for a token without a teacher
+    # int64 [R]: the row of each response token, -1 (the spare row) for a token without a teacher;
+    # empty where nothing is kept
     slot_R: Tensor
     kept: TeacherHead | TeacherRecord | None = None
     # [R] or [C - 1, R] each, on the last stage; loss/token_weights.py says which and what for

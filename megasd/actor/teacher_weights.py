@@ -29,7 +29,8 @@ class Refresh:
 
     # batches since the last copy
     steps: int = 0
-    # pass rate of the batch after which the last copy was made; None: no batch has been seen yet
+    # Pass rate of the batch after which the last copy was made, at first of the first batch. None
+    # before any batch.
     pass_rate: float | None = None
     # copies made so far
     copies: int = 0
@@ -37,7 +38,7 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a batch says to a teacher that copies the student."""
+    """Two numbers of a batch, by which a gated teacher decides whether to copy the student."""
 
     # share of right answers among the scored samples
     pass_rate: float | None = None
@@ -54,7 +55,7 @@ class TeacherState(Protocol):
     shadow: dict[str, Tensor]
 
     def update(self, outcome: Outcome) -> dict[str, float]:
-        """Bring the weights up to date after the last update of a batch; metrics of it."""
+        """Bring the weights up to date after the last update of a batch; returns metrics."""
 
     def state(self) -> dict[str, object]:
         """Entries of a checkpoint's JSON file."""
@@ -71,13 +72,15 @@ class NoTeacherWeights:
         self.shadow: dict[str, Tensor] = {}
 
     def update(self, outcome: Outcome) -> dict[str, float]:
+        """Nothing follows the student; no metrics."""
         return {}
 
     def state(self) -> dict[str, object]:
+        """No entries."""
         return {}
 
     def restore(self, state: dict) -> None:
-        pass
+        """Nothing to take over."""
 
 
 class TeacherWeights:
@@ -93,15 +96,15 @@ class TeacherWeights:
 
     @torch.no_grad()
     def update(self, outcome: Outcome) -> dict[str, float]:
-        """Bring the weights up to date after a batch; metrics of it."""
+        """Bring the copies up to date after the last update of a batch; returns metrics."""
         return KINDS[self.kind].follow(self, outcome)
 
     def state(self) -> dict[str, object]:
-        """The kind and what decides the next copy; the copies themselves are saved as tensors."""
+        """The kind and the count towards the next copy; a checkpoint saves the copies as tensors."""
         return {"teacher_weights": self.kind, "teacher_refresh": asdict(self.refresh)}
 
     def restore(self, state: dict) -> None:
-        """Take over what decides the next copy. Checkpoints of early versions do not hold it."""
+        """Take over the count towards the next copy, which checkpoints of early versions lack."""
         if "teacher_refresh" in state:
             self.refresh = Refresh(**state["teacher_refresh"])
 
@@ -135,7 +138,7 @@ class TeacherWeights:
 
 
 def _stay(weights: TeacherWeights, outcome: Outcome) -> dict[str, float]:
-    """The weights stay as they are, or are the student's own."""
+    """Keep the weights as they are: frozen, or the student's own."""
     return {}
 
 
@@ -165,6 +168,7 @@ def _copy_through_gate(weights: TeacherWeights, outcome: Outcome) -> dict[str, f
 def _copy_if(
     weights: TeacherWeights, outcome: Outcome, is_open: Callable[[Refresh], bool]
 ) -> dict[str, float]:
+    """Copy the student when `refresh_every` batches have gone by and `is_open` of the state."""
     state = weights.refresh
     seen = outcome.pass_rate if state.pass_rate is None else state.pass_rate
     state = replace(state, steps=state.steps + 1, pass_rate=seen)
@@ -182,7 +186,7 @@ class WeightsKind:
 
     # whether an fp32 copy of the start model is kept
     has_shadow: bool
-    # brings the copy up to date after a batch, and returns metrics
+    # brings the copy up to date after a batch; returns metrics
     follow: Callable[[TeacherWeights, Outcome], dict[str, float]]
 
 

@@ -1,11 +1,10 @@
-"""One golden run (tiny Qwen3, 4 SC-SDPO steps on a fixed batch) under every layout; run by
-test_golden.py under torchrun.
+"""One golden run under every layout: tiny Qwen3, 4 SC-SDPO steps on a fixed batch.
 
     golden_cases.py MODEL_DIR MOE_DIR TIED_DIR TRACE.json
 
-One rank writes the trace, other world sizes compare with it. The first step is also compared with a
-float64 twin made of transformers' model and tests/reference.py, which shares no code with the
-actor.
+test_golden.py runs it under torchrun. One rank writes the trace, other world sizes compare with it.
+The first step is also compared with a float64 twin made of transformers' model and
+tests/reference.py, which shares no code with the actor.
 """
 
 from __future__ import annotations
@@ -105,8 +104,8 @@ TIED_CASES: dict[int, dict[str, dict]] = {
     },
     4: {"tied tp2 pp2": {TP: 2, PP: 2}},
 }
-# A token budget in place of a number of samples; the longest student sequence has 19 tokens, the
-# longest of a teacher 27.
+# Token budgets in place of a number of samples. The longest student sequence has 19 tokens, the
+# longest teacher sequence has 27.
 PACKED, PADDED = {"packing": True, "max_tokens_per_microbatch": 60}, {"max_tokens_per_microbatch": 40}
 BUDGET_CASES: dict[int, dict[str, dict]] = {
     1: {"budget packed": PACKED, "budget padded": PADDED, "budget of one": {"max_tokens_per_microbatch": 1}},
@@ -122,7 +121,7 @@ BUDGET_CASES: dict[int, dict[str, dict]] = {
         "tp2 pp2 dp2 budget padded": {TP: 2, PP: 2, **PADDED},
     },
 }
-# parameters; main parameters, gradients and the EMA teacher are fp32
+# dtype of parameters; main parameters, gradients and the EMA teacher are fp32
 BF16 = {"dtype": "bfloat16"}
 BF16_CASES: dict[int, dict[str, dict]] = {
     1: {},
@@ -131,8 +130,8 @@ BF16_CASES: dict[int, dict[str, dict]] = {
 }
 
 
-# Supports, transports, clip and temperatures, and all terms at once; each under another layout than
-# the golden run's.
+# Supports, transports, clip and temperatures, and all terms at once. Each runs in another layout
+# than the golden run.
 ALGORITHMS: dict[str, dict] = {
     "full": {"distill": DistillTerm(support="full", beta=0.0)},
     "full clip": {
@@ -153,7 +152,7 @@ def credit(kind: str, surrogate: str = "ppo", **values: object) -> dict:
     return {"policy_gradient": term, "distill": None, "tis_clip": None}
 
 
-# What is worked out on whole sequences and over all ranks, with the layout of two ranks that it is run under.
+# Algorithms that read whole sequences or all ranks; each with the layout of two ranks it runs in.
 METHODS: dict[str, tuple[dict, dict]] = {
     "rlsd snapshot": (
         credit("rlsd") | {"teacher": TeacherConfig(weights="snapshot", refresh_every=1)},
@@ -196,15 +195,15 @@ METHODS: dict[str, tuple[dict, dict]] = {
 
 
 def methods_batch() -> Batch:
-    """The batch with verdicts, and two contexts a sample to contrast the teacher's with (some lack one)."""
+    """The batch with verdicts, and two contrasting contexts a sample (some samples lack one)."""
     batch, g = make_batch(), torch.Generator().manual_seed(6)
     lens = torch.stack([batch.context_lens[:, 0], *torch.randint(3, 15, (2, 32), generator=g)], dim=1)
     lens[lens[:, 0] == 0] = 0
     lens[3::7, 2] = 0
     batch.context_ids, batch.context_lens = torch.randint(0, VOCAB, (int(lens.sum()),), generator=g), lens
     batch.right = torch.rand(32, generator=g) < 0.4
-    wrong, taught = ~batch.right, batch.distilled
-    batch.masks = {"distill": wrong & taught, "policy_gradient": ~(wrong & taught)}
+    routed = ~batch.right & batch.distilled
+    batch.masks = {"distill": routed, "policy_gradient": ~routed}
     return batch
 
 
@@ -226,7 +225,8 @@ def run_method(config: Config, device: torch.device, steps: int = 2) -> list[lis
 def make_config(model: str, actor: dict, **algorithm: object) -> Config:
     config = Config()
     config.model.path, config.run.steps = model, STEPS
-    # The trace has microbatches of 2; several ranks take 4, for the time goes with the number of collectives.
+    # One rank has microbatches of 2. Several ranks have 4, since their time goes by the number of
+    # collectives.
     size = 2 if os.environ.get("WORLD_SIZE", "1") == "1" else 4
     config.actor = ActorConfig(
         **({"dtype": "float32", "micro_batch_size": size, "make_vocab_size_divisible_by": 20} | actor)
@@ -243,14 +243,18 @@ def make_config(model: str, actor: dict, **algorithm: object) -> Config:
 
 
 def make_batch() -> Batch:
-    """8 questions x 4 samples; half of the questions are uninformative, some samples are untaught,
-    lengths vary.
+    """8 questions x 4 samples of various lengths.
+
+    Half of the questions are uninformative, and some samples have no teacher context.
     """
     g = torch.Generator().manual_seed(5)
-    draw = lambda low, high, n=32: torch.randint(low, high, (n,), generator=g)  # noqa: E731
+
+    def draw(low: int, high: int, n: int = 32) -> torch.Tensor:
+        return torch.randint(low, high, (n,), generator=g)
+
     prompt_lens, teacher_lens, response_lens = draw(3, 12), draw(8, 20), draw(1, 9)
     teacher_lens[::5] = 0
-    passes = torch.tensor([0, 1, 2, 3, 4, 0, 4, 1]) / 4
+    pass_rates = torch.tensor([0, 1, 2, 3, 4, 0, 4, 1]) / 4
     tokens = int(response_lens.sum())
     return Batch(
         prompt_ids=draw(0, VOCAB, int(prompt_lens.sum())),
@@ -259,7 +263,7 @@ def make_batch() -> Batch:
         context_lens=teacher_lens[:, None],
         response_ids=draw(0, VOCAB, tokens),
         response_lens=response_lens,
-        question_weight=(passes * (1 - passes)).sqrt().double().repeat_interleave(4),
+        question_weight=(pass_rates * (1 - pass_rates)).sqrt().double().repeat_interleave(4),
         question_size=torch.full((32,), 4),
         scored=torch.ones(32, dtype=torch.bool),
         streams={
@@ -281,8 +285,9 @@ def run(config: Config, device: torch.device, batch: Batch, steps: int = STEPS) 
 
 
 def twin(model_dir: str, batch: Batch, config: Config) -> list[float]:
-    """Loss and gradient norm of the first step in float64, from the formulas: one sample at a time,
-    whole vocabulary on one device.
+    """Loss and gradient norm of the first step in float64, from the formulas.
+
+    One sample at a time, the whole vocabulary on one device.
     """
     from transformers import AutoModelForCausalLM
 
@@ -324,8 +329,9 @@ def check(name: str, trace: list[list[float]], golden: list[list[float]], tolera
 
 
 def hf_parity(model_dir: str, config: Config, device: torch.device, name: str) -> None:
-    """The actor's logits, gathered here, and its scores against transformers' logits, fp32, at
-    every position that predicts a response.
+    """Compare the actor's logits and scores with transformers' logits, fp32.
+
+    The positions are those that predict a response token.
     """
     from transformers import AutoModelForCausalLM
 
@@ -359,8 +365,9 @@ def hf_parity(model_dir: str, config: Config, device: torch.device, name: str) -
 
 @torch.no_grad()
 def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
-    """Raw logits [R, VOCAB] on the last stage: the vocabulary shards of the actor's own forward,
-    put side by side by the test alone.
+    """Raw logits [R, VOCAB] on the last stage, from the actor's own forward.
+
+    The actor never joins the vocabulary shards; this function does.
     """
     mesh, rows = actor.mesh, torch.zeros(len(batch.response_ids), VOCAB)
 
@@ -378,8 +385,9 @@ def gathered_logits(actor: Actor, batch: Batch) -> torch.Tensor:
 
 
 def lone_question(batch: Batch) -> Batch:
-    """Only question 1 is informative, and only one of its samples is taught: most data-parallel
-    ranks have nothing to learn from.
+    """The batch with one informative question, of which one sample has a teacher context.
+
+    Most data-parallel ranks have nothing to learn from.
     """
     weight = torch.zeros(32, dtype=torch.float64)
     weight[4:8] = 0.4
@@ -427,11 +435,11 @@ def main() -> None:
         check(name, run(make_config(model_dir, actor), device, batch), golden["dense"])
     for name, actor in BUDGET_CASES[world].items():
         check(name, run(make_config(model_dir, actor), device, batch, steps=2), golden["dense"][:2])
-    # all dimensions at once; the rest is covered by fewer ranks
+    # Eight ranks have all dimensions of a layout at once. Fewer ranks cover the rest.
     if world == 8:
         finish(rank)
         return
-    # beside the dense model's layouts
+    # The other models run fewer steps than the dense one on several ranks.
     steps = STEPS if world == 1 else 2
     for name, actor in MOE_CASES[world].items():
         check(name, run(make_config(moe_dir, actor), device, batch, steps=steps), golden["moe"][:steps])

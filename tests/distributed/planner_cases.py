@@ -1,11 +1,12 @@
-"""Measures a real actor's tensors by category and holds them against
-megasd/cluster/planner/memory.py. A script: alone, or under torchrun.
+"""Measures a real actor's tensors by category, next to the plan of megasd/cluster/planner/memory.py.
+
+A script, for one process or for torchrun:
 
     python tests/distributed/planner_cases.py '[{"model": {}, "items": ["actor.recompute_granularity=full"]}]'
 
-Prints a line of JSON per case and pipeline stage: {"stage": ..., "planned": {category: bytes},
-"measured": {category: bytes}}, measured on the rank of the stage that has most of a category; sync
-is rank 0's.
+It prints a line of JSON per case and pipeline stage: {"stage": ..., "planned": {category: bytes},
+"measured": {category: bytes}}. The measure of a category is that of the rank of the stage that has
+most of it. sync is rank 0's.
 
 weights, gradients, optimizer, teacher, signal, batch, sync: bytes of the distinct storages of those
 tensors. activations: peak of the distinct storages that autograd keeps between the first forward
@@ -71,7 +72,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Saved:
-    """Distinct storages that autograd keeps, now and at most."""
+    """Bytes of the distinct storages that autograd keeps, now (`live`) and at most (`peak`)."""
 
     def __init__(self, left_out: Iterable[Tensor]) -> None:
         self.left_out, self.users, self.live, self.peak, self.counts = set(storages(left_out)), {}, 0, 0, True
@@ -153,6 +154,7 @@ def measure(actor: Actor, config: Config, job: PlannedRun) -> dict[str, int]:
         "teacher": nbytes(actor.teacher.weights.shadow.values()) if actor.teacher.passes else 0,
     }
     (signal,) = signals
+    # Without a distillation term nothing is kept.
     if len(signal.slot_R):
         copied = [signal.kept.weight_Vh] if isinstance(signal.kept, TeacherHead) else []
         kept = storages([signal.slot_R, *signal.rows, *copied])
@@ -226,7 +228,7 @@ def run(case: dict[str, Any], directory: Path) -> dict[str, Any]:
     stage = mesh.pp_rank
     causes = {"sync": 0.0} | memory.static(job, stage) | memory.training_memory(job, stage)
     causes |= {"signal": memory.signal_bytes(job, stage)}
-    # what enters the loss was made before it, and is not measured
+    # The tensors that enter the loss are made before it, and are not measured with it.
     if mesh.is_last_stage:
         causes["loss"] -= memory.loss(job)["entering"]
     if dist.get_rank() != 0:
@@ -235,7 +237,7 @@ def run(case: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def by_stage(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One of each stage: the largest measure of every category."""
+    """One result of each stage, with the largest measure of every category."""
     found: dict[int, dict[str, Any]] = {}
     for result in results:
         one = found.setdefault(result["stage"], result)

@@ -1,10 +1,11 @@
 """One golden SC-SDPO run under every layout, on gloo with real Megatron models.
 
 Proves: loss and gradient norm of 4 steps (fp32, distributed optimizer, EMA teacher, padded
-vocabulary, untaught samples, uninformative questions) agree with TP=1 to 1e-5 relative for TP, PP,
-CP, DP, SP, EP, tied embeddings, packing, recomputation and microbatch splits; the first step agrees
-with a float64 twin; bf16 parameters stay within 5 percent of it; log-probs, top-k and entropy agree
-with transformers to 1e-4 (fp32). Does not prove CUDA, NCCL or TransformerEngine (tests/gpu).
+vocabulary, samples without a teacher, uninformative questions) agree with TP=1 to 1e-5 relative for
+TP, PP, CP, DP, SP, EP, tied embeddings, packing, recomputation and microbatch splits; the first
+step agrees with a float64 twin; bf16 parameters stay within 5 percent of it; log-probs, top-k and
+entropy agree with transformers to 1e-4 (fp32). Does not prove CUDA, NCCL or TransformerEngine
+(tests/gpu).
 """
 
 from __future__ import annotations

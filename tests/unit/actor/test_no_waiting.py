@@ -1,10 +1,10 @@
-"""Nobody in the microbatch loop waits for the device: passes of the teacher and of the student,
-forward and backward, on one CPU rank.
+"""No torch call in the microbatch loop makes the host wait for the device.
 
-Every torch call in the loop is looked at, and one that would make a GPU's host wait (a value read,
-a mask as an index, a blocking copy) fails the test, with the line that made it. Not looked at: what
-stands in for GPU kernels on a CPU. Does not prove kernels and TransformerEngine, nor what C++ does:
-tests/gpu/test_sync_gpu.py asks the driver.
+The loop is the teacher's forward and the student's forward and backward, on one CPU rank. The test
+looks at every torch call in it. A call that would make a GPU's host wait (a value is read, a mask
+is an index, a copy blocks) fails the test, with the line that made the call. Code that stands in
+for GPU kernels on a CPU is left out. Does not prove kernels and TransformerEngine, nor what C++
+does: tests/gpu/test_sync_gpu.py lets CUDA's driver check those.
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ READS = {
     "equal",
 }
 READS |= {"allclose", "unique", "unique_consecutive", "bincount", "cuda"}
+# files that stand in for GPU kernels on a CPU
 STAND_INS = (
     "ops/kernels_torch.py",
     "actor/cpu_layers.py",
     "actor/cpu_backend.py",
     "ops/divergence_terms.py",
-)  # of GPU kernels; the last asks a CPU only
-# rotary frequencies, moved at the first forward of a run
+)
+# the first forward of a run moves rotary frequencies to the device
 FIRST = ("actor/layers.py",)
-# lengths of packed sequences, without actor.apply_rope_fusion
+# Megatron reads lengths of packed sequences without actor.apply_rope_fusion
 MEGATRON = ("rope_utils.py",)
 ROOT = Path(__file__).resolve().parents[3]
 
 
 class Waits(TorchFunctionMode):
-    """Calls that would wait, as "name file:line"."""
+    """Finds calls that would make a GPU's host wait, as "name file:line"."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""Proves: what a rank batch takes from the whole batch: the mean question weight to the reducer's
-own bits, and which samples need a forward.
+"""The numbers that a rank batch takes from the whole batch.
+
+Proves that the mean question weight has the bits that loss/normalise.py gets, which samples need a
+forward, and at which temperature the loss reads the student.
 """
 
 from __future__ import annotations
@@ -54,16 +56,18 @@ def test_minibatches_are_divided_by_the_whole_batchs_mean(normaliser: str) -> No
 
 def test_who_needs_a_forward() -> None:
     batch = make_batch()
-    weighed = (batch.question_weight > 0).tolist()
-    assert active_samples(batch, RECIPES["sc_sdpo"]).tolist() == [w and i != 4 for i, w in enumerate(weighed)]
+    weighted = (batch.question_weight > 0).tolist()
+    assert active_samples(batch, RECIPES["sc_sdpo"]).tolist() == [
+        w and i != 4 for i, w in enumerate(weighted)
+    ]
     # no advantage, no gradient
-    assert active_samples(batch, RECIPES["grpo"]).tolist() == [w and i != 5 for i, w in enumerate(weighed)]
+    assert active_samples(batch, RECIPES["grpo"]).tolist() == [w and i != 5 for i, w in enumerate(weighted)]
     assert active_samples(batch, RECIPES["rlcsd"]).tolist() == active_samples(batch, RECIPES["grpo"]).tolist()
     # the teacher adds to an advantage of 0
-    assert active_samples(batch, RECIPES["antisd"]).tolist() == weighed
-    # grpo unweighed
+    assert active_samples(batch, RECIPES["antisd"]).tolist() == weighted
+    # grpo without question weights
     assert active_samples(batch, RECIPES["ssopd"]).tolist() == [
-        (w and i != 4) or i != 5 for i, w in enumerate(weighed)
+        (w and i != 4) or i != 5 for i, w in enumerate(weighted)
     ]
 
 

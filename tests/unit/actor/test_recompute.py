@@ -1,7 +1,7 @@
-"""Activations computed anew, on one rank of the CPU path.
+"""Activations that are recomputed, on one rank of the CPU path.
 
 Proves that settings of recompute_granularity, _method, _num_layers and _modules give the loss and
-gradient norm of none, in float32 to rounding, with experts too, and that they really compute anew
+gradient norm of none, in float32 to rounding, with experts too, and that they really recompute
 what they say (counted calls). Does not prove that memory falls (tests/gpu/test_fp8_gpu.py does, on
 a GPU), nor anything about pipelines (tests/distributed).
 """
@@ -29,7 +29,7 @@ from tests.tiny_weights import tiny_checkpoint
 FULL, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
 BLOCK = FULL | {"recompute_method": "block"}
 LAYERS, MICROBATCHES = 4, 2
-# family, settings, layers whose attention is computed anew, and whose MLP (or experts)
+# family, settings, layers whose attention is recomputed, and layers whose MLP (or experts) is
 CASES: list[tuple[str, dict, int, int]] = [
     ("qwen3", FULL | {"recompute_num_layers": 2}, 4, 4),
     ("qwen3", FULL | {"recompute_num_layers": 4, "packing": True}, 4, 4),
@@ -64,7 +64,7 @@ def trained(path: Path, settings: dict, mesh: Mesh) -> tuple[float, float, int, 
     (chunk,), counts = model.chunks, {"attention": 0, "mlp": 0}
     ddp, losses = wrap_data_parallel(chunk, model.config, model.actor), []
     for layer in chunk.decoder.layers:
-        # A mixture of experts computes itself anew from within its forward.
+        # A mixture of experts recomputes itself within its own forward.
         for name, module in (
             ("attention", layer.self_attention.core_attention),
             ("mlp", getattr(layer.mlp, "router", layer.mlp)),

@@ -1,8 +1,7 @@
-"""The teacher's signal finds its token whatever the layout: by (sample, response offset), hidden
-states or records, and its size is known.
+"""The teacher's signal finds its token in every layout, by sample and place in the response.
 
-Proves: rows, spare row, bytes. The whole way through a model, layouts and context parallelism:
-tests/distributed/test_golden.py.
+Proves rows, spare row and bytes, of hidden states and of records. tests/distributed/test_golden.py
+proves the whole way through a model, with layouts and context parallelism.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ def test_states_filled_in_teacher_order_are_read_in_student_order():
     (student,) = make_microbatches(batch(), [[0, 1, 2]], None, packing=False)
     head = kept.of(student.response_index)
     assert isinstance(head, TeacherHead)
-    untaught = (student.response_index >= 3) & (student.response_index < 5)
-    assert torch.equal(head.hidden_Th[~untaught, 0].long(), student.response_index[~untaught] + 1)
-    assert (head.hidden_Th[untaught] == 0).all()
+    undistilled = (student.response_index >= 3) & (student.response_index < 5)
+    assert torch.equal(head.hidden_Th[~undistilled, 0].long(), student.response_index[~undistilled] + 1)
+    assert (head.hidden_Th[undistilled] == 0).all()
     assert kept.num_bytes == (7 + 1) * 6 * 2
 
 
@@ -61,7 +60,7 @@ def test_a_record_and_its_spare_row():
     ids_TK = torch.arange(4, dtype=torch.int32).expand(num_rows, 4)
     rows.add(torch.arange(num_rows), TeacherRecord(ids_TK, -torch.ones(num_rows, 4), torch.zeros(num_rows)))
     kept = TeacherSignal(slot_R, rows.finish(None))
-    # last token of sample 2, an untaught token, the first of sample 0
+    # last token of sample 2, a token without a teacher, the first of sample 0
     record = kept.of(torch.tensor([8, 3, 0]))
     assert isinstance(record, TeacherRecord)
     assert record.ids_TK.tolist() == [[0, 1, 2, 3], [-1] * 4, [0, 1, 2, 3]]
