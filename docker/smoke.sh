@@ -21,7 +21,7 @@ fi
 
 engine=${MEGASD_ENGINE_PYTHON:-python}
 "$engine" -c 'import importlib.metadata as m, torch; print("engine: sglang", m.version("sglang"), "torch", torch.__version__)'
-"$engine" -c 'import megasd.cli, megasd.commands.serve' # where MEGASD_ENGINE_PYTHON is set, without Megatron
+"$engine" -c 'import megasd.cli, megasd.engine.serve' # where MEGASD_ENGINE_PYTHON is set, without Megatron
 
 if [ "${1:-}" = --build ]; then
     megasd doctor || true

@@ -116,3 +116,8 @@ class TeacherContext:
     messages: list[Message]
     # where the privileged text came from, for the rollout log
     source: str
+
+
+def is_url(source: str) -> bool:
+    """Whether a SOURCE of the command line is the URL of a running server, not a directory."""
+    return source.startswith(("http://", "https://"))

@@ -1,43 +1,156 @@
-"""`megasd convert`: which way, what is shown while it works, and what is said at the end."""
+"""`megasd convert`: weights between Hugging Face and Megatron, in the direction that SOURCE asks for."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from megasd.convert.common import ConversionOptions, ConversionProgress
-from megasd.convert.hf_to_megatron import to_megatron
-from megasd.convert.megatron_to_hf import to_hf
+from megasd.commands.parser import Parser, SubCommands, positive, start_with
+from megasd.commands.quiet import quiet_libraries
 from megasd.types import UserError
-from megasd.weights.safetensors_io import INDEX
+
+if TYPE_CHECKING:
+    from megasd.convert.common import ConversionOptions
+    from megasd.convert.direction import Direction
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Convert as the command line says (cli.py). UserError for whatever is refused."""
-    start, source, target = time.perf_counter(), Path(arguments.source), Path(arguments.target)
+@dataclass(frozen=True)
+class Options:
+    """The options of `megasd convert`; `add_parser` says what each does."""
+
+    source: Path
+    target: Path
+    # "megatron", "hf" or None = the direction that the source asks for
+    to: str | None
+    # "keep" or the name of a torch dtype
+    dtype: str
+    check: bool
+    teacher: bool
+    # directory of config.json and tokenizer of a Megatron source
+    hf: Path | None
+    file_mib: int
+    overwrite: bool
+    allow_nonfinite: bool
+    allow_pickle: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Options:
+        """The options that were parsed."""
+        return cls(
+            source=Path(args.source),
+            target=Path(args.target),
+            to=args.to,
+            dtype=args.dtype,
+            check=args.check,
+            teacher=args.teacher,
+            hf=None if args.hf is None else Path(args.hf),
+            file_mib=args.file_mib,
+            overwrite=args.overwrite,
+            allow_nonfinite=args.allow_nonfinite,
+            allow_pickle=args.allow_pickle,
+        )
+
+
+def add_parser(commands: SubCommands) -> None:
+    """Add `megasd convert` to the command line."""
+    parser = commands.add_parser(
+        "convert",
+        help="convert weights between Hugging Face and Megatron",
+        description=(
+            "Hugging Face directory -> Megatron checkpoint (torch_dist), or back: a run's"
+            " <run.dir>/checkpoints/step-<n>, or one made here. SOURCE says which. Reads and writes a block"
+            " at a time; stopped anywhere, the same command goes on."
+        ),
+        epilog=(
+            "There is no --tp, --pp or --ep: a torch_dist checkpoint holds whole tensors, and Megatron cuts"
+            " them when it loads, for any TP, PP, EP and virtual PP. To train from a checkpoint, convert it"
+            " to Hugging Face and give that as model.path."
+        ),
+    )
+    parser.add_argument("source", metavar="SOURCE", help="directory to read")
+    parser.add_argument("target", metavar="TARGET", help="directory to make; appears when whole")
+    _add_options(parser)
+    start_with(parser, lambda args: run(Options.from_args(args)))
+
+
+def _add_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--to", choices=("megatron", "hf"), help="refuse a SOURCE that is not of the other kind"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "float16"),
+        default="keep",
+        help="of what is written (default: keep)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read the target back, compare every byte, then logits if the model fits",
+    )
+    parser.add_argument(
+        "--teacher",
+        action="store_true",
+        help="a run's checkpoint: the teacher's moving average, not the model",
+    )
+    parser.add_argument(
+        "--hf",
+        metavar="DIR",
+        help="config.json and tokenizer of a Megatron SOURCE that does not lead to them",
+    )
+    parser.add_argument(
+        "--file-mib",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="size of the files written, about (MiB, default 2048)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace TARGET, and drop another conversion's partial files"
+    )
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinity")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="take pytorch_model.bin, with torch's weights_only; safetensors else",
+    )
+
+
+def run(options: Options) -> int:
+    """Convert, say what was written, and return 0. Raises UserError for whatever is refused."""
+    quiet_libraries()
+    import torch
+
+    from megasd.convert.common import ConversionOptions
+    from megasd.convert.direction import direction_of
+    from megasd.convert.hf_to_megatron import to_megatron
+    from megasd.convert.host_memory import peak_mib
+    from megasd.convert.megatron_to_hf import to_hf
+    from megasd.convert.progress_bar import Bar
+
+    start, source, target = time.perf_counter(), options.source, options.target
     direction = direction_of(source)
-    if arguments.to not in (None, direction):
-        wanted = "Hugging Face" if arguments.to == "megatron" else "Megatron"
+    if options.to not in (None, direction):
+        wanted = "Hugging Face" if options.to == "megatron" else "Megatron"
         raise UserError(f"{source}: is no {wanted} directory; convert it with --to {direction}")
-    options = ConversionOptions(
-        dtype=None if arguments.dtype == "keep" else getattr(torch, arguments.dtype),
-        file_bytes=arguments.file_mib << 20,
-        overwrite=arguments.overwrite,
-        allow_nonfinite=arguments.allow_nonfinite,
-        allow_pickle=arguments.allow_pickle,
-        check=arguments.check,
-        teacher=arguments.teacher,
-        hf=None if arguments.hf is None else Path(arguments.hf),
+    conversion = ConversionOptions(
+        dtype=None if options.dtype == "keep" else getattr(torch, options.dtype),
+        file_bytes=options.file_mib << 20,
+        overwrite=options.overwrite,
+        allow_nonfinite=options.allow_nonfinite,
+        allow_pickle=options.allow_pickle,
+        check=options.check,
+        teacher=options.teacher,
+        hf=options.hf,
     )
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise UserError(f"{target}: lies in the source directory; give another target")
     with Bar() as bar:
         before = peak_mib()
-        result = (to_megatron if direction == "megatron" else to_hf)(source, target, options, bar)
+        result = (to_megatron if direction == "megatron" else to_hf)(source, target, conversion, bar)
         seconds, peak = time.perf_counter() - start, peak_mib()
     resumed = f", {result.resumed_files} of them from before" if result.resumed_files else ""
     print(
@@ -48,34 +161,19 @@ def run(arguments: argparse.Namespace) -> None:
         f"{seconds:.1f} s; peak memory {peak:.0f} MiB (VmHWM of this process; {before:.0f} MiB when it began)"
     )
     if options.check:
-        print(probe_logits(source, target, direction, result.parameters, options))
+        print(compare_logits(source, target, direction, result.parameters, conversion))
+    return 0
 
 
-def direction_of(source: Path) -> str:
-    """ "megatron" for a Hugging Face directory, "hf" for a Megatron one."""
-    if not source.is_dir():
-        raise UserError(
-            f"{source}: {'is no directory' if source.exists() else 'not found'}; give a Hugging Face or"
-            " Megatron directory"
-        )
-    if (source / "metadata.json").is_file() or (source / ".metadata").is_file():
-        return "hf"
-    weights = any((source / name).is_file() for name in ("model.safetensors", INDEX)) or any(
-        source.glob("pytorch_model*.bin")
-    )
-    if (source / "config.json").is_file() or weights:
-        return "megatron"
-    raise UserError(
-        f"{source}: neither a Hugging Face directory (config.json) nor a Megatron one (metadata.json,"
-        " .metadata)"
-    )
-
-
-def probe_logits(
-    source: Path, target: Path, direction: str, parameters: int, options: ConversionOptions
+def compare_logits(
+    source: Path, target: Path, direction: Direction, parameters: int, options: ConversionOptions
 ) -> str:
-    """Compare logits when both models fit into memory; returns what to say. UserError when they differ."""
+    """Compare the logits of both models if they fit into memory; return a line for the user.
+
+    UserError when the logits differ by more than rounding explains.
+    """
     from megasd.convert.check_logits import TOKENS, TOLERANCE, bytes_needed, logits_difference
+    from megasd.convert.host_memory import available_bytes
 
     needed, free = bytes_needed(parameters), available_bytes()
     if options.teacher:
@@ -96,75 +194,3 @@ def probe_logits(
         f"check: logits of {TOKENS} tokens differ from transformers' by {difference:.2g} at most (largest"
         f" {largest:.2g}; float32)"
     )
-
-
-class Bar(ConversionProgress):
-    """A rich progress bar on standard error when it is a terminal; lines that say something go to
-    standard output.
-    """
-
-    def __init__(self) -> None:
-        self.progress = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-            from rich.progress import Progress as RichProgress
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(True),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            self.progress = RichProgress(*columns, console=Console(stderr=True), transient=True)
-            self.task = self.progress.add_task("")
-
-    def start(self, what: str, total_bytes: int) -> None:
-        if self.progress is not None:
-            self.progress.reset(self.task, total=total_bytes, description=what)
-
-    def advance(self, nbytes: int) -> None:
-        if self.progress is not None:
-            self.progress.advance(self.task, nbytes)
-
-    def say(self, line: str) -> None:
-        print(line, flush=True)
-
-    def __enter__(self) -> Bar:
-        if self.progress is not None:
-            self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-
-def peak_mib() -> float:
-    """The largest resident memory that this process had so far, mapped files included; NaN where
-    /proc does not tell.
-    """
-    return _proc("/proc/self/status", "VmHWM:") / 1024
-
-
-def available_bytes() -> float:
-    """Memory that new processes can have; infinite where /proc does not tell."""
-    kib = _proc("/proc/meminfo", "MemAvailable:")
-    return kib * 1024 if kib == kib else float("inf")
-
-
-def _proc(path: str, key: str) -> float:
-    try:
-        for line in Path(path).read_text().splitlines():
-            if line.startswith(key):
-                return float(line.split()[1])
-    except OSError:
-        pass
-    return float("nan")

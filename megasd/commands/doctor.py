@@ -1,5 +1,4 @@
-"""`megasd doctor`: what of this machine, and of a config if one is given, would stop a run. A line
-each, with the fix.
+"""`megasd doctor`: what on this machine would stop a run. A line for each check, with the fix.
 
     megasd doctor
     # {"checks": [{"name", "status", "detail", "fix"}]}
@@ -16,20 +15,24 @@ import argparse
 import functools
 import importlib
 import json
-import re
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from megasd.algo.recipes import RECIPES
-from megasd.cluster.doctor.report import Check, CheckResult, Machine, fail, ok, run_checks
-from megasd.config.load import load_config
+from megasd.commands.parser import SubCommands, add_items, start_with
+from megasd.commands.quiet import quiet_libraries
+from megasd.commands.read_config import read_config
+from megasd.config.load import split_items
 from megasd.config.schema import Config
 from megasd.config.validate import validate
 from megasd.types import UserError
 
-# Name of a check -> module of this package and its function. Imported one by one, so that a missing
-# package costs one line.
+if TYPE_CHECKING:
+    from megasd.cluster.doctor.report import Check, CheckResult, Machine
+
+# Name of a check -> module of cluster/doctor and its function. The modules are imported one by one,
+# so that a missing package costs one line.
 CHECKS = {
     "python": ("packages", "check_python"),
     "packages": ("packages", "check_packages"),
@@ -54,7 +57,7 @@ CHECKS = {
 
 
 def checks(skip: tuple[str, ...] = ()) -> dict[str, Check]:
-    """The checks, to be run."""
+    """Name of a check -> the check, a function of the machine; without the names in `skip`."""
 
     def check(module: str, function: str, machine: Machine) -> CheckResult | list[CheckResult]:
         return getattr(importlib.import_module(f"megasd.cluster.doctor.{module}"), function)(machine)
@@ -62,29 +65,67 @@ def checks(skip: tuple[str, ...] = ()) -> dict[str, Check]:
     return {name: functools.partial(check, *where) for name, where in CHECKS.items() if name not in skip}
 
 
-def run(args: argparse.Namespace, items: list[str]) -> int:
+@dataclass(frozen=True)
+class Options:
+    """The options of `megasd doctor`."""
+
+    # YAML files and key=value; [] = check the machine alone
+    items: list[str]
+    # print one JSON object instead of lines
+    json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Options:
+        """The options that were parsed."""
+        return cls(items=args.items, json=args.json)
+
+
+def add_parser(commands: SubCommands) -> None:
+    """Add `megasd doctor` to the command line."""
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine",
+        description=(
+            "Versions and conflicts, GPUs, links, FP8, NCCL, shared memory, ports, disk, SGLang, clock: a"
+            " line each, with the fix."
+        ),
+        epilog="Exit codes: 0 no check failed, 1 some did.",
+    )
+    add_items(parser)
+    parser.add_argument(
+        "--json", action="store_true", help='{"checks": [{"name", "status", "detail", "fix"}]}'
+    )
+    start_with(parser, lambda args: run(Options.from_args(args)), more="items")
+
+
+def run(options: Options) -> int:
     """Check, print, and return the exit code: 1 when some check failed."""
-    config, files, said = read_config(items)
-    about: dict[str, Check] = {"config": lambda machine: said} if items else {}
+    quiet_libraries()
+    from megasd.cluster.doctor.report import Machine, run_checks
+
+    config, files, said = check_config(options.items)
+    about: dict[str, Check] = {"config": lambda machine: said} if options.items else {}
     findings = run_checks(about | checks(), Machine(config=config, files=files))
-    if args.json:
+    if options.json:
         print(json.dumps({"checks": [asdict(finding) for finding in findings]}, indent=2))
     else:
         print("\n".join(lines(findings)))
     return int(any(finding.status == "fail" for finding in findings))
 
 
-def read_config(items: list[str]) -> tuple[Config | None, list[str], list[CheckResult]]:
-    """(config or None, its YAML files, what is wrong with it). One that cannot run is a finding;
-    the machine is checked all the same.
+def check_config(items: list[str]) -> tuple[Config | None, list[str], list[CheckResult]]:
+    """Return the config (None when it cannot be read), its YAML files, and what was found.
+
+    A config that cannot run is a finding: the machine is checked all the same.
     """
+    from megasd.cluster.doctor.report import fail, ok
+
     if not items:
         return None, [], []
-    overrides = [item for item in items if re.match(r"[\w.]+=", item)]
-    files = [item for item in items if item not in overrides]
+    files, overrides = split_items(items)
     fix = "megasd train with the same arguments and --dry-run says it again until it is right"
     try:
-        config = load_config(files, overrides, RECIPES)
+        config = read_config(items)
     except ModuleNotFoundError as error:
         return (
             None,
@@ -100,7 +141,7 @@ def read_config(items: list[str]) -> tuple[Config | None, list[str], list[CheckR
     except UserError as error:
         return None, files, [fail("config", str(error), fix)]
     try:
-        # not rank 0: run.dir may hold the run that is to be resumed
+        # Not as rank 0, which refuses a run.dir that holds a run: the run may be resumed.
         validate(config, rank=1)
     except UserError as error:
         return config, files, [fail("config", str(error), fix)]
@@ -109,7 +150,7 @@ def read_config(items: list[str]) -> tuple[Config | None, list[str], list[CheckR
 
 
 def lines(findings: list[CheckResult]) -> list[str]:
-    """The report for a reader: a line each, a fix below it."""
+    """The report for a reader: a line for each finding, with its fix."""
     width = min(32, max(len(finding.name) for finding in findings))
     colour = {"ok": "32", "warn": "33", "fail": "31"} if sys.stdout.isatty() else {}
     shown = []

@@ -1,109 +1,312 @@
-"""`megasd eval`: sample answers of a model, score them, keep them, and say every figure with its interval.
+"""`megasd eval`: sample answers of a model, score and keep them, print metrics with intervals.
 
-The model is a Hugging Face directory, a run's Megatron checkpoint (converted for the while), or a
-running engine as it stands. Written to --out: samples.jsonl (every sample, as a run's rollouts),
-eval.json (how they were made), metrics.json, engine.log. `--recompute DIR` reads the first two
-again and needs no model.
+The model is a Hugging Face directory, a Megatron checkpoint of a run (converted into a temporary
+directory), or a running engine as it stands. Written to --out: samples.jsonl (every sample, in the
+form of a run's rollouts), eval.json (how they were made), metrics.json, engine.log. `--recompute
+DIR` reads the first two again and needs no model.
 
-What is reproducible: with temperature 0 every answer, as far as the engine computes alike for other
-batches (fp32 on a CPU did). Otherwise the prompts, their order and the engine's --random-seed are
-fixed, but SGLang draws from one stream as requests arrive: figures repeat within their intervals,
-answers do not. --deterministic gives each sample its own seed and the engine
---enable-deterministic-inference: GPU only, because SGLang 0.5.23 ignores sampling_seed on a CPU.
+What is reproducible: with temperature 0 every answer, if the results of the engine do not depend on
+the batch (fp32 on a CPU: they did not). With another temperature the prompts, their order and the
+engine's --random-seed are fixed, but SGLang draws from one stream as requests arrive: metrics
+repeat within their intervals, answers do not. --deterministic gives each sample a seed of its own,
+and starts the engine with --enable-deterministic-inference. It works on a GPU only, because SGLang
+0.5.23 ignores sampling_seed on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import json
-import os
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
-from megasd.config.schema import EngineConfig, RewardConfig, RolloutConfig
-from megasd.data.chat import Chat
-from megasd.data.prompts import load_prompts
-from megasd.data.rollout_log import load_groups, save_groups
-from megasd.engine.sampler import Params, Sampler, make_sampler, same_params
-from megasd.evaluation.engine_for import ServedWeights
-from megasd.evaluation.estimators import COVERAGE, NUM_RESAMPLES, default_ks, metrics_with_intervals
+from megasd.commands.lm_eval import HarnessOptions, run_harness
+from megasd.commands.parser import Parser, SubCommands, positive, start_with
+from megasd.commands.quiet import quiet_libraries
+from megasd.config.schema import RewardConfig
+from megasd.evaluation.estimators import default_ks
 from megasd.evaluation.presets import PRESETS
-from megasd.rewards.reward_pool import RewardPool
-from megasd.rewards.verifiers import extract_answer, find_verifier
-from megasd.types import Group, Prompt, UserError, Verdict
-from megasd.weights.hf_files import read_hf_config
+from megasd.types import UserError, Verdict, is_url
 
-SAMPLES, SETTINGS, METRICS = "samples.jsonl", "eval.json", "metrics.json"
-# or what the model has room for, where that is less
-DEFAULT_RESPONSE_TOKENS = 8192
+if TYPE_CHECKING:
+    from megasd.evaluation.sampling import Decoding, EvalEngine
+    from megasd.types import Prompt
+
+# detail of a sample that was kept before it was scored
 NOT_SCORED = "not scored yet"
 
 
-def run(args: argparse.Namespace) -> None:
-    """The command (commands/parser.py has its options). UserError for whatever is refused."""
+@dataclass(frozen=True)
+class Options:
+    """The options of `megasd eval SOURCE`; `add_parser` says what each does."""
+
+    engine: EvalEngine
+    # Hugging Face directory of what a URL serves; None without a URL
+    model: str | None
+    data: str
+    mapping: str
+    # number of questions; None = all
+    limit: int | None
+    reward: RewardConfig
+    out: Path
+    num_samples: int
+    # k of pass@k, as in "1,4,16"; None = 1, 2, 4, ...
+    k: str | None
+    preset: str | None
+    decoding: Decoding
+    overwrite: bool
+    dry_run: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Options:
+        """The options that were parsed. UserError for options that are missing or wrong."""
+        from megasd.evaluation.sampling import EvalEngine
+
+        for name in ("data", "verifier", "out"):
+            if getattr(args, name) is None:
+                raise UserError(f"eval: --{name} is missing; see megasd eval --help")
+        return cls(
+            engine=EvalEngine(
+                source=args.source,
+                seed=args.seed,
+                deterministic=args.deterministic,
+                tensor_parallel_size=args.tensor_parallel_size,
+                max_total_tokens=args.max_total_tokens,
+                max_concurrency=args.max_concurrency,
+            ),
+            model=args.model,
+            data=args.data,
+            mapping=args.mapping or "auto",
+            limit=args.limit,
+            reward=reward_config(args),
+            out=Path(args.out),
+            num_samples=args.num_samples,
+            k=args.k,
+            preset=args.preset,
+            decoding=decoding_of(args),
+            overwrite=args.overwrite,
+            dry_run=args.dry_run,
+        )
+
+
+@dataclass(frozen=True)
+class RecomputeOptions:
+    """The options of `megasd eval --recompute DIR`."""
+
+    # --out of the evaluation that is read
+    directory: Path
+    # where the metrics are written
+    out: Path
+    # the verifier that scores the samples again; None = the verdicts stay
+    reward: RewardConfig | None
+    # k of pass@k, as in "1,4,16"; None = 1, 2, 4, ...
+    k: str | None
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> RecomputeOptions:
+        """The options that were parsed."""
+        return cls(
+            directory=Path(args.recompute),
+            out=Path(args.out or args.recompute),
+            reward=None if args.verifier is None else reward_config(args),
+            k=args.k,
+        )
+
+
+def add_parser(commands: SubCommands) -> None:
+    """Add `megasd eval` to the command line."""
+    parser = commands.add_parser(
+        "eval",
+        help="measure a model on held-out questions",
+        description=(
+            "Sample answers, score them, keep them, and print mean@k, unbiased pass@k and maj@k with 95%%"
+            " intervals over questions. SOURCE: a Hugging Face directory, a Megatron checkpoint of a run, or"
+            " the URL of a running SGLang server, whose weights stay."
+        ),
+        epilog=(
+            "What each figure is: megasd/evaluation/estimators.py. What is reproducible:"
+            " megasd/commands/evaluate.py."
+        ),
+    )
+    parser.add_argument(
+        "source", nargs="?", metavar="SOURCE", help="directory, or http://host:port with --model"
+    )
+    _add_data_options(parser)
+    _add_decoding_options(parser)
+    _add_engine_options(parser)
+    _add_other_options(parser)
+    start_with(parser, start)
+
+
+def _add_data_options(parser: Parser) -> None:
+    parser.add_argument("--data", metavar="FILE", help="questions, as data.eval")
+    parser.add_argument("--mapping", metavar="NAME", help="as data.mapping (default: auto)")
+    parser.add_argument(
+        "--verifier", choices=get_args(get_type_hints(RewardConfig)["verifier"]), help="as reward.verifier"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where samples and figures go")
+    parser.add_argument(
+        "--num-samples", type=positive, default=16, metavar="N", help="samples a question (default 16)"
+    )
+    parser.add_argument(
+        "--k", metavar="K,K,...", help="k of pass@k and of the drawn figures (default 1,2,4,... to N)"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="the first N questions only")
+
+
+def _add_decoding_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="decoding of a paper (--list-presets); the options below win over it",
+    )
+    parser.add_argument("--list-presets", action="store_true", help="print the presets and stop")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 = greedy (default 1)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="(default 1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="-1 = off (default)")
+    parser.add_argument(
+        "--max-response-tokens", type=positive, metavar="N", help="(default: 8192, or the model's room)"
+    )
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="as model.enable_thinking (default: the template's)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the engine and of the intervals (default 0)"
+    )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="a sampling seed for each sample (GPU engines)"
+    )
+
+
+def _add_engine_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="of a URL: Hugging Face directory of what it serves; nothing is sent there",
+    )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="of a started engine (default 1)",
+    )
+    parser.add_argument(
+        "--max-total-tokens",
+        type=positive,
+        default=65536,
+        metavar="N",
+        help="KV pool of a started engine (tokens)",
+    )
+    parser.add_argument(
+        "--max-concurrency", type=positive, default=256, metavar="N", help="requests in flight (default 256)"
+    )
+
+
+def _add_other_options(parser: Parser) -> None:
+    parser.add_argument("--verifier-workers", type=positive, metavar="N", help="as reward.workers")
+    parser.add_argument("--verifier-timeout", type=float, metavar="SECONDS", help="as reward.timeout")
+    parser.add_argument("--rubric-threshold", type=float, metavar="S", help="as reward.rubric_threshold")
+    parser.add_argument(
+        "--recompute",
+        metavar="DIR",
+        help="figures of a kept evaluation, without a model; --verifier scores it anew",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the evaluation in --out")
+    parser.add_argument("--dry-run", action="store_true", help="check the data, print the plan, and stop")
+    parser.add_argument(
+        "--harness", choices=("lm-eval",), help="run lm-evaluation-harness on the model instead"
+    )
+    parser.add_argument("--tasks", metavar="NAMES", help="of --harness, such as gsm8k")
+    parser.add_argument("--harness-args", metavar="TEXT", help="more arguments of the harness, in one string")
+
+
+def start(args: argparse.Namespace) -> int:
+    """Run one of the four things that `megasd eval` does; returns 0. UserError for what is refused."""
+    if args.list_presets:
+        print("\n".join(preset_lines()))
+        return 0
+    quiet_libraries()
     if args.recompute:
-        return recompute(args)
-    if not args.source:
+        recompute(RecomputeOptions.from_args(args))
+    elif not args.source:
         raise UserError(
             "eval: no SOURCE; give a Hugging Face directory, a Megatron checkpoint or an engine URL, or"
             " --recompute DIR"
         )
-    if args.harness:
-        from megasd.commands.lm_eval import run_harness
+    elif args.harness:
+        run_harness(HarnessOptions.from_args(args))
+    else:
+        run(Options.from_args(args))
+    return 0
 
-        return run_harness(args, model_directory)
-    for name in ("data", "verifier", "out"):
-        if getattr(args, name) is None:
-            raise UserError(f"eval: --{name} is missing; see megasd eval --help")
-    started = time.perf_counter()
-    out = Path(args.out)
-    if (out / SAMPLES).exists() and not args.overwrite:
+
+def preset_lines() -> list[str]:
+    """Two lines for each preset: its values, then its source."""
+    lines = []
+    for name, preset in PRESETS.items():
+        values = ", ".join(f"{key} {value}" for key, value in asdict(preset).items() if key != "source")
+        lines += [f"{name:<16}{values}", f"{'':<16}{preset.source}"]
+    return lines
+
+
+def run(options: Options) -> None:
+    """Sample, score, keep and measure; with --dry-run only check and print the plan."""
+    from megasd.commands.model_directory import model_directory
+    from megasd.data.prompts import load_prompts
+    from megasd.data.rollout_log import save_groups
+    from megasd.evaluation.results import SAMPLES, SETTINGS, write_json, write_results
+    from megasd.evaluation.sampling import sample_groups
+    from megasd.rewards.reward_pool import RewardPool
+
+    started, out = time.perf_counter(), options.out
+    if (out / SAMPLES).exists() and not options.overwrite:
         raise UserError(
             f"--out: {out} holds an evaluation; give another directory, --overwrite, or --recompute {out}"
         )
-    prompts = load_prompts(args.data, **({} if args.mapping is None else {"mapping": args.mapping}))
-    prompts = prompts[: args.limit or None]
-    decoding = decoding_of(args)
-    reward = reward_config(args)
-    with RewardPool(reward) as rewards:
+    prompts = load_prompts(options.data, mapping=options.mapping)[: options.limit]
+    with RewardPool(options.reward) as rewards:
         rewards.check_rows(prompts)
-        with model_directory(args.source, args.model, convert=not args.dry_run) as model:
-            groups = _sample(args, model, prompts, decoding, out) if model else None
-        if groups is None:
-            _print_plan(args, prompts, decoding, reward)
-            return
+        with model_directory(options.engine.source, options.model, convert=not options.dry_run) as model:
+            if model is None:
+                print("\n".join(plan_lines(options, prompts)))
+                return
+            groups, decoding = sample_groups(
+                options.engine, model, prompts, options.decoding, num_samples=options.num_samples, out=out
+            )
         settings = {
-            "source": args.source,
-            "data": args.data,
-            "verifier": asdict(reward),
-            "decoding": decoding,
-            "preset": args.preset,
-            "num_samples": args.num_samples,
-            "seed": args.seed,
-            "deterministic": args.deterministic,
+            "source": options.engine.source,
+            "data": options.data,
+            "verifier": asdict(options.reward),
+            "decoding": asdict(decoding),
+            "preset": options.preset,
+            "num_samples": options.num_samples,
+            "seed": options.engine.seed,
+            "deterministic": options.engine.deterministic,
         }
-        _write_json(out / SETTINGS, settings)
+        write_json(out / SETTINGS, settings)
         for sample in (s for g in groups for s in g.samples):
             sample.verdict, sample.detail = Verdict.ERROR, NOT_SCORED
-        # a verifier that is stopped loses no sample: --recompute scores them
+        # If the verifier is stopped, no sample is lost: --recompute scores the samples.
         save_groups(out / SAMPLES, groups)
         rewards.score(groups)
     save_groups(out / SAMPLES, groups)
-    write_results(out, groups, settings, ks_of(args, args.num_samples), time.perf_counter() - started)
+    ks = ks_of(options.k, options.num_samples)
+    write_results(out, groups, settings, ks, time.perf_counter() - started)
 
 
-def recompute(args: argparse.Namespace) -> None:
-    """Figures of kept samples; with --verifier their verdicts too. Written to --out, or where the
-    samples are.
-    """
-    directory = Path(args.recompute)
+def recompute(options: RecomputeOptions) -> None:
+    """Write and print the metrics of kept samples; with --verifier score the samples again first."""
+    from megasd.data.rollout_log import load_groups, save_groups
+    from megasd.evaluation.results import SAMPLES, SETTINGS, write_json, write_results
+    from megasd.rewards.reward_pool import RewardPool
+
+    directory, out = options.directory, options.out
     for name in (SAMPLES, SETTINGS):
         if not (directory / name).is_file():
             raise UserError(
@@ -112,40 +315,38 @@ def recompute(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     settings = json.loads((directory / SETTINGS).read_text())
     groups = load_groups(directory / SAMPLES)
-    out = Path(args.out or directory)
-    unscored = any(s.detail == NOT_SCORED for g in groups for s in g.samples)
-    if args.verifier is not None or unscored:
-        reward = reward_config(args) if args.verifier else RewardConfig(**settings["verifier"])
+    reward = options.reward
+    if reward is None and any(s.detail == NOT_SCORED for g in groups for s in g.samples):
+        reward = RewardConfig(**settings["verifier"])
+    if reward is not None:
         settings["verifier"] = asdict(reward)
         with RewardPool(reward) as rewards:
             rewards.check_rows([g.prompt for g in groups])
             rewards.score(groups)
-    if args.verifier is not None or unscored or out != directory:
+    if reward is not None or out != directory:
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / SETTINGS, settings)
+        write_json(out / SETTINGS, settings)
         save_groups(out / SAMPLES, groups)
-    write_results(out, groups, settings, ks_of(args, settings["num_samples"]), time.perf_counter() - started)
+    ks = ks_of(options.k, settings["num_samples"])
+    write_results(out, groups, settings, ks, time.perf_counter() - started)
 
 
-# ---- what is asked ----
+def decoding_of(args: argparse.Namespace) -> Decoding:
+    """How answers are sampled: the values of the preset, then those of the options.
 
-
-def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
-    """temperature, top_p, top_k, max_response_tokens (None: what the model has room for), thinking:
-    the preset's, then the options'.
+    UserError for values out of their bounds.
     """
-    preset = PRESETS[args.preset] if args.preset else None
-    found = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_response_tokens": None, "thinking": None}
-    for name in found:
-        if preset is not None:
-            found[name] = getattr(preset, name)
-        if getattr(args, name) is not None:
-            found[name] = getattr(args, name)
-    if (
-        found["temperature"] < 0
-        or not 0 < found["top_p"] <= 1
-        or (found["top_k"] < 1 and found["top_k"] != -1)
-    ):
+    from megasd.evaluation.sampling import Decoding
+
+    found = Decoding()
+    if args.preset:
+        preset = PRESETS[args.preset]
+        found = Decoding(
+            preset.temperature, preset.top_p, preset.top_k, preset.max_response_tokens, preset.thinking
+        )
+    given = {name: getattr(args, name) for name in asdict(found) if getattr(args, name) is not None}
+    found = replace(found, **given)
+    if found.temperature < 0 or not 0 < found.top_p <= 1 or (found.top_k < 1 and found.top_k != -1):
         raise UserError(
             "eval: --temperature must be 0 or more, --top-p within (0, 1], --top-k 1 or more (-1: off)"
         )
@@ -153,250 +354,42 @@ def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def reward_config(args: argparse.Namespace) -> RewardConfig:
+    """The verifier and its settings, from --verifier and the options that go with it."""
     config = RewardConfig(verifier=args.verifier)
-    for option, name in (
-        ("verifier_workers", "workers"),
-        ("verifier_timeout", "timeout"),
-        ("rubric_threshold", "rubric_threshold"),
-    ):
-        if getattr(args, option) is not None:
-            setattr(config, name, getattr(args, option))
-    return config
+    given = {
+        "workers": args.verifier_workers,
+        "timeout": args.verifier_timeout,
+        "rubric_threshold": args.rubric_threshold,
+    }
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
-def ks_of(args: argparse.Namespace, num_samples: int) -> list[int]:
-    """--k, or 1, 2, 4, ... num_samples."""
-    if args.k is None:
+def ks_of(text: str | None, num_samples: int) -> list[int]:
+    """The k of pass@k: those of --k (`text`), or 1, 2, 4, ... num_samples. UserError for a bad --k."""
+    if text is None:
         return default_ks(num_samples)
     try:
-        ks = sorted({int(part) for part in args.k.split(",")})
+        ks = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise UserError(f"--k: {args.k!r} is no list of numbers; write 1,4,16") from error
+        raise UserError(f"--k: {text!r} is no list of numbers; write 1,4,16") from error
     if ks[0] < 1 or ks[-1] > num_samples:
-        raise UserError(f"--k: {args.k} must lie between 1 and the {num_samples} samples a question")
+        raise UserError(f"--k: {text} must lie between 1 and the {num_samples} samples a question")
     return ks
 
 
-@contextlib.contextmanager
-def model_directory(source: str, model: str | None, *, convert: bool = True) -> Iterator[Path | None]:
-    """The Hugging Face directory of SOURCE: itself, --model of a URL, or a conversion that lives as
-    long as this. None if not `convert`.
-    """
-    if is_url(source):
-        if model is None:
-            raise UserError(
-                f"{source}: give --model DIR, the Hugging Face directory whose model it serves (for the"
-                " tokenizer)"
-            )
-        yield Path(model) if convert else None
-        return
-    if model is not None:
-        raise UserError("--model belongs to an engine URL; a directory brings its own tokenizer")
-    from megasd.commands.convert import direction_of
+def plan_lines(options: Options, prompts: Sequence[Prompt]) -> list[str]:
+    """What the evaluation will do, in lines for --dry-run."""
+    from megasd.evaluation.results import METRICS, SAMPLES, SETTINGS
 
-    path = Path(source)
-    megatron = direction_of(path) == "hf"
-    if not convert or not megatron:
-        yield path if convert else None
-        return
-    from megasd.convert.common import ConversionOptions, ConversionProgress
-    from megasd.convert.megatron_to_hf import to_hf
-
-    with tempfile.TemporaryDirectory(prefix="megasd-eval-", dir=os.environ.get("TMPDIR")) as folder:
-        target = Path(folder) / "hf"
-        to_hf(path, target, ConversionOptions(), ConversionProgress())
-        yield target
-
-
-def is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
-
-
-# ---- sampling ----
-
-
-def _sample(
-    args: argparse.Namespace, model: Path, prompts: list[Prompt], decoding: dict[str, Any], out: Path
-) -> list[Group]:
-    """Groups without verdicts. Settles decoding["max_response_tokens"]."""
-    chat = Chat(model, enable_thinking=decoding["thinking"])
-    prompt_ids = [chat.encode_prompt(prompt.messages) for prompt in prompts]
-    _fit(decoding, model, prompts, prompt_ids)
-    out.mkdir(parents=True, exist_ok=True)
-    with open_eval_engine(args, model, chat, decoding, out) as engine:
-        return engine.generate(
-            prompts,
-            prompt_ids,
-            chat.decode,
-            step=0,
-            num_samples=args.num_samples,
-            temperature=decoding["temperature"],
-            top_p=decoding["top_p"],
-            max_response_tokens=decoding["max_response_tokens"],
-        )
-
-
-def _fit(decoding: dict[str, Any], model: Path, prompts: list[Prompt], prompt_ids: list[list[int]]) -> None:
-    """Choose max_response_tokens where nobody did; refuse one that the model has no room for."""
-    longest = int(read_hf_config(str(model))["max_position_embeddings"])
-    row = max(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
-    room = longest - len(prompt_ids[row])
-    if decoding["max_response_tokens"] is None:
-        # SGLang keeps two positions for itself
-        decoding["max_response_tokens"] = max(1, min(DEFAULT_RESPONSE_TOKENS, room - 2))
-    elif decoding["max_response_tokens"] > room:
-        raise UserError(
-            f"--max-response-tokens {decoding['max_response_tokens']}: row {prompts[row].id!r} has"
-            f" {len(prompt_ids[row])} prompt tokens and the model's max_position_embeddings is {longest};"
-            f" give {max(room, 0)} or less"
-        )
-
-
-def open_eval_engine(
-    args: argparse.Namespace, model: Path, chat: Chat, decoding: dict[str, Any], out: Path
-) -> Sampler:
-    """The given URL as it stands, or a server started on `model`, in the dtype of its config.json
-    (fp32 for fp32, else bfloat16).
-    """
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    url = is_url(args.source)
-    if args.deterministic and device == "cpu" and not url:
-        raise UserError(
-            "--deterministic: SGLang 0.5.23 ignores sampling seeds on a CPU; leave it out, or use"
-            " --temperature 0"
-        )
-    hf = read_hf_config(str(model))
-    float32 = "float32" in (hf.get("dtype"), hf.get("torch_dtype"))
-    engine = EngineConfig(
-        urls=[args.source] if url else [],
-        tensor_parallel_size=args.tensor_parallel_size,
-        max_total_tokens=args.max_total_tokens,
-        extra_args=["--enable-deterministic-inference"] if args.deterministic and not url else [],
-    )
-    config = RolloutConfig(top_k=decoding["top_k"], max_concurrency=args.max_concurrency, engine=engine)
-    return make_sampler(
-        config,
-        model_path=str(model),
-        device=device,
-        dtype="float32" if float32 else "bfloat16",
-        run_dir=out,
-        seed=args.seed,
-        stop_token_ids=chat.eos_token_ids,
-        vocab_size=chat.vocab_size,
-        make_target=ServedWeights,
-        params_of=SampleSeeds(args.seed % 2**31) if args.deterministic else same_params,
-    )
-
-
-class SampleSeeds:
-    """Gives every sample a sampling_seed of its own: of the run's seed, the prompt, and how often that
-    prompt was sampled before.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._times: Counter[str] = Counter()
-
-    def __call__(self, batch_ids: list[list[int]], params: Params) -> list[Params]:
-        """One dict of SGLang's sampling_params a prompt of the batch."""
-        found = []
-        for ids in batch_ids:
-            name = json.dumps(ids)
-            digest = hashlib.sha256(f"{self.seed}/{self._times[name]}/{name}".encode()).digest()
-            found.append(params | {"sampling_seed": int.from_bytes(digest[:4], "big") >> 1})
-            self._times[name] += 1
-        return found
-
-
-def _print_plan(
-    args: argparse.Namespace, prompts: list[Prompt], decoding: dict[str, Any], reward: RewardConfig
-) -> None:
-    kind = "engine" if is_url(args.source) else "started on"
-    print(f"model     {args.source} ({kind}{f', tokenizer of {args.model}' if args.model else ''})")
-    print(
-        f"data      {args.data}: {len(prompts)} questions x {args.num_samples} samples ="
-        f" {len(prompts) * args.num_samples}"
-    )
-    print(
-        "decoding  "
-        + ", ".join(f"{name} {value}" for name, value in decoding.items())
-        + f"; seed {args.seed}"
-    )
-    print(f"verifier  {reward.verifier}, {reward.timeout:g} s a check, {reward.workers} at once")
-    print(f"writes    {args.out}: {SAMPLES}, {SETTINGS}, {METRICS}, engine.log")
-
-
-# ---- figures ----
-
-
-def write_results(
-    out: Path, groups: list[Group], settings: dict[str, Any], ks: list[int], seconds: float
-) -> None:
-    """metrics.json, and the table on standard output."""
-    result = measure_groups(groups, settings, ks)
-    _write_json(out / METRICS, settings | result | {"seconds": round(seconds, 1)})
-    print(results_table(result, settings["num_samples"]))
-    print(f"{seconds:.1f} s; everything is in {out}")
-
-
-def measure_groups(groups: list[Group], settings: dict[str, Any], ks: list[int]) -> dict[str, Any]:
-    """{"questions", "verdicts", "no_answer", "truncated", "mean_response_tokens", "mean_score",
-    "metrics", ...} of scored groups.
-    """
-    verifier, seed = settings["verifier"]["verifier"], settings["seed"]
-    samples = [s for g in groups for s in g.samples]
-    answer_of: Callable[[str], str | None] = lambda text: extract_answer(verifier, text)  # noqa: E731
-    scores = [s.score for s in samples if s.score is not None]
-    return {
-        "questions": len(groups),
-        "samples": len(samples),
-        "verdicts": dict(Counter(s.verdict.value for s in samples)),
-        "no_answer": sum(answer_of(s.text) is None for s in samples),
-        "truncated": sum(s.finish_reason == "length" for s in samples),
-        "mean_response_tokens": sum(len(s.response_ids) for s in samples) / max(1, len(samples)),
-        "mean_score": sum(scores) / len(scores) if scores else None,
-        "interval": {"coverage": COVERAGE, "resamples": NUM_RESAMPLES, "over": "questions", "seed": seed},
-        "metrics": metrics_with_intervals(
-            groups,
-            answer_of if find_verifier(verifier).can_vote else None,
-            ks=ks,
-            num_samples=settings["num_samples"],
-            seed=seed,
-        ),
-    }
-
-
-def results_table(result: dict[str, Any], num_samples: int) -> str:
-    """Plain text: a line a figure, then what was left out of which and why."""
-    lines = [f"{'figure':<18}{'value':>9}{'95% interval':>19}{'questions':>11}"]
-    notes = []
-    for name, row in result["metrics"].items():
-        figure = "none" if row["value"] is None else f"{row['value']:.2%}"
-        between = "" if row["low"] is None else f"{row['low']:.2%} - {row['high']:.2%}"
-        lines.append(f"{name:<18}{figure:>9}{between:>19}{row['questions']:>11}")
-        if row["left_out"]:
-            notes.append((len(row["left_out"]), name))
-    verdicts = result["verdicts"]
-    counts = ", ".join(f"{verdicts.get(name, 0)} {name}" for name in ("right", "wrong", "error", "timeout"))
-    lines.append(
-        f"{result['samples']} samples: {counts}; {result['no_answer']} without an answer,"
-        f" {result['truncated']} cut off"
-    )
-    for count in sorted({count for count, _ in notes}):
-        names = ", ".join(name for number, name in notes if number == count)
-        lines.append(
-            f"{count} of {result['questions']} questions are left out of {names}: too few of their"
-            f" {num_samples} samples were scored"
-        )
-    if result["mean_score"] is not None:
-        lines.append(f"mean score {result['mean_score']:.4f}")
-    return "\n".join(lines)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(writing, path)
+    source, samples = options.engine.source, len(prompts) * options.num_samples
+    kind = "engine" if is_url(source) else "started on"
+    tokenizer = f", tokenizer of {options.model}" if options.model else ""
+    decoding = ", ".join(f"{name} {value}" for name, value in asdict(options.decoding).items())
+    reward = options.reward
+    return [
+        f"model     {source} ({kind}{tokenizer})",
+        f"data      {options.data}: {len(prompts)} questions x {options.num_samples} samples = {samples}",
+        f"decoding  {decoding}; seed {options.engine.seed}",
+        f"verifier  {reward.verifier}, {reward.timeout:g} s a check, {reward.workers} at once",
+        f"writes    {options.out}: {SAMPLES}, {SETTINGS}, {METRICS}, engine.log",
+    ]

@@ -1,48 +1,107 @@
-"""`megasd plan`: tables of memory, time and layouts, or one JSON object; exit code 2 and a key to
-change where a job does not fit.
+"""`megasd plan`: memory and time of a run, before a GPU is taken.
+
+Prints tables of memory, time and layouts, or one JSON object. Exit code 0 when the run fits. Exit
+code 2 when it does not: then one line on stderr names the first key to change.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megasd.algo.recipes import RECIPES
-from megasd.cluster.planner.fixes import differences, refusal
-from megasd.cluster.planner.hardware import GIB, gpu_kind
-from megasd.cluster.planner.job import MEAN_PROMPT, MEAN_RESPONSE, PlannedRun, headline
-from megasd.cluster.planner.layouts import LayoutPlan, plan_layout, search
-from megasd.cluster.planner.shapes import Model
-from megasd.config.load import load_config
+from megasd.commands.parser import REFUSED, SubCommands, add_items, positive, start_with
+from megasd.commands.quiet import quiet_libraries
+from megasd.commands.read_config import read_config
+from megasd.config.load import split_items
 from megasd.config.schema import Config
 from megasd.types import UserError
 
-FITS, REFUSED = 0, 2
-# of a checkout
+if TYPE_CHECKING:
+    from megasd.cluster.planner.job import PlannedRun
+
+# the models of a checkout
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
 
 
-def run(args: argparse.Namespace, items: Sequence[str]) -> int:
-    """The command. UserError where there is nothing to reckon with."""
-    overrides = [item for item in items if re.match(r"[\w.]+=", item)]
-    files = [item for item in items if item not in overrides]
-    config = load_config(files, overrides, RECIPES)
+@dataclass(frozen=True)
+class Options:
+    """The options of `megasd plan`."""
+
+    # YAML files and key=value
+    items: list[str]
+    # GPUs that train; None = those of the config
+    gpus: int | None
+    # kind of GPU; None = cluster.gpu
+    gpu: str | None
+    # config.json to read; None = that of model.path
+    model_config: str | None
+    # number of layouts shown
+    top: int
+    # print one JSON object instead of tables
+    json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Options:
+        """The options that were parsed."""
+        return cls(args.items, args.gpus, args.gpu, args.model_config, args.top, args.json)
+
+
+def add_parser(commands: SubCommands) -> None:
+    """Add `megasd plan` to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="memory and time of a run, before a GPU is taken",
+        description=(
+            "Memory of a rank by cause, time of a step by phase, and the parallel layouts that fit, ranked."
+            " Reads config.json of model.path and no weights; a model that is not on this machine is looked"
+            " up by name in configs/model."
+        ),
+        epilog=(
+            "Exit codes: 0 fits, 2 refused, also when no layout fits: the first key to change is named."
+            " Formulas: megasd/planner."
+        ),
+    )
+    add_items(parser)
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        metavar="N",
+        help="GPUs that train (default: cluster.actor_nodes x cluster.gpus_per_node)",
+    )
+    parser.add_argument("--gpu", metavar="KIND", help="as cluster.gpu, such as h100-80g")
+    parser.add_argument("--model-config", metavar="FILE", help="config.json to read instead of model.path's")
+    parser.add_argument("--top", type=positive, default=8, metavar="N", help="layouts shown (default 8)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    start_with(parser, lambda args: run(Options.from_args(args)), more="items")
+
+
+def run(options: Options) -> int:
+    """Plan, print, and return the exit code. UserError when something that a plan needs is missing."""
+    quiet_libraries()
+    from megasd.cluster.planner.fixes import refusal
+    from megasd.cluster.planner.layouts import plan_layout, search
+    from megasd.cluster.planner.report import plan_json, plan_text
+
+    files, _ = split_items(options.items)
     job, source = read_planned_run(
-        config, files, gpus=args.gpus, gpu=args.gpu, model_config=args.model_config
+        read_config(options.items),
+        files,
+        gpus=options.gpus,
+        gpu=options.gpu,
+        model_config=options.model_config,
     )
     own, found = plan_layout(job), search(job)
-    if args.json:
-        print(json.dumps(as_json(own, found[: args.top], source), indent=2))
+    if options.json:
+        print(json.dumps(plan_json(own, found[: options.top], source), indent=2))
     else:
-        print("\n".join(plan_text(own, found[: args.top], len(found), source)))
+        print("\n".join(plan_text(own, found[: options.top], len(found), source)))
     if own.fits:
-        return FITS
+        return 0
     sys.stdout.flush()
     print(f"megasd: {refusal(own)}", file=sys.stderr, flush=True)
     return REFUSED
@@ -56,9 +115,15 @@ def read_planned_run(
     gpu: str | None = None,
     model_config: str | None = None,
 ) -> tuple[PlannedRun, str]:
-    """The job of a config, and which config.json was read. gpus: those that train; engines' own
-    come on top.
+    """The run of a config as the planner sees it, and the config.json that was read.
+
+    files: YAML files of the config; a model may lie next to them (`read_model`).
+    gpus: number of GPUs that train. Engines on nodes of their own take further GPUs.
     """
+    from megasd.cluster.planner.hardware import gpu_kind
+    from megasd.cluster.planner.job import PlannedRun
+    from megasd.cluster.planner.shapes import Model
+
     cluster = config.cluster
     kind = gpu_kind(gpu, "--gpu") if gpu else gpu_kind(cluster.gpu)
     hf, source = read_model(config.model.path, files, model_config)
@@ -78,14 +143,21 @@ def read_planned_run(
 def read_model(
     path: str, files: Sequence[str], given: str | None, key: str = "model.path"
 ) -> tuple[dict[str, Any], str]:
-    """config.json of the model and where it lay: `given`, the model's directory, or <name>.json in
-    a folder `model` beside the folder of a YAML file or in configs/model of this checkout, for a
-    laptop that does not have the model.
+    """Read the config.json of a model; return it and its path.
+
+    given: path of a config.json to read instead. Otherwise `path` is read if it is a file, then
+    config.json in the directory `path`. A laptop need not have the model: then NAME.json is looked
+    for, where NAME is the last part of `path`, in a folder `model` next to the folder of one of the
+    YAML `files`, and in configs/model of this checkout.
+
+    UserError, which names `key`, when there is no such file, or when it holds no JSON object.
     """
-    name = f"{Path(path).name}.json"
-    places = [Path(given)] if given else [Path(path) / "config.json"]
-    if not given:
+    name = Path(path).name if path.endswith(".json") else f"{Path(path).name}.json"
+    if given:
+        places = [Path(given)]
+    else:
         folders = [folder for file in files for folder in Path(file).resolve().parents[:2]]
+        places = [Path(path), Path(path) / "config.json"]
         places += [folder / "model" / name for folder in folders]
         places.append(MODELS / name)
     place = next((place for place in places if place.is_file()), None)
@@ -101,160 +173,3 @@ def read_model(
     if not isinstance(hf, dict):
         raise UserError(f"{key}: {place} must hold a JSON object")
     return hf, str(place)
-
-
-# ---- output ----
-
-
-def as_json(own: LayoutPlan, found: Sequence[LayoutPlan], source: str) -> dict[str, Any]:
-    """Whole figures: bytes and seconds."""
-    job = own.job
-    return {
-        "model": {"config": source, "weights": job.model.weights},
-        "gpu": job.gpu.name,
-        "gpus": job.gpus,
-        "engine_gpus": job.engine_gpus,
-        "assumptions": {"mean_prompt": job.mean_prompt, "mean_response": job.mean_response},
-        "own": _plan_json(own),
-        "refusal": None if own.fits else refusal(own),
-        # changes: the keys of the config that a layout needs otherwise
-        "layouts": [
-            _plan_json(one) | {"changes": {fix.key: fix.new for fix in differences(job, one.job)}}
-            for one in found
-        ],
-    }
-
-
-def _plan_json(one: LayoutPlan) -> dict[str, Any]:
-    layout = dict(zip(COLUMNS, _layout(one.job), strict=False))
-    if one.refused:
-        return {"layout": layout, "fits": False, "refused": one.refused}
-    memory, time = one.memory, one.time
-    return {
-        "layout": layout,
-        "fits": one.fits,
-        "memory": {
-            "stage": memory.stage,
-            "limit": memory.limit,
-            "peak": memory.peak,
-            "worst": memory.worst,
-            "phases": memory.phases,
-        },
-        "time": {
-            "seconds": time.seconds,
-            "phases": {phase.name: phase.parts for phase in time.phases},
-            "bottleneck": {"phase": time.bottleneck.name, "cause": time.bottleneck.cause},
-            "tokens_per_second_per_gpu": time.tokens_per_gpu,
-            "mfu": time.mfu,
-        },
-    }
-
-
-def plan_text(own: LayoutPlan, found: Sequence[LayoutPlan], count: int, source: str) -> list[str]:
-    """The tables."""
-    job = own.job
-    lines = [headline(job, job.model.hf), f"config.json read: {source}", ""]
-    if own.refused is None:
-        lines += [*memory_table(own), "", *time_table(own), ""]
-    lines += [f"{count} layouts fit on {job.gpus} GPUs; * marks the config's own", *layout_table(own, found)]
-    return lines
-
-
-def memory_table(own: LayoutPlan) -> list[str]:
-    memory = own.memory
-    names = list(dict.fromkeys(name for causes in memory.phases.values() for name in causes))
-    rows = [
-        [name, *(f"{causes[name] / GIB:.2f}" if name in causes else "" for causes in memory.phases.values())]
-        for name in names
-    ]
-    rows.append(["in all", *(f"{memory.total(phase) / GIB:.2f}" for phase in memory.phases)])
-    title = (
-        f"GiB of the worst rank (pipeline stage {memory.stage}), every sequence of {own.job.longest} tokens;"
-        f" room: {memory.limit / GIB:.2f}"
-    )
-    return [title, *_aligned([["memory", *memory.phases], *rows])]
-
-
-def time_table(own: LayoutPlan) -> list[str]:
-    time, job = own.time, own.job
-    rows = [["phase", "seconds", "waits for", "of which"]]
-    for phase in time.phases:
-        parts = ", ".join(
-            f"{name} {seconds:.2f}"
-            for name, seconds in sorted(phase.parts.items(), key=lambda item: -item[1])
-        )
-        rows.append([phase.name, f"{phase.seconds:.2f}", phase.cause, parts])
-    rows.append(["step", f"{time.seconds:.2f}", "", ""])
-    worst = time.bottleneck
-    return [
-        (
-            f"seconds of a step, prompts of {job.mean_prompt:.0f} and responses of {job.mean_response:.0f}"
-            f" tokens (assumed: {MEAN_PROMPT:g} and {MEAN_RESPONSE:g} of the longest)"
-        ),
-        *_aligned(rows, left=(0, 2, 3)),
-        (
-            f"bottleneck: {worst.name}, by {worst.cause}; {time.tokens_per_gpu:.0f} tokens/s/GPU, MFU"
-            f" {100 * time.mfu:.0f} % while it trains"
-        ),
-    ]
-
-
-COLUMNS = ("TP", "PP", "CP", "EP", "DP", "recompute", "microbatch", "engines")
-
-
-def _layout(job: PlannedRun) -> list[Any]:
-    actor, engine = job.config.actor, job.config.rollout.engine
-    size = f"{actor.micro_batch_size} x {job.longest}"
-    if actor.max_tokens_per_microbatch is not None:
-        size = f"{actor.max_tokens_per_microbatch} tokens"
-    engines = f"{job.engines} x TP{engine.tensor_parallel_size}" if job.samples_itself else "-"
-    dp = job.gpus // (job.tp * job.pp * job.cp)
-    return [job.tp, job.pp, job.cp, job.ep, dp, actor.recompute_granularity or "none", size, engines]
-
-
-def layout_table(own: LayoutPlan, found: Sequence[LayoutPlan]) -> list[str]:
-    head = [
-        "",
-        *COLUMNS,
-        "peak GiB",
-        "in",
-        "step s",
-        "sampling",
-        "training",
-        "tokens/s/GPU",
-        "MFU %",
-        "bottleneck",
-    ]
-    rows = [_row("*", own)] + [_row(str(number), one) for number, one in enumerate(found, 1)]
-    return _aligned([head, *rows], left=(0, 6, 7, 8, 10, 16))
-
-
-def _row(mark: str, one: LayoutPlan) -> list[str]:
-    cells = [mark, *map(str, _layout(one.job))]
-    if one.refused:
-        return [*cells, "", "", "", "", "", "", "", "cannot be split so"]
-    memory, time = one.memory, one.time
-    sampling = sum(phase.seconds for phase in time.phases if phase.name == "sampling")
-    rest = sum(phase.seconds for phase in time.phases if phase.name != "sampling")
-    what = f"{time.bottleneck.name}, {time.bottleneck.cause}" if one.fits else "does not fit"
-    cells += [
-        f"{memory.peak / GIB:.1f}",
-        memory.worst,
-        f"{time.seconds:.1f}",
-        f"{sampling:.1f}",
-        f"{rest:.1f}",
-    ]
-    return [*cells, f"{time.tokens_per_gpu:.0f}", f"{100 * time.mfu:.0f}", what]
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    cells = [
-        [
-            cell.ljust(w) if k in left else cell.rjust(w)
-            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in rows
-    ]
-    rule = ["-" * width for width in widths]
-    return ["| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import is_dataclass, replace
 from functools import cache
@@ -67,6 +67,12 @@ def load_config(files: list[str], overrides: list[str], recipes: Mapping[str, Al
         )
     check_values(config, origin)
     return config
+
+
+def split_items(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments of a command into YAML files and overrides (key=value)."""
+    overrides = [item for item in items if re.match(r"[\w.]+=", item)]
+    return [item for item in items if item not in overrides], overrides
 
 
 def override(algorithm: AlgorithmConfig, changes: list[str], source: str) -> AlgorithmConfig:

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from megasd.cli import main
-from megasd.commands.evaluate import SampleSeeds, decoding_of, model_directory, open_eval_engine
-from megasd.commands.parser import build_parser
+from megasd.cli import build_parser, main
+from megasd.commands.evaluate import Options
+from megasd.commands.model_directory import model_directory
 from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.data.chat import Chat
 from megasd.data.rollout_log import load_groups
 from megasd.engine.sampler import make_sampler
 from megasd.evaluation.engine_for import ServedWeights
+from megasd.evaluation.sampling import SampleSeeds, open_eval_engine
 from tools.make_quickstart import main as make_quickstart
 
 QUESTIONS, SAMPLES = 6, 4
@@ -39,10 +40,12 @@ def url(quickstart: Path, tmp_path_factory: pytest.TempPathFactory):
     """The one server of this file, started as `megasd eval CHECKPOINT` starts it on a Megatron checkpoint."""
     checkpoint, out = tmp_path_factory.mktemp("run") / "step-000001", tmp_path_factory.mktemp("server")
     assert main(["convert", str(quickstart / "model"), str(checkpoint)]) == 0
-    args = build_parser().parse_args(["eval", str(checkpoint), "--seed", "5", "--max-total-tokens", "4096"])
-    with model_directory(args.source, None) as model:
+    line = ["eval", str(checkpoint), "--data", "-", "--verifier", "exact_match", "--out", str(out)]
+    args = build_parser().parse_args([*line, "--seed", "5", "--max-total-tokens", "4096"])
+    chosen = Options.from_args(args)
+    with model_directory(str(checkpoint), None) as model:
         assert model != checkpoint and (model / "model.safetensors").is_file()
-        with open_eval_engine(args, model, Chat(model), decoding_of(args), out) as engine:
+        with open_eval_engine(chosen.engine, model, Chat(model), chosen.decoding, out) as engine:
             assert (out / "engine.log").is_file()
             yield engine.engines[0].url
     assert not model.exists()

@@ -168,7 +168,7 @@ def test_a_config_that_cannot_be_read_is_a_finding(tmp_path: Path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: [")
     for items in (["none.yaml"], [str(bad)], ["optimizer.lrr=1"], ["model.path=m", "data.train=d"]):
-        config, _, (finding,) = doctor.read_config(items)
+        config, _, (finding,) = doctor.check_config(items)
         assert (
             finding.status == "fail"
             and "--dry-run" in finding.fix

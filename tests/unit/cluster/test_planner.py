@@ -402,6 +402,9 @@ def test_where_config_json_is_looked_for(tmp_path: Path) -> None:
     assert read_model("models/Qwen3-8B", [], str(beside / "Qwen3-8B.json"))[1] == str(
         beside / "Qwen3-8B.json"
     )
+    # a file is read as it is, and NAME.json is looked for under that name
+    assert read_model(str(beside / "Qwen3-8B.json"), [], None)[1] == str(beside / "Qwen3-8B.json")
+    assert read_model("models/Qwen3-8B.json", [], None)[1] == str(MODELS / "Qwen3-8B.json")
     with pytest.raises(UserError, match="model.path=models/none: no config.json there.*--model-config"):
         read_model("models/none", [], None)
 
@@ -412,7 +415,7 @@ def test_unknown_gpu() -> None:
 
 
 def test_the_options_have_what_the_command_reads() -> None:
-    from megasd.commands.parser import build_parser
+    from megasd.cli import build_parser
 
     args = build_parser().parse_args(["plan", "x.yaml"])
     assert isinstance(args, argparse.Namespace) and {

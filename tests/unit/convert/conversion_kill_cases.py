@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from megasd.commands.convert import direction_of
 from megasd.convert.common import ConversionOptions
+from megasd.convert.direction import direction_of
 from megasd.convert.hf_to_megatron import to_megatron
 from megasd.convert.megatron_to_hf import to_hf
 

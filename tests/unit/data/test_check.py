@@ -503,7 +503,7 @@ def test_exit_codes_and_unusable_arguments(tmp_path):
         (["rows.jsonl", "--recipe", "nothing"], "invalid choice: 'nothing'"),
         (["rows.jsonl", "--against", "absent.jsonl"], "absent.jsonl: no such file"),
         (["rows.jsonl", "--against", "./rows.jsonl"], "is the file itself"),
-        (["rows.jsonl", "--max-row-bytes", "0"], "give 1 or more"),
+        (["rows.jsonl", "--max-row-bytes", "0"], "--max-row-bytes: '0' is no whole number of 1 or more"),
         ([], "arguments are required: FILE"),
     ):
         done = command(*args, cwd=tmp_path)

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from megasd.cli import main
+from megasd.cli import build_parser, main
 from megasd.commands.evaluate import decoding_of
-from megasd.commands.parser import build_parser
 from megasd.config.schema import RewardConfig
 from megasd.data.rollout_log import load_groups, rollout_path, save_groups
 from megasd.evaluation.estimators import (

@@ -22,9 +22,9 @@ from pathlib import Path
 import pytest
 
 from megasd.algo.recipes import RECIPES
-from megasd.commands import serve
 from megasd.config.load import load_config
 from megasd.config.schema import EngineConfig, RolloutConfig
+from megasd.engine import serve
 from megasd.engine.auth import VARIABLE, Secret, engine_key, protect
 from megasd.engine.client import EngineClient
 from megasd.engine.errors import StartError
@@ -418,5 +418,5 @@ def test_when_serving_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_starts_where_megatron_is_not() -> None:
     """The engines' environment of docker has SGLang, omegaconf and this package."""
     absent = ("megatron", "transformer_engine", "pyarrow", "math_verify")
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import megasd.commands.serve"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import megasd.engine.serve"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
