@@ -1,4 +1,4 @@
-"""megasd serve CONFIG...: rollout engines on this machine for a run on other machines
+"""What `megasd serve` does: rollout engines on this machine for a run on other machines
 (rollout.engine.served). engine/remote.py says how run and engines find each other.
 
 The command starts as many engines as fit, announces each when it answers, and restarts an engine
