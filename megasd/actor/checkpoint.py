@@ -119,7 +119,7 @@ def read_state(path: Path, *, teacher_weights: str) -> dict:
     """The JSON state of a checkpoint.
 
     UserError when `path` is not a whole one, lacks the teacher that `teacher_weights` needs or
-    holds one of another kind, or comes from a version that did not yet save the orchestrator's state.
+    holds one of another kind, or comes from a version that did not save the orchestrator's state.
     """
     for name in (STATE_FILE, *MEGATRON_FILES):
         if not (path / name).is_file():

@@ -154,7 +154,7 @@ class _NullStream:
 
 
 def _patch_torch_cuda() -> None:
-    """Functions of torch that Megatron calls for the current device, its random state and streams."""
+    """Replace torch's functions for the current device, its random state and its streams."""
     cuda: Any = torch.cuda
     # Megatron writes device=torch.cuda.current_device() in many places.
     cuda.current_device = lambda: torch.device("cpu")
@@ -174,7 +174,10 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_rng() -> None:
-    """Put the tensor-parallel RNG tracker on the CPU's generator (tensor_parallel/random.py:235)."""
+    """Put the tensor-parallel RNG tracker on the CPU's generator.
+
+    Source: tensor_parallel/random.py:235.
+    """
     import megatron.core.tensor_parallel.random as random
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()

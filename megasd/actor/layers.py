@@ -54,7 +54,7 @@ class RotaryTables(RotaryEmbedding):
 
 
 class TableAttention(SelfAttention):
-    """Self-attention that takes one of several rotary tables, with the attention factor of that table.
+    """Self-attention with one of several rotary tables and with the attention factor of that table.
 
     The factor multiplies cosines and sines of queries and of keys, hence scores by its square. Here
     softmax_scale carries the square.

@@ -124,9 +124,10 @@ class Learner:
         ).to(device)
 
     def _with_sequence_ratio(self, rank_batch: RankBatch, weights: TokenWeights) -> TokenWeights:
-        """The same weights; for GSPO with the stream "sequence_log_ratio" of the student against pi_old.
+        """The weights, with the stream "sequence_log_ratio" where the surrogate reads it.
 
-        Collectives: those of `student_logprobs` for GSPO, else none.
+        The stream is the log-ratio of whole sequences, of the student as it is now against pi_old.
+        Collectives: those of `student_logprobs` for such a surrogate, else none.
         """
         if not surrogate_traits(rank_batch.algorithm).reads_sequence_ratio:
             return weights

@@ -94,7 +94,8 @@ class Teacher:
 def build_teacher(config: TeacherConfig | None, student: Student) -> Teacher:
     """The teacher that algorithm.teacher describes, on the student's ranks.
 
-    config None: an algorithm without a teacher, which gets a teacher without passes. UserError for an unfit teacher.model_path. No collective.
+    config None: an algorithm without a teacher, which gets a teacher without passes. UserError for
+    an unfit teacher.model_path. No collective.
     """
     if config is None:
         return Teacher([], NoTeacherWeights(), student.mesh)

@@ -1,5 +1,6 @@
-"""Collected wherever a CUDA device is. test_golden_gpu.py needs the `te` extra beside the core, the
-others torch and triton alone.
+"""Tests that are collected only where a CUDA device is.
+
+test_golden_gpu.py needs the `te` extra too; most other files need torch and triton alone.
 """
 
 import torch

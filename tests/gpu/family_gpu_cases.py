@@ -1,5 +1,8 @@
-"""Every family on CUDA with TransformerEngine's layer spec; run by test_families_gpu.py under
-torchrun. family_gpu_cases.py DIRECTORY
+"""Every family on CUDA with TransformerEngine's layer spec.
+
+    family_gpu_cases.py DIRECTORY
+
+test_families_gpu.py runs it under torchrun.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""FP8 and what else needs TransformerEngine, on one GPU; run by test_fp8_gpu.py under torchrun.
-fp8_gpu_cases.py MODEL_DIR CASE
+"""FP8 and all else that needs TransformerEngine, on one GPU.
+
+    fp8_gpu_cases.py MODEL_DIR CASE
+
+test_fp8_gpu.py runs it under torchrun.
 """
 
 from __future__ import annotations
@@ -92,8 +95,13 @@ def make_config(model: Path, actor: dict[str, Any], **teacher: Any) -> Config:
 def make_batch() -> Batch:
     """One length per sample for the student; the teacher's contexts are longer."""
     g = torch.Generator().manual_seed(3)
-    draw = lambda n: torch.randint(0, VOCAB, (n,), generator=g)  # noqa: E731
-    lengths = lambda n: torch.full((SAMPLES,), n)  # noqa: E731
+
+    def draw(n: int) -> torch.Tensor:
+        return torch.randint(0, VOCAB, (n,), generator=g)
+
+    def lengths(n: int) -> torch.Tensor:
+        return torch.full((SAMPLES,), n)
+
     return Batch(
         prompt_ids=draw(SAMPLES * PROMPT),
         prompt_lens=lengths(PROMPT),
@@ -141,8 +149,9 @@ def case_losses(model: Path, device: torch.device) -> None:
 
 
 def case_spec(model: Path, device: torch.device) -> None:
-    """The same weights in TransformerEngine's layers and in the local ones; attention back ends;
-    fused rotary embedding.
+    """The same weights give the same logits in TransformerEngine's layers and in the local ones.
+
+    In bfloat16 also with the fused rotary embedding.
     """
     hf, family = read_hf_config(model), build.family_of(str(model))
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -181,9 +190,7 @@ def peak(work: Callable[[], dict[str, float]]) -> tuple[float, int]:
 
 
 def case_memory(model: Path, device: torch.device) -> None:
-    """Parameters alone, by what their storage takes: FP8 holds a byte each, and scales, where bf16
-    holds two.
-    """
+    """FP8 parameters take less memory than those of bf16: a byte each, and scales, instead of two."""
     sizes = {}
     for name, actor in (("bf16", {}), *((recipe, fp8(recipe, parameters=True)) for recipe in RECIPES)):
         made = make_actor(model, actor, device)

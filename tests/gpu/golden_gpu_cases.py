@@ -1,5 +1,8 @@
-"""Layouts of the golden step on CUDA; run by test_golden_gpu.py under torchrun. golden_gpu_cases.py
-MODEL_DIR
+"""Layouts of the golden step on CUDA.
+
+    golden_gpu_cases.py MODEL_DIR
+
+test_golden_gpu.py runs it under torchrun.
 """
 
 from __future__ import annotations

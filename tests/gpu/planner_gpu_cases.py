@@ -1,10 +1,11 @@
-"""Measures the allocator's peak of a whole step (teacher's pass, student, optimizer) on one GPU
-beside the planner's figure.
+"""Measures the allocator's peak of a whole step on one GPU, next to the planner's number.
+
+A step is the teacher's forward, the student's forward and backward, and the optimizer's step.
 
     python tests/gpu/planner_gpu_cases.py '[{"model": {...}, "items": [...]}]'
 
-Prints a line of JSON per case: {"planned": bytes, "measured": bytes, "causes": {...}}. planned
-leaves out what the allocator does not see: the CUDA context, NCCL, fragmentation, engines.
+It prints a line of JSON per case: {"planned": bytes, "measured": bytes, "causes": {...}}. planned
+leaves out memory that the allocator does not see: the CUDA context, NCCL, fragmentation, engines.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def run(case: dict[str, Any], directory: Path, device: torch.device) -> dict[str
     job = PlannedRun(config, Model.of(hf), GPU_KINDS["h200-141g"], gpus=1)
     actor = Actor(config, init_model_parallel(config.actor, device, seed=1))
     batch = longest_batch(config, actor.vocab_size, job.longest_teacher - config.rollout.max_response_tokens)
-    # Adam's moments are made by the first step
+    # The first step makes Adam's moments.
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         batches = actor.shard(batch)

@@ -1,8 +1,9 @@
-"""A random 8B model pushed into a real SGLang engine on CUDA; run by test_push_gpu.py under
-torchrun. push_gpu_cases.py ROOT TRANSPORT
+"""A random 8B model pushed into a real SGLang engine on CUDA.
 
-With TRANSPORT=group the engine is one that the run is given the URL of, on the second GPU (NCCL
-refuses two ranks on one).
+    push_gpu_cases.py ROOT TRANSPORT
+
+test_push_gpu.py runs it under torchrun. With TRANSPORT=group the engine runs on the second GPU, and
+the run gets its URL: NCCL refuses two ranks on one GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Steps under CUDA's sync debug mode; run by test_sync_gpu.py under torchrun. sync_gpu_cases.py MODEL_DIR"""
+"""Steps under CUDA's sync debug mode.
+
+    sync_gpu_cases.py MODEL_DIR
+
+test_sync_gpu.py runs it under torchrun.
+"""
 
 from __future__ import annotations
 

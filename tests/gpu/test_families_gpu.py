@@ -1,5 +1,6 @@
-"""Every model family on CUDA with TransformerEngine's layer spec, against transformers on the CPU;
-and against megatron-bridge where it is.
+"""Every model family on CUDA with TransformerEngine's layer spec, against transformers on the CPU.
+
+Where megatron-bridge is installed, also against it.
 
 Proves, where a GPU with the `te` extra is: post-norm layers, norms over all heads, windows, rotary
 tables and biases in TransformerEngine's modules give transformers' logits and gradients (float32 to
@@ -36,7 +37,7 @@ def test_families_on_gpus(checkpoints: Path) -> None:
             assert "all ok" in torchrun("tests/gpu/family_gpu_cases.py", ranks, str(checkpoints))
 
 
-# megatron-bridge knows these; it must be installed beside a transformers that it accepts.
+# megatron-bridge knows these; it must be installed with a transformers that it accepts.
 BRIDGED = ("qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "llama", "mistral")
 
 

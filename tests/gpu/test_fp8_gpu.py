@@ -1,5 +1,6 @@
-"""FP8 training, CUDA graphs, recomputation and the layer spec on one GPU with TransformerEngine;
-the cases are in fp8_gpu_cases.py.
+"""FP8 training, CUDA graphs, recomputation and the layer spec on one GPU with TransformerEngine.
+
+The cases are in fp8_gpu_cases.py.
 
 Proves, where a Hopper GPU with the `te` extra is: a step in FP8 (each recipe, parameters kept in
 bf16 or FP8) has bf16's loss to 2 percent and the loss falls; TransformerEngine's layers give the

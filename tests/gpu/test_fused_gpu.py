@@ -1,10 +1,11 @@
-"""The fused loss on CUDA: bfloat16 GEMMs with float32 logits, Triton passes, main_grad; one device,
-no Megatron.
+"""The fused loss on CUDA: bfloat16 GEMMs with float32 logits, Triton kernels, main_grad.
+
+It runs on one device and without Megatron.
 
 Proves, where a GPU is: loss and gradients equal the float64 twin on the CPU from the same operands;
 a step costs at most 1.35 of its GEMMs; 32k tokens at the TP=8 shard of an 8B head (h 4096, 19072
-columns) need at most 1.5 GB above weights, hidden states and main_grad. Does not prove: NCCL. The
-passes on their own: test_passes_gpu.py.
+columns) need at most 1.5 GB above weights, hidden states and main_grad. Does not prove NCCL. test_kernels_gpu.py
+tests the kernels on their own.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ SUPPORTS = ("student", "teacher", "union", "full", "record")
 
 
 def loss_function(support: str):
-    def loss_fn(readout: LogProbs, tokens: slice) -> tuple[torch.Tensor, dict]:
-        value = readout.divergence_T
+    def loss_fn(logprobs: LogProbs, tokens: slice) -> tuple[torch.Tensor, dict]:
+        value = logprobs.divergence_T
         if value is None:
-            value = divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=0.5, normalised=True)
-        return value - 0.1 * readout.logp_T, {}
+            value = divergence(logprobs.student_logq_TB, logprobs.teacher_logq_TB, beta=0.5, normalised=True)
+        return value - 0.1 * logprobs.logp_T, {}
 
     return loss_fn
 

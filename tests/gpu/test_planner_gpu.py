@@ -1,5 +1,6 @@
-"""The planner against torch.cuda.max_memory_allocated of a whole bf16 step on one GPU, two sizes,
-within 10 percent.
+"""The planner's memory of a whole bf16 step is within 10 percent of the allocator's, on one GPU.
+
+Two sizes are compared with torch.cuda.max_memory_allocated.
 
 Needs megatron-core and TransformerEngine. Not run yet: no GPU has been at hand. Does not prove
 NCCL's and the context's bytes, the fragmentation margin, or anything about seconds.

@@ -1,7 +1,6 @@
-"""The microbatch loop on CUDA with TransformerEngine's layers: the driver raises where the host
-waits for the device.
+"""The host never waits for the device in the microbatch loop on CUDA, with TransformerEngine's layers.
 
-Proves that no torch call in the teacher's and the student's passes, forward and backward, padded or
+Proves that no torch call in the runs of teacher and student, forward and backward, padded or
 packed, synchronises: CUDA's sync debug mode is "error" inside the schedules. Packed sequences need
 actor.apply_rope_fusion for that: Megatron's own rotary embedding reads their lengths. Does not
 prove pipelines (Megatron reads the shapes it is sent), nor what libraries do without torch.
