@@ -4,8 +4,8 @@ It runs on one device and without Megatron.
 
 Proves, where a GPU is: loss and gradients equal the float64 twin on the CPU from the same operands;
 a step costs at most 1.35 of its GEMMs; 32k tokens at the TP=8 shard of an 8B head (h 4096, 19072
-columns) need at most 1.5 GB above weights, hidden states and main_grad. Does not prove NCCL. test_kernels_gpu.py
-tests the kernels on their own.
+columns) need at most 1.5 GB above weights, hidden states and main_grad. Does not prove NCCL.
+test_kernels_gpu.py tests the kernels on their own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The Triton passes on a CUDA device.
+"""The Triton kernels on a CUDA device.
 
-Proves: every pass equals kernels_torch on the same inputs (ids and values bitwise), over ties,
+Proves: every kernel equals kernels_torch on the same inputs (ids and values bitwise), over ties,
 masks, overflow of the candidates, padding, temperatures, beta and clip; repeated runs are bitwise
 equal; select, gather and gradient_ reach 0.70 of the bandwidth of a device copy on float32 logits
 far larger than L2 (bfloat16 and the exact divergence are reported); compute-sanitizer's memcheck
@@ -64,7 +64,7 @@ def some_ids(num_rows: int, num_ids: int, num_valid: int, seed: int = 0) -> Tens
     return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -1).to("cuda", torch.int32)
 
 
-def check_passes(
+def check_kernels(
     kind: str, dtype: torch.dtype, num_rows: int = 300, num_columns: int = 19072, temperature: float = 1.0
 ) -> None:
     num_valid, common = num_columns - 640, {"num_valid": num_columns - 640, "temperature": temperature}
@@ -134,15 +134,15 @@ def check_full(kind: str, dtype: torch.dtype, num_rows: int = 64, num_columns: i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_passes_equal_torch(kind, dtype):
-    check_passes(kind, dtype)
+def test_kernels_equal_torch(kind, dtype):
+    check_kernels(kind, dtype)
     # rows that no vector load divides
-    check_passes(kind, dtype, num_rows=37, num_columns=5003, temperature=0.5)
+    check_kernels(kind, dtype, num_rows=37, num_columns=5003, temperature=0.5)
     check_full(kind, dtype)
 
 
 def test_a_long_row_and_64_bit_offsets():
-    check_passes("random", torch.float32, num_rows=20, num_columns=152064)
+    check_kernels("random", torch.float32, num_rows=20, num_columns=152064)
     # 2.28e9 elements
     logits = torch.empty(15000, 152064, dtype=torch.bfloat16, device="cuda")
     logits[-2:] = logits_of("random", 2, 152064, torch.bfloat16)
@@ -210,7 +210,7 @@ def test_bandwidth(num_rows, num_columns):
         out = torch.empty_like(logits)
         size = logits.nbytes
         module, into = kernels_triton, {"out": out, **common}
-        passes = {
+        kernels = {
             "select": (size, partial(module.select, logits, 100, **common)),
             "gather": (size, partial(module.gather, logits, ids, **common)),
             "gather, no ids": (size, partial(module.gather, logits, none, **common)),
@@ -224,7 +224,7 @@ def test_bandwidth(num_rows, num_columns):
                 partial(module.full_gradient_, logits, teacher, norm, norm, *norm, out=out, **full),
             ),
         }
-        for name, (moved, work) in passes.items():
+        for name, (moved, work) in kernels.items():
             ratio = moved / seconds(work) / copy
             print(f"{name:16} {str(dtype):16} [{num_rows}, {num_columns}] {ratio:.2f} of a copy")
             if ratio < 0.70 and dtype == torch.float32 and name in ("select", "gather", "gradient_"):
@@ -244,7 +244,7 @@ def test_compute_sanitizer(tool):
         "9",
         sys.executable,
         "-m",
-        "tests.gpu.test_passes_gpu",
+        "tests.gpu.test_kernels_gpu",
     ]
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=580
@@ -255,6 +255,6 @@ def test_compute_sanitizer(tool):
 # under compute-sanitizer: little work
 if __name__ == "__main__":
     for each in ("random", "mass_tie", "masked"):
-        check_passes(each, torch.float32, num_rows=4, num_columns=5008)
+        check_kernels(each, torch.float32, num_rows=4, num_columns=5008)
         check_full(each, torch.bfloat16, num_rows=2, num_columns=5008)
     print("all ok")
