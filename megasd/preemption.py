@@ -1,9 +1,9 @@
-"""Told to leave: SIGUSR1 (Slurm's --signal) or SIGTERM asks a run to save and to end with exit code
-85, so that it is queued again.
+"""Preemption: a signal asks a run to save a checkpoint and to end with exit code 85.
 
-Rank 0 decides, the others follow it: it leaves what it samples or verifies at once, and goes on
-from the batch's questions when it is started again; an optimizer step that has begun is finished
-first. Plain Python.
+SIGUSR1 (Slurm's --signal) and SIGTERM ask for it; a scheduler then puts the job into the queue
+again. Rank 0 decides and the other ranks follow. Sampling and verification are broken off at once:
+the next start samples the same questions again. An optimizer step that has begun is finished first.
+Plain Python, no torch.
 """
 
 from __future__ import annotations
@@ -13,63 +13,69 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-# exit code: told to leave, and saved
+# Exit code of a run that was preempted and has saved.
 EXIT_PREEMPTED = 85
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# file of run.dir that says so, since torchrun's own exit code is 1 whatever a rank's was
+# File in run.dir that marks a preempted run: torchrun's exit code is 1, whatever the ranks' codes were.
 PREEMPTED_MARKER = "preempted"
 
 
 class Preempted(BaseException):
-    """The run was told to leave. Raised by `PreemptionSignal` where what is under way can be done again."""
+    """The run was asked to save and to end. Raised where the interrupted work can be done again."""
 
 
 class PreemptionSignal:
-    """What this process was told. Before `armed` a signal ends it (SystemExit; by SIGUSR1 with
-    EXIT_PREEMPTED, since there is nothing to save yet); then the first one counts, and more change
-    nothing.
+    """The signals that this process has received.
+
+    Until `armed` is set, the first signal ends the process (SystemExit; exit code EXIT_PREEMPTED for
+    SIGUSR1), since there is nothing to save. Afterwards the first signal is recorded in `received`,
+    and further signals change nothing.
     """
 
     def __init__(self) -> None:
-        # whether there is a run to save
+        # True once the run can save a checkpoint.
         self.armed = False
-        # the signal
-        self.asked: int | None = None
-        self._breakable = False
+        # Number of the first signal, None before it.
+        self.received: int | None = None
+        self._interruptible = False
 
     def install(self) -> None:
-        """Take the signals over; main thread only."""
+        """Handle the signals from now on. Only the main thread may call this."""
         for number in PREEMPTION_SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.armed:
-            # Unwinds the stack, so that a started engine is closed. SIGTERM may also come from
-            # torchrun, after another rank's failure.
+            # SystemExit unwinds the stack, so that a started engine is closed. SIGTERM may also come
+            # from torchrun, after another rank has failed.
             raise SystemExit(EXIT_PREEMPTED if number == signal.SIGUSR1 else 128 + number)
-        self.asked = self.asked or number
-        if self._breakable:
-            self._breakable = False
+        self.received = self.received or number
+        if self._interruptible:
+            self._interruptible = False
             raise Preempted
 
     @contextlib.contextmanager
-    def breakable(self) -> Iterator[None]:
-        """Leave is raised in the block as soon as the process is told to, or at once if it was before."""
-        self._breakable = self.armed
+    def interruptible(self) -> Iterator[None]:
+        """Context manager: a signal, or one received earlier, raises Preempted in the block."""
+        self._interruptible = self.armed
         try:
-            if self._breakable and self.asked is not None:
+            if self._interruptible and self.received is not None:
                 raise Preempted
             yield
         finally:
-            self._breakable = False
+            self._interruptible = False
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Within `breakable`: a part that must be finished, since other ranks take part in it."""
-        before, self._breakable = self._breakable, False
+    def uninterruptible(self) -> Iterator[None]:
+        """Context manager within `interruptible`: the block runs to its end.
+
+        For work that other ranks take part in. A signal received meanwhile raises Preempted after the
+        block.
+        """
+        before, self._interruptible = self._interruptible, False
         try:
             yield
         finally:
-            self._breakable = before
-        if before and self.asked is not None:
+            self._interruptible = before
+        if before and self.received is not None:
             raise Preempted

@@ -1,11 +1,12 @@
-"""Where numbers go: RUN_DIR/metrics.jsonl, one strict JSON object a line, and TensorBoard event
-files in RUN_DIR/tensorboard.
+"""Writes the metrics of a run: RUN_DIR/metrics.jsonl and TensorBoard event files in RUN_DIR/tensorboard.
+
+Each line of metrics.jsonl is a strict JSON object:
 
     sink = MetricSink(run_dir, tensorboard=True)
-    # {"step": 3, "time": 1767225600.0, "loss/total": 0.71, ...}
-    sink.log(3, {"loss/total": 0.71, "reward/pass_rate": 0.4})
+    sink.log(3, {"train/loss": 0.71, "reward/pass_rate": 0.4})
+    # {"step": 3, "time": 1767225600.0, "train/loss": 0.71, "reward/pass_rate": 0.4}
 
-Values arrive already reduced over the ranks; only rank 0 holds a sink. Losses are in nats, times in
+Values are already reduced over the ranks, and only rank 0 has a sink. Losses are in nats, times in
 seconds.
 """
 
@@ -26,13 +27,16 @@ RESERVED = ("step", "time")
 
 
 class MetricSink:
-    """Appends metrics to a run. `first_step` is the step the run starts or resumes at: lines of
-    that step and later are dropped.
+    """Appends metrics to a run's files.
+
+    first_step: the step that the run starts or resumes at. Older lines of that step and of later steps
+    are dropped.
     """
 
     def __init__(self, run_dir: str | Path, tensorboard: bool = True, first_step: int = 0) -> None:
-        """Create run_dir if needed. A line torn by a crash is dropped too. Raises OSError when
-        run_dir cannot be written.
+        """Create run_dir if needed and drop a last line that a crash tore.
+
+        OSError when run_dir cannot be written.
         """
         directory = Path(run_dir)
         directory.mkdir(parents=True, exist_ok=True)
@@ -42,14 +46,16 @@ class MetricSink:
         self._file = self.path.open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard:
-            # needs torch, which floor 0 does not import
+            # Imported only here: it needs torch.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line and flush it. A value is anything that float() takes; NaN and infinities
-        become null. Raises ValueError on a reserved name (step, time).
+        """Write one line and flush it.
+
+        A value is anything that float() takes; NaN and infinities become null. Raises ValueError for
+        a reserved name (step, time).
         """
         taken = [name for name in RESERVED if name in metrics]
         if taken:
@@ -83,8 +89,9 @@ class MetricSink:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order, without a torn last one. Raises UserError on any
-    other line that is not JSON.
+    """The lines of a metrics.jsonl, in order. A last line torn by a crash is left out.
+
+    UserError for any other line that is not JSON.
     """
     rows: list[dict[str, Any]] = []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -98,16 +105,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _keep_before(path: Path, step: int) -> None:
-    """Rewrite the file with the rows of earlier steps only: written beside, then renamed, so that a
-    crash leaves one of the two.
+    """Rewrite the file with the rows of earlier steps only.
+
+    The new file is written next to the old one and then renamed, so a crash leaves one of the two.
     """
     kept = [row for row in read_metrics(path) if row["step"] < step]
-    beside = path.with_suffix(".jsonl.tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    writing = path.with_suffix(".jsonl.tmp")
+    with writing.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    writing.replace(path)
 
 
 def _number(value: Any) -> int | float | None:

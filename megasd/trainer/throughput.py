@@ -1,4 +1,6 @@
-"""How fast a step was. A GPU is a rank of the actor; on a machine without one, a process.
+"""How fast a step was: tokens per second, model FLOPs and their share of the GPU's peak.
+
+Each rank of the actor counts as one GPU; on a machine without GPUs it is a process.
 
     speed/tokens_per_second          prompt and response tokens of the step's samples / seconds of
                                      the whole step, sampling, verifying,
@@ -7,10 +9,10 @@
     speed/model_tflops_per_gpu       model FLOPs / (seconds of teaching and training x ranks) / 10^12
     speed/mfu                        speed/model_tflops_per_gpu / the GPU's dense peak: FP8's where
                                      actor.fp8 is set, bfloat16's otherwise
-    speed/hfu                        the same with what the backward computes anew; where
-                                     actor.recompute_granularity is set
+    speed/hfu                        the same, with the forwards that the backward repeats; only
+                                     where actor.recompute_granularity is set
 
-Model FLOPs of a step (flops.py: matrix products and causal attention, n tokens a sequence of which
+Model FLOPs of a step (models/flops.py: matrix products and causal attention, n tokens a sequence of which
 r are its response):
 
     student    3 x (layers(n) + output(r))     forward, and a backward of twice that, in every
@@ -18,9 +20,9 @@ r are its response):
     teacher        (layers(n') + output(r))    forward alone, n' tokens with the teacher's prompt;
                    for each context and pass of the teacher
 
-over the samples that need a forward. Padding counts for nothing, so it lowers the MFU; so do the
-forwards that some methods make besides (log-probabilities before the first of several updates), the
-optimizer and everything that waits. The seconds are rank 0's.
+over the samples that need a forward. Padding is not counted as work, so padding lowers the MFU. So
+do the optimizer, waiting, and the additional forwards of some methods (log-probabilities before the
+first of several updates). The seconds are rank 0's.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from functools import cache
 from megasd.cluster.planner.hardware import GPU_KINDS
 from megasd.config.schema import ActorConfig
 
-# What the driver calls a GPU -> a row of cluster/planner/hardware.py. Only those whose peak is that
-# row's: an H100 PCIe is another GPU.
+# The driver's name of a GPU -> a row of cluster/planner/hardware.py with the same peak. (An H100 PCIe
+# has another peak than the H100 of that table.)
 DEVICE_NAMES = {
     "NVIDIA H100 80GB HBM3": "h100-80g",
     "NVIDIA H200": "h200-141g",
@@ -43,8 +45,10 @@ DEVICE_NAMES = {
 
 
 def speed(metrics: Mapping[str, float], seconds: float, ranks: int, peak: float | None) -> dict[str, float]:
-    """The figures above that can be had. metrics: of the step, with train/* and seconds/*; peak:
-    FLOP/s of a GPU, None: not known.
+    """The metrics at the head of this file, as far as `metrics` has what they need.
+
+    metrics: the step's, with train/* and seconds/*. seconds: of the whole step. peak: dense peak of a
+    GPU in FLOP/s, None if it is not known.
     """
     found = {}
     if "train/batch_tokens" in metrics:
@@ -65,8 +69,9 @@ def speed(metrics: Mapping[str, float], seconds: float, ranks: int, peak: float 
 
 
 def peak_of(actor: ActorConfig) -> float | None:
-    """Dense peak of this machine's GPU in what the layers multiply (FLOP/s); None without a GPU,
-    for one not in the table, and in fp32.
+    """Dense peak of this machine's GPU (FLOP/s) in the number format of the layers' products.
+
+    None without a GPU, for a GPU that is not in the table, and for float32.
     """
     name = _device_name()
     if name not in DEVICE_NAMES or actor.dtype == "float32":

@@ -1,397 +1,337 @@
-"""The parts of a run, built in the order that wastes least time, and closed whatever happens.
+"""The trainer: the parts of a run, and what the loop of train.py does with them.
 
-Rank 0 holds the left half (prompts, engine, verifiers, files); every rank holds the actor. What
-rank 0 decides reaches the others as tensors.
+Every rank has an actor. Rank 0 also has the questions, the engine, the verifiers and the files
+(trainer/rank_zero.py). Parts are built in the order that wastes least time, and closed whatever
+happens.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
-import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from megasd.actor import checkpoint
 from megasd.actor.actor import Actor
-from megasd.actor.parallel import broadcast_tensors, init_distributed, init_model_parallel
+from megasd.actor.parallel import init_distributed, init_model_parallel
+from megasd.actor.rank_batch import RankBatch
 from megasd.algo.stages import at
 from megasd.batch.batch import Batch
-from megasd.batch.build import build_batch
-from megasd.config.load import to_yaml
 from megasd.config.schema import AlgorithmConfig, Config, engine_dtype
 from megasd.config.validate import needs_engine
-from megasd.engine.sampler import Sampler
-from megasd.preemption import PREEMPTED_MARKER, Preempted, PreemptionSignal
-from megasd.rewards.verifiers import extract_answer
-from megasd.trainer.metrics import MetricSink
-from megasd.trainer.orchestrator import Orchestrator, model_length
-from megasd.trainer.prefetch import Prefetcher, staleness
-from megasd.trainer.progress import ProgressPrinter
-from megasd.types import UserError
+from megasd.preemption import PreemptionSignal
+from megasd.trainer.rank_zero import Follower, Leader, Metrics, RankLink, RankZero
+from megasd.trainer.run_dir import find_resume, mark_preempted
+from megasd.types import Group, UserError
 from megasd.weight_sync.sync import SyncError, WeightSync
 
-# length of the probe prompts that a push is verified with
+# Tokens of the prompts that a push is verified with.
 PROBE_TOKENS = 32
-# what it sends beside a result: whether it was told to leave
-LEAVES = "leaves"
-# what rank 0 sends instead of a result when an engine needs the weights again
-REPUSH = "repush"
-# that a rank waits for rank 0 to end first
-LEAVE_SECONDS = 30
+# The actor's metrics that have another name in the log; the rest is logged as train/<name>.
+LOGGED_AS = {"informative_questions": "weight/informative_questions", "mean_question_weight": "weight/mean"}
 
 
 class Trainer(contextlib.ExitStack):
-    """Context manager; attributes `actor`, `sync`, `step` on every rank, the left half on rank 0
-    (None elsewhere).
+    """A run: a context manager that every rank enters and closes.
+
+    actor: this rank's model. step: optimizer steps that are done (of batches; a batch may take several
+    updates). link: how rank 0 and the other ranks act together.
     """
 
-    def __init__(self, config: Config, stop: PreemptionSignal) -> None:
+    def __init__(self, config: Config, preemption: PreemptionSignal) -> None:
+        """Build every part. UserError (on rank 0; other ranks end after it) for whatever cannot be used."""
         super().__init__()
-        self.stop = stop
+        self.config, self.preemption, self.run_dir = config, preemption, Path(config.run.dir)
+        self.started = time.perf_counter()
+        self.step = 0
+        # Held-out metrics of the start model; None on other ranks and without data.eval.
+        self.before: Metrics | None = None
+        self._pushed_version: int | None = None
+        # Step of the newest checkpoint that this process wrote.
+        self._saved_step: int | None = None
+        self._first_step = 0
+        self._timings: dict[str, float] = {}
+        self._step_started = self.started
+        # Metrics of a step that is learned and not logged yet.
+        self._unlogged: Metrics | None = None
+        # Rank 0's state before it drew the questions of a batch that is not learned yet.
+        self._drawn_from: dict[str, object] | None = None
         try:
-            self._build(config)
+            self._build()
         except BaseException:
             self.close()
             raise
 
-    def _build(self, config: Config) -> None:
-        self.config, self.started, self.dir = config, time.perf_counter(), Path(config.run.dir)
-        self.step, self.before, self.pushed = 0, None, None
-        # step of the newest checkpoint of this process
-        self.saved: int | None = None
-        self.timings: Counter[str] = Counter()
-        self.left: Orchestrator | None = None
-        # rank 0's
-        self.ahead = Prefetcher()
-        self.sink = self.report = None
+    def _build(self) -> None:
+        config = self.config
         device = init_distributed()
-        self.is_first = torch.distributed.get_rank() == 0
-        # files may not show on every node alike
-        found = self.from_first(lambda: {"resume": _as_bytes(self._resume_path())})
-        resume = _as_path(found["resume"])
-        self.from_first(lambda: self._build_left_half(resume))
+        self.link = RankLink(self.preemption, is_rank_zero=torch.distributed.get_rank() == 0)
+        # Rank 0 decides what to resume from: files may not show on every node alike.
+        resume = _as_path(self.link.broadcast(lambda: {"resume": _as_bytes(find_resume(config))})["resume"])
+        self.ranks = self._build_ranks(resume)
         mesh = init_model_parallel(config.actor, device, config.run.seed)
         self.actor = Actor(config, mesh)
         if resume is not None:
             state = self.actor.load(resume)
             self.step, self.before = state["step"], state["before"]
             self.actor.gate.load_state_dict(state["gate"])
+        self._first_step = self.step
         self.sync = self._build_sync(device)
         if self.sync is not None:
-            self.from_first(self.rollout.pool.wait_ready if self.is_first else dict)
-        # also after a resume: the engine was started from model.path
-        self.push()
-        self.from_first(lambda: self._open_run_dir(is_fresh=resume is None))
-        found = self.from_first(lambda: self.left.estimate_pass_rates())
+            self.link.push = self._push_to_lacking
+            self.ranks.call(lambda zero: zero.orchestrator.sampler.pool.wait_ready(), None)
+        # Also after a resume: the engine was started from model.path.
+        self._push()
+        is_fresh = resume is None
+        self.ranks.call(lambda zero: zero.open_run_dir(self.step, is_fresh=is_fresh), None)
+        found = self.ranks.broadcast(lambda zero: zero.orchestrator.estimate_pass_rates())
         self.actor.dataset_mean = float(found["dataset_mean"]) if "dataset_mean" in found else None
-        # rank 0's half before it drew the questions of a batch that is not learned yet
-        self._drawn: dict | None = None
-        self.stop.armed = True
+        self.callback(self._log_step, None)
+        self.preemption.armed = True
 
-    def _build_left_half(self, resume: Path | None) -> None:
-        if self.config.rollout.engine.release_memory and not torch.cuda.is_available():
-            raise UserError(
-                "rollout.engine.release_memory: an engine on a CPU has no memory to give back, and ends; set"
-                " it to false"
-            )
-        self.left = self.enter_context(Orchestrator(self.config, resume))
-        self.callback(self.ahead.cancel)
+    def _build_ranks(self, resume: Path | None) -> Leader | Follower:
+        def build() -> RankZero:
+            if self.config.rollout.engine.release_memory and not torch.cuda.is_available():
+                raise UserError(
+                    "rollout.engine.release_memory: an engine on a CPU has no memory to give back, and ends;"
+                    " set it to false"
+                )
+            return self.enter_context(RankZero(self.config, resume))
 
-    @property
-    def rollout(self) -> Sampler | None:
-        return self.left.rollout if self.left is not None else None
-
-    def _open_run_dir(self, *, is_fresh: bool) -> None:
-        """Written only now, when nothing can be refused any more: a run that never began leaves no
-        trace, nor spoils an older one.
-        """
-        if is_fresh and self.config.run.overwrite:
-            for name in ("rollouts", "checkpoints", "tensorboard", "hf", "metrics.jsonl", "summary.json"):
-                path = self.dir / name
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / PREEMPTED_MARKER).unlink(missing_ok=True)
-        self.sink = self.enter_context(
-            MetricSink(self.dir, self.config.run.tensorboard, first_step=self.step)
-        )
-        (self.dir / "config.yaml").write_text(to_yaml(self.config))
+        built = self.link.run(build)
+        return Leader(self.link, built[0]) if built else Follower(self.link)
 
     def _build_sync(self, device: torch.device) -> WeightSync | None:
-        """Weights go to the engine on every rank's account; None when nothing samples."""
-        if not needs_engine(self.config):
+        """This rank's part of the weight sync with the engines; None where nothing samples."""
+        config = self.config
+        if not needs_engine(config):
             return None
-        probe = self.from_first(
-            lambda: {"probe": torch.tensor(next(iter(self.left.prompt_ids.values()))[:PROBE_TOKENS])}
-        )["probe"].tolist()
+        found = self.ranks.broadcast(lambda zero: {"probe": _probe(zero)})
+        sampler = self.ranks.on_rank_zero(lambda zero: zero.orchestrator.sampler)
         return self.enter_context(
             WeightSync(
                 self.actor,
-                self.rollout,
-                self.config.sync,
-                self.dir,
-                model_path=self.config.model.path,
-                probes=[probe],
-                dtype=getattr(torch, engine_dtype(self.config)),
+                sampler[0] if sampler else None,
+                config.sync,
+                self.run_dir,
+                model_path=config.model.path,
+                probes=[found["probe"].tolist()],
+                dtype=getattr(torch, engine_dtype(config)),
                 device=device,
-                local_engine=not self.config.rollout.engine.urls and not self.config.rollout.engine.served,
+                local_engine=not config.rollout.engine.urls and not config.rollout.engine.served,
             )
         )
 
-    def _resume_path(self) -> Path | None:
-        resume = self.config.run.resume
-        if resume == "auto":
-            found = checkpoint.list_checkpoints(self.dir / "checkpoints")
-            return found[-1] if found else None
-        return None if resume == "none" else Path(resume)
-
-    def from_first(self, work: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor]:
-        """Rank 0 does `work`; every rank gets the tensors it returns. When it raises, the other
-        ranks leave in silence after it.
-
-        Raises Leave on every rank when rank 0 is told to leave, before the work or in it. An engine
-        that dies and is restarted meanwhile may need the weights, which is every rank's work: see
-        `_repush`.
-        """
-        tensors, failure, leaves = {}, None, False
-        if self.is_first:
-            with self._serving():
-                try:
-                    with self.stop.breakable():
-                        tensors = work() or {}
-                except Exception as error:
-                    failure = error
-                except Preempted:
-                    leaves = True
-        flags = {"failed": torch.tensor(failure is not None), LEAVES: torch.tensor(leaves)}
-        found = broadcast_tensors(tensors | flags if self.is_first else None)
-        while REPUSH in found:
-            # rank 0 deals with it
-            with contextlib.suppress(SyncError):
-                self.sync.push(version=self.step, lacking=True)
-            found = broadcast_tensors(None)
-        if failure is not None:
-            raise failure
-        if found.pop("failed"):
-            self.stop.armed = False
-            _leave_after_first()
-        if found.pop(LEAVES):
-            raise Preempted
-        return found
-
-    @contextlib.contextmanager
-    def _serving(self) -> Iterator[None]:
-        """While the other ranks wait in `from_first`, and only then, they can take part in a push."""
-        if self.rollout is None:
-            yield
-            return
-        with self.rollout.pool.push_requests.served_by(self._repush):
-            yield
-
-    def _repush(self) -> None:
-        """Rank 0, in the middle of `from_first`: an engine came back with the start weights, and
-        only the actor has the others.
-        """
-        with self.stop.held():
-            broadcast_tensors({REPUSH: torch.tensor(True)})
-            self.sync.push(version=self.step, lacking=True)
-
     @property
     def algorithm(self) -> AlgorithmConfig:
-        """The algorithm of the step to come: stages and scheduled numbers resolved."""
+        """The algorithm of the next step: stages and scheduled numbers resolved."""
         return at(self.config.algorithm, self.step, self.config.run.steps)
 
+    # ---- what the loop calls, in its order ----
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Context manager: the block's wall time joins the step's metric seconds/<phase>."""
+        start = time.perf_counter()
+        yield
+        self._timings[phase] = self._timings.get(phase, 0.0) + time.perf_counter() - start
+
+    def evaluate_start_model(self) -> None:
+        """Before the first step, evaluate on the held-out rows; a resumed run has these metrics already."""
+        if self.step == 0:
+            self.before = self._evaluate()
+        self.ranks.on_rank_zero(lambda zero: zero.open_progress(self.step))
+
+    def generate(self, step: int) -> list[Group]:
+        """P questions with G verified answers each, on rank 0; an empty list on other ranks.
+
+        Raises Preempted on every rank. Collective: one broadcast.
+        """
+        self._step_started = time.perf_counter()
+        self._drawn_from = self._rank_zero_state()
+        algorithm = self.algorithm
+        return self.ranks.call(lambda zero: zero.generate(step, algorithm), [])
+
+    def build_batch(self, groups: list[Group], step: int) -> list[RankBatch]:
+        """This rank's part of each minibatch of the step.
+
+        Rank 0 computes advantages, question weights and teacher contexts of the groups and sends the
+        whole batch. With rollout.engine.release_memory the engine then gives its memory back; with
+        rollout.overlap rank 0 begins to sample the next step's groups. Collectives: one broadcast or two.
+        """
+        algorithm = self.algorithm
+        tensors = self.ranks.broadcast(lambda zero: zero.build_batch(groups, step, algorithm))
+        self._release_engine_memory()
+        self.ranks.on_rank_zero(lambda zero: zero.start_prefetch(step + 1))
+        return self.actor.shard(Batch.from_tensors(tensors), algorithm)
+
+    def after_update(self, step: int, metrics: Metrics) -> None:
+        """The step is done. `metrics`, the actor's, are logged even if something fails from here on."""
+        self.ranks.on_rank_zero(lambda zero: zero.orchestrator.state.after_step(metrics))
+        self._drawn_from = None
+        self.step = step + 1
+        self._unlogged = {LOGGED_AS.get(name, f"train/{name}"): value for name, value in metrics.items()}
+
+    def push_weights(self, version: int) -> None:
+        """The actor's weights into the engines as `version`, if the next step samples from them.
+
+        First, groups that are being prefetched come in; an engine that lost its weights gets the new
+        ones there. A run that was preempted meanwhile raises Preempted before it pushes anything, since
+        the engines may have received the same signal. Collectives: one broadcast, and those of the push.
+        """
+        if version != self.step:
+            raise ValueError(f"weights of step {self.step} cannot be pushed as version {version}")
+        with self.timed("wait"):
+            self.ranks.call(lambda zero: zero.prefetcher.wait(), None)
+        with self.timed("sync"):
+            pushed = self._push() if self._next_step_samples else {}
+        self._unlogged = (self._unlogged or {}) | pushed
+
+    def after_step(self, step: int) -> None:
+        """Write a checkpoint and evaluate when due, then log the step."""
+        held_out = None
+        is_last = self.step >= self.config.run.steps
+        if _due(self.config.checkpoint.every, self.step) and not is_last:
+            self._save()
+        if _due(self.config.evaluation.every, self.step) and not is_last:
+            held_out = self._evaluate()
+        self._log_step(held_out)
+
+    def finish(self) -> None:
+        """Last checkpoint, last evaluation, export to Hugging Face, summary and table."""
+        config = self.config
+        is_due = config.checkpoint.save_at_end or _due(config.checkpoint.every, self.step)
+        if is_due and self.step > self._first_step:
+            self._save()
+        after = self._evaluate()
+        if config.run.export:
+            self.actor.export_hf(self.run_dir / "hf")
+        seconds = time.perf_counter() - self.started
+        self.ranks.on_rank_zero(lambda zero: zero.summarise(self.before, after, seconds=seconds))
+
+    def save_preempted(self) -> None:
+        """Save the newest step, whether a checkpoint is due or not, and mark the run as preempted.
+
+        Questions of a batch that is not learned yet are sampled again after the resume.
+        """
+        self._log_step(None)
+        self.ranks.on_rank_zero(lambda zero: zero.prefetcher.cancel())
+        if self._saved_step != self.step:
+            self._save(self._drawn_from)
+
+        def tell(zero: RankZero) -> None:
+            number = self.preemption.received
+            mark_preempted(self.run_dir, step=self.step, signal=number)
+            text = f"megasd: preempted (signal {number}): saved step {self.step}; run.resume=auto goes on"
+            print(text, file=sys.stderr)
+
+        self.ranks.on_rank_zero(tell)
+
+    # ---- parts of these ----
+
     @property
-    def samples(self) -> bool:
-        """Whether the next step reads the current weights from the engine; else only an evaluation
-        does, and pushes when it is due.
+    def _next_step_samples(self) -> bool:
+        """True where the next step reads the current weights from the engine.
+
+        Otherwise only an evaluation reads them, and pushes them when it is due.
         """
         rollout = self.config.rollout
         return self.algorithm.source != "dataset" and rollout.replay_dir is None and not rollout.frozen_policy
 
-    def push(self) -> dict[str, float]:
-        """The actor's weights into the engine as version `step`; metrics on rank 0. Nothing to do
-        where nothing samples, or twice.
+    def _push(self) -> Metrics:
+        """Push the weights of `step` into every engine, unless they are there or nothing reads them.
+
+        Returns the metrics sync/* on rank 0, {} elsewhere and where nothing is pushed. Collective.
         """
-        if self.sync is None or self.pushed == self.step:
-            return {}
         rollout = self.config.rollout
-        if (
-            rollout.frozen_policy
-            and self.step < self.config.run.steps
-            and not (rollout.engine.urls and self.step == 0)
-        ):
-            # the engine has the start model, and starts from it again; only the evaluation after
-            # the last step asks for more
+        if self.sync is None or self._pushed_version == self.step:
             return {}
-        self.pushed = self.step
+        starts_at_url = bool(rollout.engine.urls) and self.step == 0
+        if rollout.frozen_policy and self.step < self.config.run.steps and not starts_at_url:
+            # The engine keeps the start model; only the evaluation after the last step reads other weights.
+            return {}
+        self._pushed_version = self.step
         if rollout.engine.release_memory:
             self.actor.free_cache()
         try:
             return self.sync.push(version=self.step)
         except SyncError:
-            if not self.is_first:
-                self.stop.armed = False
-                _leave_after_first()
+            if not self.link.is_rank_zero:
+                self.link.end_after_rank_zero()
             raise
 
-    # ---- what the loop calls ----
+    def _push_to_lacking(self) -> None:
+        """This rank's part of a push to the engines that do not hold the weights of `step`."""
+        if self.sync is not None:
+            self.sync.push(version=self.step, lacking=True)
 
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.timings[phase] += time.perf_counter() - start
+    def _release_engine_memory(self) -> None:
+        """With rollout.engine.release_memory the engine's GPU memory is the trainer's until the next push."""
+        sync = self.sync
+        if sync is None or not self.config.rollout.engine.release_memory or self._pushed_version is None:
+            return
+        self.ranks.call(lambda zero: sync.release(), None)
+        if not self.link.is_rank_zero:
+            sync.release()
+        # The next push is needed, whatever version it has.
+        self._pushed_version = None
 
-    def next_batch(self, step: int) -> tuple[Batch, dict[str, float]]:
-        """Rank 0 samples, scores and builds the batch of a step; every rank receives it. Metrics on
-        rank 0.
-        """
-        metrics: dict[str, float] = {}
-        self._drawn = self._left_state()
-
-        def build() -> dict[str, Tensor]:
-            left, algorithm = self.left, self.algorithm
-            groups, figures = self.ahead.take() or left.groups(step, algorithm)
-            figures |= staleness(groups, step, self.config.rollout)
-            batch, more = build_batch(
-                groups, algorithm, left.chat, left.memory,
-                step=step, max_length=model_length(self.config), room=self.config.rollout.max_response_tokens,
-                answer_of=lambda text: extract_answer(self.config.reward.verifier, text),
-            )  # fmt: skip
-            figures |= left.memory.observe(groups)
-            metrics.update(figures | {f"train/{name}": value for name, value in more.items()})
-            return batch.to_tensors()
-
-        batch = Batch.from_tensors(self.from_first(build))
-        if self.sync is not None and self.config.rollout.engine.release_memory and self.pushed is not None:
-            self.from_first(self.sync.release if self.is_first else dict)
-            if not self.is_first:
-                self.sync.release()
-            # whatever the version, the next push is needed
-            self.pushed = None
-        self._look_ahead(step + 1)
-        return batch, metrics
-
-    def _look_ahead(self, step: int) -> None:
-        """Rank 0: begin to sample the batch of the step after this one, with the weights that this
-        one starts from.
-        """
-        if self.config.rollout.overlap and self.is_first and step < self.config.run.steps:
-            left, algorithm = self.left, at(self.config.algorithm, step, self.config.run.steps)
-            self.ahead.start(left.rollout, left.prompts.state_dict(), lambda: left.groups(step, algorithm))
-
-    def settle(self) -> None:
-        """The batch ahead, if any, has come in; an engine that died meanwhile was given the weights of now.
-
-        Told to leave while it learned, the run does so here: nothing is pushed first to engines
-        that may have been told the same.
-        """
-        self.from_first(self.ahead.wait)
-
-    def learned(self, metrics: dict[str, float]) -> None:
-        """What the step says to the next ones (rank 0)."""
-        if self.left is not None:
-            self.left.memory.after_step(metrics)
-        self._drawn = None
-
-    def evaluate(self, step: int) -> dict[str, float] | None:
-        """Held-out figures on rank 0, None elsewhere or without data.eval; samples are kept in
-        rollouts/eval-step-*.jsonl.
-        """
-        result: dict[str, float] = {}
-        if self.config.data.eval is not None:
-            self.push()
-            self.from_first(lambda: result.update(self.left.evaluate(step)))
-        return result or None
-
-    def _left_state(self) -> dict:
-        """What rank 0's half remembers, for a checkpoint; {} on other ranks. A batch ahead counts
-        as not drawn.
-        """
-        if not self.is_first:
-            return {}
-        return {
-            "prompts": self.ahead.before or self.left.prompts.state_dict(),
-            "memory": self.left.memory.state_dict(),
-        }
-
-    def save(self, left_state: dict | None = None) -> None:
-        """Checkpoint at the current step; every rank calls it. left_state: rank 0's, if not that of now."""
-        state = (left_state or self._left_state()) | (
-            {"before": self.before, "gate": self.actor.gate.state_dict()} if self.is_first else {}
-        )
-        self.actor.save(self.dir / "checkpoints", self.step, state)
-        self.saved = self.step
-
-    def leave(self) -> None:
-        """Save as told, whether a checkpoint is due or not: a batch that was being sampled is
-        sampled again from the same questions.
-        """
-        self.ahead.cancel()
-        if self.saved != self.step:
-            self.save(self._drawn)
-        if self.is_first:
-            (self.dir / PREEMPTED_MARKER).write_text(
-                json.dumps({"step": self.step, "signal": self.stop.asked}) + "\n"
-            )
-            print(
-                f"megasd: told to leave (signal {self.stop.asked}): saved step {self.step}; run.resume=auto"
-                " goes on",
-                file=sys.stderr,
-            )
-
-    def summary(self, after: dict[str, float] | None, steps: int) -> dict:
-        """runs/<name>/summary.json: written when the run ends."""
-        keep = ("mean_at_k", "maj_at_k", "pass_at_k", "unscored_samples")
-        pick = lambda figures: None if figures is None else {k: figures[k] for k in keep}  # noqa: E731
-        result = {
-            "before": pick(self.before),
-            "after": pick(after),
-            "seconds": round(time.perf_counter() - self.started, 1),
-            "steps": steps,
-            "commit": _commit(),
-        }
-        writing = self.dir / ".summary.json"
-        writing.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(writing, self.dir / "summary.json")
-        return result
-
-    def open_report(self) -> ProgressPrinter | None:
-        if not self.is_first:
+    def _evaluate(self) -> Metrics | None:
+        """Held-out metrics of the weights of `step` on rank 0; None elsewhere and without data.eval."""
+        if self.config.data.eval is None:
             return None
-        report = ProgressPrinter(self.config.run.steps, self.step)
-        self.callback(report.close)
-        return report
+        self._push()
+        step, elsewhere = self.step, Metrics()
+        return self.ranks.call(lambda zero: zero.orchestrator.evaluate(step), elsewhere) or None
+
+    def _rank_zero_state(self) -> dict[str, object]:
+        """Rank 0's state for a checkpoint, {} on other ranks."""
+        return next(iter(self.ranks.on_rank_zero(lambda zero: zero.state())), {})
+
+    def _save(self, rank_zero_state: dict[str, object] | None = None) -> None:
+        """Write a checkpoint of `step`. Collective.
+
+        rank_zero_state: rank 0's state, where it is not the current one.
+        """
+        state = rank_zero_state or self._rank_zero_state()
+        if self.link.is_rank_zero:
+            state = state | {"before": self.before, "gate": self.actor.gate.state_dict()}
+        self.actor.save(self.run_dir / "checkpoints", self.step, state)
+        self._saved_step = self.step
+
+    def _log_step(self, held_out: Metrics | None) -> None:
+        """Log the step that was learned last, unless it has been logged. No collective."""
+        metrics, self._unlogged = self._unlogged, None
+        if metrics is None:
+            return
+        seconds = time.perf_counter() - self._step_started
+        metrics |= {f"seconds/{phase}": value for phase, value in self._timings.items()}
+        metrics["seconds/step"] = seconds
+        self._timings.clear()
+        logged, world_size = metrics, self.actor.mesh.world_size
+        self.ranks.on_rank_zero(
+            lambda zero: zero.log(self.step - 1, logged, held_out, world_size=world_size, seconds=seconds)
+        )
 
 
-def _leave_after_first() -> NoReturn:
-    """End a rank other than 0 after a failure that rank 0 reports. torchrun ends every rank when
-    the first has gone, and rank 0 must not be ended before it has said why and closed its engine.
-    """
-    time.sleep(LEAVE_SECONDS)
-    raise SystemExit(1)
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _probe(zero: RankZero) -> Tensor:
+    """int64 [at most PROBE_TOKENS]: the beginning of a training prompt."""
+    return torch.tensor(next(iter(zero.orchestrator.questions.prompt_ids.values()))[:PROBE_TOKENS])
 
 
 def _as_bytes(path: Path | None) -> Tensor:
+    """uint8 tensor of a path's text; empty for None."""
     return torch.tensor(list(str(path or "").encode()), dtype=torch.uint8)
 
 
 def _as_path(text: Tensor) -> Path | None:
+    """The inverse of `_as_bytes`."""
     return Path(bytes(text.tolist()).decode()) if len(text) else None
-
-
-def _commit() -> str | None:
-    """Commit of the source tree, or None outside a repository."""
-    here = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or None

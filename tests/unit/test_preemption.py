@@ -1,4 +1,4 @@
-"""When a signal ends the process, when it is remembered, when it breaks off what is under way. Real
+"""Proves when a signal ends the process, when it is recorded, and when it interrupts work. Sends real
 signals to this process.
 """
 
@@ -14,7 +14,7 @@ from megasd.preemption import EXIT_PREEMPTED, PREEMPTION_SIGNALS, Preempted, Pre
 
 
 @pytest.fixture
-def stop() -> Iterator[PreemptionSignal]:
+def preemption() -> Iterator[PreemptionSignal]:
     before = {number: signal.getsignal(number) for number in PREEMPTION_SIGNALS}
     one = PreemptionSignal()
     one.install()
@@ -23,35 +23,35 @@ def stop() -> Iterator[PreemptionSignal]:
         signal.signal(number, handler)
 
 
-def tell(number: int) -> None:
+def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGUSR1, EXIT_PREEMPTED), (signal.SIGTERM, 143)])
-def test_before_there_is_a_run_it_ends_the_process(stop: PreemptionSignal, number: int, code: int) -> None:
+def test_before_a_run_a_signal_ends_the_process(preemption: PreemptionSignal, number: int, code: int) -> None:
     with pytest.raises(SystemExit) as ended:
-        tell(number)
-    assert ended.value.code == code and stop.asked is None
+        send(number)
+    assert ended.value.code == code and preemption.received is None
 
 
-def test_the_first_signal_counts_and_more_change_nothing(stop: PreemptionSignal) -> None:
-    stop.armed = True
-    tell(signal.SIGUSR1)
-    tell(signal.SIGTERM)
-    assert stop.asked == signal.SIGUSR1
-    with pytest.raises(Preempted), stop.breakable():
-        raise AssertionError("what was told before is heeded at once")
+def test_the_first_signal_counts_and_more_change_nothing(preemption: PreemptionSignal) -> None:
+    preemption.armed = True
+    send(signal.SIGUSR1)
+    send(signal.SIGTERM)
+    assert preemption.received == signal.SIGUSR1
+    with pytest.raises(Preempted), preemption.interruptible():
+        raise AssertionError("a signal received earlier counts at once")
 
 
-def test_it_breaks_off_what_can_be_done_again_and_nothing_else(stop: PreemptionSignal) -> None:
-    stop.armed = True
+def test_a_signal_interrupts_interruptible_work_and_nothing_else(preemption: PreemptionSignal) -> None:
+    preemption.armed = True
     done = []
-    with pytest.raises(Preempted), stop.breakable():
-        with stop.held():
-            tell(signal.SIGTERM)
-            # other ranks take part: finished first
-            done.append("held")
+    with pytest.raises(Preempted), preemption.interruptible():
+        with preemption.uninterruptible():
+            send(signal.SIGTERM)
+            # Other ranks take part, so this is finished first.
+            done.append("uninterruptible")
         done.append("not reached")
-    assert done == ["held"]
-    # outside: remembered only
-    tell(signal.SIGTERM)
+    assert done == ["uninterruptible"]
+    # Outside of an interruptible block a signal is only recorded.
+    send(signal.SIGTERM)

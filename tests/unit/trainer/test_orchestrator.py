@@ -2,7 +2,7 @@
 replays and counts. The engine is a stand-in.
 
 Proves that a resume refuses a checkpoint that does not hold what the method reads (its teacher, its
-memory, the start model's pass rates), that a replay is held against every stage, and that counters
+state, the start model's pass rates), that a replay is compared with every stage, and that counters
 are those of a whole step. Does not prove that tensors come back (tests/integration/test_train.py).
 """
 
@@ -20,7 +20,8 @@ from megasd.algo.stages import at
 from megasd.algo.state import AlgorithmState
 from megasd.config.schema import AlgorithmConfig, Config, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from megasd.data.rollout_log import rollout_path, save_groups
-from megasd.trainer.orchestrator import Orchestrator, check_transport, model_length
+from megasd.trainer.orchestrator import Orchestrator, check_transport
+from megasd.trainer.questions import model_length
 from megasd.types import Group, Sample, UserError, Verdict
 from tools import make_quickstart
 
@@ -81,7 +82,7 @@ def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path: Path, name: str) 
         read_state(path, teacher_weights="live")
 
 
-# ---- the left half ----
+# ---- the orchestrator ----
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +122,10 @@ def sft(model: Path, out: Path) -> Orchestrator:
 
 
 def recorded(model: Path, out: Path, algorithm: AlgorithmConfig, steps: list[int]) -> Path:
-    """The run.dir of a run of this data and algorithm, of which the rollouts of `steps` are left."""
-    with sft(model, out) as left:
+    """The run.dir of a run of this data and algorithm, of which the rollouts of `steps` are orchestrator."""
+    with sft(model, out) as orchestrator:
         for step in range(STEPS):
-            prompts = left.prompts.next()
+            prompts = orchestrator.questions.prompts.next()
             if step in steps:
                 assert at(algorithm, step, STEPS).source == "rollout"
                 save_groups(
@@ -139,10 +140,10 @@ STAGED = replace(RECIPES["opsd"], source="dataset", stages=["50%: source=rollout
 
 def test_a_replay_of_stages_reads_the_steps_that_sample(model: Path, tmp_path: Path) -> None:
     old = recorded(model, tmp_path, STAGED, steps=[3, 4, 5])
-    with Orchestrator(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None) as left:
+    with Orchestrator(config_of(model, tmp_path, STAGED, replay_dir=str(old)), None) as orchestrator:
         sources = []
         for step in range(STEPS):
-            groups, _ = left.groups(step, at(STAGED, step, STEPS))
+            groups, _ = orchestrator.groups(step, at(STAGED, step, STEPS))
             sources.append([len(group.samples) for group in groups])
         assert sources == [[1, 1]] * 3 + [[2, 2]] * 3
 
@@ -170,17 +171,17 @@ def test_a_replay_of_other_prompts_is_refused_at_the_start(model: Path, tmp_path
 
 
 def test_rates_of_the_start_model_are_not_estimated_from_trained_weights(model: Path, tmp_path: Path) -> None:
-    with sft(model, tmp_path) as left:
-        left.config = replace(left.config, algorithm=RECIPES["sdpo_paced"])
-        left.memory, left.first_step = AlgorithmState(RECIPES["sdpo_paced"], seed=1), 3
+    with sft(model, tmp_path) as orchestrator:
+        orchestrator.config = replace(orchestrator.config, algorithm=RECIPES["sdpo_paced"])
+        orchestrator.state, orchestrator.first_step = AlgorithmState(RECIPES["sdpo_paced"], seed=1), 3
         with pytest.raises(
             UserError,
             match="checkpoint has no pass rates of the start model, and its weights are those of step 3",
         ):
-            left.estimate_pass_rates()
+            orchestrator.estimate_pass_rates()
         # those that the checkpoint held
-        left.memory.set_frozen({f"q{i}": 0.5 for i in range(4)})
-        assert float(left.estimate_pass_rates()["dataset_mean"]) == 0.25
+        orchestrator.state.set_frozen({f"q{i}": 0.5 for i in range(4)})
+        assert float(orchestrator.estimate_pass_rates()["dataset_mean"]) == 0.25
 
 
 class Engine:
@@ -203,27 +204,27 @@ class Engine:
 
 
 def test_counters_are_those_of_a_step(model: Path, tmp_path: Path) -> None:
-    with sft(model, tmp_path) as left:
-        left.rollout = left.rewards = Engine()
-        left.config.rollout.dynamic_sampling = True
-        surplus = left.dir / "rollouts" / "surplus-step-000000.jsonl"
+    with sft(model, tmp_path) as orchestrator:
+        orchestrator._sampler = orchestrator._rewards = Engine()
+        orchestrator.config.rollout.dynamic_sampling = True
+        surplus = orchestrator.run_dir / "rollouts" / "surplus-step-000000.jsonl"
         surplus.parent.mkdir(parents=True)
         surplus.write_text("of this step, drawn before a resume")
-        _, figures = left.groups(0, RECIPES["dapo"])
-        assert figures["rollout/batches"] == 3 and surplus.exists() == (
-            figures["rollout/surplus_questions"] > 0
+        _, metrics = orchestrator.groups(0, RECIPES["dapo"])
+        assert metrics["rollout/batches"] == 3 and surplus.exists() == (
+            metrics["rollout/surplus_questions"] > 0
         )
-        assert figures["seconds/rollout"] > 0 and figures["seconds/reward"] >= 0
-        assert (figures["rollout/samples"], figures["rollout/retries"], figures["rollout/seconds"]) == (
+        assert metrics["seconds/rollout"] > 0 and metrics["seconds/reward"] >= 0
+        assert (metrics["rollout/samples"], metrics["rollout/retries"], metrics["rollout/seconds"]) == (
             12,
             3,
             1.5,
         )
-        left.config.rollout.dynamic_sampling = False
-        _, figures = left.groups(1, RECIPES["grpo"])
-        assert figures["rollout/samples"] == 4
-        _, figures = left.groups(2, replace(RECIPES["gkd"], dataset_fraction=1.0))
-        assert "rollout/samples" not in figures and figures["rollout/dataset_questions"] == 2
+        orchestrator.config.rollout.dynamic_sampling = False
+        _, metrics = orchestrator.groups(1, RECIPES["grpo"])
+        assert metrics["rollout/samples"] == 4
+        _, metrics = orchestrator.groups(2, replace(RECIPES["gkd"], dataset_fraction=1.0))
+        assert "rollout/samples" not in metrics and metrics["rollout/dataset_questions"] == 2
 
 
 def test_a_sequence_fits_the_teacher_too(model: Path, tmp_path: Path) -> None:
