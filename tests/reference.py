@@ -1,13 +1,18 @@
-"""Unsharded float64 twins of the operations of this folder, for tests only: the definition, written
-as directly as torch allows.
+"""Unsharded float64 twins of the operations of ops/ and loss/, for tests only: the definition,
+written as directly as torch allows.
 
 T tokens, V whole vocabulary (no padding), K top-k, B buckets = K + 1. Gradients come from autograd.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from megasd.config.schema import DistillTerm
 
 
 def topk(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -71,6 +76,42 @@ def adaptive(student_logq_TB: Tensor, teacher_logq_TB: Tensor, *, last_is_tail: 
         forward, reverse = divergence(s[None], t[None], beta=0.0), divergence(s[None], t[None], beta=1.0)
         rows.append(share * forward + (1 - share) * reverse)
     return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class DivergenceTwin:
+    """What the tests of every divergence compare loss/divergence.py with."""
+
+    # (student_logq_TB, teacher_logq_TB, term) -> [T], float64; a bucket for the tail is the last one
+    of_buckets: Callable[[Tensor, Tensor, DistillTerm], Tensor]
+    # constants with which it is compared; and the value on five buckets that test_divergence.py
+    # names STUDENT and TEACHER, from an independent script (None: unknown)
+    cases: tuple[tuple[DistillTerm, float | None], ...]
+
+
+def _mixture(student_logq_TB: Tensor, teacher_logq_TB: Tensor, term: DistillTerm) -> Tensor:
+    return divergence(student_logq_TB, teacher_logq_TB, beta=term.beta, clip=term.pointwise_clip)
+
+
+def _adaptive(student_logq_TB: Tensor, teacher_logq_TB: Tensor, term: DistillTerm) -> Tensor:
+    return adaptive(student_logq_TB, teacher_logq_TB, last_is_tail=term.tail == "bucket")
+
+
+# One row for each row of loss/divergence.py: DIVERGENCES. test_divergence.py and, on 1, 2 and 4
+# tensor-parallel ranks, tests/distributed/ops_cases.py compare value and gradient of every row.
+DIVERGENCES: dict[str, DivergenceTwin] = {
+    "mixture": DivergenceTwin(
+        _mixture,
+        (
+            (DistillTerm(beta=0.0), 0.770548),
+            (DistillTerm(beta=0.5), 0.187417),
+            (DistillTerm(beta=0.9), 0.074210),
+            (DistillTerm(beta=1.0), 0.868531),
+            (DistillTerm(beta=0.0, pointwise_clip=0.05), -0.175482),
+        ),
+    ),
+    "adaptive": DivergenceTwin(_adaptive, ((DistillTerm(divergence="adaptive"), None),)),
+}
 
 
 def full_divergence(

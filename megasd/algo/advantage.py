@@ -1,29 +1,34 @@
 """Rewards of the samples of one group, shaped, and their advantages.
 
 A sample without a verdict (error, timeout) has the reward None: it gets the advantage 0 and enters
-no statistic.
+no statistic. `ADVANTAGES` names the rules.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from megasd.config.schema import AlgorithmConfig, PolicyGradientTerm
 from megasd.types import Group, Sample, Verdict
 
+# of the samples of a group; None without a verdict
+Rewards = Sequence[float | None]
+
 _EPSILON = 1e-6
 # EGRSD (2605.13255): before this many steps the advantage is r - 0.5
 _WHITENED_FROM = 10
-# UNSURE, not in the paper: the smallest deviation divided by. Without it the first success after
-# many failures would drown all else.
+# The smallest deviation that rewards are divided by. UNSURE, not in the paper: without it, the first
+# success after many failures would outweigh all other rewards.
 _LEAST_DEVIATION = 0.1
 
 
 def overlong_penalty(length: int, *, room: int, buffer: int, penalty: float) -> float:
     """min(-(length - (room - buffer)) / buffer * penalty, 0), lengths in tokens (DAPO 2503.14476).
-    buffer 0: none.
+
+    With buffer 0 there is no penalty.
 
     overlong_penalty(18432, room=20480, buffer=4096, penalty=1.0) == -0.5
     """
@@ -34,17 +39,21 @@ def shaped_rewards(group: Group, algorithm: AlgorithmConfig, *, room: int) -> li
     """rewards_G: the verifier's score where it gives one (ROPD 2605.07396), else 1[right]; None
     without a verdict.
 
-    A right one's is multiplied by 1 + length_bonus (1 - length / room) (EGRSD 2605.13255), then the
-    overlong penalty comes off. room: rollout.max_response_tokens. ValueError for a sample that was
-    never scored.
+    The reward of a right sample is multiplied by 1 + length_bonus (1 - length / room) (EGRSD
+    2605.13255); then the overlong penalty is added. room: rollout.max_response_tokens. ValueError
+    for a sample that was never scored.
     """
-    unscored = [s.index for s in group.samples if s.verdict is None]
-    if unscored:
+    verdicts = [s.verdict for s in group.samples if s.verdict is not None]
+    if len(verdicts) < len(group.samples):
+        unscored = [s.index for s in group.samples if s.verdict is None]
         raise ValueError(
             f"samples {unscored} of {group.prompt.id} have not been scored; score the group before its"
             " advantages"
         )
-    return [_shaped(s, algorithm, room) if s.verdict.counts else None for s in group.samples]
+    return [
+        _shaped(sample, algorithm, room) if verdict.counts else None
+        for sample, verdict in zip(group.samples, verdicts, strict=True)
+    ]
 
 
 def _shaped(sample: Sample, algorithm: AlgorithmConfig, room: int) -> float:
@@ -61,7 +70,7 @@ class Whitener:
     """Running mean and deviation of all rewards of earlier steps (Welford), for one response a
     question (EGRSD 2605.13255).
 
-    Rewards of a step are held back until `step`, so that no order of its groups matters. UNSURE
+    Rewards of a step wait in `pending` until `step`, so that the order of groups does not matter. UNSURE
     whether the paper's moments hold the current step's too.
     """
 
@@ -72,9 +81,10 @@ class Whitener:
     steps: int = 0
     pending: list[float] = field(default_factory=list)
 
-    def __call__(self, rewards_G: Sequence[float | None]) -> list[float]:
-        """(r - mean) / deviation, r - 0.5 in the first 10 steps; 0 for None. Takes the rewards down
-        for `step`.
+    def __call__(self, rewards_G: Rewards) -> list[float]:
+        """(r - mean) / deviation, r - 0.5 in the first 10 steps; 0 for None.
+
+        The rewards are kept for `step`.
         """
         self.pending += [r for r in rewards_G if r is not None]
         if self.steps < _WHITENED_FROM or self.count < 2:
@@ -91,17 +101,17 @@ class Whitener:
             self.squares += distance * (reward - self.mean)
         self.pending, self.steps = [], self.steps + 1
 
-    def state_dict(self) -> dict[str, float | int | list[float]]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain JSON-able values."""
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, float | int | list[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of state_dict."""
         for name, value in state.items():
             setattr(self, name, list(value) if name == "pending" else value)
 
 
-def _centred(rewards_G: Sequence[float | None]) -> tuple[list[float], float]:
+def _centred(rewards_G: Rewards) -> tuple[list[float], float]:
     """Rewards minus their mean (0.0 where there is no verdict) and their sample standard deviation.
     A lone reward: mean 0, deviation 1.
     """
@@ -113,7 +123,7 @@ def _centred(rewards_G: Sequence[float | None]) -> tuple[list[float], float]:
     return [0.0 if r is None else r - mean for r in rewards_G], deviation
 
 
-def group_mean(rewards_G: Sequence[float | None]) -> list[float]:
+def group_mean(rewards_G: Rewards) -> list[float]:
     """R - mean (Dr. GRPO 2503.20783; the GRPO baseline of SDPO). A lone scored sample keeps its
     reward, as in verl: it has no baseline.
 
@@ -122,7 +132,7 @@ def group_mean(rewards_G: Sequence[float | None]) -> list[float]:
     return _centred(rewards_G)[0]
 
 
-def group_std(rewards_G: Sequence[float | None]) -> list[float]:
+def group_std(rewards_G: Rewards) -> list[float]:
     """(R - mean) / (std + 1e-6) with the sample standard deviation, n - 1 (GRPO 2402.03300 as in verl).
 
     A lone scored sample: mean 0, std 1.
@@ -131,18 +141,33 @@ def group_std(rewards_G: Sequence[float | None]) -> list[float]:
     return [c / (deviation + _EPSILON) for c in centred_G]
 
 
-def none(rewards_G: Sequence[float | None]) -> list[float]:
+def none(rewards_G: Rewards) -> list[float]:
     """0 for every sample: the credit alone says what is learned (on-policy distillation)."""
     return [0.0] * len(rewards_G)
 
 
-ADVANTAGES = {"group_mean": group_mean, "group_std": group_std, "none": none}
+@dataclass(frozen=True)
+class AdvantageRule:
+    """A row of `ADVANTAGES`."""
+
+    # (rewards of a group, moments of earlier steps) -> advantages
+    of_group: Callable[[Rewards, Whitener], list[float]]
+    # it reads and feeds the moments, which then belong to the state of the run
+    reads_moments: bool = False
+
+
+ADVANTAGES: dict[str, AdvantageRule] = {
+    "group_mean": AdvantageRule(lambda rewards_G, whitener: group_mean(rewards_G)),
+    "group_std": AdvantageRule(lambda rewards_G, whitener: group_std(rewards_G)),
+    "none": AdvantageRule(lambda rewards_G, whitener: none(rewards_G)),
+    "whitened": AdvantageRule(lambda rewards_G, whitener: whitener(rewards_G), reads_moments=True),
+}
 
 
 def advantages(
     group: Group,
     term: PolicyGradientTerm,
-    rewards_G: Sequence[float | None],
+    rewards_G: Rewards,
     whitener: Whitener | None = None,
 ) -> list[float]:
     """advantages_G of a group's rewards by term.advantage. "whitened" reads and feeds the whitener.
@@ -153,12 +178,11 @@ def advantages(
         raise ValueError(
             f"{len(rewards_G)} rewards for the {len(group.samples)} samples of {group.prompt.id}"
         )
-    if term.advantage == "whitened":
-        if whitener is None:
-            raise ValueError("advantage whitened needs the whitener that remembers earlier steps; give one")
-        return whitener(rewards_G)
     if term.advantage not in ADVANTAGES:
+        raise ValueError(f"advantage must be one of {', '.join(ADVANTAGES)}, got {term.advantage!r}")
+    rule = ADVANTAGES[term.advantage]
+    if rule.reads_moments and whitener is None:
         raise ValueError(
-            f"advantage must be one of {', '.join(ADVANTAGES)}, whitened, got {term.advantage!r}"
+            f"advantage {term.advantage} needs the whitener that remembers earlier steps; give one"
         )
-    return ADVANTAGES[term.advantage](rewards_G)
+    return rule.of_group(rewards_G, whitener or Whitener())

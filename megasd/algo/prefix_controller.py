@@ -1,20 +1,21 @@
-"""How much of the solution the teacher reads, learned while the student learns (ATESD 2605.11458).
+"""A controller that learns how much of the solution the teacher reads (ATESD 2605.11458).
 
 A decision is a share alpha of the solution's lines, drawn from Beta(a, b), (a, b) = 1 +
-softplus(MLP(state)), and held for HOLD steps. LOOK_AHEAD steps after it was made it is judged by
-the falls of the student's loss, g = DISCOUNT:
+softplus(MLP(state)). It holds for HOLD steps. LOOK_AHEAD steps after it was made, its reward is
+known: the falls of the student's loss, with g = DISCOUNT,
 
     R = sum_{i=1..L} g^(i-1) max(0, loss_{i-1} - loss_i)
 
-loss_0 being the step's before it. The paper adds a tenth of the teacher's log-prob of the
-reference, which is not here: it would cost a pass over the references. BATCH judged decisions make
-one step of REINFORCE with R whitened over them; entropy of the Beta above MAX_ENTROPY is penalised.
-The first HOLD steps have the configured share, which nothing is learned from: it was not drawn.
+where loss_0 is the loss of the step before the decision. The paper adds a tenth of the teacher's
+log-prob of the reference, which is left out here: it would cost a pass over the references. BATCH
+decisions with a reward make one step of REINFORCE with R whitened over them; entropy of the Beta
+above MAX_ENTROPY is penalised. The first HOLD steps have the configured share. Nothing is learned
+from that share, since it was not drawn.
 
 UNSURE: every constant below, the optimiser (plain gradient descent), and what the state's mismatch,
 probe and confidence are; the paper's code is not released. Here mismatch is the mean divergence and
 confidence exp of the mean log-prob of the sampled tokens. One alpha for a whole batch, as the paper
-has it. The only file of algo/ that needs torch (on the CPU, float64).
+has it. Torch (on the CPU, float64) is imported when a controller is made, not with this file.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ import math
 import random
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.distributions import Beta
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# H, steps that a decision is held
+# H, steps that a decision holds for
 HOLD = 2
-# L, steps after which it is judged
+# L, steps after which its reward is known
 LOOK_AHEAD = 6
 # g
 DISCOUNT = 0.9
@@ -40,37 +40,41 @@ HIDDEN = 16
 # decisions of one controller update
 BATCH = 4
 LEARNING_RATE = 0.05
-# nats; Beta(1, 1) has 0, the most there is
+# nats; the highest entropy of a Beta is that of Beta(1, 1), 0
 MAX_ENTROPY = -0.2
 ENTROPY_WEIGHT = 1.0
 # share of a new step in the averages of the state
 AVERAGE_RATE = 0.2
-# steps that progress counts to where the run's length is not known
+# length of a run (steps) where it is not known, for the feature "progress"
 HORIZON = 100
 FEATURES = ("progress", "fraction", "loss", "divergence", "confidence")
 
 
 class PrefixController:
-    """The share of the solution to show, `fraction`, after each step's figures; the same for the
-    same seed and figures.
+    """The share of the solution to show, `fraction`, learned from the metrics of each step.
+
+    The same seed and metrics give the same shares.
 
     controller = PrefixController(seed=1, start=0.5, steps=100)
     controller.observe({"loss": 0.31, "divergence": 0.31, "logp": -0.4}); controller.fraction
     """
 
     def __init__(self, *, seed: int, start: float, steps: int | None = None) -> None:
-        """start: the share of the first steps, in [0, 1]. steps: of the run, for the state's progress."""
+        """start: the share of the first steps, in [0, 1]. steps: length of the run, for "progress"."""
+        import torch
+
         self.seed, self.fraction, self.horizon = seed, start, steps or HORIZON
         self.step, self.decisions, self.updates, self.reward = 0, 0, 0, 0.0
         self.averages: dict[str, float] = {}
-        # of the last step
+        # loss of the last step
         self.loss: float | None = None
-        # decisions that are not judged yet
+        # decisions whose reward is not known yet
         self.open: list[dict[str, Any]] = []
+        # decisions with a reward, for the next update
         self.judged: list[dict[str, Any]] = []
         draw = torch.Generator().manual_seed(seed)
         size = len(FEATURES)
-        self.weights = [
+        self.weights: list[Tensor] = [
             torch.randn(size, HIDDEN, generator=draw, dtype=torch.float64) / math.sqrt(size),
             torch.zeros(HIDDEN, dtype=torch.float64),
             # the first draws come from one Beta around 0.5, whatever the state
@@ -79,7 +83,7 @@ class PrefixController:
         ]
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """The figures of the step that is over: "loss", and "divergence", "logp" where there are any.
+        """Take in the metrics of a step: "loss", and "divergence" and "logp" where there are any.
 
         ValueError without a finite loss.
         """
@@ -100,12 +104,14 @@ class PrefixController:
             self._decide()
 
     def beta(self) -> tuple[float, float]:
-        """(a, b) of the Beta that the present state gives."""
+        """(a, b) of the Beta in the present state."""
+        import torch
+
         a, b = self._beta(torch.tensor([self._state()], dtype=torch.float64))[0].tolist()
         return a, b
 
-    def figures(self) -> dict[str, float]:
-        """The share in use, the mean of the present Beta, updates made, mean reward of the last of them."""
+    def metrics(self) -> dict[str, float]:
+        """The share in use, the mean of the present Beta, updates made, mean reward of the last one."""
         a, b = self.beta()
         return {
             "fraction": self.fraction,
@@ -123,6 +129,8 @@ class PrefixController:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of state_dict; seed, start and steps stay those of the constructor."""
+        import torch
+
         for name, value in deepcopy(dict(state)).items():
             setattr(
                 self,
@@ -148,11 +156,16 @@ class PrefixController:
 
     def _beta(self, states_BF: Tensor) -> Tensor:
         """(a, b) of each state, [B, 2], each above 1."""
+        import torch
+
         w1, b1, w2, b2 = self.weights
         return 1.0 + torch.nn.functional.softplus(torch.tanh(states_BF @ w1 + b1) @ w2 + b2)
 
     def _learn(self, decisions: list[dict[str, Any]]) -> None:
         """One step of REINFORCE."""
+        import torch
+        from torch.distributions import Beta
+
         rewards_B = torch.tensor([d["reward"] for d in decisions], dtype=torch.float64)
         whitened_B = (rewards_B - rewards_B.mean()) / (rewards_B.std() + 1e-8)
         fractions_B = torch.tensor([d["fraction"] for d in decisions], dtype=torch.float64).clamp(

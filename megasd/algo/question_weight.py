@@ -1,8 +1,12 @@
 """Question weights from pass rates: how much a question teaches, judged by how often it was solved.
 
-Raw weights: loss/normalise.py divides them by what question_weight.normaliser says, so a constant
-factor is felt where that is "none" alone. A question that no verifier could score has no pass rate
-(None) and the weight 0, except where every question has the same.
+The weights are raw: loss/normalise.py divides them by the mean that question_weight.normaliser
+names, so a constant factor has an effect with normaliser=none alone. A question that no verifier
+could score has no pass rate (None) and the weight 0, except where all questions have the same
+weight.
+
+`QUESTION_WEIGHTS` names the rules; config/variants.py, QUESTION_WEIGHT_TRAITS, says what other
+files ask of one.
 """
 
 from __future__ import annotations
@@ -11,13 +15,19 @@ import math
 from collections.abc import Callable
 
 from megasd.config.schema import QuestionWeightConfig
+from megasd.config.variants import QUESTION_WEIGHT_TRAITS
 
 QuestionWeight = Callable[[float | None], float]
-# of a pass rate that is known
+# (a known pass rate in [0, 1], the constants) -> the weight without config.scale
 WeightRule = Callable[[float, QuestionWeightConfig], float]
-# a smaller weight is 0: an averaged rate comes ever closer to 0 or 1, and loss/normalise.py adds
-# weights up on a grid
+# A smaller weight counts as 0: an averaged rate comes ever closer to 0 or 1, and loss/normalise.py
+# adds weights up on a grid.
 LEAST = 2.0**-30
+
+
+def none(pass_rate: float, config: QuestionWeightConfig) -> float:
+    """1: all questions weigh the same."""
+    return 1.0
 
 
 def sqrt_pq(pass_rate: float, config: QuestionWeightConfig) -> float:
@@ -48,6 +58,7 @@ def band(pass_rate: float, config: QuestionWeightConfig) -> float:
 
 
 QUESTION_WEIGHTS: dict[str, WeightRule] = {
+    "none": none,
     "sqrt_pq": sqrt_pq,
     "pq": pq,
     "four_pq": four_pq,
@@ -57,17 +68,17 @@ QUESTION_WEIGHTS: dict[str, WeightRule] = {
 
 
 def question_weight(config: QuestionWeightConfig) -> QuestionWeight:
-    """Raw (not normalised) weight of a question as a function of its pass rate (None: not known),
-    config.scale included; 0 below 2^-30.
+    """The raw weight of a question as a function of its pass rate (None: not known).
 
-    ValueError for an unknown kind, and, from the function, for a rate outside [0, 1].
+    config.scale is in it; a weight below 2^-30 is 0. ValueError for an unknown kind, and, from the
+    function, for a rate outside [0, 1].
     """
-    if config.kind == "none" or (config.kind == "power" and config.a == config.b == 0):
-        return lambda pass_rate: config.scale
     if config.kind not in QUESTION_WEIGHTS:
         raise ValueError(
-            f"question_weight.kind must be one of none, {', '.join(QUESTION_WEIGHTS)}, got {config.kind!r}"
+            f"question_weight.kind must be one of {', '.join(QUESTION_WEIGHTS)}, got {config.kind!r}"
         )
+    if QUESTION_WEIGHT_TRAITS[config.kind].is_constant(config):
+        return lambda pass_rate: config.scale
     rule = QUESTION_WEIGHTS[config.kind]
 
     def weight(pass_rate: float | None) -> float:

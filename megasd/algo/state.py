@@ -1,11 +1,11 @@
-"""What rank 0 remembers between steps: pass rates by question, successes, moments of rewards, the
-exposure controller.
+"""What rank 0 remembers between steps: pass rates by question, earlier successes, moments of
+rewards, the controller of teacher.adaptive_prefix.
 
-    memory = Memory(config.algorithm, seed=1, steps=100)
-    memory.pass_rate(group, algorithm.question_weight); memory.observe(groups); memory.after_step(metrics)
+    state = AlgorithmState(config.algorithm, seed=1, steps=100)
+    state.pass_rate(group, algorithm.question_weight)
+    state.observe(groups); state.after_step(metrics)
 
-Only what some stage of the algorithm reads is kept. Plain Python, and torch where a share of the
-solution is learned.
+Only what some stage of the algorithm reads is kept. Plain Python; the controller imports torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megasd.algo.advantage import Whitener
+from megasd.algo.advantage import ADVANTAGES, Whitener
 from megasd.algo.question_weight import question_weight
 from megasd.algo.stages import averages, variants
 from megasd.config.schema import AlgorithmConfig, QuestionWeightConfig
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 
 class AlgorithmState:
-    """One per run.
+    """The memory of a run.
 
-    seed       the run's
+    seed       run.seed
+    averaged   prompt id -> pass rate averaged over visits; None where no stage reads it
+    frozen     prompt id -> pass rate of the start model; None before it is estimated
     buffer     prompt id -> text of the latest right sample of an earlier step (DRIFT 2606.30345);
-               None where nothing reads it
-    whitener   moments of rewards (EGRSD 2605.13255); None where nothing reads them
+               None where no stage reads it
+    whitener   moments of rewards (EGRSD 2605.13255); None where no stage reads them
+    exposure   the controller of teacher.adaptive_prefix (ATESD 2605.11458); None without one
     """
 
     def __init__(self, algorithm: AlgorithmConfig, *, seed: int, steps: int | None = None) -> None:
-        """algorithm: as configured, stages included. steps: of the run, for the exposure
-        controller's progress.
-        """
+        """algorithm: as configured, stages included. steps: length of the run, for the controller."""
         self.algorithm, self.seed = algorithm, seed
         stages = variants(algorithm)
         teachers = [one.teacher for one in stages if one.teacher is not None]
@@ -45,7 +46,8 @@ class AlgorithmState:
             {} if any(teacher.fallback == "buffer" for teacher in teachers) else None
         )
         whitens = any(
-            one.policy_gradient is not None and one.policy_gradient.advantage == "whitened" for one in stages
+            one.policy_gradient is not None and ADVANTAGES[one.policy_gradient.advantage].reads_moments
+            for one in stages
         )
         self.whitener = Whitener() if whitens else None
         self.exposure: PrefixController | None = None
@@ -69,12 +71,12 @@ class AlgorithmState:
         self.frozen = dict(rates)
 
     def pass_rate(self, group: Group, weight: QuestionWeightConfig | None = None) -> float | None:
-        """The rate that the question's weight goes by, in [0, 1]; None where it is not known.
-        Asking changes nothing.
+        """The pass rate in [0, 1] that decides the question's weight; None where it is not known.
 
-        weight: the algorithm's of this step; None: as configured. step: of these samples; frozen:
-        the row's own, else set_frozen's; ema: the average over earlier visits and this one, an
-        unscored visit leaving it as it is.
+        weight: the section question_weight of this step; None: as configured. Its pass_rate names
+        the rate. step: that of these samples. frozen: the row's own, else that of set_frozen. ema:
+        the average over earlier visits and this one; an unscored visit leaves it as it is. The call
+        changes nothing.
         """
         weight = weight or self.algorithm.question_weight
         if weight.kind == "none" or weight.pass_rate == "step":
@@ -117,46 +119,45 @@ class AlgorithmState:
             return new if old is None else old
         return old + rate * (new - old)
 
-    # ---- what a step leaves ----
+    # ---- after a step ----
 
     @property
     def prefix_fraction(self) -> float | None:
-        """Share of the solution that the controller shows in this step (ATESD 2605.11458); None without one.
-
-        A run has it from the first step to the last (check_stages), so it is every step's.
+        """Share of the solution that the controller shows in this step (ATESD 2605.11458); None
+        without a controller. A run has one in all steps or in none (check_stages).
         """
         return None if self.exposure is None else self.exposure.fraction
 
     def observe(self, groups: list[Group]) -> dict[str, float]:
         """The step's scored groups, after its batch was built; call it once a step. Figures for the log."""
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         if self.averaged is not None:
             for group in groups:
                 rate = self._average(group, self._ema_rate())
                 if rate is not None:
                     self.averaged[group.prompt.id] = rate
             known = [self.averaged[group.prompt.id] for group in groups if group.prompt.id in self.averaged]
-            figures["weight/averaged_pass_rate"] = sum(known) / len(known) if known else 0.0
+            metrics["weight/averaged_pass_rate"] = sum(known) / len(known) if known else 0.0
         if self.buffer is not None:
             for group in groups:
                 right = next((sample for sample in group.samples if sample.verdict is Verdict.RIGHT), None)
                 if right is not None:
                     self.buffer[group.prompt.id] = right.text
-            figures["teacher/buffered_questions"] = float(len(self.buffer))
+            metrics["teacher/buffered_questions"] = float(len(self.buffer))
         if self.whitener is not None:
             self.whitener.step()
-            figures["reward/running_mean"] = self.whitener.mean
+            metrics["reward/running_mean"] = self.whitener.mean
         if self.exposure is not None:
-            figures |= {f"teacher/prefix_{name}": value for name, value in self.exposure.figures().items()}
-        return figures
+            metrics |= {f"teacher/prefix_{name}": value for name, value in self.exposure.metrics().items()}
+        return metrics
 
     def after_step(self, metrics: Mapping[str, float]) -> None:
-        """The figures of the optimizer step, as the actor names them ("loss", "divergence", "logp")."""
+        """Take in the actor's metrics of the step: "loss", "divergence", "logp"."""
         if self.exposure is not None:
             self.exposure.observe(metrics)
 
     def _ema_rate(self) -> float:
-        """Of the stages that average: they have one (check_stages)."""
+        """The rate of the stages that average; they have the same (check_stages)."""
         return next(one.question_weight.ema_rate for one in variants(self.algorithm) if averages(one))
 
     # ---- checkpoints ----
@@ -171,8 +172,9 @@ class AlgorithmState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict; what the run's algorithm no longer reads is left out, what it
-        reads anew starts empty.
+        """The inverse of state_dict.
+
+        A part that the run's algorithm does not read is left out; a part that is new starts empty.
         """
         self.frozen = state["frozen"]
         for name in ("averaged", "buffer"):

@@ -1,23 +1,26 @@
-"""Teacher contexts: what the self-teacher of each sample reads in place of the student's prompt.
+"""Teacher contexts: the messages that the teacher of each sample reads, in place of the student's prompt.
 
-The teacher is given privileged text in its last user turn. Where the text comes from
+The last user turn of the teacher's messages holds privileged text. Where the text comes from
 (algorithm.teacher.context):
 
-    first_success     right samples of the group in their order, the sample's own index excluded, as
-                      released by SDPO (2601.20802, 2):
-                      the only success of a group is untaught, every failure shares the first success, without a success all are untaught
+    first_success     right samples of the group in their order, without the sample itself, as SDPO
+                      was released (2601.20802, 2): the only success of a group has no teacher,
+                      every failure shares the first success, and without a success no sample of the
+                      group has a teacher
     random_success    the same, drawn per sample
     shortest_success  the same, fewest response tokens first (SSOPD 2605.17497)
     solution          the reference solution of the row (OPSD 2601.18734)
     answer            its final answer alone (RLSD 2604.03128)
     prefix            the first lines of the solution, and the answer in a box (ATESD 2605.11458)
-    prompt            nothing: the question as it is, perhaps after a system turn (OPCD 2602.12275;
+    prompt            no text: the question as it is, perhaps after a system turn (OPCD 2602.12275;
                       a separate teacher)
 
-`contrast` adds the same turn with the text of wrong samples (RLCSD 2606.11709) or the answer of one
-(CEPO 2605.19436): a difference of two teachers in which the template cancels. The student's own
-failed attempt is never shown to the first teacher (SDPO: it costs diversity).
-"""  # noqa: E501
+`CONTEXTS` names them; config/variants.py, CONTEXT_TRAITS, says what other files ask of one.
+
+`contrast` adds contexts with the same turn around the text of wrong samples (RLCSD 2606.11709) or
+around the answer of one (CEPO 2605.19436): in the difference of two teachers the template cancels.
+The first teacher never reads the student's own failed attempt (SDPO: that costs diversity).
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from megasd.config.schema import DEFAULT_TEMPLATE, TeacherConfig
+from megasd.config.variants import CONTEXT_TRAITS
 from megasd.types import Group, Message, Prompt, Sample, TeacherContext, UserError, Verdict
 
 PLACEHOLDER = re.compile(r"\{(prompt|solution)\}")
@@ -115,122 +120,169 @@ def teacher_contexts(
     buffer: Mapping[str, str] | None = None,
     answer_of: Callable[[str], str | None] = final_answer,
 ) -> list[list[TeacherContext]]:
-    """For each sample of the group what its teacher reads, then what that is contrasted with; an
-    empty list where it stays untaught.
+    """For each sample of the group: its teacher's context, then those that it is contrasted with.
 
-    Only a sample judged RIGHT demonstrates, only one judged WRONG contrasts; one whose verifier
-    failed (ERROR, TIMEOUT) is taught like a wrong one. A sample is taught if it has a demonstration
-    or feedback. Nothing is shortened: too long a context is the caller's to count. `seed` decides
-    every draw. `prefix_fraction` stands in for the config's. `buffer`: prompt id -> text of an
-    earlier right sample. `answer_of` reads a wrong sample's answer (CEPO). UserError: a row without
-    the solution that the config reads; an unknown context.
+    A sample has a teacher if it has a demonstration or feedback; else its list is empty. Only a
+    sample judged RIGHT demonstrates, only one judged WRONG contrasts; a sample whose verifier failed
+    (ERROR, TIMEOUT) has a teacher like a wrong one. No text is shortened: the caller drops contexts
+    that are too long. `seed` decides every draw. `prefix_fraction` replaces the config's. `buffer`:
+    prompt id -> text of an earlier right sample. `answer_of` reads a wrong sample's answer (CEPO).
+    UserError: a row without the solution that the config reads; an unknown context.
     """
+    if teacher.context not in CONTEXTS:
+        raise UserError(
+            f"algorithm.teacher.context: {teacher.context!r} is none; choose from {', '.join(CONTEXTS)}"
+        )
+    fraction = teacher.prefix_fraction if prefix_fraction is None else prefix_fraction
     return [
-        _contexts(group, i, teacher, seed, prefix_fraction, buffer or {}, answer_of)
-        for i in range(len(group.samples))
+        _contexts(
+            ContextRequest(
+                group=group,
+                sample=sample,
+                siblings=[s for k, s in enumerate(group.samples) if k != place or not teacher.exclude_self],
+                teacher=teacher,
+                prefix_fraction=fraction,
+                buffer=buffer or {},
+                answer_of=answer_of,
+                draw=random.Random(f"{seed}/{sample.index}"),
+            )
+        )
+        for place, sample in enumerate(group.samples)
     ]
 
 
-def _contexts(
-    group: Group,
-    position: int,
-    teacher: TeacherConfig,
-    seed: str,
-    prefix_fraction: float | None,
-    buffer: Mapping[str, str],
-    answer_of: Callable[[str], str | None],
-) -> list[TeacherContext]:
-    sample = group.samples[position]
-    draw = random.Random(f"{seed}/{sample.index}")
-    siblings = [s for i, s in enumerate(group.samples) if i != position or not teacher.exclude_self]
-    shown = _demonstration(group.prompt, siblings, teacher, prefix_fraction, buffer, draw)
-    feedback = (
-        sample.feedback
-        if teacher.feedback == "always" or (teacher.feedback != "never" and shown is None)
-        else ""
-    )
-    if shown is None and not feedback and teacher.context != "prompt":
-        return []
-    texts: list[Text | None] = [shown]
-    if shown is not None:
-        texts += _contrasts(group, siblings, teacher, answer_of, draw)
-    return [_context(group.prompt, text, feedback, sample.verdict, teacher) for text in texts]
+@dataclass(frozen=True)
+class ContextRequest:
+    """One sample, and what its teacher may be shown."""
+
+    group: Group
+    sample: Sample
+    # the group, without the sample where teacher.exclude_self says so
+    siblings: list[Sample]
+    teacher: TeacherConfig
+    # the share of the solution that context=prefix shows
+    prefix_fraction: float
+    # prompt id -> text of a right sample of an earlier step
+    buffer: Mapping[str, str]
+    # reads the answer of a wrong sample
+    answer_of: Callable[[str], str | None]
+    # the sample's own draws
+    draw: random.Random
+
+    def text_of(self, response: str) -> str:
+        """A response as it is shown."""
+        return without_thinking(response) if self.teacher.strip_thinking else response
 
 
-def _demonstration(
-    prompt: Prompt,
-    siblings: list[Sample],
-    teacher: TeacherConfig,
-    prefix_fraction: float | None,
-    buffer: Mapping[str, str],
-    draw: random.Random,
-) -> Text | None:
-    """What the first teacher is shown; None for nothing."""
-    kind = teacher.context
-    if kind == "prompt":
-        return None
-    if kind == "answer":
-        return prompt.answer, "answer"
-    if kind == "solution":
-        return _solution(prompt, "context=solution"), "solution"
-    if kind == "prefix":
-        fraction = teacher.prefix_fraction if prefix_fraction is None else prefix_fraction
-        return (
-            solution_prefix(_solution(prompt, "context=prefix"), prompt.answer, fraction),
-            f"prefix {fraction:.3f}",
-        )
-    chosen = _pick(
-        [s for s in siblings if s.verdict is Verdict.RIGHT], kind, teacher.num_demonstrations, draw
-    )
+# (samples, count, draws of the sample) -> up to `count` of them
+Choose = Callable[[list[Sample], int, random.Random], list[Sample]]
+
+
+def _first(samples: list[Sample], count: int, draw: random.Random) -> list[Sample]:
+    return samples[:count]
+
+
+def _drawn(samples: list[Sample], count: int, draw: random.Random) -> list[Sample]:
+    return draw.sample(samples, min(count, len(samples)))
+
+
+def _shortest(samples: list[Sample], count: int, draw: random.Random) -> list[Sample]:
+    return sorted(samples, key=lambda sample: len(sample.response_ids))[:count]
+
+
+@dataclass(frozen=True)
+class Context:
+    """A row of `CONTEXTS`."""
+
+    # the text that the first teacher is shown; None: there is none for this sample
+    text: Callable[[ContextRequest], Text | None]
+    # which samples are shown, and contrasted with, where there are more than wanted
+    choose: Choose = _first
+
+
+def _success(request: ContextRequest) -> Text | None:
+    """Right siblings, else what teacher.fallback names."""
+    teacher, prompt = request.teacher, request.group.prompt
+    right = [sample for sample in request.siblings if sample.verdict is Verdict.RIGHT]
+    chosen = CONTEXTS[teacher.context].choose(right, teacher.num_demonstrations, request.draw)
     if chosen:
-        texts = [without_thinking(s.text) if teacher.strip_thinking else s.text for s in chosen]
-        return ANOTHER.join(texts), f"sibling {', '.join(str(s.index) for s in chosen)}"
+        texts = [request.text_of(sample.text) for sample in chosen]
+        return ANOTHER.join(texts), f"sibling {', '.join(str(sample.index) for sample in chosen)}"
     if teacher.fallback == "solution":
         return (prompt.solution, "solution") if prompt.solution else None
-    if teacher.fallback == "buffer" and prompt.id in buffer:
-        return without_thinking(buffer[prompt.id]) if teacher.strip_thinking else buffer[prompt.id], "buffer"
+    if teacher.fallback == "buffer" and prompt.id in request.buffer:
+        return request.text_of(request.buffer[prompt.id]), "buffer"
     return None
 
 
-def _contrasts(
-    group: Group,
-    siblings: list[Sample],
-    teacher: TeacherConfig,
-    answer_of: Callable[[str], str | None],
-    draw: random.Random,
-) -> list[Text]:
-    """Texts that the demonstration is held against."""
-    # UNSURE which of more than K failures (RLCSD): chosen as the demonstration is
-    if teacher.contrast == "failures":
-        chosen = _pick(
-            [s for s in siblings if s.verdict is Verdict.WRONG], teacher.context, teacher.num_contrasts, draw
-        )
-        return [
-            (without_thinking(s.text) if teacher.strip_thinking else s.text, f"wrong sibling {s.index}")
-            for s in chosen
-        ]
-    # one for the group, the sample itself included: its worst answer (CEPO)
-    if teacher.contrast == "wrong_answer":
-        wrong = sorted((s for s in group.samples if s.verdict is Verdict.WRONG), key=lambda s: s.score or 0.0)
-        answers = ((answer_of(s.text), s.index) for s in wrong)
-        found = next(((text, index) for text, index in answers if text and text != group.prompt.answer), None)
-        return [(found[0], f"wrong answer {found[1]}")] if found else []
+def _whole_solution(request: ContextRequest) -> Text:
+    return _solution(request.group.prompt, "context=solution"), "solution"
+
+
+def _answer(request: ContextRequest) -> Text:
+    return request.group.prompt.answer, "answer"
+
+
+def _prefix(request: ContextRequest) -> Text:
+    prompt, fraction = request.group.prompt, request.prefix_fraction
+    text = solution_prefix(_solution(prompt, "context=prefix"), prompt.answer, fraction)
+    return text, f"prefix {fraction:.3f}"
+
+
+def _nothing(request: ContextRequest) -> None:
+    return None
+
+
+CONTEXTS: dict[str, Context] = {
+    "first_success": Context(_success),
+    "random_success": Context(_success, _drawn),
+    "shortest_success": Context(_success, _shortest),
+    "solution": Context(_whole_solution),
+    "answer": Context(_answer),
+    "prefix": Context(_prefix),
+    "prompt": Context(_nothing),
+}
+
+
+def _failures(request: ContextRequest) -> list[Text]:
+    """Wrong siblings. UNSURE which of more than K (RLCSD): chosen as the demonstration is."""
+    wrong = [sample for sample in request.siblings if sample.verdict is Verdict.WRONG]
+    teacher = request.teacher
+    chosen = CONTEXTS[teacher.context].choose(wrong, teacher.num_contrasts, request.draw)
+    return [(request.text_of(sample.text), f"wrong sibling {sample.index}") for sample in chosen]
+
+
+def _wrong_answer(request: ContextRequest) -> list[Text]:
+    """One answer for the group, the sample itself included: its worst (CEPO)."""
+    group = request.group
+    wrong = sorted((s for s in group.samples if s.verdict is Verdict.WRONG), key=lambda s: s.score or 0.0)
+    for sample in wrong:
+        answer = request.answer_of(sample.text)
+        if answer and answer != group.prompt.answer:
+            return [(answer, f"wrong answer {sample.index}")]
     return []
 
 
-def _pick(candidates: list[Sample], kind: str, count: int, draw: random.Random) -> list[Sample]:
-    """Up to `count` of the samples, by the rule that a kind of context names; the first ones for a
-    kind that names none.
-    """
-    if kind == "random_success":
-        return draw.sample(candidates, min(count, len(candidates)))
-    if kind == "shortest_success":
-        candidates = sorted(candidates, key=lambda s: len(s.response_ids))
-    elif kind not in ("first_success", "solution", "answer", "prefix"):
-        raise UserError(
-            f"algorithm.teacher.context: {kind!r} is none; see megasd/config/schema.py for those there are"
-        )
-    return candidates[:count]
+# teacher.contrast -> the texts of the contexts that the first one is compared with
+CONTRASTS: dict[str, Callable[[ContextRequest], list[Text]]] = {
+    "none": lambda request: [],
+    "failures": _failures,
+    "wrong_answer": _wrong_answer,
+}
+
+
+def _contexts(request: ContextRequest) -> list[TeacherContext]:
+    """The contexts of one sample; empty where it has no teacher."""
+    teacher, sample, prompt = request.teacher, request.sample, request.group.prompt
+    shown = CONTEXTS[teacher.context].text(request)
+    reads_feedback = teacher.feedback == "always" or (teacher.feedback != "never" and shown is None)
+    feedback = sample.feedback if reads_feedback else ""
+    if shown is None and not feedback and not CONTEXT_TRAITS[teacher.context].shows_nothing:
+        return []
+    texts: list[Text | None] = [shown]
+    if shown is not None:
+        texts += CONTRASTS[teacher.contrast](request)
+    return [_context(prompt, text, feedback, sample.verdict, teacher) for text in texts]
 
 
 def _solution(prompt: Prompt, reader: str) -> str:
@@ -247,7 +299,7 @@ def _context(
             turn = question
         else:
             turn = _fill(teacher.template, question, text[0] if text else None, feedback)
-        told = VERDICTS.get(verdict) if teacher.say_verdict else None
+        told = VERDICTS.get(verdict) if teacher.say_verdict and verdict is not None else None
         return f"{turn}\n\n{told}" if told else turn
 
     check_template(teacher.template)

@@ -166,7 +166,8 @@ def by_tokens(work: Workload, active: Sequence[bool], ranks: int, *, least: int 
     samples = [i for i in range(len(work.tokens)) if active[i]]
     tight = pack(work.tokens, samples, work.budget, packing=work.packing)
     fewest = max(-(-len(tight) // ranks), min(least, -(-len(samples) // ranks)), 1)
-    best: tuple[float, list[list[list[int]]]] | None = None
+    # cost of the costliest rank over the mean, and microbatches by rank, of the best count so far
+    best_worst, best = math.inf, [tight]
     for count in range(fewest, fewest + MORE + 1):
         bins = _spread(work, samples, count * ranks) if work.packing else None
         bins = _split(work, bins or tight, count * ranks)
@@ -175,11 +176,11 @@ def by_tokens(work: Workload, active: Sequence[bool], ranks: int, *, least: int 
             _even_out(work, dealt)
         loads = [sum(work.of(one) for one in rank) for rank in dealt]
         worst = max(loads) * ranks / sum(loads) if sum(loads) else 1.0
-        if best is None or worst < best[0] - STEP:
-            best = worst, dealt
+        if worst < best_worst - STEP:
+            best_worst, best = worst, dealt
         if worst <= GOAL or count * ranks >= len(samples):
             break
-    return _with_idle(best[1], [i for i in range(len(work.tokens)) if not active[i]])
+    return _with_idle(best, [i for i in range(len(work.tokens)) if not active[i]])
 
 
 def _spread(work: Workload, samples: Sequence[int], count: int) -> list[list[int]] | None:

@@ -1,7 +1,8 @@
-"""The meeting point of the two halves: a step's samples as flat tensors with named streams.
+"""A step's samples as flat tensors with named streams.
 
-Left of it plain Python over groups, right of it tensors on every rank. N samples, R response tokens
-of all samples one after the other.
+The two halves of a step meet here: batch/build.py makes a Batch from groups in plain Python, on rank
+0; every rank then works on its tensors. N samples, R response tokens of all samples one after the
+other, C teacher contexts.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ TERMS = ("distill", "policy_gradient", "nll")
 
 @dataclass
 class Batch:
-    """N samples on the CPU, the samples of a question side by side. Every rank holds the whole
-    batch of a step and takes its part of it.
+    """N samples on the CPU, the samples of a question next to each other.
+
+    Every rank holds the whole batch of a step and takes its part of it (batch/shard.py).
     """
 
     # int64, prompts one after the other
@@ -26,8 +28,8 @@ class Batch:
     prompt_lens: Tensor
     # int64, the teacher prompts of sample 0, of sample 1, ...
     context_ids: Tensor
-    # int64 [N, C]; column 0 the teacher's, the others those it is contrasted with; 0 = the sample
-    # has none
+    # int64 [N, C]; column 0: the teacher's prompt, other columns: the prompts that it is contrasted
+    # with; 0: the sample has no such prompt
     context_lens: Tensor
     # int64 [R]
     response_ids: Tensor
@@ -39,9 +41,9 @@ class Batch:
     question_size: Tensor
     # bool [N], False where the verifier gave no verdict
     scored: Tensor
-    # bool [N]; None: not known
-    right: Tensor | None = None
-    # term -> bool [N], samples that take part; see `mask`
+    # bool [N], judged right; given empty, it becomes False for all samples
+    right: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    # term -> bool [N], samples that take part in it; see `mask`
     masks: dict[str, Tensor] = field(default_factory=dict)
     # float32 [R] each: "rollout_logp", "advantage"
     streams: dict[str, Tensor] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class Batch:
     def __post_init__(self) -> None:
         if int(self.response_lens.min()) < 1:
             raise ValueError("a sample without response tokens cannot be trained on")
-        if self.right is None:
+        if len(self.right) == 0:
             self.right = torch.zeros_like(self.scored)
         for name, lens in (
             ("prompt_ids", "prompt_lens"),
@@ -76,8 +78,10 @@ class Batch:
         return self.context_lens[:, 0] > 0
 
     def mask(self, term: str) -> Tensor:
-        """bool [N]: the samples that take part in a term. Without a mask of its own: the taught,
-        the scored, all.
+        """bool [N]: the samples that take part in a term.
+
+        Without an entry in `masks`, samples with a teacher take part in "distill", scored ones in
+        "policy_gradient" and all in "nll".
         """
         defaults = {
             "distill": self.distilled,
@@ -87,7 +91,7 @@ class Batch:
         return self.masks.get(term, defaults[term])
 
     def context_parts(self, context: int) -> list[Tensor]:
-        """The teacher prompts of one column, an empty one where a sample has none."""
+        """The prompt ids of one column of teacher contexts by sample; empty where a sample has none."""
         columns = self.context_lens.shape[1]
         return list(self.context_ids.split(self.context_lens.flatten().tolist()))[context::columns]
 
@@ -99,6 +103,7 @@ class Batch:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Batch:
+        """The inverse of `to_tensors`."""
         streams = {
             name.removeprefix("stream:"): t for name, t in tensors.items() if name.startswith("stream:")
         }
@@ -136,7 +141,7 @@ class Batch:
         )
 
     def parts(self, count: int) -> list[Batch]:
-        """`count` minibatches of whole questions, in order, their numbers of questions as equal as may be."""
+        """`count` minibatches of whole questions in order, with nearly equal numbers of questions."""
         if count == 1:
             return [self]
         questions, start = [], 0

@@ -1,6 +1,7 @@
-"""Which samples this rank computes, in which microbatches, student's and teacher's, and what that
-costs. No collective: every data-parallel rank works out the whole deal from the batch of the step,
-which all hold, and takes its own row.
+"""Which samples each data-parallel rank computes, in which microbatches, and what that costs.
+
+No collective: every rank holds the whole batch of the step, works out the plans of all ranks from it
+and takes its own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Costs:
 
     # config.json
     student: Mapping[str, Any]
-    # config.json of each pass of the teacher
+    # config.json for each forward of the teacher
     teachers: list[Mapping[str, Any]]
     actor: ActorConfig
     # tokens; validate_actor.sequence_multiple
@@ -49,15 +50,17 @@ class Costs:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences that one kind of pass runs over, by sample of the whole batch."""
+    """The sequences of the student or of one teacher context, by sample of the whole batch."""
 
-    asked: list[bool]
+    # whether a forward runs over it
+    requested: list[bool]
     # tokens
     lengths: list[int]
+    # tokens, with padding
     padded: list[int]
-    # of the sequence as it is
+    # FLOPs without padding
     flops: list[float]
-    # with its own padding and recomputation; 0 where it is not asked for
+    # FLOPs with padding and recomputation; 0 where it is not requested
     cost: list[float]
 
 
@@ -67,9 +70,9 @@ class RankPlan:
 
     samples: list[int]
     microbatches: list[list[int]]
-    # of each context that is read
+    # the same for each teacher context that is read
     teacher_microbatches: list[list[list[int]]]
-    # of all ranks together; see `_figures`
+    # of all ranks together, the same on each; see `_metrics`
     metrics: dict[str, float]
 
 
@@ -85,8 +88,9 @@ def make_costs(config: Config, student: Mapping[str, Any], passes: int) -> Costs
 
 
 def contexts_read(algorithm: AlgorithmConfig, columns: int) -> int:
-    """How many of a batch's teacher contexts are run: none without a term that asks, the first
-    alone for distillation, else all.
+    """How many of a batch's teacher contexts are run.
+
+    None without a term that reads the teacher; the first alone for distillation; else all.
     """
     term, pg = algorithm.distill, algorithm.policy_gradient
     credit = pg.credit if pg is not None else None
@@ -97,21 +101,19 @@ def contexts_read(algorithm: AlgorithmConfig, columns: int) -> int:
 
 
 def teacher_samples(batch: Batch, algorithm: AlgorithmConfig, active: Tensor, context: int) -> Tensor:
-    """bool [N]: active samples that some term asks the teacher about, and that have the context."""
-    asked, pg = torch.zeros(len(batch), dtype=torch.bool), algorithm.policy_gradient
+    """bool [N]: active samples that have the context, and whose teacher some term reads."""
+    requested, pg = torch.zeros(len(batch), dtype=torch.bool), algorithm.policy_gradient
     if algorithm.distill is not None:
-        asked |= batch.mask("distill") & (batch.question_weight > 0)
+        requested |= batch.mask("distill") & (batch.question_weight > 0)
     if pg is not None and pg.credit is not None:
-        asked |= batch.mask("policy_gradient")
-    return asked & active & (batch.context_lens[:, context] > 0)
+        requested |= batch.mask("policy_gradient")
+    return requested & active & (batch.context_lens[:, context] > 0)
 
 
 def plan_ranks(
     batch: Batch, active: Tensor, algorithm: AlgorithmConfig, costs: Costs, ranks: int
 ) -> list[RankPlan]:
-    """One a data-parallel rank. The batch must hold at least as many samples as there are ranks:
-    each gets one.
-    """
+    """The plan of each data-parallel rank. The batch must hold a sample for every rank."""
     actor, responses = costs.actor, batch.response_lens.tolist()
     student = _sequences(active.tolist(), batch.prompt_lens.tolist(), responses, costs, teacher=False)
     read = contexts_read(algorithm, batch.context_lens.shape[1])
@@ -129,28 +131,29 @@ def plan_ranks(
         lengths = (
             torch.maximum(batch.prompt_lens, batch.context_lens.amax(1)) + batch.response_lens
         ).tolist()
-        parts = balance.by_count(lengths, student.asked, ranks, actor.micro_batch_size)
+        parts = balance.by_count(lengths, student.requested, ranks, actor.micro_batch_size)
     else:
         other = [sum(one) for one in zip(*(t.cost for t in teacher), strict=True)] or [0.0] * len(batch)
         work = balance.Workload(
             student.padded, student.cost, other, actor.max_tokens_per_microbatch, actor.packing
         )
-        parts = balance.by_tokens(work, student.asked, ranks, least=actor.pipeline_model_parallel_size)
+        parts = balance.by_tokens(work, student.requested, ranks, least=actor.pipeline_model_parallel_size)
     packed = [_teacher_microbatches(parts, one, actor) for one in teacher]
-    figures, found = _figures(parts, student, teacher, packed, costs), []
+    metrics, found = _metrics(parts, student, teacher, packed, costs), []
     for rank, part in enumerate(parts):
         place = {i: k for k, i in enumerate(part.samples)}
         cuts = [
             [[place[i] for i in one] for one in microbatches]
             for microbatches in (part.microbatches, *(one[rank] for one in packed))
         ]
-        found.append(RankPlan(part.samples, cuts[0], cuts[1:], figures))
+        found.append(RankPlan(part.samples, cuts[0], cuts[1:], metrics))
     return found
 
 
 def microbatches_in_order(batch: Batch, costs: Costs) -> list[list[int]]:
-    """All samples of a batch in microbatches, for a pass that is not shared out: as they come, or
-    as many as the token budget holds.
+    """All samples of a batch in microbatches, for a forward that every rank runs in full.
+
+    They are cut in order, or packed within the token budget.
     """
     actor, samples = costs.actor, range(len(batch))
     if actor.max_tokens_per_microbatch is None:
@@ -160,7 +163,7 @@ def microbatches_in_order(batch: Batch, costs: Costs) -> list[list[int]]:
 
 
 def _sequences(
-    asked: list[bool], prompts: list[int], responses: list[int], costs: Costs, *, teacher: bool
+    requested: list[bool], prompts: list[int], responses: list[int], costs: Costs, *, teacher: bool
 ) -> Sequences:
     lengths = [p + r for p, r in zip(prompts, responses, strict=True)]
     padded = [costs.padded(length) for length in lengths]
@@ -172,29 +175,30 @@ def _sequences(
             known[length, predicted] = of(length, predicted)
         return known[length, predicted]
 
-    exact = [flops(n, r) if a else 0.0 for n, r, a in zip(lengths, responses, asked, strict=True)]
-    cost = [flops(n, r) if a else 0.0 for n, r, a in zip(padded, responses, asked, strict=True)]
+    exact = [flops(n, r) if a else 0.0 for n, r, a in zip(lengths, responses, requested, strict=True)]
+    cost = [flops(n, r) if a else 0.0 for n, r, a in zip(padded, responses, requested, strict=True)]
     if not teacher and costs.actor.recompute_granularity is not None:
-        cost = [c + costs.of_recompute(n) if a else 0.0 for c, n, a in zip(cost, padded, asked, strict=True)]
-    return Sequences(asked, lengths, padded, exact, cost)
+        extra = [costs.of_recompute(n) if a else 0.0 for n, a in zip(padded, requested, strict=True)]
+        cost = [c + e for c, e in zip(cost, extra, strict=True)]
+    return Sequences(requested, lengths, padded, exact, cost)
 
 
 def _teacher_microbatches(
     parts: list[balance.Part], teacher: Sequences, actor: ActorConfig
 ) -> list[list[list[int]]]:
-    """Rank -> microbatches of its samples that are asked for: packed anew, since a context has
+    """Rank -> microbatches of its samples that are requested: packed again, since a context has
     another length; as many on every rank.
     """
-    asked = [[i for one in part.microbatches for i in one if teacher.asked[i]] for part in parts]
+    requested = [[i for one in part.microbatches for i in one if teacher.requested[i]] for part in parts]
     budget = actor.max_tokens_per_microbatch
     if budget is None:
-        return [balance.chunks(one, actor.micro_batch_size, len(parts[0].microbatches)) for one in asked]
-    packed = [balance.pack(teacher.padded, one, budget, packing=actor.packing) for one in asked]
+        return [balance.chunks(one, actor.micro_batch_size, len(parts[0].microbatches)) for one in requested]
+    packed = [balance.pack(teacher.padded, one, budget, packing=actor.packing) for one in requested]
     count = max(1, max(map(len, packed)))
     return [one + [[] for _ in range(count - len(one))] for one in packed]
 
 
-def _figures(
+def _metrics(
     parts: list[balance.Part],
     student: Sequences,
     teacher: list[Sequences],
@@ -219,33 +223,33 @@ def _figures(
         for rank in range(len(parts))
     ]
     shares = [_tokens(one, dealt, packing=packing) for one, dealt in passes]
-    figures = {
+    metrics = {
         "microbatches": float(len(ranks[0])),
         "padding_share": _padding(shares[:1]),
         "flops_balance": max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0,
         "student_tflops": sum(student.flops) / 1e12,
     }
     if teacher:
-        figures |= {
+        metrics |= {
             "teacher_padding_share": _padding(shares[1:]),
             "teacher_tflops": sum(sum(one.flops) for one in teacher) / 1e12,
         }
     if costs.actor.recompute_granularity is not None:
-        figures["recompute_tflops"] = (
-            sum(costs.of_recompute(n) for n, a in zip(student.lengths, student.asked, strict=True) if a)
+        metrics["recompute_tflops"] = (
+            sum(costs.of_recompute(n) for n, a in zip(student.lengths, student.requested, strict=True) if a)
             / 1e12
         )
     if budget is not None:
         groups = [(one, group) for one, dealt in passes for rank in dealt for group in rank]
-        figures["over_budget"] = float(
+        metrics["over_budget"] = float(
             sum(balance.computed_tokens(one.padded, [g], packing=packing) > budget for one, g in groups)
         )
-    return figures
+    return metrics
 
 
 def _tokens(sequences: Sequences, dealt: list[list[list[int]]], *, packing: bool) -> tuple[int, int]:
     """(real, computed) over all ranks."""
-    real = sum(length for length, asked in zip(sequences.lengths, sequences.asked, strict=True) if asked)
+    real = sum(n for n, a in zip(sequences.lengths, sequences.requested, strict=True) if a)
     return real, sum(balance.computed_tokens(sequences.padded, rank, packing=packing) for rank in dealt)
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 
-from megasd.algo.recipes import ABOUT, RECIPES
+from megasd.algo.recipes import CATALOGUE
 from megasd.commands.parser import SubCommands, start_with
 
 
@@ -38,8 +38,8 @@ def run(options: Options) -> int:
     """Print the recipes; returns 0."""
     if options.json:
         rows = {
-            name: {"paper": paper, "about": about, "row": asdict(RECIPES[name])}
-            for name, (paper, about) in ABOUT.items()
+            name: {"paper": recipe.paper, "about": recipe.about, "row": asdict(recipe.row)}
+            for name, recipe in CATALOGUE.items()
         }
         print(json.dumps(rows, indent=2))
     else:
@@ -49,5 +49,7 @@ def run(options: Options) -> int:
 
 def table() -> list[str]:
     """A line for each recipe: its name, its paper, and what it does."""
-    names, papers = max(map(len, ABOUT)), max(len(paper) for paper, _ in ABOUT.values())
-    return [f"{name:<{names + 2}}{paper:<{papers + 2}}{about}" for name, (paper, about) in ABOUT.items()]
+    names, papers = max(map(len, CATALOGUE)), max(len(recipe.paper) for recipe in CATALOGUE.values())
+    return [
+        f"{name:<{names + 2}}{recipe.paper:<{papers + 2}}{recipe.about}" for name, recipe in CATALOGUE.items()
+    ]

@@ -1,4 +1,9 @@
-"""Sums in exact fixed point: the same to the last bit for every order of their parts."""
+"""Sums in exact fixed point: the same to the last bit for every order of their parts.
+
+A floating-point sum depends on the order of its parts. Metrics, the loss that is logged and the
+normaliser are sums of words instead, so they are the same for every layout whose per-token values
+are the same.
+"""
 
 from __future__ import annotations
 

@@ -1,41 +1,34 @@
-"""From per-token losses to one number over microbatches and ranks: the only file that knows
-Megatron's scaling.
+"""What Megatron does with a loss, and how this package keeps it from scaling one.
 
-What megatron-core 0.16.1 does with TransformerConfig.calculate_per_token_loss = True, which the
-model must set (lines of that release):
+With TransformerConfig.calculate_per_token_loss = True, which the model must set, megatron-core
+0.16.1 does the following (files and lines of that release):
 
-    pipeline_parallel/schedules.py:257-263   a loss function that returns (loss, num_tokens, log) is
-                                             divided neither by num_tokens nor by
-                                             the number of microbatches; a 2-tuple would be multiplied by CP and divided by microbatches
-    distributed/distributed_data_parallel.py:254-259   gradient_scaling_factor = 1 for dense and
-                                                       expert parameters, and
-                                             average_in_collective must be off: gradients are summed over DP x CP
-    distributed/param_and_grad_buffer.py:391-397       so the buffers are not scaled and the collective is SUM
-    pipeline_parallel/schedules.py:649,672 (no pipeline), 1210, 2175, 2219     num_tokens of the microbatches are added up, and
-                                  :682,1921,2313       handed to config.finalize_model_grads_func
-    distributed/finalize_model_grads.py:484-497        which all-reduces them and divides every
-                                                       gradient by them if they are > 0,
-                                             but skips all that, collectives included, when they are None
+    pipeline_parallel/schedules.py:257-263
+        A loss function that returns (loss, num_tokens, log) is divided neither by num_tokens nor by
+        the number of microbatches. A 2-tuple would be multiplied by CP and divided by microbatches.
+    distributed/distributed_data_parallel.py:254-259
+        gradient_scaling_factor = 1 for dense and expert parameters. average_in_collective must be
+        off: gradients are summed over DP x CP.
+    distributed/param_and_grad_buffer.py:391-397
+        So the buffers are not scaled, and the collective is SUM.
+    pipeline_parallel/schedules.py:649,672,682 (no pipeline), 1210,1921, 2175,2219,2313
+        num_tokens of the microbatches are added up and handed to config.finalize_model_grads_func.
+    distributed/finalize_model_grads.py:484-497
+        It all-reduces them and divides every gradient by them if they are > 0. When they are None,
+        it skips all that, collectives included.
 
-So: gradient of a step = plain sum over microbatches, DP and CP of the gradient of the returned
-loss. We return sum_t weight_t loss_t whose weights hold the global normaliser already, count zero
-tokens, and wrap finalize_model_grads with `without_division` so that it gets None. Nothing depends
-on the number of microbatches, on DP, CP, PP or on how samples are dealt. Over TP the loss is
-replicated, not summed.
-
-Figures that are reported (the loss, metrics) and the normaliser itself are sums in exact fixed
-point, `exact_words`: floating-point sums would depend on the order of the parts, these are the same
-to the last bit for every layout whose per-token values are the same.
+So the gradient of a step is the plain sum, over microbatches, DP and CP, of the gradient of the
+returned loss. The loss here is sum_t weight_t loss_t, whose weights hold the global normaliser
+already (loss/normalise.py); it counts zero tokens, and `without_division` wraps
+finalize_model_grads so that it gets None. Nothing depends on the number of microbatches, on DP, CP,
+PP or on which rank holds which sample. Over TP the loss is replicated, not summed.
 
 Two things in Megatron expect the division that is skipped: auxiliary losses of mixture-of-experts
 routers (transformer/moe/router.py, 456-467 and 488-495: multiplied by local tokens) and of
 multi-token prediction (models/gpt/gpt_model.py:654). A model that trains with either must scale its
 coefficient by 1 / (tokens that enter the layers in a step, over DP x CP and microbatches); with
 coefficient 0 nothing is to be done.
-
-N samples of this rank, R response tokens of all N samples one after the other, T response tokens of
-one microbatch on this rank.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

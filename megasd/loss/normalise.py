@@ -1,4 +1,9 @@
-"""The weight of each token such that the plain sum over microbatches and ranks is the loss of a step."""
+"""Weights of tokens with which the plain sum over microbatches and ranks is the loss of a step.
+
+N samples of this rank, R response tokens of all N samples one after the other, T response tokens of
+one microbatch. Sums over ranks are exact (loss/exact_sum.py), so the weights do not depend on the
+layout.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +30,20 @@ WEIGHT_BITS = 44
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Global figures of one step for one loss term."""
+    """Global counts of one step for one loss term, and the mean weight of its questions."""
 
     # what question weights are divided by; 0.0 when no question is informative (weight > 0)
     mean_weight: float
-    # informative ones
+    # informative questions: those of weight > 0
     num_questions: int
     num_all_questions: int
-    # all of the batch
+    # all samples of the batch
     num_samples: int
     # samples with a token in the term's mask
     num_taking_part: int
-    # in the term's mask
+    # tokens in the term's mask
     num_tokens: int
-    # in the mask of some term
+    # tokens in the mask of some term
     num_tokens_of_terms: int
 
 
@@ -63,7 +68,7 @@ def _check(question_weight_N: Tensor, mask_R: Tensor, response_lens_N: Tensor) -
 
 def _check_weights(weight_N: Tensor) -> None:
     if not ((weight_N == 0) | (weight_N >= MIN_WEIGHT)).all():
-        # Smaller ones would drown in the quantum of the sum; only ratios of weights count, so a
+        # A smaller weight would vanish in the quantum of the sum. Only ratios of weights count, so a
         # rule can be scaled.
         raise ValueError(
             f"question weights must be 0 or at least 2^-30, got {weight_N.min().item()}; multiply the rule by"
@@ -81,8 +86,8 @@ def global_normalisers(
     dataset_mean: float | None = None,
     dp_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Normaliser]:
-    """Loss term -> its figures over the data-parallel group, the same on every rank and for every
-    dealing of the samples, bit for bit.
+    """Loss term -> its normaliser over the data-parallel group, bit for bit the same on every rank,
+    whichever rank holds which sample.
 
     Each sample of a question of n samples brings w / n, 1[w > 0] / n and 1 / n, so the sums are
     over unique questions although a question's samples may lie on several ranks. normaliser: what
@@ -191,7 +196,5 @@ def term_weights(
 
 
 def weighted(values_T: Tensor, weight_T: Tensor) -> Tensor:
-    """weight * value, exactly 0 (and with gradient 0) where the weight is 0, whatever stands there,
-    NaN included.
-    """
+    """weight * value; exactly 0, with gradient 0, where the weight is 0, even if the value is NaN."""
     return torch.where(weight_T != 0, values_T * weight_T, 0.0)

@@ -4,15 +4,16 @@ discounts, returns and shifts of tokens.
 N samples of this data-parallel rank, R response tokens of all N, one response after the other.
 Everything is a constant (no gradient). `group`: the data-parallel ranks WITHOUT context parallel;
 every rank must call, one without tokens too; None or one rank: no collective. Sums over the batch
-are those of loss/normalise.py (`exact_words`, float64), so that what a token gets does not depend
-on how samples are dealt over the ranks, but for the last bit of an exp or a sigmoid, which goes
-with its place in a vector unit. Tensors live on a device that `group` can reduce.
+are those of loss/exact_sum.py, so that what a token gets does not depend on which rank holds which
+sample, except for the last bit of an exp or a sigmoid, which depends on its place in a vector unit.
+Tensors live on a device that `group` can reduce.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,8 +83,8 @@ def entropy_discount(
     highest = _all_reduce(highest, group, dist.ReduceOp.MAX).clamp(min=1.0)
     lowest = []
     for values in _by_response(entropy_R, lens_N):
-        ahead = torch.cat([values, values.new_full((window,), torch.inf)])
-        lowest.append(ahead.unfold(0, window + 1, 1).amin(1))
+        padded = torch.cat([values, values.new_full((window,), torch.inf)])
+        lowest.append(padded.unfold(0, window + 1, 1).amin(1))
     om_R = (1 - scale * _join(lowest, entropy_R) / highest).clamp(_DISCOUNT_FLOOR, 1.0)
     return torch.where(mask_R, om_R, 1.0)
 
@@ -136,7 +137,7 @@ class EntropyGate:
 
     def observe(self, median: float) -> bool:
         """Take in a step's median entropy (nats); whether the gate is open in that step. NaN (no
-        taught token) changes nothing.
+        token with a teacher) changes nothing.
         """
         if len(self.seen) < self.warmup:
             if not math.isnan(median):
@@ -149,11 +150,12 @@ class EntropyGate:
             self.is_shut = False
         return not self.is_shut
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {"seen": list(self.seen), "is_shut": self.is_shut}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of state_dict."""
         self.seen, self.is_shut = list(state["seen"]), bool(state["is_shut"])
 
 
@@ -243,5 +245,5 @@ def sequence_log_ratio(logp_R: Tensor, old_logp_R: Tensor, lens_N: Tensor) -> Te
 
 
 def _sums(values_R: Tensor, lens_N: Tensor) -> Tensor:
-    """[N]: the sum of each response, the same whatever stands beside it."""
+    """[N]: the sum of each response, the same whatever stands next to it."""
     return torch.stack([values_R.new_zeros(()), *(part.sum() for part in _by_response(values_R, lens_N))])[1:]

@@ -1,8 +1,8 @@
-"""The output layer and the loss in one walk over chunks of tokens: neither the logits nor their
-gradient ever exist as a whole.
+"""The output layer and the loss, fused: one walk over chunks of tokens, so that neither the logits
+nor their gradient ever exist as a whole.
 
 T tokens, h hidden, V local vocabulary slice. Per chunk: logits of student and teacher (float32,
-also out of bfloat16 operands), the readout of ops/vocab_parallel.py, the caller's loss on it, and
+also out of bfloat16 operands), the log-probs of ops/vocab_parallel.py, the caller's loss on it, and
 at once the gradient of the logits, of the hidden states and of the weight. Four GEMMs (student,
 teacher, hidden gradient, weight gradient), as many as without fusion; peak memory does not depend
 on T.
@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec, TeacherRecord, compute_logprobs, write_gradient_
 from megasd.ops.vocab_shard import compute_dtype
 
-# (readout of a chunk, its tokens) -> (loss_T, sums to be added up); loss_T is differentiable in the
-# readout and has every weight in it.
+# (log-probs of a chunk, its tokens) -> (loss_T, sums to be added up); loss_T is differentiable in the
+# log-probs and has every weight in it.
 LossFunction = Callable[[LogProbs, slice], tuple[Tensor, dict[str, Tensor]]]
 # rows of a bfloat16 weight that are widened at a time where the BLAS has no float32 output (CPU)
 _WEIGHT_ROWS = 8192
@@ -130,12 +130,12 @@ def _check(hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor | None, teach
     if hidden_Th.dtype != weight_Vh.dtype:
         raise ValueError(f"hidden is {hidden_Th.dtype} and weight {weight_Vh.dtype}; cast one of them")
     if targets_T is not None and targets_T.shape != hidden_Th.shape[:1]:
-        raise ValueError(f"{tuple(targets_T.shape)} targets beside {hidden_Th.shape[0]} tokens")
+        raise ValueError(f"{tuple(targets_T.shape)} targets for {hidden_Th.shape[0]} tokens")
     if isinstance(teacher, TeacherHead) and (
         teacher.hidden_Th.shape[0] != hidden_Th.shape[0] or teacher.weight_Vh.shape[0] != weight_Vh.shape[0]
     ):
         raise ValueError(
-            f"teacher of {teacher.hidden_Th.shape[0]} tokens and {teacher.weight_Vh.shape[0]} columns beside"
+            f"teacher of {teacher.hidden_Th.shape[0]} tokens and {teacher.weight_Vh.shape[0]} columns next to"
             f" a student of {hidden_Th.shape[0]} and {weight_Vh.shape[0]}"
         )
 
@@ -182,14 +182,14 @@ class _FusedLinearLoss(torch.autograd.Function):
             tokens = slice(start, min(start + size, num_tokens))
             student_TV = _project(hidden_Th[tokens], weight_Vh, buffers.student_TV[: tokens.stop - start])
             teacher_TV = _chunk_of(teacher, tokens, buffers.teacher_TV)
-            readout, state = compute_logprobs(
+            logprobs, state = compute_logprobs(
                 student_TV,
                 teacher_TV,
                 None if targets_T is None else targets_T[tokens],
                 spec,
                 tp_group=tp_group,
             )
-            loss_T, gradients = _differentiate(loss_fn, readout, tokens, sums, wants_hidden or wants_weight)
+            loss_T, gradients = _differentiate(loss_fn, logprobs, tokens, sums, wants_hidden or wants_weight)
             loss += loss_T.detach().sum()
             if gradients is None:
                 continue
@@ -238,7 +238,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
 
 def _differentiate(
-    loss_fn: LossFunction, readout: LogProbs, tokens: slice, sums: dict[str, Tensor], train: bool
+    loss_fn: LossFunction, logprobs: LogProbs, tokens: slice, sums: dict[str, Tensor], train: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """The caller's loss of a chunk and its gradients in (student_logq_TB, divergence_T, logp_T):
     O(K) work, the same on all ranks.
@@ -246,11 +246,11 @@ def _differentiate(
     names = ("student_logq_TB", "divergence_T", "logp_T")
     with torch.set_grad_enabled(train):
         leaves = {
-            n: getattr(readout, n).detach().requires_grad_(train)
+            n: getattr(logprobs, n).detach().requires_grad_(train)
             for n in names
-            if getattr(readout, n) is not None
+            if getattr(logprobs, n) is not None
         }
-        loss_T, chunk_sums = loss_fn(replace(readout, **leaves), tokens)
+        loss_T, chunk_sums = loss_fn(replace(logprobs, **leaves), tokens)
         gradients = None
         if train:
             found = iter(
@@ -311,7 +311,7 @@ def fused_linear_loss(
     The backward runs once. memory_bytes: budget of the chunk's logits. A step's token weights must
     be in loss_fn.
 
-    Collectives: those of the readout once per chunk, and in the backward one all_reduce of the
+    Collectives: those of the log-probs once per chunk, and in the backward one all_reduce of the
     hidden gradient over tp_group, which reduce_hidden_grad=False leaves to the caller (sequence
     parallelism: the reduce-scatter of the gather before it).
     """
@@ -347,8 +347,8 @@ def fused_linear_logprobs(
     tp_group: dist.ProcessGroup | None,
     memory_bytes: int,
 ) -> LogProbs:
-    """The readout of all tokens, without gradient, chunk by chunk. Collectives: those of the
-    readout once per chunk.
+    """The log-probs of all tokens, without gradient, chunk by chunk. Collectives: those of the
+    log-probs once per chunk.
     """
     _check(hidden_Th, weight_Vh, targets_T, teacher)
     size = min(chunk_tokens(memory_bytes, weight_Vh, teacher), max(1, hidden_Th.shape[0]))
@@ -388,8 +388,8 @@ def fused_linear_teacher_record(
     Collectives: one all_gather per chunk.
     """
     spec = LogProbsSpec(vocab_size=vocab_size, support="student", top_k=k, temperature=temperature)
-    readout = fused_linear_logprobs(
+    logprobs = fused_linear_logprobs(
         hidden_Th, weight_Vh, None, spec, tp_group=tp_group, memory_bytes=memory_bytes
     )
-    logq_TB = readout.student_logq_TB.float()
-    return TeacherRecord(readout.ids_TA.to(torch.int32), logq_TB[:, :-1], logq_TB[:, -1])
+    logq_TB = logprobs.student_logq_TB.float()
+    return TeacherRecord(logprobs.ids_TA.to(torch.int32), logq_TB[:, :-1], logq_TB[:, -1])

@@ -1,5 +1,6 @@
-"""What a loss may know about logits that are split over the vocabulary: O(K) numbers per token, the
-same on every tensor-parallel rank.
+"""Vocab-parallel log-probs: what a loss may know about logits that are split over the vocabulary.
+
+These are O(K) numbers per token, the same on every tensor-parallel rank.
 
 T tokens, V local vocabulary slice, K top-k, A size of the support (K, 2K for a union), B buckets =
 A + 1 (A without a tail), R ranks.
@@ -48,8 +49,10 @@ TAILS = ("bucket", "renormalise", "raw")
 
 @dataclass(frozen=True)
 class LogProbsSpec:
-    """What to read. beta, clip: of ops/divergence_terms.py, used by support "full" alone, whose sum
-    over the vocabulary is made shard by shard.
+    """Which log-probs to compute.
+
+    beta, clip: those of ops/divergence_terms.py. Support "full" alone uses them: it sums the
+    divergence over the vocabulary shard by shard.
     """
 
     # the true vocabulary: padded columns take no part and get gradient zero
@@ -99,7 +102,7 @@ class TeacherRecord:
 
 @dataclass
 class LogProbs:
-    """float32 (float64 for float64 logits), bitwise equal on all tensor-parallel ranks. None: not asked for.
+    """float32 (float64 for float64 logits), bitwise equal on all tensor-parallel ranks. None: not requested.
 
     Differentiable: student_logq_TB, divergence_T, logp_T.
     """
@@ -132,7 +135,7 @@ class _Side:
 
 @dataclass
 class _State:
-    """What the gradient needs beside the logits: at most 8 A + 64 bytes a token in float32."""
+    """What the gradient needs next to the logits: at most 8 A + 64 bytes a token in float32."""
 
     # int32 global
     ids_TA: Tensor | None = None
@@ -150,7 +153,7 @@ class _State:
 
 
 def _kernels(logits_TV: Tensor):
-    """The backend of the local passes, by device; float64 has one everywhere."""
+    """The kernels for these logits: Triton on a GPU, torch on a CPU and for float64."""
     if logits_TV.is_cuda and logits_TV.dtype != torch.float64:
         from megasd.ops import kernels_triton
 
@@ -208,14 +211,14 @@ def _select(
     for logits_TV, temperature in sides:
         values_TK = logits_TV.new_full((num_tokens, k), -torch.inf, dtype=wide)
         ids_TK = torch.zeros((num_tokens, k), dtype=word, device=logits_TV.device)
-        passes = _kernels(logits_TV)
+        kernels = _kernels(logits_TV)
         if local_k:
-            values, ids, rest = passes.select(
+            values, ids, rest = kernels.select(
                 logits_TV, local_k, num_valid=shard.num_valid, temperature=temperature
             )
             values_TK[:, :local_k], ids_TK[:, :local_k] = values, ids + shard.start
         else:
-            rest = passes.gather(logits_TV, ids_TK[:, :0].int(), num_valid=0, temperature=temperature)[1]
+            rest = kernels.gather(logits_TV, ids_TK[:, :0].int(), num_valid=0, temperature=temperature)[1]
         packed += [values_TK.view(word), ids_TK, *(r[:, None].view(word) for r in rest[:rest_words])]
     gathered_TRC = _all_gather(torch.cat(packed, dim=1), shard, tp_group)
     found = []
@@ -255,8 +258,8 @@ class _Pack:
         self, logits_TV: Tensor, ids_TA: Tensor, temperature: float, *, moment: bool
     ) -> tuple[int, int]:
         """Scores at the ids, and this rank's rest in its own places of [R, 2 or 3]."""
-        passes = _kernels(logits_TV)
-        values_TA, rest = passes.gather(
+        kernels = _kernels(logits_TV)
+        values_TA, rest = kernels.gather(
             logits_TV, _local(ids_TA, self.shard), num_valid=self.shard.num_valid, temperature=temperature
         )
         width = 3 if moment else 2
@@ -344,7 +347,7 @@ def compute_logprobs(
     *,
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[LogProbs, _State]:
-    """The readout without autograd, and what `write_gradient_` needs. See vocab_parallel_readout."""
+    """The log-probs without autograd, and what `write_gradient_` needs. See vocab_parallel_logprobs."""
     _check(student_TV, teacher, spec)
     shard = shard_of(student_TV.shape[1], spec.vocab_size, tp_group)
     if spec.support == "full":
@@ -391,20 +394,20 @@ def compute_logprobs(
         teacher_side = pack.side(teacher_places, ids_TA)
 
     logp_TB, top_T, logsum_T, tail_max_T, tail_sum_T = _buckets(student_side)
-    readout = LogProbs(entropy_T=_entropy(student_side, logp_TB, top_T, logsum_T))
+    logprobs = LogProbs(entropy_T=_entropy(student_side, logp_TB, top_T, logsum_T))
     if spec.support != "none":
-        readout.ids_TA, readout.student_logq_TB = ids_TA, _in_tail_mode(logp_TB, spec.tail)
+        logprobs.ids_TA, logprobs.student_logq_TB = ids_TA, _in_tail_mode(logp_TB, spec.tail)
     if teacher_side is not None:
-        readout.teacher_logq_TB = _in_tail_mode(_buckets(teacher_side)[0], spec.tail)
+        logprobs.teacher_logq_TB = _in_tail_mode(_buckets(teacher_side)[0], spec.tail)
     elif isinstance(teacher, TeacherRecord):
         logq_TB = torch.cat(
             [teacher.logq_TK.masked_fill(ids_TA < 0, -torch.inf), teacher.log_tail_T[:, None]], dim=1
         )
-        readout.teacher_logq_TB = _in_tail_mode(logq_TB.to(logp_TB.dtype), spec.tail)
+        logprobs.teacher_logq_TB = _in_tail_mode(logq_TB.to(logp_TB.dtype), spec.tail)
     if targets_T is not None:
-        readout.logp_T = (pack.parts[target_place][:, 0] - top_T) - logsum_T
+        logprobs.logp_T = (pack.parts[target_place][:, 0] - top_T) - logsum_T
     state = _State(ids_TA.to(torch.int32), logp_TB, tail_max_T, tail_sum_T, targets_T)
-    return readout, state
+    return logprobs, state
 
 
 def _read_full(
@@ -434,10 +437,10 @@ def _read_full(
         pack.add_targets(student_TV, targets_T, spec.temperature)
     pack.reduce()
     divergence_T, total_T, plogp_T = (t.contiguous() for t in pack.parts[0].unbind(-1))
-    readout = LogProbs(divergence_T=divergence_T, entropy_T=-plogp_T)
+    logprobs = LogProbs(divergence_T=divergence_T, entropy_T=-plogp_T)
     (student_max_T, student_logsum_T), (teacher_max_T, teacher_logsum_T) = norms
     if targets_T is not None:
-        readout.logp_T = (pack.parts[1][:, 0] - student_max_T) - student_logsum_T
+        logprobs.logp_T = (pack.parts[1][:, 0] - student_max_T) - student_logsum_T
     state = _State(
         targets_T=targets_T,
         student_max_T=student_max_T,
@@ -446,7 +449,7 @@ def _read_full(
         teacher_logsum_T=teacher_logsum_T,
         total_T=total_T,
     )
-    return readout, state
+    return logprobs, state
 
 
 def _full_options(spec: LogProbsSpec, shard: Shard) -> dict:
@@ -472,11 +475,11 @@ def write_gradient_(
     tp_group: dist.ProcessGroup | None,
     out: Tensor | None = None,
 ) -> None:
-    """This rank's gradient from the gradients of the readout (None: zero), in place in the logits
+    """This rank's gradient from the gradients of the log-probs (None: zero), in place in the logits
     or in `out`. No collective.
     """
     shard = shard_of(student_TV.shape[1], spec.vocab_size, tp_group)
-    passes = _kernels(student_TV)
+    kernels = _kernels(student_TV)
     wide = compute_dtype(student_TV)
     target_T = (
         student_TV.new_zeros(student_TV.shape[0], dtype=wide) if grad_logp_T is None else grad_logp_T.to(wide)
@@ -485,7 +488,7 @@ def write_gradient_(
         upstream_T = torch.zeros_like(target_T) if grad_divergence_T is None else grad_divergence_T.to(wide)
         norms = (state.student_max_T, state.student_logsum_T), (state.teacher_max_T, state.teacher_logsum_T)
         coefficient_T = -(upstream_T * state.total_T + target_T)
-        passes.full_gradient_(
+        kernels.full_gradient_(
             student_TV,
             teacher_TV,
             *norms,
@@ -500,7 +503,7 @@ def write_gradient_(
         scale_T = (
             torch.where(empty_T, 0.0, tail_T / torch.where(empty_T, 1.0, state.tail_sum_T)) / spec.temperature
         )
-        passes.gradient_(
+        kernels.gradient_(
             student_TV,
             _local(state.ids_TA, shard),
             chosen_TA / spec.temperature,
@@ -558,21 +561,21 @@ def _check(student_TV: Tensor, teacher: Tensor | TeacherRecord | None, spec: Log
         )
     if isinstance(teacher, TeacherRecord) and teacher.ids_TK.shape[0] != student_TV.shape[0]:
         raise ValueError(
-            f"a record of {teacher.ids_TK.shape[0]} tokens beside logits of {student_TV.shape[0]}"
+            f"a record of {teacher.ids_TK.shape[0]} tokens next to logits of {student_TV.shape[0]}"
         )
 
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_TV, teacher, targets_T, spec, tp_group, in_place):
-        readout, state = compute_logprobs(student_TV, teacher, targets_T, spec, tp_group=tp_group)
+        logprobs, state = compute_logprobs(student_TV, teacher, targets_T, spec, tp_group=tp_group)
         # elsewhere the teacher's logits need not outlive the forward
         needed = teacher if spec.support == "full" else None
         ctx.save_for_backward(student_TV, needed, *(getattr(state, f.name) for f in fields(state)))
         ctx.spec, ctx.tp_group, ctx.in_place, ctx.done = spec, tp_group, in_place, False
-        outputs = tuple(getattr(readout, f.name) for f in fields(readout))
+        outputs = tuple(getattr(logprobs, f.name) for f in fields(logprobs))
         ctx.mark_non_differentiable(
-            *(t for t in (readout.ids_TA, readout.teacher_logq_TB, readout.entropy_T) if t is not None)
+            *(t for t in (logprobs.ids_TA, logprobs.teacher_logq_TB, logprobs.entropy_T) if t is not None)
         )
         ctx.set_materialize_grads(False)
         return outputs
@@ -610,8 +613,8 @@ def vocab_parallel_logprobs(
     tp_group: dist.ProcessGroup | None,
     in_place: bool = False,
 ) -> LogProbs:
-    """Read logits [T, V] (bfloat16, float32 or float64) as `spec` says; differentiable in the
-    student's logits alone.
+    """The log-probs that `spec` names, of logits [T, V] (bfloat16, float32 or float64); differentiable
+    in the student's logits alone.
 
     teacher: logits of the same slice, a TeacherRecord (support "record"), or None. targets_T: int64
     global ids whose log-probabilities are wanted. T is the same on every rank of tp_group (None:

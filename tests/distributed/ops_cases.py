@@ -5,12 +5,14 @@ tensors and takes its slice.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megasd.loss.divergence import divergence
+from megasd.config.variants import DIVERGENCE_TRAITS
+from megasd.loss.divergence import DIVERGENCES, divergence
 from megasd.ops.fused_linear_loss import (
     TeacherHead,
     fused_linear_logprobs,
@@ -145,6 +147,34 @@ def every_support(group):
             )
         if support == "student":
             assert torch.equal(readout.ids_TA, torch.stack(ids))
+
+
+def every_divergence(group):
+    """Every row of DIVERGENCES against its float64 twin: value and gradient on vocabulary shards."""
+    student, teacher = logits(9, VOCAB, 50).requires_grad_(), logits(9, VOCAB, 51)
+    upstream = logits(9, 1, 52)[:, 0]
+    for name, twin in reference.DIVERGENCES.items():
+        takes_raw = not DIVERGENCE_TRAITS[name].needs_normalised_buckets
+        tails = [tail for tail in TAILS if tail != "raw" or takes_raw]
+        supports = ("student", "teacher", "union")
+        for (case, _), support, tail in itertools.product(twin.cases, supports, tails):
+            term = replace(case, tail=tail)
+            x, y = shard(student.detach(), PADDED).requires_grad_(), shard(teacher, PADDED)
+            spec = LogProbsSpec(VOCAB, support, 4, tail, temperature=0.9, teacher_temperature=0.9)
+            logprobs = vocab_parallel_logprobs(x, y, None, spec, tp_group=group)
+            found = DIVERGENCES[name](logprobs.student_logq_TB, logprobs.teacher_logq_TB, term)
+            rows = []
+            for s, t, ids in zip(student, teacher, twin_support(student, teacher, support, 4), strict=True):
+                s, t = (
+                    reference.bucket_logprobs(z[None], ids[None], temperature=0.9, tail=tail) for z in (s, t)
+                )
+                rows.append(twin.of_buckets(s, t, term))
+            expected = torch.cat(rows)
+            (grad,) = torch.autograd.grad(found, x, upstream)
+            (expected_grad,) = torch.autograd.grad(expected, student, upstream)
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+            torch.testing.assert_close(whole_of(grad, VOCAB), expected_grad, **TOLERANCE)
+            same_on_all_ranks(found)
 
 
 def fresh_logq(teacher, record, temperature):
@@ -560,6 +590,7 @@ def fused_bfloat16(group):
 
 CASES = (
     every_support,
+    every_divergence,
     full_support,
     golden_vectors,
     ties,

@@ -16,6 +16,7 @@ from tests.launch import torchrun
 
 CASES = (
     "every_support",
+    "every_divergence",
     "full_support",
     "golden_vectors",
     "ties",

@@ -63,10 +63,10 @@ def test_the_reward_counts_falls_alone_discounted():
 def test_the_policy_moves_to_what_is_rewarded(best):
     # one draw of six is still on its way to 0.9 by then
     controller = PrefixController(seed=2, start=0.5, steps=1200)
-    assert controller.figures()["mean"] == 0.5
+    assert controller.metrics()["mean"] == 0.5
     run(controller, 1200, best=best)
-    assert abs(controller.figures()["mean"] - best) < 0.2
-    assert controller.figures()["updates"] > 100
+    assert abs(controller.metrics()["mean"] - best) < 0.2
+    assert controller.metrics()["updates"] > 100
 
 
 def test_the_policy_narrows_to_the_bound_on_its_entropy_and_no_further():

@@ -50,7 +50,7 @@ def test_golden_weights_of_sc_sdpo(kind, golden):
     assert [w / (sum(informative) / len(informative)) for w in raw] == pytest.approx(golden, abs=6e-7)
 
 
-@pytest.mark.parametrize("kind", ["none", *QUESTION_WEIGHTS])
+@pytest.mark.parametrize("kind", QUESTION_WEIGHTS)
 def test_a_question_that_nobody_could_score_weighs_nothing_unless_all_weigh_the_same(kind):
     assert question_weight(QuestionWeightConfig(kind=kind))(None) == float(kind == "none")
 
