@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def torchrun(
-    script: str, nproc: int, *args: str, timeout: float = 540, env: dict[str, str] | None = None
+    script: str, nproc: int, *args: str, timeout: float = 1500, env: dict[str, str] | None = None
 ) -> str:
     """Run `script` (path from the repository root) on `nproc` gloo ranks; returns its output, fails
     the test with the tail of it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,6 +12,10 @@ from megasd.engine.errors import EngineError, Refused
 
 # seconds an engine may take to read pushed weights; a silent one must not hold all ranks for ever
 LOAD_TIMEOUT = 1800.0
+# Seconds in which aborted requests must have left the engine's scheduler.
+FLUSH_TIMEOUT = 120.0
+# SGLang's words when they have not.
+NOT_FLUSHED = "the cache was not flushed"
 # Stamp of an engine in the middle of a live update. Samples with it do not count.
 PARTIAL = "partial-"
 
@@ -85,10 +91,16 @@ class AppliedWeights:
             # whatever still runs belongs to a request that was given up
             "abort_all_requests": True,
         }
-        try:
-            answer = await self._post("/update_weights_from_disk", body)
-        except Refused as error:
-            raise EngineError(f"the engine did not load {directory}: {error}") from error
+        deadline = time.monotonic() + FLUSH_TIMEOUT
+        while True:
+            try:
+                answer = await self._post("/update_weights_from_disk", body)
+                break
+            except Refused as error:
+                # Aborted requests leave with the scheduler's next step; the weights may come before it.
+                if NOT_FLUSHED not in str(error) or time.monotonic() > deadline:
+                    raise EngineError(f"the engine did not load {directory}: {error}") from error
+                await asyncio.sleep(0.1)
         if not answer.get("success"):
             raise EngineError(f"the engine did not load {directory}: {answer.get('message')}")
         await self._resume("kv_cache")

@@ -80,7 +80,7 @@ def run_case(
 
 
 def main(root: Path) -> None:
-    device = init_distributed(timeout_minutes=3)
+    device = init_distributed(timeout_minutes=20)
     for name, (layout, virtual, chosen) in CASES.items():
         run_case(root, name, layout, virtual, chosen, device)
     with transformer_engine_spec():

@@ -332,7 +332,7 @@ def refuse_more_ranks_than_key_heads(root: Path, device: torch.device) -> None:
 
 
 def main(root: Path) -> None:
-    device = init_distributed(timeout_minutes=3)
+    device = init_distributed(timeout_minutes=20)
     for name, (actor, chosen) in CASES.items():
         run_case(name, root, actor, chosen, device)
     with transformer_engine_spec():

@@ -248,7 +248,7 @@ def by_stage(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    init_distributed(timeout_minutes=5)
+    init_distributed(timeout_minutes=20)
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder)
     for number, case in enumerate(json.loads(sys.argv[1])):

@@ -28,7 +28,7 @@ from tests.tiny_weights import MODELS, tiny_checkpoint
 def test_families_on_four_ranks(tmp_path: Path) -> None:
     for family in MODELS:
         write_reference(tiny_checkpoint(tmp_path / family, family))
-    output = torchrun("tests/distributed/family_cases.py", 4, str(tmp_path), timeout=400)
+    output = torchrun("tests/distributed/family_cases.py", 4, str(tmp_path), timeout=1500)
     names = [f"{family} {name}" for name, (_, chosen) in CASES.items() for family in chosen]
     names += [f"{family} {TE_NAMES}" for family in TE_FAMILIES] + [
         f"{family} pp2 x 2 virtual stages" for family in ALL

@@ -18,6 +18,6 @@ from tests.tiny_weights import FAMILIES, tiny_checkpoint
 def test_weights_on_four_ranks(tmp_path: Path) -> None:
     for family in FAMILIES:
         tiny_checkpoint(tmp_path / family, family)
-    output = torchrun("tests/distributed/weights_cases.py", 4, str(tmp_path), timeout=240)
+    output = torchrun("tests/distributed/weights_cases.py", 4, str(tmp_path), timeout=1500)
     for name in [*CASES, "all"]:
         assert f"ok {name}" in output, output

@@ -123,7 +123,7 @@ def hf_model(path: Path) -> torch.nn.Module:
 
 def main(root: Path) -> None:
     cpu_backend.install_cpu_backend()
-    init_distributed(timeout_minutes=2)
+    init_distributed(timeout_minutes=20)
     for name, (family, layout) in CASES.items():
         start = time.perf_counter()
         actor = round_trip(name, root / family, layout)

@@ -707,7 +707,7 @@ def run_fork(forks: multiprocessing.context.BaseContext) -> Callable[[Path, list
 
 def run_real(here: Path, argv: list[str]) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "megasd.cli", *argv]
-    done = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True, timeout=1500)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -29,7 +29,7 @@ from megasd.data.prompts import PromptIterator, load_prompts
 from megasd.data.rollout_log import load_groups, rollout_path
 from megasd.trainer.metrics import read_metrics
 from tests.integration.test_rollout import Strike, ask, check_groups, hf_logps, make_model, make_rollout
-from tests.integration.test_train import TEMPLATE, G, P, engine_of, megasd
+from tests.integration.test_train import TEMPLATE, G, P, engine_of, megasd, wait_until_it_samples
 
 # a model that tosses a coin, and its rows
 from tests.integration.test_train import start as start
@@ -111,7 +111,7 @@ def test_a_run_on_served_engines(start: Path, tmp_path: Path, monkeypatch: pytes
                     seen |= set(one.cmdline())
             time.sleep(0.5)
         assert process.returncode == 0, log.read_text()[-3000:]
-        assert server.wait(60) == 0, (tmp_path / "serve.log").read_text()
+        assert server.wait(300) == 0, (tmp_path / "serve.log").read_text()
     finally:
         for one in (process, server):
             if one.poll() is None:
@@ -158,7 +158,7 @@ def test_a_run_that_samples_ahead(start: Path, tmp_path: Path) -> None:
 
     try:
         wait_for(1)
-        time.sleep(0.3)
+        wait_until_it_samples(process, log)
         for part in engine_of(process):
             part.kill()
         wait_for(3)
@@ -168,7 +168,7 @@ def test_a_run_that_samples_ahead(start: Path, tmp_path: Path) -> None:
                 rank.send_signal(signal.SIGTERM)
         while not (run / "preempted").is_file() and process.poll() is None:
             time.sleep(0.05)
-        process.wait(60)
+        process.wait(300)
     finally:
         for one in [*tree, psutil.Process(process.pid)] if process.poll() is None else []:
             one.kill()

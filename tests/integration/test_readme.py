@@ -50,7 +50,7 @@ def test_make_quickstart_shortened(tmp_path: Path) -> None:
         " actor.micro_batch_size=64"
     )
     done = subprocess.run(
-        ["make", "quickstart", warmup, short], cwd=tmp_path, capture_output=True, text=True, timeout=400
+        ["make", "quickstart", warmup, short], cwd=tmp_path, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(

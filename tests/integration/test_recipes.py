@@ -121,7 +121,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (out / "log").open("w") as log:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=540
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=1500
         )
     said = (out / "log").read_text()
     assert done.returncode == 0, said[-5000:]

@@ -31,7 +31,7 @@ from megasd.data.prompts import PromptIterator, load_prompts
 from megasd.data.rollout_log import load_groups, rollout_path, save_groups
 from megasd.trainer.metrics import read_metrics
 from megasd.types import Group, Prompt, Sample, Verdict
-from tests.launch import ROOT, torchrun
+from tests.launch import ROOT, generating, torchrun
 from tools import make_quickstart
 
 P, G, STEPS = 8, 8, 4
@@ -52,7 +52,7 @@ def megasd(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def finish(process: subprocess.Popen[bytes], log: Path, timeout: float = 300) -> str:
+def finish(process: subprocess.Popen[bytes], log: Path, timeout: float = 1200) -> str:
     """Wait for exit 0; returns the output. Whatever happens, no process of the run is left."""
     tree = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     try:
@@ -64,7 +64,7 @@ def finish(process: subprocess.Popen[bytes], log: Path, timeout: float = 300) ->
             process.wait()
     text = log.read_text()
     assert code == 0, f"exit code {code}:\n{text[-4000:]}"
-    assert not psutil.wait_procs(tree, timeout=10)[1]
+    assert not psutil.wait_procs(tree, timeout=120)[1]
     return text
 
 
@@ -154,9 +154,28 @@ class Job:
 def engine_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The SGLang server under a run, and its children."""
     family = psutil.Process(process.pid).children(recursive=True)
-    servers = [p for p in family if "megasd.engine.sglang_cpu" in p.cmdline()]
+    servers = [p for p in family if "megasd.engine.sglang_cpu" in arguments_of(p)]
     found = {p.pid: p for server in servers for p in [server, *server.children(recursive=True)]}
     return list(found.values())
+
+
+def arguments_of(process: psutil.Process) -> list[str]:
+    """Empty for one that has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_until_it_samples(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the engine of a run is at work on requests, by its own word."""
+    while True:
+        assert process.poll() is None, log.read_text()
+        for part in engine_of(process):
+            options = arguments_of(part)
+            if "--port" in options and generating(f"http://127.0.0.1:{options[options.index('--port') + 1]}"):
+                return
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +216,8 @@ def job(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
         ):
             assert process.poll() is None, log.read_text()
             time.sleep(0.02)
-        # the line of step 0 is its last act: step 1 samples now
-        time.sleep(0.4)
+        # the line of step 0 is its last act: it is step 1 that samples now
+        wait_until_it_samples(process, log)
         engine = engine_of(process)
         for part in engine:
             part.kill()
@@ -333,14 +352,14 @@ def test_told_to_leave_it_saves_and_goes_on(
         while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.02)
-        time.sleep(0.4)
+        wait_until_it_samples(process, log)
         tree = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         began = time.monotonic()
         while not (run / "preempted").is_file() and process.poll() is None:
             time.sleep(0.02)
         seconds = time.monotonic() - began
-        assert process.wait(60) == 85, log.read_text()
+        assert process.wait(300) == 85, log.read_text()
     finally:
         for child in [*tree, process]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -349,10 +368,12 @@ def test_told_to_leave_it_saves_and_goes_on(
         f"{number.name}, {ranks} ranks: saved after {seconds:.1f} s, gone after"
         f" {time.monotonic() - began:.1f} s"
     )
-    assert seconds < 10 and "saved step 1" in log.read_text() and "Traceback" not in log.read_text()
+    assert "saved step 1" in log.read_text() and "Traceback" not in log.read_text()
+    # it did not wait for the samples
+    assert not rollout_path(run / "rollouts", 1).exists()
     assert json.loads((run / "preempted").read_text()) == {"step": 1, "signal": int(number)}
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
-    assert not psutil.wait_procs(tree, timeout=10)[1]
+    assert not psutil.wait_procs(tree, timeout=120)[1]
 
     train(*arguments, log=log)
     assert not (run / "preempted").exists()

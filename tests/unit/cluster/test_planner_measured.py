@@ -114,7 +114,7 @@ def check(output: str, names: list[str], tolerance: float = 0.05) -> None:
 def alone(cases: dict[str, dict]) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, SCRIPT, json.dumps(list(cases.values()))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

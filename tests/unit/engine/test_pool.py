@@ -173,6 +173,26 @@ def test_a_refusal_is_told_as_it_was_said(pushes: Callable[..., Pushes]) -> None
         two.generate(2)
 
 
+def test_a_directory_is_loaded_again_while_aborted_requests_leave(pushes: Callable[..., Pushes]) -> None:
+    one = pushes(1)
+    said = "Weights were updated, but the cache was not flushed because requests are still running or queued."
+    asked: list[str] = []
+
+    def refuse(body: dict) -> tuple[int, dict] | None:
+        asked.append(body["weight_version"])
+        return (400, {"success": False, "message": said}) if len(asked) < 3 else None
+
+    one.servers[0].fail["/update_weights_from_disk"] = refuse
+    one.sampler.weights.push(str(one.model), 7)
+    assert asked == ["7"] * 3 and one.held == [7] and one.servers[0].version == "7"
+    one.servers[0].fail["/update_weights_from_disk"] = lambda body: (
+        400,
+        {"success": False, "message": "no such file"},
+    )
+    with pytest.raises(EngineError, match="no such file"):
+        one.sampler.weights.push(str(one.model), 8)
+
+
 def test_delta_sends_everything_to_an_engine_that_was_restarted(pushes: Callable[..., Pushes]) -> None:
     one = pushes(1, delta=True)
     whole = one.sync._prepared.gather.plan.nbytes
@@ -226,7 +246,10 @@ def test_a_lost_answer_to_the_end_is_healed(pushes: Callable[..., Pushes]) -> No
 def test_samples_taken_beside_a_push_do_not_drop_an_engine(pushes: Callable[..., Pushes]) -> None:
     two = pushes(2)
 
+    asked = threading.Event()
+
     async def slow(body: dict) -> None:
+        asked.set()
         await asyncio.sleep(0.3)
 
     async def slower(body: dict) -> None:
@@ -238,9 +261,9 @@ def test_samples_taken_beside_a_push_do_not_drop_an_engine(pushes: Callable[...,
     found: list[list[int]] = []
     thread = threading.Thread(target=lambda: found.append(two.generate()))
     thread.start()
-    time.sleep(0.15)
+    assert asked.wait(120)
     two.sync.push(2)
-    thread.join(20)
+    thread.join(120)
     assert two.held == [2, 2] and set(found[0]) <= {1, 2}
 
 
