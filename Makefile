@@ -5,7 +5,7 @@ BIN := .venv/bin
 WARMUP_ARGS ?=
 ARGS ?=
 
-.PHONY: install quickstart test test-slurm nightly lint clean
+.PHONY: install quickstart test test-slurm nightly lint docs clean
 
 install: .venv/.installed
 
@@ -25,6 +25,12 @@ quickstart: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The documents as a site in build/site; warnings and dead links are errors.
+docs: install
+	$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 test: lint
 	$(BIN)/python -m pytest

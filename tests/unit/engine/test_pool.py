@@ -183,14 +183,14 @@ def test_a_directory_is_loaded_again_while_aborted_requests_leave(pushes: Callab
         return (400, {"success": False, "message": said}) if len(asked) < 3 else None
 
     one.servers[0].fail["/update_weights_from_disk"] = refuse
-    one.sampler.weights.push(str(one.model), 7)
+    one.rollout.weights.push(str(one.model), 7)
     assert asked == ["7"] * 3 and one.held == [7] and one.servers[0].version == "7"
     one.servers[0].fail["/update_weights_from_disk"] = lambda body: (
         400,
         {"success": False, "message": "no such file"},
     )
     with pytest.raises(EngineError, match="no such file"):
-        one.sampler.weights.push(str(one.model), 8)
+        one.rollout.weights.push(str(one.model), 8)
 
 
 def test_delta_sends_everything_to_an_engine_that_was_restarted(pushes: Callable[..., Pushes]) -> None:
