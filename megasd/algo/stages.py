@@ -22,8 +22,8 @@ from operator import attrgetter
 
 from megasd.config.load import override
 from megasd.config.schema import AlgorithmConfig, Config, ConfigError, CreditConfig, DistillTerm
-from megasd.config.validate import data_parallel_size, default_world_size
 from megasd.config.validate_algorithm import check_algorithm, check_read
+from megasd.config.validate_parallel import data_parallel_size, default_world_size
 from megasd.config.variants import CONTEXT_TRAITS, CREDIT_TRAITS
 
 STAGE = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*:(.*)", re.DOTALL)

@@ -60,7 +60,8 @@ def run(options: Options) -> int:
     import asyncio
     from pathlib import Path
 
-    from megasd.config.validate import default_world_size, validate_values
+    from megasd.config.validate import validate_values
+    from megasd.config.validate_parallel import default_world_size
     from megasd.engine.serve import make_engines, serve
 
     config = read_config(options.items)

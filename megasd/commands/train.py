@@ -19,7 +19,8 @@ from megasd.commands.quiet import quiet_libraries
 from megasd.commands.read_config import read_config
 from megasd.config.describe import outline
 from megasd.config.load import to_yaml
-from megasd.config.validate import default_world_size, validate
+from megasd.config.validate import validate
+from megasd.config.validate_parallel import default_world_size
 from megasd.preemption import EXIT_PREEMPTED, PREEMPTED_MARKER, PREEMPTION_SIGNALS, PreemptionSignal
 from megasd.types import UserError
 

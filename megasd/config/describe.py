@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from megasd.config.schema import Config, samples_per_step
-from megasd.config.validate import data_parallel_size, needs_engine, sequence_multiple
+from megasd.config.validate_actor import sequence_multiple
+from megasd.config.validate_parallel import data_parallel_size
+from megasd.config.validate_rollout import needs_engine
 
 
 def outline(config: Config, world_size: int) -> list[str]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megasd.config.validate import ROW_SUFFIXES
+from megasd.config.validate_files import ROW_SUFFIXES
 from megasd.types import UserError
 
 # of a parquet or Arrow file, turned into Python objects at a time

@@ -23,7 +23,7 @@ from megasd.algo.state import AlgorithmState
 from megasd.batch.batch import Batch
 from megasd.batch.build import build_batch, dataset_groups
 from megasd.config.schema import AlgorithmConfig, Config, engine_dtype
-from megasd.config.validate import needs_engine
+from megasd.config.validate_rollout import needs_engine
 from megasd.data.rollout_log import load_groups, rollout_path, save_groups
 from megasd.engine.sampler import Sampler, make_sampler
 from megasd.evaluation.estimators import summarise

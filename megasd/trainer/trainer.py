@@ -22,7 +22,7 @@ from megasd.actor.rank_batch import RankBatch
 from megasd.algo.stages import at
 from megasd.batch.batch import Batch
 from megasd.config.schema import AlgorithmConfig, Config, engine_dtype
-from megasd.config.validate import needs_engine
+from megasd.config.validate_rollout import needs_engine
 from megasd.preemption import PreemptionSignal
 from megasd.trainer.rank_zero import Follower, Leader, Metrics, RankLink, RankZero
 from megasd.trainer.run_dir import find_resume, mark_preempted

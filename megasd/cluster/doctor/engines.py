@@ -21,7 +21,7 @@ from megasd.cluster.doctor.host import SKEW_SECONDS
 from megasd.cluster.doctor.nvidia_smi import smi_says
 from megasd.cluster.doctor.report import CheckResult, Machine, command, fail, ok, one_line, warn
 from megasd.config.schema import Config
-from megasd.config.validate import needs_engine
+from megasd.config.validate_rollout import needs_engine
 
 # the one whose HTTP interface megasd/rollout speaks
 SGLANG = "0.5.23"

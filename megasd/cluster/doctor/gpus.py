@@ -23,7 +23,7 @@ from megasd.cluster.doctor.nvidia_smi import (
 )
 from megasd.cluster.doctor.report import CheckResult, Machine, command, fail, gib, ok, one_line, warn
 from megasd.config.schema import Config
-from megasd.config.validate import default_world_size
+from megasd.config.validate_parallel import default_world_size
 
 ASK_TORCH = """
 import json, torch

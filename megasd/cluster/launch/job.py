@@ -11,7 +11,9 @@ from megasd.algo.recipes import RECIPES
 from megasd.algo.stages import check_stages
 from megasd.config.load import load_config, to_yaml
 from megasd.config.schema import Config, ConfigError
-from megasd.config.validate import RUN_FILES, needs_engine, validate_values
+from megasd.config.validate import validate_values
+from megasd.config.validate_files import RUN_FILES
+from megasd.config.validate_rollout import needs_engine
 from megasd.preemption import PREEMPTED_MARKER
 from megasd.types import UserError
 

@@ -13,7 +13,9 @@ from typing import Any
 from megasd.cluster.planner.hardware import GpuKind
 from megasd.cluster.planner.shapes import Model
 from megasd.config.schema import Config, samples_per_step
-from megasd.config.validate import data_parallel_size, needs_engine, sequence_multiple
+from megasd.config.validate_actor import sequence_multiple
+from megasd.config.validate_parallel import data_parallel_size
+from megasd.config.validate_rollout import needs_engine
 from megasd.config.variants import CONTEXT_TRAITS
 
 # Assumptions: shares of rollout.max_prompt_tokens and max_response_tokens that a step's mean sample takes.

@@ -14,7 +14,8 @@ from megasd.cluster.planner.job import PlannedRun
 from megasd.cluster.planner.memory import MemoryEstimate, engine_fits, estimate_memory
 from megasd.cluster.planner.time import Time, step_time
 from megasd.config.schema import ConfigError, samples_per_step
-from megasd.config.validate import check_model_values, check_teacher_values, validate_values
+from megasd.config.validate import validate_values
+from megasd.config.validate_model import check_model_values, check_teacher_values
 
 ENGINE_TP = (1, 2, 4, 8)
 # tokens that a smaller cache is rounded to

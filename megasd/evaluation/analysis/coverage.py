@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megasd.config.schema import Config, ConfigError, samples_per_step
-from megasd.config.validate import data_parallel_size, default_world_size
+from megasd.config.validate_parallel import data_parallel_size, default_world_size
 from megasd.types import Prompt, UserError
 
 SIZES = (1, 8, 64, 128, 512)

@@ -263,7 +263,7 @@ def test_recipes_split_their_models(config: Path) -> None:
     """
     import json
 
-    from megasd.config.validate import _check_split
+    from megasd.config.validate_model import _check_split
 
     loaded = load_config([str(config)], [], RECIPES)
     validate_values(loaded, loaded.cluster.actor_nodes * loaded.cluster.gpus_per_node)

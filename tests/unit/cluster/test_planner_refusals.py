@@ -18,7 +18,8 @@ from megasd.cluster.planner import engine_memory, memory, push
 from megasd.cluster.planner.fixes import differences, first_fix, fixes, refusal
 from megasd.cluster.planner.layouts import illegal, plan_layout, search
 from megasd.cluster.planner.time import student
-from megasd.config.validate import check_model_values, validate_values
+from megasd.config.validate import validate_values
+from megasd.config.validate_model import check_model_values
 from tests.unit.cluster.test_planner import FITTING, FULL, SHORT, job, write_config
 
 TP4 = ("actor.tensor_model_parallel_size=4", "actor.sequence_parallel=true")

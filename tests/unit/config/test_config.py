@@ -16,7 +16,9 @@ from megasd.algo.recipes import RECIPES
 from megasd.config.bounds import bound_of
 from megasd.config.load import _types, load_config, to_yaml
 from megasd.config.schema import Config, ConfigError, DistillTerm, samples_per_step
-from megasd.config.validate import data_parallel_size, default_world_size, sequence_multiple, validate
+from megasd.config.validate import validate
+from megasd.config.validate_actor import sequence_multiple
+from megasd.config.validate_parallel import data_parallel_size, default_world_size
 from megasd.config.values import walk
 from tests.unit.fake_model import MOE, write_inputs, write_model
 

@@ -340,10 +340,10 @@ def test_pass_rates_and_rubrics_belong_to_the_fingerprint_and_their_absence_does
 
 
 def test_directories_of_rows_pass_the_command_lines_check(tmp_path):
-    from megasd.config.validate import _check_data
+    from megasd.config.validate_files import check_data
 
     save_to_disk(tmp_path / "saved", ROWS)
-    _check_data(
+    check_data(
         load_config([], ["model.path=m", f"data.train={tmp_path / 'saved'}", "data.mapping=auto"], RECIPES)
     )
 

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megasd.config.validate import MODEL_TYPES
+from megasd.config.validate_model import MODEL_TYPES
 from megasd.models import registry, tp_layouts
 from megasd.models.param_table import global_name, global_params
 from megasd.models.registry import config_from_hf
