@@ -158,7 +158,8 @@ def _hold_signals_while_ranks_start() -> None:
     from torch.distributed.elastic.multiprocessing import api
 
     start, pass_on = LocalElasticAgent._start_workers, api._terminate_process_handler
-    starting, held = [], []
+    starting: list[bool] = []
+    held: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if starting:
@@ -177,5 +178,5 @@ def _hold_signals_while_ranks_start() -> None:
         return ranks
 
     # The agent installs the handler by this name, at each start.
-    api._terminate_process_handler = on_signal
-    LocalElasticAgent._start_workers = start_workers
+    setattr(api, "_terminate_process_handler", on_signal)  # noqa: B010  a private name of torch
+    setattr(LocalElasticAgent, "_start_workers", start_workers)  # noqa: B010

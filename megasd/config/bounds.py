@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 KEY = "bound"
@@ -51,7 +51,7 @@ def within(low: int, high: int) -> Bound:
 
 def bounded(default: Value, bound_: Bound) -> Value:
     """A dataclass field with a default and a bound."""
-    return cast(Value, field(default=default, metadata=bound(bound_)))
+    return field(default=default, metadata=bound(bound_))
 
 
 def bound(bound_: Bound) -> dict[str, Bound]:

@@ -1,4 +1,4 @@
-"""From YAML files and dotted overrides to real dataclasses, strictly.
+"""Load a config: YAML files and dotted overrides become real dataclasses, strictly.
 
 `load_config` merges  dataclass defaults <- recipe row <- YAML files <- dotted overrides:
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import is_dataclass, replace
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from megasd.config.schema import AlgorithmConfig, Config, ConfigError
 from megasd.config.values import check_values
@@ -22,13 +22,12 @@ COMMAND_LINE = "command line"
 
 
 def load_config(files: list[str], overrides: list[str], recipes: Mapping[str, AlgorithmConfig]) -> Config:
-    """Merge defaults <- recipe row <- YAML `files` in order <- `overrides` ("optimizer.lr=1e-6")
-    into real dataclasses.
+    """Merge defaults <- recipe row <- YAML `files` in order <- `overrides` ("optimizer.lr=1e-6").
 
     An override of a string key is taken as it is written; any other value is YAML. `null` switches
-    an optional term off, and a key below one that is off builds it from its defaults.
-    `${other.key}` refers to another key. Raises ConfigError for anything that is not exactly a key,
-    a type and a value of the dataclasses above.
+    an optional term off. A key below a term that is off switches it on, with its defaults.
+    `${other.key}` refers to another key. recipes: name -> the algorithm of that recipe. Raises
+    ConfigError for anything that is not exactly a key, a type and a value of schema.py.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -66,7 +65,7 @@ def load_config(files: list[str], overrides: list[str], recipes: Mapping[str, Al
             f"{where}: {key}: is mandatory; set it in a file or add {key}=... to the command line"
         )
     check_values(config, origin)
-    return config
+    return cast(Config, config)
 
 
 def split_items(items: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -76,8 +75,9 @@ def split_items(items: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def override(algorithm: AlgorithmConfig, changes: list[str], source: str) -> AlgorithmConfig:
-    """The algorithm with dotted `changes` such as "distill.beta=1", read and checked as
-    `load_config` does; errors name `source`.
+    """Return the algorithm with dotted `changes` such as "distill.beta=1".
+
+    The changes are read and checked as `load_config` does. ConfigError names `source`.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -96,11 +96,11 @@ def override(algorithm: AlgorithmConfig, changes: list[str], source: str) -> Alg
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: algorithm.{error.full_key}: {_first_line(error)}") from error
     check_values(changed, origin, "algorithm.")
-    return changed
+    return cast(AlgorithmConfig, changed)
 
 
 def to_yaml(config: Config) -> str:
-    """The config as YAML text, which `load_config` reads back to an equal config."""
+    """The config as YAML text; `load_config` reads it back to an equal config."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -125,7 +125,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
             f"{path}: must hold a mapping of sections ({', '.join(_types(Config))}), not a"
             f" {type(tree).__name__}"
         )
-    return tree
+    return cast(dict[str, Any], tree)
 
 
 def _parse_override(text: str, source: str = COMMAND_LINE) -> dict[str, Any]:
@@ -139,28 +139,30 @@ def _parse_override(text: str, source: str = COMMAND_LINE) -> dict[str, Any]:
         raise ConfigError(f"{source}: {text!r} is not an override; write section.key=value")
     kind, optional = _type_at(parts)
     if kind is str or get_origin(kind) is Literal:
-        # Taken as written, so that no, on, 1e5 and 0123 stay strings.
-        value = (
+        # YAML would make other types of no, on, 1e5 and 0123.
+        value: Any = (
             None
             if optional and raw in ("null", "~", "")
             else re.sub(r"""^(['"])(.*)\1$""", r"\2", raw, flags=re.DOTALL)
         )
     else:
         try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)["value"]
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+            value = cast(dict[str, Any], parsed)["value"]
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(
                 f"{source}: {key}: {raw!r} is not a YAML value: {_first_line(error)}"
             ) from error
-    tree = value
-    for part in reversed(parts):
+    tree: dict[str, Any] = {parts[-1]: value}
+    for part in reversed(parts[:-1]):
         tree = {part: tree}
     return tree
 
 
 def _check_tree(tree: dict[Any, Any], cls: type, prefix: str, source: str, origin: dict[str, str]) -> None:
-    """Hold a mapping against a dataclass, strictly: OmegaConf alone would read `false` into a
-    string and 1 into a bool.
+    """Raise ConfigError where a mapping is not exactly the dataclass `cls`; note sources in `origin`.
+
+    OmegaConf alone would accept `false` for a string and 1 for a bool.
     """
     types = _types(cls)
     for name, value in tree.items():
@@ -170,7 +172,7 @@ def _check_tree(tree: dict[Any, Any], cls: type, prefix: str, source: str, origi
         kind, optional = types[name]
         if value is None and optional:
             origin[key] = source
-        elif is_dataclass(kind):
+        elif isinstance(kind, type) and is_dataclass(kind):
             if not isinstance(value, dict):
                 what = "is empty" if value is None else f"must be a section of keys, not {value!r}"
                 raise ConfigError(f"{source}: {key}: {what}; its keys are {', '.join(_types(kind))}")
@@ -183,9 +185,7 @@ def _check_tree(tree: dict[Any, Any], cls: type, prefix: str, source: str, origi
 
 
 def _type_error(value: Any, kind: Any) -> str | None:
-    """Why `value` is not of `kind`, or None when it is. References (`${...}`) are judged after they
-    are resolved.
-    """
+    """Why `value` is not of `kind`; None when it is. References (`${...}`) are checked later."""
     if isinstance(value, str) and "${" in value:
         return None
     if get_origin(kind) is Literal:
@@ -226,7 +226,7 @@ def _types(cls: type) -> dict[str, tuple[Any, bool]]:
 
 
 def _type_at(parts: list[str]) -> tuple[Any, bool]:
-    """The type at a dotted key, or (None, False) when there is no such key (`_check_tree` reports it)."""
+    """Type and optionality at a dotted key; (None, False) when there is no such key."""
     kind, optional = Config, False
     for part in parts:
         if not is_dataclass(kind) or part not in _types(kind):
@@ -238,14 +238,12 @@ def _type_at(parts: list[str]) -> tuple[Any, bool]:
 def _all_keys(cls: type, prefix: str = "") -> Iterator[str]:
     for name, (kind, _) in _types(cls).items():
         yield f"{prefix}{name}"
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             yield from _all_keys(kind, f"{prefix}{name}.")
 
 
 def _suggest(name: Any, prefix: str, types: Mapping[str, Any]) -> str:
-    """The nearest valid key: in the same section, else a key of the same or a similar name
-    elsewhere, else the section's keys.
-    """
+    """Suggest a valid key: a near one of the section, else of elsewhere, else all of the section."""
     if not isinstance(name, str):
         return f"; YAML reads it as {type(name).__name__}, and keys are strings"
     near = [prefix + match for match in difflib.get_close_matches(name, types, n=1)]
@@ -259,7 +257,7 @@ def _suggest(name: Any, prefix: str, types: Mapping[str, Any]) -> str:
 
 
 def _nearest(value: Any, choices: Any, rest: str | None = None) -> str:
-    """ "; did you mean X?" where a choice is near, else the list of choices (or `rest`)."""
+    """ "; did you mean X?" when a choice is near, else `rest` (None: the list of choices)."""
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     if near:
         return f"; did you mean {near[0]}?"

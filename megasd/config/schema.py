@@ -1,8 +1,9 @@
-"""Every knob, once: OmegaConf structured dataclasses. A field's comment gives its unit and, where
-it has one, its source.
+"""Every key of a config, once, as OmegaConf structured dataclasses: the users' reference.
 
-A field with a bound carries it (bounds.py). What values may be together is in validate.py, how files and
-overrides become a Config in load.py.
+A comment says what a key does, its unit, and the paper it comes from. `a | b` are the values that a
+key may have, and `null` is YAML's None. A field with a bound carries it (bounds.py), and values.py
+checks it. Which values may stand together is in validate.py. load.py makes a Config from files and
+overrides.
 """
 
 from __future__ import annotations
@@ -55,307 +56,360 @@ BOTH_PLACEHOLDERS = Bound(
 
 @dataclass
 class RunConfig:
-    # run directory: resolved config, metrics, rollouts, checkpoints, export
+    """The run as a whole."""
+
+    # Directory of the run: resolved config, metrics, rollouts, checkpoints, export.
     dir: str = bounded("runs/default", NOT_EMPTY)
-    # optimizer steps in all, resumed steps included
+    # Optimizer steps of the whole run; resumed steps count.
     steps: int = bounded(100, POSITIVE)
-    # prompts order, sampling, initialisation
+    # Seed of the order of prompts, of sampling and of initialisation.
     seed: int = bounded(1, Bound("must lie in [0, 2**31)", lambda v: 0 <= v < 2**31))
-    # none | auto (newest whole checkpoint of run.dir, if any) | path of a checkpoint
+    # none | auto (the newest whole checkpoint of run.dir, if there is one) | path of a checkpoint.
     resume: str = bounded("none", NOT_EMPTY)
-    # write the final weights as a Hugging Face directory at run.dir/hf
+    # Write the final weights as a Hugging Face directory, run.dir/hf.
     export: bool = True
+    # Write metrics for TensorBoard into run.dir/tensorboard.
     tensorboard: bool = True
-    # ranks that `megasd train` starts; 0 = the fewest that hold the model. Under torchrun: its
-    # world size
+    # Ranks that `megasd train` starts; 0 = the fewest that hold the model. Under torchrun the world
+    # size counts, and this must be 0 or equal to it.
     num_processes: int = bounded(0, NOT_NEGATIVE)
-    # permit a fresh run in a run.dir that already holds one
+    # Start a new run in a run.dir that already holds one.
     overwrite: bool = False
 
 
 @dataclass
 class ModelConfig:
-    # Hugging Face directory: config.json, *.safetensors, tokenizer
+    """The model that is trained."""
+
+    # Hugging Face directory: config.json, *.safetensors, tokenizer.
     path: str = bounded("???", NOT_EMPTY)
-    # passed to the chat template (Qwen3: false = no thinking, as SDPO); null = its default
+    # Value that the chat template gets (Qwen3: false = no thinking, as SDPO); null = the default of
+    # the template.
     enable_thinking: Optional[bool] = None
 
 
 @dataclass
 class DataConfig:
-    # JSONL, parquet or Arrow rows, or a directory of them; {"prompt": str | messages, "answer":
-    # str} and optional solution, id, pass_rate, rubric, or the columns of `mapping`
+    """The rows that are learned from, and the held-out rows."""
+
+    # File of rows (JSONL, parquet, Arrow), or a directory of such files. A row is {"prompt": str |
+    # messages, "answer": str} with optional solution, id, pass_rate and rubric, or it has the
+    # columns of `mapping`.
     train: str = bounded("???", NOT_EMPTY)
-    # held-out rows, same form
+    # File or directory of held-out rows, in the same form; null = none.
     eval: Optional[str] = bounded(None, NOT_EMPTY)
-    # how columns become a prompt and an answer: auto = the common names | a published data set
-    # (data/columns.py)
+    # How columns become a prompt and an answer: auto = common names | the name of a published data
+    # set (data/columns.py).
     mapping: Literal["auto", "dapo_math", "sciknoweval", "toolalpaca", "livecodebench", "math500", "aime"] = (
         "auto"
     )
-    # of data.eval; null = mapping
+    # The mapping of data.eval; null = data.mapping.
     eval_mapping: Optional[
         Literal["auto", "dapo_math", "sciknoweval", "toolalpaca", "livecodebench", "math500", "aime"]
     ] = None
-    # a new order each epoch, from run.seed
+    # Draw a new order for each epoch from run.seed; false = the order of the file.
     shuffle: bool = True
-    # a longer row is refused (bytes)
+    # Largest size of a row (bytes); a longer row is refused.
     max_row_bytes: int = bounded(262144, POSITIVE)
 
 
 @dataclass
 class DistillTerm:
+    """The term that pulls the student towards the teacher, token by token (loss/divergence.py)."""
+
+    # Weight of the term in the loss.
     coefficient: float = bounded(1.0, POSITIVE)
-    # mixture = KL or Jensen-Shannon by beta | adaptive = forward and reverse KL weighed by their
-    # gaps at head and tail (AKL 2404.02657)
+    # mixture = KL or Jensen-Shannon, set by beta | adaptive = forward and reverse KL, weighted by
+    # their gaps at head and tail (AKL 2404.02657).
     divergence: Literal["mixture", "adaptive"] = "mixture"
-    # weight of the teacher in the mixture; 0 = KL(T||S), 1 = KL(S||T) (SDPO alpha, GKD beta)
+    # Weight of the teacher in the mixture: 0 = KL(T||S), 1 = KL(S||T) (SDPO alpha, GKD beta).
     beta: float = bounded(0.5, FRACTION)
-    # whose top_k tokens the divergence is taken on: student (SDPO) | teacher | union of both | full
-    # = the exact whole vocabulary
+    # The tokens over which the divergence is taken: the top_k of the student (SDPO) | of the
+    # teacher | of both (union) | full = the whole vocabulary, exactly.
     support: Literal["student", "teacher", "union", "full"] = "student"
-    # tokens of the support; clipped to the vocabulary (SDPO: 100)
+    # Number of tokens of the support; at most the size of the vocabulary (SDPO: 100).
     top_k: int = bounded(100, POSITIVE)
-    # what becomes of the mass off the support
+    # What happens to the probability outside of the support: bucket = it is one more token |
+    # renormalise = the support is scaled to 1 | raw = it is left out.
     tail: Literal["bucket", "renormalise", "raw"] = "bucket"
-    # upper bound of each token's summand (nats; OPSD: 0.05); null = off
+    # Upper bound of each token's summand (nats; OPSD: 0.05); null = off.
     pointwise_clip: Optional[float] = bounded(None, POSITIVE)
-    # of the teacher's softmax; null = rollout.temperature, as the student's (SDPO)
+    # Temperature of the teacher's softmax; null = rollout.temperature, the student's (SDPO).
     teacher_temperature: Optional[float] = bounded(None, POSITIVE)
-    # upper bound of pi_theta / pi_old, detached (SDPO); null = off
+    # Upper bound of the detached ratio pi_theta / pi_old (SDPO); null = off.
     is_clip: Optional[float] = bounded(2.0, POSITIVE)
-    # which taught samples: all | those not right (SRPO) | the longest wrong one of a group (SSOPD)
-    # | those of positive advantage (SDPG)
+    # The distilled samples that take part: taught = all | wrong = those that are not right (SRPO) |
+    # the longest wrong sample of a group (SSOPD) | those of positive advantage (SDPG).
     samples: Literal["taught", "wrong", "longest_wrong", "positive"] = "taught"
-    # first response tokens left out (SDFT: 3)
+    # Number of response tokens at the start that take no part (SDFT: 3).
     skip_tokens: int = bounded(0, NOT_NEGATIVE)
-    # response tokens taken in, from the first on (SSOPD: 1024); null = all
+    # Number of response tokens that take part, from the start (SSOPD: 1024); null = all.
     max_tokens: Optional[int] = bounded(None, POSITIVE)
-    # factor of each token: none | exp(-scale * teacher entropy), mean 1 over the term's tokens
-    # (SRPO) | backward scan (DASH 2608.06243)
+    # Factor of each token: none | confidence = exp(-scale * teacher entropy), with mean 1 over the
+    # tokens of the term (SRPO) | scan = backward scan (DASH 2608.06243).
     token_weight: Literal["none", "confidence", "scan"] = "none"
-    # per nat (SRPO: 1; DASH kappa: 5)
+    # The scale of token_weight (1 / nat; SRPO: 1; DASH kappa: 5).
     token_weight_scale: float = bounded(1.0, POSITIVE)
-    # steps over which the coefficient rises from 0
+    # Number of steps over which the coefficient rises from 0.
     warmup_steps: int = bounded(0, NOT_NEGATIVE)
-    # step from which it falls to 0 over decay_steps; null = never
+    # Step from which the coefficient falls to 0, over decay_steps; null = it never falls.
     decay_from: Optional[int] = bounded(None, NOT_NEGATIVE)
+    # Number of steps of that fall.
     decay_steps: int = bounded(1, POSITIVE)
 
 
 @dataclass
 class CreditConfig:
-    """How the log-probs that teachers give the sampled tokens, held against the student's or each
-    other, change each token's advantage (loss/credit.py).
+    """How teachers change the advantage of each token (loss/credit.py).
+
+    A credit compares the log-probs that a teacher gives the sampled tokens with those of the
+    student, or with those of a second teacher.
     """
 
+    # The method (loss/credit.py).
     kind: Literal["rlsd", "cepo", "rlcsd", "antisd", "egrsd", "log_ratio", "return", "margin"] = "rlsd"
-    # weight of the token-level part (RLSD, CEPO, RLCSD, AntiSD: 0.5)
+    # Weight of the token-level part (RLSD, CEPO, RLCSD, AntiSD: 0.5).
     lam: float = bounded(0.5, NOT_NEGATIVE)
-    # what it falls to, linearly (RLSD, CEPO: 0); null = constant
+    # Value to which lam falls linearly (RLSD, CEPO: 0); null = lam is constant.
     lam_end: Optional[float] = bounded(None, NOT_NEGATIVE)
-    # steps of that fall
+    # Number of steps of that fall.
     lam_steps: int = bounded(50, POSITIVE)
-    # half-width of the factor around 1 (RLSD, EGRSD: 0.2; CEPO: 0.5)
+    # Half-width of the interval around 1 that bounds the factor (RLSD, EGRSD: 0.2; CEPO: 0.5).
     clip: float = bounded(0.2, NONZERO_FRACTION)
-    # scale of the contrast, nats (RLCSD)
+    # Scale of the contrast (nats; RLCSD).
     tau: float = bounded(0.02, POSITIVE)
-    # smallest residual that makes a token's second path (RLCSD delta)
+    # Smallest residual that gives a token a second path (RLCSD delta).
     threshold: float = bounded(0.02, NOT_NEGATIVE)
-    # weight of the second path (RLCSD)
+    # Weight of the second path (RLCSD).
     eta: float = bounded(1.0, NOT_NEGATIVE)
-    # weight lost by a token of the highest teacher entropy (EGRSD gamma)
+    # Weight that a token of the highest teacher entropy loses (EGRSD gamma).
     entropy_scale: float = bounded(0.3, NOT_NEGATIVE)
-    # tokens ahead over which the lowest entropy counts (CL-EGRSD: 3 to 5)
+    # Number of following tokens of which the lowest entropy counts (CL-EGRSD: 3 to 5).
     window: int = bounded(0, NOT_NEGATIVE)
-    # steps that set the entropy gate, without the teacher's part (AntiSD)
+    # Number of steps that set the entropy gate; they train without the teacher's part (AntiSD).
     gate_warmup: int = bounded(5, POSITIVE)
-    # share of the entropy of those steps below which the gate shuts (AntiSD); 0 = no gate
+    # Share of the entropy of those steps below which the gate shuts (AntiSD); 0 = no gate.
     gate_ratio: float = bounded(0.93, FRACTION)
-    # smallest gap between right and wrong samples' mean log-ratio (nats; Uni-OPD)
+    # Smallest gap between the mean log-ratios of right and of wrong samples (nats; Uni-OPD).
     margin: float = bounded(0.4, NOT_NEGATIVE)
-    # bound of a token's log-ratio before returns are summed (nats; MiniLLM)
+    # Bound of a token's log-ratio, applied before returns are summed (nats; MiniLLM).
     clip_return: float = bounded(100.0, POSITIVE)
 
 
 @dataclass
 class PolicyGradientTerm:
+    """The term that learns from rewards (loss/policy_gradient.py)."""
+
+    # Weight of the term in the loss.
     coefficient: float = bounded(1.0, POSITIVE)
-    # ppo: min of plain and clipped | gspo: the same on the sequence's ratio | cispo: clipped,
-    # detached ratio times log pi | importance: ratio times advantage | reinforce: log pi times
-    # advantage
+    # ppo = minimum of plain and clipped ratio | gspo = the same with the ratio of the sequence |
+    # cispo = clipped, detached ratio times log pi | importance = ratio times advantage | reinforce
+    # = log pi times advantage.
     surrogate: Literal["ppo", "gspo", "cispo", "importance", "reinforce"] = "ppo"
+    # The ratio is clipped at 1 - clip_low.
     clip_low: float = bounded(0.2, NONZERO_FRACTION)
+    # The ratio is clipped at 1 + clip_high.
     clip_high: float = bounded(0.28, POSITIVE)
-    # bound of the loss at negative advantages, as a multiple of them (PPO dual clip: 3 to 10);
-    # null = off
+    # Bound of the loss at negative advantages, as a multiple of them (PPO dual clip: 3 to 10); null
+    # = off.
     dual_clip: Optional[float] = bounded(None, Bound("must be greater than 1", lambda v: v > 1))
-    # R - mean (Dr. GRPO) | (R - mean) / std (GRPO) | whitened by running moments (EGRSD) | 0, for a
-    # credit that needs no reward
+    # group_mean = R - mean (Dr. GRPO) | group_std = (R - mean) / std (GRPO) | whitened = by running
+    # moments (EGRSD) | none = 0, for a credit that needs no reward.
     advantage: Literal["group_mean", "group_std", "whitened", "none"] = "group_mean"
-    # scored ones | those that distill does not take (SRPO) | right ones (DRIFT) | all
+    # The samples that take part: scored ones | undistilled = those that distill does not take
+    # (SRPO) | right ones (DRIFT) | all.
     samples: Literal["scored", "undistilled", "right", "all"] = "scored"
-    # added to the advantage of right samples (DRIFT)
+    # Number added to the advantage of right samples (DRIFT).
     right_bonus: float = bounded(0.0, NOT_NEGATIVE)
+    # How teachers change the advantage of each token; null = off.
     credit: Optional[CreditConfig] = None
 
 
 @dataclass
 class NLLTerm:
+    """The term that imitates solutions of rows, or samples."""
+
+    # Weight of the term in the loss.
     coefficient: float = bounded(1.0, POSITIVE)
-    # share of dataset rows whose prompt carries the solution, as the teacher's does
+    # Share of the dataset rows whose prompt shows the solution, like the teacher's prompt.
     context_fraction: float = bounded(0.0, FRACTION)
-    # of those prompts, as teacher.template
+    # Template of those prompts, in the form of teacher.template.
     template: str = DEFAULT_TEMPLATE
-    # of sampled responses: all (SSD) | right ones (rejection sampling)
+    # The sampled responses that take part: all (SSD) | right ones (rejection sampling).
     samples: Literal["all", "right"] = "all"
-    # share of a step's responses left out, the shortest ones, rows' solutions too (SSD: 0.1, of its
-    # whole set)
+    # Share of a step's responses that is left out, the shortest ones; solutions of rows count as
+    # responses (SSD: 0.1, of its whole set).
     drop_shortest: float = bounded(0.0, MOMENTUM)
 
 
 @dataclass
 class TeacherConfig:
-    # what the teacher reads beside the question: a right sample of the group (first: SDPO; random;
-    # shortest: SSOPD) | the row's solution | its final answer only (RLSD) | the solution's first
-    # part and the answer (ATESD) | nothing more than `system` (OPCD, other models)
+    """The teacher: what it reads, and which weights it has."""
+
+    # What the teacher reads next to the question: a right sample of the group (first: SDPO; random;
+    # shortest: SSOPD) | the solution of the row | its final answer only (RLSD) | prefix = the first
+    # part of the solution and the answer (ATESD) | prompt = nothing but `system` (OPCD, other
+    # models).
     context: Literal[
         "first_success", "random_success", "shortest_success", "solution", "answer", "prefix", "prompt"
     ] = "first_success"
-    # a sample is not shown to its own teacher (SDPO)
+    # Never show a sample to the teacher of that same sample (SDPO).
     exclude_self: bool = True
-    # right samples in one context (SDSD: 3)
+    # Number of right samples in one context (SDSD: 3).
     num_demonstrations: int = bounded(1, POSITIVE)
-    # for samples without a sibling: none = untaught | the row's solution, untaught without one
-    # (AntiSD) | the latest right sample of an earlier step (DRIFT)
+    # What the teacher reads when the group has no other right sample: none = the sample is not
+    # distilled | the solution of the row, if there is one (AntiSD) | buffer = the latest right
+    # sample of an earlier step (DRIFT).
     fallback: Literal["none", "solution", "buffer"] = "none"
-    # the verifier's words on the sample itself (SDPO)
+    # When the teacher reads what the verifier says about the sample (SDPO).
     feedback: Literal["never", "without_demonstration", "always"] = "never"
-    # tell the teacher whether the sample is right (AntiSD)
+    # Tell the teacher whether the sample is right (AntiSD).
     say_verdict: bool = False
-    # contexts to contrast with the first: none | other samples of the group that are wrong (RLCSD)
-    # | the answer of a wrong one (CEPO)
+    # Contexts that are contrasted with the first: none | failures = wrong samples of the group
+    # (RLCSD) | wrong_answer = the answer of a wrong sample (CEPO).
     contrast: Literal["none", "failures", "wrong_answer"] = "none"
-    # of them (RLCSD K)
+    # Number of contrasting contexts (RLCSD K).
     num_contrasts: int = bounded(4, POSITIVE)
-    # share of the solution's lines shown by context=prefix; with adaptive_prefix, the first step's
+    # Share of the lines of the solution that context=prefix shows; with adaptive_prefix the share
+    # of the first step.
     prefix_fraction: float = bounded(0.5, FRACTION)
-    # a controller moves that share (ATESD, algo/prefix_controller.py)
+    # Let a controller move that share (ATESD, algo/prefix_controller.py).
     adaptive_prefix: bool = False
-    # a system turn that only the teacher reads (OPCD); null = none
+    # A system turn that only the teacher reads (OPCD); null = none.
     system: Optional[str] = None
-    # enable_thinking of the teacher's prompt (OPSD: true beside a student without); null = the
-    # student's
+    # enable_thinking of the teacher's prompt (OPSD: true for a student without thinking); null =
+    # that of the student.
     thinking: Optional[bool] = None
-    # the student's own | their average | the start model | a copy every refresh_every steps | a
-    # copy when pass rates have risen (CGTR 2606.03532) | logits between the start model's and the
-    # live ones (SDPO's trust region) | another model, teacher.model_path
+    # live = the student's own weights | ema = their moving average | frozen = the start model |
+    # snapshot = a copy every refresh_every steps | gated = a copy when pass rates have risen (CGTR
+    # 2606.03532) | trust_region = logits between those of the start model and the live ones (SDPO)
+    # | separate = another model, teacher.model_path.
     weights: Literal["live", "ema", "frozen", "snapshot", "gated", "trust_region", "separate"] = "ema"
-    # share of the student taken in after each step (SDPO r)
+    # Share of the student in the average after each step (SDPO r).
     ema_rate: float = bounded(0.05, NONZERO_FRACTION)
-    # steps (RLSD, RLCSD: 10); of gated: the fewest between two copies (CGTR: 30)
+    # Number of steps between two copies (RLSD, RLCSD: 10); with weights=gated the fewest (CGTR:
+    # 30).
     refresh_every: int = bounded(10, POSITIVE)
-    # rise of the mean pass rate since the last copy that asks for the next (CGTR)
+    # Rise of the mean pass rate since the last copy that makes a new copy due (CGTR).
     gate_gain: float = bounded(0.05, NOT_NEGATIVE)
-    # a batch whose longest response exceeds so many mean lengths is not copied after (CGTR's length
-    # tail)
+    # No copy is made after a batch whose longest response exceeds this many mean lengths (CGTR's
+    # length tail).
     gate_length: float = bounded(3.2, POSITIVE)
-    # share of the live logits (SDPO: 0.01)
+    # Share of the live logits with weights=trust_region (SDPO: 0.01).
     trust_mix: float = bounded(0.01, FRACTION)
-    # Hugging Face directory of weights=separate: same tokenizer and vocabulary
+    # Hugging Face directory of weights=separate; the tokenizer and the vocabulary must be the same.
     model_path: Optional[str] = bounded(None, NOT_EMPTY)
-    # the teacher's last user turn; {prompt} and {solution} each stand in it once (SDPO's order:
-    # question, solution, instruction)
+    # Last user turn of the teacher. {prompt} and {solution} each occur once (SDPO's order:
+    # question, solution, instruction).
     template: str = bounded(DEFAULT_TEMPLATE, BOTH_PLACEHOLDERS)
-    # leave <think>...</think> out of a demonstration (SDPO)
+    # Leave <think>...</think> out of a demonstration (SDPO).
     strip_thinking: bool = True
-    # what is kept of the teacher per response token: its hidden state (any support), or a record of
-    # its distill.top_k tokens and the tail (8 top_k + 4 bytes, support teacher only; the teacher is
-    # projected on the vocabulary once)
+    # What is kept of the teacher for each response token: hidden = its hidden state (any support) |
+    # record = its distill.top_k tokens and the tail (8 top_k + 4 bytes; support=teacher only; the
+    # teacher is projected on the vocabulary once).
     transport: Literal["hidden", "record"] = "hidden"
 
 
 @dataclass
 class QuestionWeightConfig:
-    # of the pass rate p, q = 1 - p: 1 | sqrt(p q) (SC-SDPO) | p q | 4 p q (SSOPD) | p^a q^b (PACED)
-    # | 1 within [low, high], else 0
+    """Weights of questions by their pass rates (algo/question_weight.py)."""
+
+    # Weight of a question, from its pass rate p and q = 1 - p: none = 1 | sqrt_pq (SC-SDPO) | pq |
+    # four_pq = 4 p q (SSOPD) | power = p^a q^b (PACED) | band = 1 within [low, high], else 0.
     kind: Literal["none", "sqrt_pq", "pq", "four_pq", "power", "band"] = "none"
-    # of power
+    # Exponent of p in kind=power.
     a: float = bounded(1.0, NOT_NEGATIVE)
+    # Exponent of q in kind=power.
     b: float = bounded(1.0, NOT_NEGATIVE)
-    # of band
+    # Lower end of kind=band.
     low: float = bounded(0.2, FRACTION)
+    # Upper end of kind=band.
     high: float = bounded(0.8, FRACTION)
-    # factor, felt where normaliser=none (SSOPD lambda: 0.5)
+    # Factor of all weights; it has an effect with normaliser=none only (SSOPD lambda: 0.5).
     scale: float = bounded(1.0, POSITIVE)
-    # what the weights are divided by: their mean over the batch's informative questions (SC-SDPO) |
-    # over all its questions | over the training rows (PACED arm of SC-SDPO; needs pass_rate=frozen)
-    # | 1
+    # What the weights are divided by: their mean over the informative questions of the batch
+    # (SC-SDPO) | over all questions of the batch | over the training rows (the PACED arm of
+    # SC-SDPO; needs pass_rate=frozen) | none = 1.
     normaliser: Literal["informative", "batch", "dataset", "none"] = "informative"
-    # of this step's samples | of the start model, once | averaged over visits
+    # The pass rate of a question: of the samples of this step | frozen = of the start model,
+    # measured once | ema = averaged over visits.
     pass_rate: Literal["step", "frozen", "ema"] = "step"
-    # share of a new visit's pass rate
+    # Share of a new visit in the average.
     ema_rate: float = bounded(0.5, NONZERO_FRACTION)
-    # samples a row of the frozen estimate, for rows that do not bring a pass_rate
+    # Number of samples for pass_rate=frozen of a row that has no pass_rate of its own.
     num_samples: int = bounded(8, POSITIVE)
-    # what is weighed
+    # The terms of the loss that are weighted.
     terms: Literal["all", "distill"] = "all"
 
 
 @dataclass
 class AlgorithmConfig:
-    # a row of algo/recipes.py; other keys here override its values
+    """What is learned from a group of samples, and how: the terms of the loss."""
+
+    # A row of algo/recipes.py; other keys of this section override its values.
     recipe: str = "sc_sdpo"
-    # on-policy samples | the rows' own solutions | both, dataset_fraction of the questions by their
-    # solutions (GKD)
+    # What is learned from: rollout = on-policy samples | dataset = the solutions of the rows |
+    # mixed = both, with a share dataset_fraction of the questions from the rows (GKD).
     source: Literal["rollout", "dataset", "mixed"] = "rollout"
-    # of source=mixed
+    # Share of the questions that source=mixed takes from the rows.
     dataset_fraction: float = bounded(0.5, FRACTION)
+    # Divergence from the teacher; null = off.
     distill: Optional[DistillTerm] = None
+    # Policy gradient on rewards; null = off.
     policy_gradient: Optional[PolicyGradientTerm] = None
+    # Negative log-likelihood of solutions or samples; null = off.
     nll: Optional[NLLTerm] = None
+    # The teacher of distill and of credit; null = none.
     teacher: Optional[TeacherConfig] = None
+    # Weight of each question in the loss.
     question_weight: QuestionWeightConfig = field(default_factory=QuestionWeightConfig)
-    # means: of each response, then over all samples (released SDPO) | then over those that take
-    # part | over all tokens that take part | sums of responses over rollout.max_response_tokens,
-    # then over all samples (Dr. GRPO) | over the tokens of all terms (SRPO)
+    # How token losses become one loss: sequence_mean = mean of each response, then over all samples
+    # (released SDPO) | sequence_mean_taking_part = then over the samples that take part |
+    # token_mean = over all tokens that take part | sequence_sum = sums of responses over
+    # rollout.max_response_tokens, then mean over all samples (Dr. GRPO) | token_mean_of_terms =
+    # over the tokens of all terms (SRPO).
     aggregation: Literal[
         "sequence_mean", "sequence_mean_taking_part", "token_mean", "sequence_sum", "token_mean_of_terms"
     ] = "sequence_mean"
-    # upper bound of pi_old / mu, the trainer's over the engine's probability; null = off
+    # Upper bound of pi_old / mu, the probability of the trainer over that of the engine; null =
+    # off.
     tis_clip: Optional[float] = bounded(2.0, POSITIVE)
-    # lower bound, for tis_mode=mask
+    # Lower bound of that ratio, with tis_mode=mask.
     tis_low: float = bounded(0.0, NOT_NEGATIVE)
-    # beyond the bounds: the bound (TIS) | 0 (IcePop)
+    # What a ratio beyond the bounds becomes: truncate = the bound (TIS) | mask = 0 (IcePop).
     tis_mode: Literal["truncate", "mask"] = "truncate"
-    # last tokens of a response's room over which its reward falls by overlong_penalty (DAPO); 0 =
-    # off
+    # Number of last tokens of rollout.max_response_tokens over which the reward falls, by
+    # overlong_penalty (DAPO); 0 = off.
     overlong_buffer: int = bounded(0, NOT_NEGATIVE)
+    # How far the reward falls over overlong_buffer.
     overlong_penalty: float = bounded(1.0, NOT_NEGATIVE)
-    # share added to a right sample's reward for being short, times 1 - length / room (EGRSD: 0.5)
+    # Share that is added to the reward of a right sample, times 1 - length / max_response_tokens
+    # (EGRSD: 0.5).
     length_bonus: float = bounded(0.0, NOT_NEGATIVE)
-    # optimizer steps a batch, each on its share of the questions (pi_old: the weights before the
-    # first)
+    # Optimizer steps for each batch; each takes its share of the questions. pi_old are the weights
+    # before the first.
     minibatches: int = bounded(1, POSITIVE)
-    # times that the batch is gone through (MiniLLM: 4)
+    # Number of times that each batch is learned (MiniLLM: 4).
     epochs: int = bounded(1, POSITIVE)
-    # changes of this section from a step on: "50%: distill.beta=1 source=rollout"
+    # Changes of this section from a step on, as in "50%: distill.beta=1 source=rollout".
     stages: list[str] = field(default_factory=list)
 
 
 @dataclass
 class EngineConfig:
-    # running SGLang servers to use; empty = start one
+    """The rollout engines (SGLang)."""
+
+    # URLs of running SGLang servers; empty = the run starts its own.
     urls: list[str] = field(
         default_factory=list, metadata=bound(each_matching(URL, "each must be http://HOST:PORT"))
     )
-    # directory that engines start from, if not model.path: the same model in fp8 (128 x 128
-    # blocks); pushes are then quantised likewise
+    # Directory that engines start from; null = model.path. It holds the same model in fp8 (128 x
+    # 128 blocks); pushed weights are then quantised likewise.
     model_path: Optional[str] = bounded(None, NOT_EMPTY)
-    # a started engine frees its weights and KV cache while the actor trains on the same GPU (SGLang
-    # needs torch_memory_saver for it)
+    # A started engine frees its weights and KV cache while the actor trains on the same GPU (SGLang
+    # needs torch_memory_saver).
     release_memory: bool = False
-    # bind address of a started engine
+    # Address that a started engine binds.
     host: str = bounded(
         "127.0.0.1",
         Bound(
@@ -363,240 +417,288 @@ class EngineConfig:
             lambda v: v in LOOPBACK,
         ),
     )
-    # port of a started engine; 0 = a free one
+    # Port of a started engine; 0 = a free one.
     port: int = bounded(
         0, Bound("must be 0 (a free port) or lie in [1024, 65535]", lambda v: v == 0 or 1024 <= v <= 65535)
     )
-    # engines that the run starts on its own machine, each on the next tensor_parallel_size GPUs
+    # Engines that the run starts on its own machine; each takes the next tensor_parallel_size GPUs.
     num_engines: int = bounded(1, POSITIVE)
-    # engines on other machines, started there by `megasd serve`, that the run waits for instead of
-    # starting any
+    # Engines on other machines that the run waits for, instead of starting any. `megasd serve`
+    # starts them.
     served: int = bounded(0, NOT_NEGATIVE)
-    # URL of an sglang-router before the engines: samples are asked of it, everything else of the
-    # engines
+    # URL of an sglang-router before the engines; null = none. Samples are requested from the
+    # router, everything else from the engines.
     router: Optional[str] = bounded(None, matching(URL, "must be http://HOST:PORT"))
-    # of a started engine, whatever the actor's
+    # Tensor-parallel size of a started engine; the actor's may differ.
     tensor_parallel_size: int = bounded(1, POSITIVE)
-    # share of a GPU's memory for an engine's weights and KV cache; null = SGLang's choice
+    # Share of a GPU's memory for weights and KV cache of an engine; null = SGLang chooses.
     mem_fraction_static: Optional[float] = bounded(None, Bound("must lie in (0, 1)", lambda v: 0 < v < 1))
-    # auto = actor.dtype
+    # Precision of a started engine; auto = actor.dtype.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # KV pool (tokens); without it SGLang takes most of the memory
+    # Size of the KV pool (tokens). Without a limit SGLang takes most of the memory.
     max_total_tokens: int = bounded(65536, POSITIVE)
-    # seconds until a started engine must answer
+    # Time within which a started engine must answer (seconds).
     start_timeout: float = bounded(240.0, POSITIVE)
-    # seconds without any finished request before an engine counts as dead
+    # Time without a finished request after which an engine counts as dead (seconds).
     progress_timeout: float = bounded(120.0, POSITIVE)
+    # How often an engine is started again after it died.
     max_restarts: int = bounded(3, NOT_NEGATIVE)
-    # passed to sglang.launch_server as they are
+    # Further arguments of sglang.launch_server.
     extra_args: list[str] = field(default_factory=list)
 
 
 @dataclass
 class RolloutConfig:
-    # P, questions a step
+    """How training samples are made."""
+
+    # P, the number of questions of a step.
     num_prompts: int = bounded(32, POSITIVE)
-    # G, samples a question
+    # G, the number of samples of a question.
     num_samples: int = bounded(8, POSITIVE)
+    # Longest prompt (tokens).
     max_prompt_tokens: int = bounded(1024, POSITIVE)
+    # Longest response (tokens).
     max_response_tokens: int = bounded(1024, POSITIVE)
+    # Sampling temperature.
     temperature: float = bounded(1.0, POSITIVE)
+    # Share of the probability that is sampled from; 1 = all.
     top_p: float = bounded(1.0, NONZERO_FRACTION)
-    # -1 = off
+    # Number of most probable tokens that are sampled from; -1 = off.
     top_k: int = bounded(-1, TOP_K)
-    # stop strings beside the end-of-turn token
+    # Strings that end a response, next to the end-of-turn token.
     stop: list[str] = field(default_factory=list)
-    # requests in flight
+    # Number of requests in flight.
     max_concurrency: int = bounded(256, POSITIVE)
-    # a request, on 5xx, resets and restarts; a 4xx is never retried
+    # Number of retries of a request after 5xx, resets and restarts; a 4xx is never retried.
     max_retries: int = bounded(5, NOT_NEGATIVE)
-    # sample training responses from the start model throughout (SSD)
+    # Sample all training responses from the start model (SSD).
     frozen_policy: bool = False
-    # sample more questions until num_prompts of them are neither all right nor all wrong (DAPO)
+    # Sample further questions until num_prompts of them are neither all right nor all wrong (DAPO).
     dynamic_sampling: bool = False
-    # batches of questions that dynamic_sampling may sample for a step
+    # Most batches of questions that dynamic_sampling samples for one step.
     max_batches: int = bounded(10, POSITIVE)
-    # train on samples of an older weight version (they are counted either way)
+    # Train on samples of an older weight version; they are counted in any case.
     allow_stale: bool = False
-    # steps that sampling runs ahead of training: 0 = on-policy | 1 = the next batch is sampled
-    # while this one is learned
+    # Number of steps by which sampling runs ahead of training: 0 = on-policy | 1 = the next batch
+    # is sampled during the training on this one.
     overlap: int = bounded(0, Bound("must be 0 (off) or 1", lambda v: v in (0, 1)))
-    # run.dir of another run, whose rollouts/ are read instead of sampling
+    # run.dir of another run, whose rollouts/ are read instead of sampling; null = sample.
     replay_dir: Optional[str] = None
+    # The engines that sample.
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 @dataclass
 class RewardConfig:
-    # math reads the last \boxed{}; code runs the last fenced program on the row's tests, in a
-    # sandbox (rewards/verifiers.py)
+    """The verifier of answers."""
+
+    # How answers are checked: math reads the last \boxed{}; code runs the last fenced program on
+    # the row's tests, in a sandbox (rewards/verifiers.py).
     verifier: VerifierName = "math"
-    # verifier processes, or sandboxes, at once
+    # Number of verifier processes, or of sandboxes, at once.
     workers: int = bounded(2, POSITIVE)
-    # seconds a check may take before its worker is killed; of code: a test whose row gives no
-    # time_limit
+    # Time that a check may take before its worker is killed (seconds); with verifier=code the time
+    # of a test whose row has no time_limit.
     timeout: float = bounded(6.0, POSITIVE)
-    # seconds that all tests of one program may take together
+    # Time that all tests of one program may take together (seconds).
     code_seconds: float = bounded(60.0, POSITIVE)
-    # of a program, all its processes together
+    # Memory of a program with all its processes (MiB).
     code_memory_mib: int = bounded(1024, POSITIVE)
-    # rubric score from which on a sample is right
+    # Rubric score from which on a sample is right.
     rubric_threshold: float = bounded(0.5, FRACTION)
 
 
 @dataclass
 class ActorConfig:
+    """The trainer's parallel layout, precision and speed. Names are Megatron's."""
+
+    # TP.
     tensor_model_parallel_size: int = bounded(1, POSITIVE)
+    # PP.
     pipeline_model_parallel_size: int = bounded(1, POSITIVE)
+    # CP.
     context_parallel_size: int = bounded(1, POSITIVE)
+    # EP.
     expert_model_parallel_size: int = bounded(1, POSITIVE)
+    # Split activations between tensor-parallel regions along the sequence.
     sequence_parallel: bool = False
+    # Split the state of the optimizer over data-parallel ranks.
     use_distributed_optimizer: bool = True
-    # fp32 main parameters are kept by the optimizer
+    # Precision of parameters and activations; the optimizer keeps main parameters in fp32.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # samples of a microbatch, per data-parallel rank, where max_tokens_per_microbatch is null
+    # Samples of a microbatch of one data-parallel rank, where max_tokens_per_microbatch is null.
     micro_batch_size: int = bounded(8, POSITIVE)
-    # token budget of a microbatch (tokens of a rank, all its context-parallel ranks together,
-    # padding included); as many samples as fit, shared over data-parallel ranks by FLOPs; null =
-    # micro_batch_size samples, dealt by length
+    # Token budget of a microbatch, all context-parallel ranks together, padding included. A
+    # microbatch takes as many samples as fit, and data-parallel ranks get equal FLOPs. null =
+    # micro_batch_size samples, shared out by length.
     max_tokens_per_microbatch: Optional[int] = bounded(None, POSITIVE)
-    # packed (THD) instead of right-padded microbatches
+    # Pack microbatches (THD) instead of padding them on the right.
     packing: bool = False
-    # budget of the loss's logits, a chunk of tokens at a time (MiB per rank)
+    # Memory of the logits of the loss, which exist for one chunk of tokens at a time (MiB per
+    # rank).
     loss_memory_mib: int = bounded(768, POSITIVE)
-    # reduce gradients over DP x CP while the backward runs
+    # Reduce gradients over DP x CP during the backward pass.
     overlap_grad_reduce: bool = False
-    # gather updated parameters while the next forward runs (distributed optimizer)
+    # Gather updated parameters during the next forward pass (distributed optimizer).
     overlap_param_gather: bool = False
-    # TransformerEngine overlaps tensor-parallel collectives with matrix products
-    # (sequence_parallel)
+    # TransformerEngine overlaps tensor-parallel collectives with matrix products (needs
+    # sequence_parallel).
     tp_comm_overlap: bool = False
-    # activations computed anew in the backward: whole layers, or the parts named in
-    # recompute_modules; null = none
+    # Activations that the backward pass computes again: full = whole layers | selective = the parts
+    # named in recompute_modules; null = none.
     recompute_granularity: Optional[Literal["full", "selective"]] = None
-    # of full: every layer in groups of recompute_num_layers | the first recompute_num_layers of a stage only
+    # With granularity full: uniform = every layer, in groups of recompute_num_layers | block = only
+    # the first recompute_num_layers of a stage.
     recompute_method: Literal["uniform", "block"] = "uniform"
+    # Number of layers; see recompute_method.
     recompute_num_layers: int = bounded(1, POSITIVE)
-    # of selective: core_attn, mlp, moe
+    # With granularity selective: core_attn, mlp, moe.
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    # what follows needs TransformerEngine, that is a GPU
-    # FP8 of the linear layers: hybrid = E4M3 forward, E5M2 backward | e4m3 throughout; null = bf16
-    # (loss and output layer always are)
+    # FP8 of the linear layers: hybrid = E4M3 forward, E5M2 backward | e4m3 throughout; null = bf16.
+    # Loss and output layer are always bf16. Needs TransformerEngine and thus a GPU, like all that
+    # follows.
     fp8: Optional[Literal["hybrid", "e4m3"]] = None
-    # Megatron's fp8_recipe: scales from past steps (leaves no layer in bf16) | of each tensor now
-    # ("current") | of 128 x 128 and 1 x 128 blocks (Hopper)
+    # Megatron's fp8_recipe, the scales: delayed = from past steps (leaves no layer in bf16) |
+    # tensorwise = of each tensor now ("current") | blockwise = of 128 x 128 and 1 x 128 blocks
+    # (Hopper).
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
-    # keep parameters in FP8 and gather those (distributed optimizer)
+    # Keep parameters in FP8 and gather them in FP8 (distributed optimizer).
     fp8_param_gather: bool = False
-    # the first num_layers_at_start_in_bf16 and last num_layers_at_end_in_bf16 layers stay in bf16
+    # Keep the first num_layers_at_start_in_bf16 and the last num_layers_at_end_in_bf16 layers in
+    # bf16.
     first_last_layers_bf16: bool = True
+    # Number of first layers in bf16.
     num_layers_at_start_in_bf16: int = bounded(1, NOT_NEGATIVE)
+    # Number of last layers in bf16.
     num_layers_at_end_in_bf16: int = bounded(1, NOT_NEGATIVE)
-    # TransformerEngine's
+    # TransformerEngine's attention backend.
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
-    # rotary embedding in one kernel
+    # Compute the rotary embedding in one kernel.
     apply_rope_fusion: bool = False
-    # replay the layers as CUDA graphs: padded microbatches of one length only
+    # Replay the layers as CUDA graphs; needs padded microbatches of one length.
     cuda_graph: bool = False
-    # Megatron pads the vocabulary to a multiple of this times TP
+    # Megatron pads the vocabulary to a multiple of this number times TP.
     make_vocab_size_divisible_by: int = bounded(128, POSITIVE)
 
 
 @dataclass
 class OptimizerConfig:
+    """Adam and its learning rate."""
+
+    # Learning rate after the warm-up.
     lr: float = bounded(1e-5, POSITIVE)
+    # Learning rate at the end of the decay.
     min_lr: float = bounded(0.0, NOT_NEGATIVE)
+    # Number of steps over which the learning rate rises from 0.
     lr_warmup_steps: int = bounded(10, NOT_NEGATIVE)
+    # How the learning rate falls after the warm-up.
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    # Decoupled weight decay of Adam.
     weight_decay: float = bounded(0.01, NOT_NEGATIVE)
+    # Decay rate of the first moment.
     adam_beta1: float = bounded(0.9, MOMENTUM)
+    # Decay rate of the second moment.
     adam_beta2: float = bounded(0.999, MOMENTUM)
+    # Number added to the denominator of Adam.
     adam_eps: float = bounded(1e-8, POSITIVE)
-    # global L2 norm; 0 = off
+    # Bound of the global L2 norm of the gradient; 0 = off.
     clip_grad: float = bounded(1.0, NOT_NEGATIVE)
 
 
 @dataclass
 class SyncConfig:
-    # how weights reach the engines: disk (a safetensors file, in shared memory where there is room)
-    # | group (broadcast over a process group: NCCL, gloo) | colocated (the engine reads the actor's
-    # memory: CUDA IPC, shared memory; engines of this machine only)
+    """How weights get from the actor into the engines, and how that is verified."""
+
+    # How weights reach the engines: disk = a safetensors file, in shared memory where there is room
+    # | group = broadcast over a process group (NCCL, gloo) | colocated = the engine reads the
+    # actor's memory (CUDA IPC, shared memory; engines of this machine only).
     transport: Literal["disk", "group", "colocated"] = "disk"
-    # whole tensors put together at a time (MiB; rank 0 keeps two buffers of it); null = 512 on a
-    # GPU, 24 on a CPU, where an engine's receive buffer above 32 MiB is fresh memory each time
+    # Size of the buckets in which whole tensors are sent (MiB; rank 0 keeps two buffers); null =
+    # 512 on a GPU, 24 on a CPU, where a larger receive buffer than 32 MiB is new memory each time.
     bucket_mib: Optional[int] = bounded(None, POSITIVE)
-    # what becomes of requests that run during a push by group or colocated: taken back and
-    # continued | asked again | waited for
+    # What happens to requests that run during a push by group or colocated: retract = taken back
+    # and continued | abort = requested again | drain = waited for.
     in_flight: Literal["retract", "abort", "drain"] = "retract"
-    # send only parameters whose fingerprint has changed since the last push (group, colocated)
+    # Send only parameters whose fingerprint has changed since the last push (group, colocated).
     delta: bool = False
-    # per-tensor checksums of the actor's weights against those that the engine reports after a
-    # push: off | an eighth of the parameters, in turn | all of them
+    # After a push, compare checksums of the actor's tensors with those that the engine reports: off
+    # | sample = an eighth of the parameters, in turn | full = all of them.
     verify: Literal["off", "sample", "full"] = "off"
-    # pushes between log-prob probes of the engine; 0 = never
+    # Number of pushes between two log-prob probes of the engine; 0 = never.
     verify_every: int = bounded(1, NOT_NEGATIVE)
-    # largest |log-prob actor - log-prob engine| of a probe (nats); null = 1e-3 in float32, else 0.1
+    # Largest |log-prob of the actor - log-prob of the engine| of a probe (nats); null = 1e-3 in
+    # float32, else 0.1.
     tolerance: Optional[float] = bounded(None, POSITIVE)
 
 
 @dataclass
 class EvaluationConfig:
-    # steps between evaluations; 0 = before and after only
+    """Evaluations on held-out rows during a run."""
+
+    # Number of steps between evaluations; 0 = only before and after the run.
     every: int = bounded(0, NOT_NEGATIVE)
-    # k of mean@k and maj@k
+    # The k of mean@k and maj@k.
     num_samples: int = bounded(4, POSITIVE)
-    # held-out rows used, the first ones; 0 = all
+    # Number of held-out rows used, from the first; 0 = all.
     num_prompts: int = bounded(0, NOT_NEGATIVE)
+    # Sampling temperature; 0 = greedy.
     temperature: float = bounded(1.0, Bound("must be 0 (greedy) or more", lambda v: v >= 0))
+    # Share of the probability that is sampled from; 1 = all.
     top_p: float = bounded(1.0, NONZERO_FRACTION)
-    # -1 = off
+    # Number of most probable tokens that are sampled from; -1 = off.
     top_k: int = bounded(-1, TOP_K)
-    # of the held-out prompts; null = model.enable_thinking
+    # Value that the chat template gets for held-out prompts; null = model.enable_thinking.
     enable_thinking: Optional[bool] = None
-    # null = rollout.max_response_tokens
+    # Longest response (tokens); null = rollout.max_response_tokens.
     max_response_tokens: Optional[int] = bounded(None, POSITIVE)
 
 
 @dataclass
 class CheckpointConfig:
-    # steps between checkpoints; 0 = at the end only
+    """When checkpoints are saved, and how many are kept."""
+
+    # Number of steps between checkpoints; 0 = at the end only.
     every: int = bounded(0, NOT_NEGATIVE)
-    # newest checkpoints kept
+    # Number of newest checkpoints that are kept.
     keep: int = bounded(2, POSITIVE)
+    # Save a checkpoint at the end.
     save_at_end: bool = True
 
 
 @dataclass
 class ClusterConfig:
-    """The machines: what `megasd plan` reckons with and `megasd launch` asks for. `megasd train`
-    does not read it.
-    """
+    """The machines, for `megasd plan` and `megasd launch`; `megasd train` does not read it."""
 
-    # a row of cluster/planner/hardware.py
+    # A row of cluster/planner/hardware.py.
     gpu: str = "h100-80g"
+    # GPUs of a node.
     gpus_per_node: int = bounded(8, POSITIVE)
-    # nodes that train
+    # Number of nodes that train.
     actor_nodes: int = bounded(1, POSITIVE)
-    # nodes of their own for engines (`megasd serve`); 0 = engines share the actor's GPUs
+    # Number of further nodes for engines (`megasd serve`); 0 = engines share the actor's GPUs.
     engine_nodes: int = bounded(0, NOT_NEGATIVE)
+    # Name of the job.
     job_name: str = bounded("megasd", matching(r"[\w.-]+", "must be letters, digits, . _ or -"))
+    # Slurm partition; null = the default.
     partition: Optional[str] = None
+    # Slurm account; null = the default.
     account: Optional[str] = None
-    # hh:mm:ss, or days-hh:mm:ss
+    # Time limit of the job: hh:mm:ss, or days-hh:mm:ss.
     time: str = bounded(
         "04:00:00", matching(r"(\d+-)?\d{1,3}:\d\d:\d\d", "must be hh:mm:ss or days-hh:mm:ss")
     )
-    # before the end of `time` at which the run is told to save and leave
+    # The run is preempted this many seconds before the end of `time`: it saves and ends.
     signal_seconds: int = bounded(300, within(1, 65535))
-    # how often a job that saved and left is queued again
+    # How often a preempted job is queued again.
     max_requeues: int = bounded(20, NOT_NEGATIVE)
-    # of pyxis (srun --container-image); null = no container
+    # Image for pyxis (srun --container-image); null = no container.
     container_image: Optional[str] = None
-    # HOST:CONTAINER
+    # Mounts of the container, each HOST:CONTAINER.
     container_mounts: list[str] = field(
         default_factory=list, metadata=bound(each_matching(r"[^:\s]+:[^\s]+", "each must be HOST:CONTAINER"))
     )
-    # names of variables that the job takes from the submitting shell; values never appear
+    # Names of variables that the job takes from the submitting shell; their values are never
+    # written.
     env: list[str] = field(
         default_factory=list,
         metadata=bound(
@@ -605,9 +707,9 @@ class ClusterConfig:
             )
         ),
     )
-    # shell lines before the program on every node, such as "source .venv/bin/activate"
+    # Shell lines before the program on every node, such as "source .venv/bin/activate".
     setup: list[str] = field(default_factory=list)
-    # further options of sbatch, such as "--constraint=h100"
+    # Further options of sbatch, such as "--constraint=h100".
     sbatch: list[str] = field(
         default_factory=list, metadata=bound(each_matching(r"--[^\n]+", "each must begin with --"))
     )
@@ -615,6 +717,8 @@ class ClusterConfig:
 
 @dataclass
 class Config:
+    """A whole run."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -630,12 +734,12 @@ class Config:
 
 
 def samples_per_step(config: Config) -> int:
-    """Samples of one optimizer step over all ranks: P x G rollouts, or P rows of a dataset."""
+    """Number of samples of one step over all ranks: P x G rollouts, or P rows of a dataset."""
     return config.rollout.num_prompts * (
         1 if config.algorithm.source == "dataset" else config.rollout.num_samples
     )
 
 
 def engine_dtype(config: Config) -> str:
-    """Of the engine's weights, and so of what is sent to it."""
+    """The dtype of an engine's weights, and so of the weights that are sent to it."""
     return config.actor.dtype if config.rollout.engine.dtype == "auto" else config.rollout.engine.dtype

@@ -62,7 +62,7 @@ def summarise(groups: list[Group], answer_of: AnswerOf) -> dict[str, float]:
     """{"mean_at_k", "maj_at_k", "pass_at_k", "questions", "unscored_samples"} of an evaluation;
     pass_at_k: any of a question's samples.
     """
-    unscored = sum(not s.verdict.counts for g in groups for s in g.samples)
+    unscored = sum(s.verdict is None or not s.verdict.counts for g in groups for s in g.samples)
     return {
         "mean_at_k": mean_at_k(groups),
         "maj_at_k": maj_at_k(groups, answer_of),

@@ -45,7 +45,7 @@ def measure_groups(groups: list[Group], settings: dict[str, Any], ks: list[int])
     return {
         "questions": len(groups),
         "samples": len(samples),
-        "verdicts": dict(Counter(s.verdict.value for s in samples)),
+        "verdicts": dict(Counter(s.verdict.value for s in samples if s.verdict is not None)),
         "no_answer": sum(answer_of(s.text) is None for s in samples),
         "truncated": sum(s.finish_reason == "length" for s in samples),
         "mean_response_tokens": sum(len(s.response_ids) for s in samples) / max(1, len(samples)),

@@ -235,15 +235,12 @@ class Study:
 
 
 def load_model(path: str) -> Any:
-    """transformers' model of a directory in float32, on a GPU where there is one."""
+    """Load a model of transformers in float32, on a GPU if there is one, for evaluation."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        .to(device)
-        .eval()
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return model.to(device).eval()
