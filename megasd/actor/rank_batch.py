@@ -130,6 +130,7 @@ def mean_question_weight(batch: Batch, normaliser: str) -> float:
 
 def batch_outcome(batch: Batch) -> Outcome:
     """Pass rate and length tail of a whole batch."""
+    assert batch.right is not None, "a batch fills it in"
     return Outcome(
         pass_rate=float(batch.right.sum() / batch.scored.sum().clamp(min=1)),
         length_tail=float(batch.response_lens.max() / batch.response_lens.double().mean()),

@@ -28,7 +28,9 @@ def student_logprobs(student: Student, rank_batch: RankBatch) -> dict[str, Tenso
     spec = replace(rank_batch.spec, support="none")
 
     def read(index_T: Tensor, hidden_Th: Tensor) -> dict[str, Tensor]:
-        return {"logp": student.logprobs(hidden_Th, rank_batch.targets[index_T], spec).logp_T}
+        logprobs = student.logprobs(hidden_Th, rank_batch.targets[index_T], spec)
+        assert logprobs.logp_T is not None, "targets were given"
+        return {"logp": logprobs.logp_T}
 
     found = student.read_tokens(rank_batch.batch, rank_batch.microbatches, {"logp": ()}, read)
     return {name: values_R.float() for name, values_R in found.items()}
@@ -40,7 +42,6 @@ def student_divergence(student: Student, rank_batch: RankBatch, teacher: Teacher
     It is 0 for samples that need no forward. The dict is empty before the last pipeline stage.
     Collectives: the model's, ops/vocab_parallel.py, one all_reduce over CP.
     """
-
     term = rank_batch.algorithm.distill
     assert term is not None, "a divergence is read where there is distillation"
 
@@ -67,12 +68,11 @@ def score(
 
     def read(index_T: Tensor, hidden_Th: Tensor) -> dict[str, Tensor]:
         logprobs = student.logprobs(hidden_Th, targets[index_T], spec)
-        return {
-            "logp": logprobs.logp_T,
-            "entropy": logprobs.entropy_T,
-            "ids": logprobs.ids_TA,
-            "logps": logprobs.student_logq_TB,
-        }
+        logp_T, entropy_T = logprobs.logp_T, logprobs.entropy_T
+        ids_TK, logq_TK = logprobs.ids_TA, logprobs.student_logq_TB
+        assert logp_T is not None and entropy_T is not None, "targets were given"
+        assert ids_TK is not None and logq_TK is not None, "the support is the student's top k"
+        return {"logp": logp_T, "entropy": entropy_T, "ids": ids_TK, "logps": logq_TK}
 
     shapes: dict[str, tuple[int, ...]] = {"logp": (), "entropy": (), "ids": (k,), "logps": (k,)}
     found = student.read_tokens(batch, microbatches_in_order(batch, costs), shapes, read)

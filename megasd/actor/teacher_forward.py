@@ -184,6 +184,7 @@ class _Collector:
             tp_group=student.mesh.tp_group,
             memory_bytes=student.loss_memory_bytes,
         )
+        assert logprobs.logp_T is not None and logprobs.entropy_T is not None, "targets were given"
         self.logp_R[index_T], self.entropy_R[index_T] = logprobs.logp_T.float(), logprobs.entropy_T.float()
 
 
