@@ -1,3 +1,1 @@
-"""Submitting a run to a cluster: `megasd launch slurm` and `megasd launch nemo-run`. Nothing here
-imports torch or nemo_run at import.
-"""
+"""`megasd launch`: a run handed to Slurm or to nemo-run. Imports neither torch nor nemo_run."""

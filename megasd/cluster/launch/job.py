@@ -1,6 +1,4 @@
-"""What every launcher agrees on: which nodes a run takes, what is said on each, and whether the
-config can run there at all.
-"""
+"""LaunchJob: what every launcher needs to know of a run, and whether its config can run there."""
 
 from __future__ import annotations
 
@@ -17,19 +15,21 @@ from megasd.config.validate_rollout import needs_engine
 from megasd.preemption import PREEMPTED_MARKER
 from megasd.types import UserError
 
-# Variables that every job takes from the submitting shell, by name: without PATH a node finds
+# Names of variables that every job takes from the submitting shell. Without PATH a node finds
 # neither Slurm nor the environment.
 ALWAYS_EXPORTED = ("HOME", "LANG", "PATH", "USER")
-# Static, torchrun's default: the first task has rank 0 and holds the store. With c10d the agents
-# settle by chance who has rank 0, guess from names who holds the store (Slurm's name of a node need
-# not be its host name), and bury the news of a failure under their own.
+# Options of torchrun for its static rendezvous, the default: the first task has rank 0 and holds
+# the store. With c10d chance decides which agent has rank 0, the agents guess from host names which
+# of them holds the store (Slurm's name of a node may differ from its host name), and their own
+# errors hide the first failure.
 RENDEZVOUS = ['--node-rank="$SLURM_PROCID"', '--rdzv-endpoint="$MEGASD_RENDEZVOUS"']
 
 
 @dataclass(frozen=True)
 class LaunchJob:
-    """A run as a launcher sees it. Paths are relative to the directory that it is submitted from,
-    unless run.dir is absolute.
+    """A run as a launcher sees it.
+
+    Paths are relative to the directory that the run is submitted from, unless run.dir is absolute.
     """
 
     config: Config
@@ -37,27 +37,30 @@ class LaunchJob:
 
     @property
     def ranks(self) -> int:
-        """Ranks of the trainer over all its nodes; one on each GPU."""
+        """Ranks of the trainer on all actor nodes; one on each GPU."""
         return self.config.cluster.actor_nodes * self.config.cluster.gpus_per_node
 
     @property
     def nodes(self) -> int:
+        """Nodes of the job, for the actor and for engines."""
         return self.config.cluster.actor_nodes + self.config.cluster.engine_nodes
 
     @property
     def folder(self) -> str:
-        """Where the submitted config, the script and the job's output lie."""
+        """Directory of the submitted config, the script and the job's output."""
         return str(PurePosixPath(self.run_dir) / "launch")
 
     @property
     def yaml(self) -> str:
-        """The resolved config that goes with the job: a later change of the files it came from does
-        not reach a waiting job.
+        """Path of the resolved config that goes with the job.
+
+        A waiting job reads this copy, so that later changes of the user's files do not reach it.
         """
         return str(PurePosixPath(self.folder) / f"{self.config.cluster.job_name}.yaml")
 
     @property
     def script(self) -> str:
+        """Path of the sbatch script."""
         return str(PurePosixPath(self.folder) / f"{self.config.cluster.job_name}.sbatch")
 
     @property
@@ -66,20 +69,25 @@ class LaunchJob:
         return sorted({*ALWAYS_EXPORTED, *self.config.cluster.env})
 
     def torchrun(self, *, nodes: bool) -> list[str]:
-        """Options of torchrun on each actor node, but for the rendezvous where there is one (`nodes`)."""
+        """Options of torchrun on each actor node.
+
+        nodes: torchrun runs on several nodes; then RENDEZVOUS has to be added.
+        """
         cluster = self.config.cluster
         return [
             *([f"--nnodes={cluster.actor_nodes}"] if nodes else ["--standalone"]),
             f"--nproc-per-node={cluster.gpus_per_node}",
-            # The agent hands these on to its ranks, then waits until they have saved before it kills them.
+            # The agent hands these signals on to its ranks, and kills the ranks only after they
+            # have had time to save.
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             f"--shutdown-timeout={cluster.signal_seconds}",
         ]
 
 
 def read_job(files: list[str], overrides: list[str]) -> LaunchJob:
-    """The job of YAML `files` and dotted `overrides`, read and checked as `megasd train` does, but
-    for model and data files. Raises ConfigError.
+    """Read and check the job of YAML `files` and dotted `overrides`, as `megasd train` does.
+
+    Model and data files are not checked. Raises ConfigError.
     """
     job = make_launch_job(load_config(files, overrides, RECIPES))
     check_stages(job.config, job.ranks)
@@ -87,8 +95,10 @@ def read_job(files: list[str], overrides: list[str]) -> LaunchJob:
 
 
 def make_launch_job(config: Config) -> LaunchJob:
-    """The job of a config that can run on the machines of its `cluster`. Raises ConfigError; looks
-    at no model and no data file, which need not lie on the submitting machine.
+    """The job of a config that can run on the machines of its `cluster` section.
+
+    Looks at no model and no data file, which need not lie on the submitting machine. Raises
+    ConfigError.
     """
     job = LaunchJob(config, config.run.dir)
     _check_resume(config)
@@ -98,17 +108,18 @@ def make_launch_job(config: Config) -> LaunchJob:
 
 
 def write_job_config(job: LaunchJob) -> None:
-    """Write the resolved config where the job looks for it. UserError when it cannot be, or when
-    another job's run is there.
+    """Write the resolved config where the job looks for it.
+
+    UserError if it cannot be written, or if run.dir holds a run or another job's config.
     """
     text, written = to_yaml(job.config), Path(job.yaml)
     directory = Path(job.run_dir)
-    # a launch after "told to leave" goes on
+    # A launch after a preempted run goes on with that run.
     if job.config.run.resume == "none" and not (directory / PREEMPTED_MARKER).exists():
-        held = [name for name in RUN_FILES if (directory / name).exists()]
-        if held:
+        present = [name for name in RUN_FILES if (directory / name).exists()]
+        if present:
             raise UserError(
-                f"run.dir={job.run_dir}: already holds a run ({held[0]}); set run.resume=auto to go on, or"
+                f"run.dir={job.run_dir}: already holds a run ({present[0]}); set run.resume=auto to go on, or"
                 " another run.dir"
             )
         if written.is_file() and written.read_text(encoding="utf-8") != text:
@@ -126,12 +137,13 @@ def write_job_config(job: LaunchJob) -> None:
 
 
 def _check_resume(config: Config) -> None:
+    """Refuse a config whose job could not go on after it is preempted and queued again."""
     run, cluster = config.run, config.cluster
     days, _, clock = cluster.time.rpartition("-")
     hours, minutes, seconds = (int(part) for part in clock.split(":"))
     if cluster.signal_seconds >= (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds:
         raise ConfigError(
-            f"cluster.signal_seconds={cluster.signal_seconds}: the run would be told to leave as soon as it"
+            f"cluster.signal_seconds={cluster.signal_seconds}: the run would be preempted as soon as it"
             f" starts (cluster.time={cluster.time}); lower it"
         )
     if run.resume not in ("none", "auto"):
@@ -141,13 +153,13 @@ def _check_resume(config: Config) -> None:
         )
     if run.overwrite:
         raise ConfigError(
-            "run.overwrite: a job that is queued again would begin anew; set it to false and take another"
+            "run.overwrite: a job that is queued again would begin again; set it to false and take another"
             " run.dir"
         )
 
 
 def _check_engines(config: Config) -> None:
-    """Engines of the config against the nodes of the cluster."""
+    """Refuse engines of the config that do not fill the nodes of the cluster."""
     cluster, engine = config.cluster, config.rollout.engine
     size, gpus = engine.tensor_parallel_size, cluster.gpus_per_node
     if cluster.engine_nodes == 0:

@@ -1,12 +1,13 @@
-"""A run through nemo-run (0.11.1, the extra `launch`): its executors and scripts from a config, and
-an experiment of them.
+"""A run through nemo-run (0.11.1, the extra `launch`): executors and scripts from a config.
 
-Here: LocalExecutor, which starts torchrun. On Slurm: SlurmExecutor, each task of which starts on
-every one of its nodes, as a script that sets up and becomes torchrun or `megasd serve`. (nemo-run's
-own Torchrun launcher would serve one kind of task only, and knows nothing of the signals that ask a
-run to save.) Engine nodes are the second part of a heterogeneous job. Values of variables reach the
-job by #SBATCH --export=NAMES: nemo-run's env_vars would put them into the script, and its `set -x`
-into logs.
+On this machine a LocalExecutor starts torchrun. On Slurm a SlurmExecutor starts a script on every
+node of a task. The script sets up the node and becomes torchrun or `megasd serve`. Engine nodes are
+the second part of a heterogeneous job.
+
+nemo-run's own Torchrun launcher is not used on Slurm: it has one kind of task only, and does not
+hand on the signals that make a run save. Values of variables reach the job by
+#SBATCH --export=NAMES: nemo-run's env_vars would put them into the script, and its `set -x` into
+logs.
 """
 
 from __future__ import annotations
@@ -33,28 +34,29 @@ from megasd.types import UserError
 if TYPE_CHECKING:
     import nemo_run
 
-# of an experiment: its directory, and the job's name after the prefix
+# Name of an experiment's task: its directory, and the job's name after the prefix.
 TASK = "train"
 
-# Lines of the batch script, before the steps. The template traces what it runs (set -x), so the key
-# is made with that off.
+# Lines of the batch script before its steps. nemo-run's template traces what it runs (set -x).
+# ENGINE_KEY turns that off while it makes the key.
 BATCH = """\
 # The steps take over what is exported here, although sbatch --export named variables.
 export SLURM_EXPORT_ENV=ALL
-# Unbuffered, srun gives each task a terminal, and its output is all progress bars; Python's own is unbuffered by PYTHONUNBUFFERED.
+# Unbuffered, srun gives each task a terminal, and its output is all progress bars; \
+Python's own is unbuffered by PYTHONUNBUFFERED.
 unset SLURM_UNBUFFEREDIO
 export MEGASD_RENDEZVOUS="$head_node:{port}"
 rm -f -- {marker}
 # Queued again only when the run was told to leave and has saved; a crash is not repeated.
 scontrol() {{ if [ "$1" != requeue ] || [ -e {marker} ]; then command scontrol "$@"; fi; }}
-"""  # noqa: E501
+"""
 ENGINE_KEY = """\
 { set +x; } 2>/dev/null
 export MEGASD_ENGINE_KEY="${MEGASD_ENGINE_KEY:-$(od -An -N24 -tx1 /dev/urandom | tr -d ' \\n')}"
 set -x
 """
-# What every node of a task runs. /nemo_run is the experiment's directory: nemo-run writes the real
-# one in its place without a container.
+# What every node of a task runs. /nemo_run is the experiment's directory in a container; without a
+# container nemo-run replaces it by the real path.
 NODE = """\
 set -e
 cd "$SLURM_SUBMIT_DIR"
@@ -65,8 +67,10 @@ export PYTHONPATH="/nemo_run/code${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
 def launch(job: LaunchJob, *, executor: str, dry_run: bool, detach: bool) -> int:
-    """Run the job in an experiment of `executor` (local or slurm) and wait for it; 0 when it
-    succeeded, else 1. With `detach` (slurm) only submit it; with `dry_run` print what would be run.
+    """Run the job in an experiment of `executor` (local or slurm) and wait for its end.
+
+    With `detach` (slurm only) the job is submitted and not waited for. With `dry_run` it is only
+    printed. Returns 0 if the job succeeded, else 1; locally EXIT_PREEMPTED if it was preempted.
     Raises UserError.
     """
     run = _nemo_run()
@@ -87,8 +91,9 @@ def launch(job: LaunchJob, *, executor: str, dry_run: bool, detach: bool) -> int
 
 
 def add(experiment: nemo_run.Experiment, job: LaunchJob, home: str | None = None) -> None:
-    """Add the job's tasks to an experiment on Slurm: the trainer, and the engines where there are
-    engine nodes. home: nemo-run's directory, if not $NEMORUN_HOME.
+    """Add the job's tasks to an experiment on Slurm: the trainer, and engines on engine nodes.
+
+    home: nemo-run's directory; None means $NEMORUN_HOME.
     """
     executor = actor_executor(job, home)
     if job.config.cluster.engine_nodes:
@@ -100,14 +105,15 @@ def add(experiment: nemo_run.Experiment, job: LaunchJob, home: str | None = None
 
 
 def local_executor(job: LaunchJob) -> nemo_run.LocalExecutor:
-    """The ranks of this machine, under torchrun."""
+    """The executor of this machine, which starts the ranks by torchrun."""
     run, cluster = _nemo_run(), job.config.cluster
     if job.nodes > 1:
         raise ConfigError(
             f"cluster.actor_nodes={cluster.actor_nodes}, engine_nodes={cluster.engine_nodes}: --executor"
             " local is this machine alone; set them to 1 and 0"
         )
-    # torchrun takes its options from PET_<OPTION> too; the executor has none for these.
+    # The executor has no argument for these options of torchrun, which reads them from the
+    # variables PET_<OPTION> too.
     options = dict(
         option.removeprefix("--").split("=")
         for option in job.torchrun(nodes=False)
@@ -123,7 +129,7 @@ def local_executor(job: LaunchJob) -> nemo_run.LocalExecutor:
 
 
 def local_script(job: LaunchJob) -> nemo_run.Script:
-    """What each rank of this machine runs."""
+    """The script that each rank of this machine runs."""
     run = _nemo_run()
     return run.Script(
         path="megasd.cli", m=True, entrypoint="python", args=["train", job.yaml, "run.resume=auto"]
@@ -131,19 +137,19 @@ def local_script(job: LaunchJob) -> nemo_run.Script:
 
 
 def actor_executor(job: LaunchJob, home: str | None = None) -> nemo_run.SlurmExecutor:
-    """The nodes that train, one task each. home: nemo-run's directory, if not $NEMORUN_HOME."""
+    """The executor of the actor nodes, one task each. home: None means $NEMORUN_HOME."""
     executor = _slurm_executor(job, job.config.cluster.actor_nodes, home)
     executor.heterogeneous = job.config.cluster.engine_nodes > 0
     return executor
 
 
 def engine_executor(job: LaunchJob, home: str | None = None) -> nemo_run.SlurmExecutor:
-    """The nodes of engines, one task each."""
+    """The executor of the engine nodes, one task each. home: None means $NEMORUN_HOME."""
     return _slurm_executor(job, job.config.cluster.engine_nodes, home)
 
 
 def train_script(job: LaunchJob) -> nemo_run.Script:
-    """torchrun on an actor node."""
+    """The script of an actor node, which becomes torchrun."""
     several = job.config.cluster.actor_nodes > 1
     options = job.torchrun(nodes=several)
     if several:
@@ -154,14 +160,15 @@ def train_script(job: LaunchJob) -> nemo_run.Script:
 
 
 def serve_script(job: LaunchJob) -> nemo_run.Script:
-    """`megasd serve` on an engine node; USR1 is the trainer's affair."""
+    """The script of an engine node, which becomes `megasd serve` and ignores USR1."""
     return _script(job, f"trap '' USR1\nexec megasd serve {quote(job.yaml)} --host \"$SLURMD_NODENAME\"")
 
 
 def rendered(job: LaunchJob) -> str:
     """The batch script that nemo-run would submit and the scripts of its tasks, as text.
-    $NEMORUN_HOME stands for its value, and the experiment, which nemo-run numbers by the clock, has
-    the number 0.
+
+    The text has "$NEMORUN_HOME" in place of the directory. The experiment has the number 0, where
+    nemo-run would take a number from the clock.
     """
     run, title = _nemo_run(), job.config.cluster.job_name
     with tempfile.TemporaryDirectory() as home:
@@ -179,7 +186,7 @@ def rendered(job: LaunchJob) -> str:
 
 
 def _launch_here(run: ModuleType, job: LaunchJob, *, dry_run: bool, detach: bool) -> int:
-    """Run the job on this machine. SIGUSR1 and SIGTERM are handed to torchrun, whose ranks then save."""
+    """Run the job on this machine; on SIGUSR1 and SIGTERM the ranks save and end."""
     if detach:
         raise UserError(
             "--detach: nemo-run cannot leave a local run alone; take --executor slurm, or drop it"
@@ -188,12 +195,12 @@ def _launch_here(run: ModuleType, job: LaunchJob, *, dry_run: bool, detach: bool
         print(_local_command(job))
         return 0
     write_job_config(job)
-    # of an earlier launch
+    # A marker that is here was left by an earlier launch.
     (Path(job.run_dir) / PREEMPTED_MARKER).unlink(missing_ok=True)
     with run.Experiment(job.config.cluster.job_name) as experiment:
         experiment.add(local_script(job), executor=local_executor(job), name=TASK, tail_logs=True)
         experiment.run()
-        # torchx has taken SIGTERM to kill the job
+        # torchx would kill the job on SIGTERM; hand the signals to torchrun instead.
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, _hand_on)
     if (Path(job.run_dir) / PREEMPTED_MARKER).exists():
@@ -202,7 +209,7 @@ def _launch_here(run: ModuleType, job: LaunchJob, *, dry_run: bool, detach: bool
 
 
 def _hand_on(number: int, frame: FrameType | None) -> None:
-    """Send a signal to the agents that this process has started."""
+    """Send a signal to every torchrun that this process has started."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(Path(word).name == "torchrun" for word in child.cmdline()[:2]):
@@ -210,7 +217,7 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
 
 
 def _local_command(job: LaunchJob) -> str:
-    """The command of `local_script` under `local_executor`."""
+    """The command that starts `local_script` under `local_executor`, as text."""
     from nemo_run.run.torchx_backend.packaging import package
 
     executor = local_executor(job)
@@ -225,6 +232,7 @@ def _local_command(job: LaunchJob) -> str:
 
 
 def _slurm_executor(job: LaunchJob, nodes: int, home: str | None) -> nemo_run.SlurmExecutor:
+    """An executor that starts one task on each of `nodes` nodes."""
     run, cluster = _nemo_run(), job.config.cluster
     mounts = (
         ["$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR", *cluster.container_mounts]
@@ -242,7 +250,7 @@ def _slurm_executor(job: LaunchJob, nodes: int, home: str | None) -> nemo_run.Sl
         mem="0",
         exclusive=True,
         time=cluster.time,
-        # to every step: the script has no trap
+        # Slurm sends it to every step, since the script has no trap.
         signal=f"USR1@{cluster.signal_seconds}",
         container_image=cluster.container_image,
         container_mounts=mounts,
@@ -271,8 +279,9 @@ def _script(job: LaunchJob, program: str) -> nemo_run.Script:
 
 
 def _packager(run: ModuleType) -> nemo_run.Packager:
-    """The commit checked out here, if this is a checkout of megasd; else nothing: the nodes have it
-    installed.
+    """Package the commit that is checked out here.
+
+    Outside a checkout of megasd nothing is packaged, and the nodes must have megasd installed.
     """
     done = subprocess.run(
         ["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=False
@@ -283,7 +292,7 @@ def _packager(run: ModuleType) -> nemo_run.Packager:
 
 
 def _number(job: LaunchJob) -> int:
-    """A number below 1000 that differs between names of jobs, for ports and rendezvous."""
+    """A number below 1000 made of the job's name, for ports and rendezvous."""
     return zlib.crc32(job.config.cluster.job_name.encode()) % 1000
 
 
@@ -298,7 +307,7 @@ def _succeeded(experiment: nemo_run.Experiment) -> bool:
 
 
 def _nemo_run() -> ModuleType:
-    """nemo_run, which takes seconds to import. UserError that names the extra when it cannot be."""
+    """Import nemo_run, which takes seconds. UserError names the extra if it cannot be imported."""
     try:
         import nemo_run
     except ImportError as error:

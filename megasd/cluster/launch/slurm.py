@@ -1,11 +1,13 @@
-"""One sbatch script from a config. Pure text: the same config gives the same bytes on every
-machine, and no value of any variable is read.
+"""The sbatch script of a run, rendered from its config.
 
-What the script does: one srun of torchrun over the actor nodes; where there are engine nodes, one
-of `megasd serve` over those, in the background. USR1, which Slurm sends before the time is over, is
-handed to the trainer's step, which saves and ends; the file <run.dir>/preempted says so, since
-torchrun's exit code is 1 whatever a rank's was. The job then queues itself again and goes on from
-there.
+Rendering is pure: the same config gives the same bytes on every machine, and no value of an
+environment variable is read.
+
+The script starts torchrun on the actor nodes by one srun. If there are engine nodes, a second srun
+starts `megasd serve` on them, in the background. Before the time is over Slurm sends USR1, and the
+script hands it to the trainer's step, which saves and ends. The file <run.dir>/preempted says so,
+since torchrun's exit code is 1 whatever a rank's was. The job then queues itself again and goes on
+from the saved checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ HEADER = """\
 # {about}
 # Made by `megasd launch slurm`; values of variables are taken from the submitting shell, by name.
 {options}
-# For shellcheck: lines of cluster.setup may source what it cannot see, and the functions below run on the nodes.
+# For shellcheck: lines of cluster.setup may source what it cannot see, and the functions below \
+run on the nodes.
 # shellcheck disable=SC1090,SC1091,SC2317,SC2329
 set -u
 run_dir={run_dir}
@@ -31,7 +34,7 @@ if [ ! -f "$config" ]; then
 fi
 # What an earlier start of this job left must not be taken for the end of this one.
 rm -f -- "$run_dir/preempted"
-"""  # noqa: E501
+"""
 
 TRAINER = """
 train() {{
@@ -112,7 +115,7 @@ exit "$code"
 
 
 def render(job: LaunchJob) -> str:
-    """The sbatch script of a job."""
+    """The sbatch script of a job, as text."""
     cluster = job.config.cluster
     several = job.nodes > 1
     parts = [
@@ -138,6 +141,7 @@ def render(job: LaunchJob) -> str:
 
 
 def _about(cluster: ClusterConfig) -> str:
+    """The sentence at the head of the script."""
     actors = f"{cluster.actor_nodes} x {cluster.gpus_per_node} ranks train"
     if cluster.engine_nodes:
         return f"{actors}; {cluster.engine_nodes} more nodes serve engines."
@@ -145,6 +149,7 @@ def _about(cluster: ClusterConfig) -> str:
 
 
 def _options(job: LaunchJob) -> str:
+    """The #SBATCH lines."""
     cluster = job.config.cluster
     values = {
         "job-name": cluster.job_name,
@@ -167,6 +172,7 @@ def _options(job: LaunchJob) -> str:
 
 
 def _nodes(cluster: ClusterConfig) -> str:
+    """Shell lines that split the job's nodes into actor and engine nodes; "" for one node."""
     if cluster.actor_nodes + cluster.engine_nodes == 1:
         return ""
     lines = [
@@ -181,6 +187,7 @@ def _nodes(cluster: ClusterConfig) -> str:
 
 
 def _torchrun(job: LaunchJob) -> list[str]:
+    """The words of the command that runs on each actor node."""
     several = job.config.cluster.actor_nodes > 1
     options = job.torchrun(nodes=several)
     if several:
@@ -189,13 +196,17 @@ def _torchrun(job: LaunchJob) -> list[str]:
 
 
 def _setup(cluster: ClusterConfig) -> str:
+    """The lines of cluster.setup, indented for a shell function."""
     return "".join(f"    {line}\n" for line in cluster.setup)
 
 
 def _srun(cluster: ClusterConfig, step: str, nodes: int, function: str, *, label: bool = False) -> str:
-    """One task on each of `nodes` nodes, in the background; its process id in the variable `step`."""
+    """An srun in the background with one task on each of `nodes` nodes.
+
+    The shell variable named `step` holds its process id.
+    """
     where = {"trainer": "actors", "engines": "served"}[step]
-    # Without --ntasks srun takes SLURM_NTASKS, which is that of the whole job.
+    # Without --ntasks srun takes SLURM_NTASKS, the number of tasks of the whole job.
     options = [
         f"--nodes={nodes}",
         f"--ntasks={nodes}",
@@ -217,7 +228,7 @@ def _srun(cluster: ClusterConfig, step: str, nodes: int, function: str, *, label
 
 
 def _wrap(words: list[str], indent: int) -> str:
-    """One command over as many lines of about 100 characters as it needs."""
+    """One command, wrapped into lines of about 100 characters."""
     lines = [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + len(word) > 100:

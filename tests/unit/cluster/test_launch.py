@@ -3,7 +3,7 @@ tests/unit/cluster/golden, shellcheck-clean, with names of variables and no valu
 machine; what reaches sbatch is what --dry-run printed; what cannot run is refused in a line.
 
 Does not prove: that Slurm takes it (make test-slurm), nor that a job runs
-(tests/integration/test_launch_local.py). To write the golden files anew: MEGASD_GOLDEN=write pytest
+(tests/integration/test_launch_local.py). To write the golden files again: MEGASD_GOLDEN=write pytest
 tests/unit/cluster/test_launch.py; then read what git diff shows.
 """
 
@@ -137,8 +137,8 @@ def test_executors_are_nemo_runs_own() -> None:
 def test_submits_what_the_dry_run_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A program named sbatch that keeps what it is given: what reaches it, the files beside it, and
-    its exit code.
+    """A program named sbatch that keeps what it is given: what reaches it, the files next to it,
+    and its exit code.
     """
     printed = shown(capsys, "slurm", *SMALL)
     program = tmp_path / "bin" / "sbatch"
@@ -170,7 +170,7 @@ def test_a_run_that_is_there_is_not_gone_on_with_by_chance(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"already holds a run \(checkpoints\); set run.resume=auto"):
         write_job_config(job)
     write_job_config(read_job([str(ROOT / SMALL[0])], [f"run.dir={tmp_path}", "run.resume=auto"]))
-    # told to leave: the same launch goes on
+    # The run was preempted: the same launch goes on.
     (tmp_path / "preempted").touch()
     write_job_config(job)
 
@@ -208,12 +208,12 @@ BAD = {
         "share no GPU",
     ),
     "resume": (["run.resume=somewhere"], "goes on from its own run.dir (auto)"),
-    "overwrite": (["run.overwrite=true"], "would begin anew"),
+    "overwrite": (["run.overwrite=true"], "would begin again"),
     "time": (["cluster.time=soon"], "must be hh:mm:ss"),
     "a value in env": (["cluster.env=[HF_TOKEN=abc]"], "each must be the name of a variable"),
-    "told at once": (
+    "preempted at once": (
         ["cluster.time=00:04:00", "cluster.signal_seconds=600"],
-        "told to leave as soon as it starts",
+        "preempted as soon as it starts",
     ),
     "unknown key": (["cluster.nodes=4"], "unknown key"),
 }
