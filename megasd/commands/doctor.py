@@ -12,8 +12,6 @@ shown, and no GPU is used.
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import json
 import sys
 from collections import Counter
@@ -29,40 +27,7 @@ from megasd.config.validate import validate
 from megasd.types import UserError
 
 if TYPE_CHECKING:
-    from megasd.cluster.doctor.report import Check, CheckResult, Machine
-
-# Name of a check -> module of cluster/doctor and its function. The modules are imported one by one,
-# so that a missing package costs one line.
-CHECKS = {
-    "python": ("packages", "check_python"),
-    "packages": ("packages", "check_packages"),
-    "torch": ("gpus", "check_torch"),
-    "gpu": ("gpus", "check_gpus"),
-    "links": ("gpus", "check_links"),
-    "fp8": ("gpus", "check_fp8"),
-    "nccl": ("gpus", "check_nccl"),
-    "cpu": ("host", "check_cpu"),
-    "memory": ("host", "check_memory"),
-    "shared memory": ("host", "check_shared_memory"),
-    "limits": ("host", "check_limits"),
-    "ports": ("host", "check_ports"),
-    "host name": ("host", "check_host_name"),
-    "proxy": ("engines", "check_proxy"),
-    "disk": ("storage", "check_disk"),
-    "sglang": ("engines", "check_sglang"),
-    "engines": ("engines", "check_urls"),
-    "sandbox": ("host", "check_sandbox"),
-    "clock": ("host", "check_clock"),
-}
-
-
-def checks(skip: tuple[str, ...] = ()) -> dict[str, Check]:
-    """Name of a check -> the check, a function of the machine; without the names in `skip`."""
-
-    def check(module: str, function: str, machine: Machine) -> CheckResult | list[CheckResult]:
-        return getattr(importlib.import_module(f"megasd.cluster.doctor.{module}"), function)(machine)
-
-    return {name: functools.partial(check, *where) for name, where in CHECKS.items() if name not in skip}
+    from megasd.cluster.doctor.report import Check, CheckResult
 
 
 @dataclass(frozen=True)
@@ -101,10 +66,11 @@ def add_parser(commands: SubCommands) -> None:
 def run(options: Options) -> int:
     """Check, print, and return the exit code: 1 when some check failed."""
     quiet_libraries()
+    from megasd.cluster.doctor.checks import checks
     from megasd.cluster.doctor.report import Machine, run_checks
 
-    config, files, said = check_config(options.items)
-    about: dict[str, Check] = {"config": lambda machine: said} if options.items else {}
+    config, files, of_config = check_config(options.items)
+    about: dict[str, Check] = {"config": lambda machine: of_config} if options.items else {}
     findings = run_checks(about | checks(), Machine(config=config, files=files))
     if options.json:
         print(json.dumps({"checks": [asdict(finding) for finding in findings]}, indent=2))

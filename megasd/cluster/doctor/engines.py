@@ -1,4 +1,4 @@
-"""SGLang: the wheel that engines start from, and the servers that the config names."""
+"""Checks of SGLang: the package that engines start from, and the servers that the config names."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from megasd.cluster.doctor.report import CheckResult, Machine, command, fail, ok
 from megasd.config.schema import Config
 from megasd.config.validate_rollout import needs_engine
 
-# the one whose HTTP interface megasd/rollout speaks
+# The version whose HTTP interface megasd/engine uses.
 SGLANG = "0.5.23"
-# that of engine/auth.py, which this file does not import: it must answer where packages are missing
+# Names of engine/auth.py and engine/process.py. They are repeated here because the doctor must work
+# where packages that those files import are missing.
 KEY = "MEGASD_ENGINE_KEY"
-# likewise of engine/process.py
 ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"
 ASK_SGLANG = """
 import importlib.metadata as m, importlib.util as u, json
@@ -36,16 +36,24 @@ def version(name):
         return m.version(name)
     except m.PackageNotFoundError:
         return None
-asks = [text for text in m.requires("sglang") or []] if version("sglang") else []
-print(json.dumps({"sglang": version("sglang"), "torch": version("torch"), "saver": version("torch_memory_saver"), "asks": asks,
-    "found": u.find_spec("sglang") is not None, "megasd": u.find_spec("megasd") is not None}))
-"""  # noqa: E501
+requires = [text for text in m.requires("sglang") or []] if version("sglang") else []
+print(json.dumps({
+    "sglang": version("sglang"),
+    "torch": version("torch"),
+    "saver": version("torch_memory_saver"),
+    "requires": requires,
+    "found": u.find_spec("sglang") is not None,
+    "megasd": u.find_spec("megasd") is not None,
+}))
+"""
+# Numbers of /v1/loads that change while an engine works.
 PROGRESS = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
 
 
 def check_sglang(machine: Machine) -> CheckResult:
-    """Version of SGLang in the environment that engines start from; it is not imported, which takes
-    seconds and, without a GPU, fails.
+    """Check the version of SGLang in the environment that engines start from.
+
+    SGLang itself is not imported: that takes seconds, and without a GPU it fails.
     """
     python = machine.environment.get(ENGINE_PYTHON) or sys.executable
     status, text = command([python, "-c", ASK_SGLANG])
@@ -65,6 +73,7 @@ def check_sglang(machine: Machine) -> CheckResult:
 def judge_sglang(
     says: dict[str, Any], python: str, gpu: bool, config: Config | None, *, key: bool = False
 ) -> CheckResult:
+    """Judge what ASK_SGLANG prints; gpu: there are GPUs; key: MEGASD_ENGINE_KEY is set."""
     elsewhere = config is not None and (
         not needs_engine(config) or bool(config.rollout.engine.urls) or config.rollout.engine.served > 0
     )
@@ -82,20 +91,8 @@ def judge_sglang(
     detail = f"{says['sglang']} for {python}"
     if says["sglang"] != SGLANG:
         return warn("sglang", f"{detail}; megasd speaks to {SGLANG}", f"pip install 'sglang=={SGLANG}' there")
-    wanted = next(
-        (
-            r
-            for r in map(Requirement, says["asks"])
-            if canonicalize_name(r.name) == "torch" and r.marker is None
-        ),
-        None,
-    )
-    other = (
-        wanted is not None
-        and says["torch"] is not None
-        and not wanted.specifier.contains(says["torch"], prereleases=True)
-    )
-    if gpu and other:
+    wanted = _other_torch(says)
+    if gpu and wanted is not None:
         detail += f"; it asks for torch{wanted.specifier}, and torch {says['torch']} is there"
         return warn("sglang", detail, apart)
     if key and not says["megasd"]:
@@ -109,14 +106,23 @@ def judge_sglang(
             f"{detail}; rollout.engine.release_memory needs torch_memory_saver",
             "pip install torch_memory_saver there",
         )
-    return ok(
-        "sglang",
-        detail + (f" (asks for torch{wanted.specifier}, which its CPU path does without)" if other else ""),
-    )
+    if wanted is not None:
+        detail += f" (asks for torch{wanted.specifier}, which its CPU path does without)"
+    return ok("sglang", detail)
+
+
+def _other_torch(says: dict[str, Any]) -> Requirement | None:
+    """SGLang's requirement of torch if the installed torch does not satisfy it, else None."""
+    for requirement in map(Requirement, says["requires"]):
+        if canonicalize_name(requirement.name) == "torch" and requirement.marker is None:
+            installed = says["torch"]
+            fits = installed is None or requirement.specifier.contains(installed, prereleases=True)
+            return None if fits else requirement
+    return None
 
 
 def check_urls(machine: Machine) -> list[CheckResult]:
-    """Every server of rollout.engine.urls, and the router."""
+    """Check every server of rollout.engine.urls, and the router."""
     engine = machine.config.rollout.engine if machine.config else None
     if engine is None or not (engine.urls or engine.router):
         return [ok("engines", "no rollout.engine.urls to ask")]
@@ -128,8 +134,9 @@ def check_urls(machine: Machine) -> list[CheckResult]:
 def check_url(
     url: str, config: Config | None = None, key: str | None = None, seconds: float = 3.0
 ) -> CheckResult:
-    """One server: its model and version, that it generates or makes progress on what it has, and
-    its clock.
+    """Check one server: its model and version, that it works, and its clock.
+
+    A server works if it generates, or if it makes progress on the requests that it has.
     """
     name, shown = f"engine {_safe(url)}", _safe(url)
     start = (
@@ -156,7 +163,7 @@ def check_url(
         return fail(name, f"serves {info['architectures']}, model.path is {wanted}", fix)
     if not (_generates(url, key, seconds) or _moves(url, key, seconds)):
         return fail(
-            name, "answers, but generates nothing (/health_generate)", "look at its log, and start it anew"
+            name, "answers, but generates nothing (/health_generate)", "look at its log, and start it again"
         )
     detail = f"generates, weight version {info['weight_version']}"
     skew = date - time.time() if date else 0.0
@@ -180,7 +187,7 @@ def _check_router(url: str, key: str | None) -> CheckResult:
             "start sglang-router, or set rollout.engine.router=null",
         )
     except ValueError:
-        # an empty answer: it is there
+        # The answer is empty, but the router is there.
         pass
     return ok(name, "answers")
 
@@ -191,13 +198,16 @@ def _generates(url: str, key: str | None, seconds: float) -> bool:
     except OSError:
         return False
     except ValueError:
-        # its answer is empty
+        # The answer of a healthy server is empty.
         pass
     return True
 
 
 def _moves(url: str, key: str | None, seconds: float) -> bool:
-    """Whether the scheduler's requests and tokens change: a busy engine may keep /health_generate waiting."""
+    """Whether the scheduler's numbers of requests and tokens change.
+
+    A busy engine may keep /health_generate waiting and still work.
+    """
     before = None
     for _ in range(3):
         try:
@@ -213,15 +223,16 @@ def _moves(url: str, key: str | None, seconds: float) -> bool:
 
 
 def _get(url: str, key: str | None, seconds: float) -> tuple[Any, float | None]:
-    """(JSON of the answer, its Date in seconds since 1970). OSError where there is no good answer,
-    ValueError where it is no JSON.
+    """Return (JSON of the answer, the server's time in seconds since 1970, or None).
+
+    OSError if there is no answer with a good status, ValueError if the answer is not JSON.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     user = re.match(r"https?://([^/@]+)@", url)
     if user:
         headers = {"Authorization": f"Basic {base64.b64encode(user[1].encode()).decode()}"}
     request = urllib.request.Request(_safe(url), headers=headers)
-    # engines are asked directly, as a run does
+    # Like a run, talk to engines directly and not through a proxy.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=seconds) as answer:
         date = answer.headers.get("Date")
@@ -250,8 +261,9 @@ def _architectures(config: Config | None) -> list[str] | None:
 
 
 def check_proxy(machine: Machine) -> CheckResult:
-    """A proxy that would catch requests to engines. Values of the variables are not shown: they may
-    hold passwords.
+    """Check for a proxy that would catch requests to engines.
+
+    Values of the variables are not shown, since they may hold passwords.
     """
     names = [
         name

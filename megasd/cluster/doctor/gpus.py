@@ -1,5 +1,7 @@
-"""GPUs, their links, FP8 and NCCL. nvidia-smi's text is read by pure functions; torch is asked in a
-process of its own.
+"""Checks of torch, GPUs, links between them, FP8 and NCCL.
+
+check_... asks the machine; judge_... is a pure function that decides what the answers mean. torch
+is asked in a process of its own, since its import may fail or hang.
 """
 
 from __future__ import annotations
@@ -29,12 +31,17 @@ ASK_TORCH = """
 import json, torch
 c = torch.cuda
 there = c.is_available()
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "there": there, "count": c.device_count() if there else 0,
-    "capability": list(c.get_device_capability(0)) if there else None, "nccl": list(c.nccl.version()) if there else None}))
-"""  # noqa: E501
+print(json.dumps({
+    "version": torch.__version__,
+    "cuda": torch.version.cuda,
+    "there": there,
+    "count": c.device_count() if there else 0,
+    "nccl": list(c.nccl.version()) if there else None,
+}))
+"""
 ASK_TE = "import transformer_engine.pytorch as te; print(te.__name__)"
 NVLINK = re.compile(r"NV\d+$")
-# Variables that turn NCCL's fast paths off, and what is lost.
+# Variables that turn off NCCL's fast paths -> what is lost.
 SLOW = {
     "NCCL_P2P_DISABLE": "NVLink and PCIe peer copies",
     "NCCL_SHM_DISABLE": "shared memory",
@@ -44,7 +51,7 @@ SLOW = {
 
 @functools.cache
 def torch_says() -> dict[str, Any]:
-    """Version and CUDA view of torch, or {"error": ...}."""
+    """What ASK_TORCH prints: torch's version and view of CUDA; or {"error": ..., "late": ...}."""
     status, text = command([sys.executable, "-c", ASK_TORCH])
     if status == 0:
         return json.loads(text.splitlines()[-1])
@@ -55,7 +62,7 @@ def torch_says() -> dict[str, Any]:
 
 
 def cuda_keys(config: Config | None) -> list[str]:
-    """The keys of the config that only a GPU can serve."""
+    """Keys of the config whose values need a GPU."""
     if config is None:
         return []
     actor = config.actor
@@ -65,8 +72,9 @@ def cuda_keys(config: Config | None) -> list[str]:
 
 
 def gpus_wanted(config: Config | None) -> int:
-    """GPUs that one machine needs: for the actor's ranks on it, and for the engines that the run
-    starts, which may share them.
+    """GPUs that one machine needs: for the actor's ranks, and for the engines that the run starts.
+
+    Engines and ranks may share GPUs, so the larger number counts.
     """
     if config is None:
         return 1
@@ -76,7 +84,7 @@ def gpus_wanted(config: Config | None) -> int:
 
 
 def check_torch(machine: Machine) -> CheckResult:
-    """Whether torch imports, and sees the GPUs that the driver shows."""
+    """Check that torch imports and sees the GPUs that the driver shows."""
     says, (gpus, _) = torch_says(), smi_says()
     return judge_torch(says, gpus, machine.environment.get("CUDA_VISIBLE_DEVICES"))
 
@@ -84,6 +92,7 @@ def check_torch(machine: Machine) -> CheckResult:
 def judge_torch(
     says: dict[str, Any], gpus: tuple[InstalledGpu, ...], visible: str | None = None
 ) -> CheckResult:
+    """Judge torch by torch_says, the driver's GPUs and CUDA_VISIBLE_DEVICES (None: not set)."""
     if "error" in says:
         if says.get("late"):
             return warn(
@@ -91,7 +100,7 @@ def judge_torch(
                 says["error"],
                 "run it again on an idle machine; if it stays so, put the environment on a local disk",
             )
-        return fail("torch", f"does not import: {says['error']}", "make the environment anew (make install)")
+        return fail("torch", f"does not import: {says['error']}", "make the environment again (make install)")
     detail = f"{says['version']}, CUDA {says['cuda'] or 'none (a CPU build)'}"
     if not gpus or says["count"] == len(gpus):
         return ok("torch", f"{detail}, {says['count']} GPUs")
@@ -111,7 +120,7 @@ def judge_torch(
 
 
 def check_gpus(machine: Machine) -> list[CheckResult]:
-    """Count, kind, memory and driver; errors and throttling."""
+    """Check number, kind, memory and driver of the GPUs; then memory errors and throttling."""
     gpus, wrong = smi_says()
     found = [judge_gpus(gpus, wrong, machine.config)]
     if gpus:
@@ -126,17 +135,18 @@ def check_gpus(machine: Machine) -> list[CheckResult]:
 
 
 def judge_gpus(gpus: tuple[InstalledGpu, ...], wrong: str, config: Config | None) -> CheckResult:
-    asked, wanted = cuda_keys(config), gpus_wanted(config)
+    """Judge the GPUs and the error that smi_says returns."""
+    keys, wanted = cuda_keys(config), gpus_wanted(config)
     if wrong:
         return fail(
             "gpu", f"nvidia-smi: {wrong}", "repair the NVIDIA driver; in a container: docker run --gpus all"
         )
-    if not gpus and asked:
+    if not gpus and keys:
         fix = (
             "take a machine with GPUs, or set"
-            f" {', '.join(f'{key}=null' if key.endswith('fp8') else key for key in asked)} back"
+            f" {', '.join(f'{key}=null' if key.endswith('fp8') else key for key in keys)} back"
         )
-        return fail("gpu", f"none, and the config asks for {', '.join(asked)}", fix)
+        return fail("gpu", f"none, and the config asks for {', '.join(keys)}", fix)
     if not gpus:
         return warn(
             "gpu",
@@ -166,6 +176,7 @@ def judge_gpus(gpus: tuple[InstalledGpu, ...], wrong: str, config: Config | None
 
 
 def judge_health(wrong: list[str]) -> CheckResult:
+    """Judge the faults that parse_health returns."""
     if not wrong:
         return ok("gpu health", "no memory errors, no throttling")
     if any("memory errors" in phrase for phrase in wrong):
@@ -178,7 +189,7 @@ def judge_health(wrong: list[str]) -> CheckResult:
 
 
 def check_links(machine: Machine) -> list[CheckResult]:
-    """NVLink or PCIe between the GPUs; InfiniBand to other machines."""
+    """Check the links between the GPUs, and InfiniBand to other machines."""
     gpus, _ = smi_says()
     status, text = command(["nvidia-smi", "topo", "-m"]) if len(gpus) > 1 else (0, "")
     nodes = machine.config.cluster.actor_nodes + machine.config.cluster.engine_nodes if machine.config else 1
@@ -193,6 +204,7 @@ def check_links(machine: Machine) -> list[CheckResult]:
 
 
 def judge_links(count: int, pairs: Counter[str]) -> CheckResult:
+    """Judge the links of `count` GPUs; pairs: of parse_topology."""
     if count < 2:
         return ok("links", "fewer than two GPUs: none needed")
     shown = ", ".join(f"{kind} {number}" for kind, number in pairs.most_common())
@@ -210,7 +222,7 @@ def judge_links(count: int, pairs: Counter[str]) -> CheckResult:
 
 
 def _fabric(sys_root: Path) -> list[tuple[str, str, str]]:
-    """(device and port, state, rate) of every InfiniBand or RoCE port."""
+    """List (device and port, state, rate) of every InfiniBand or RoCE port."""
     found = []
     for port in sorted((sys_root / "class/infiniband").glob("*/ports/*")):
         state, rate = (
@@ -222,6 +234,7 @@ def _fabric(sys_root: Path) -> list[tuple[str, str, str]]:
 
 
 def judge_fabric(ports: list[tuple[str, str, str]], nodes: int) -> CheckResult:
+    """Judge the InfiniBand ports for a run on `nodes` machines."""
     active = [port for port in ports if "ACTIVE" in port[1]]
     if active:
         rates = ", ".join(
@@ -245,10 +258,11 @@ def judge_fabric(ports: list[tuple[str, str, str]], nodes: int) -> CheckResult:
 
 
 def check_fp8(machine: Machine) -> CheckResult:
-    """Compute capability and CUDA of the recipe, and a TransformerEngine that imports."""
+    """Check compute capability and CUDA for the FP8 recipe, and that TransformerEngine imports."""
     gpus, _ = smi_says()
-    asked = bool(machine.config and machine.config.actor.fp8)
-    recipe = machine.config.actor.fp8_recipe if asked else "tensorwise"
+    actor = machine.config.actor if machine.config else None
+    requested = actor is not None and actor.fp8 is not None
+    recipe = actor.fp8_recipe if actor is not None and requested else "tensorwise"
     try:
         version: str | None = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
@@ -261,7 +275,7 @@ def check_fp8(machine: Machine) -> CheckResult:
         gpus,
         version,
         error,
-        asked,
+        requested,
         recipe,
         torch_says().get("cuda") if gpus and recipe == "blockwise" else None,
     )
@@ -271,16 +285,19 @@ def judge_fp8(
     gpus: tuple[InstalledGpu, ...],
     version: str | None,
     error: str,
-    asked: bool,
+    requested: bool,
     recipe: str = "tensorwise",
     cuda: str | None = None,
 ) -> CheckResult:
-    """recipe: actor.fp8_recipe; cuda: of torch, read for the recipe "blockwise" alone. What that
-    needs: TransformerEngine's check_fp8_block_scaling_support.
+    """Judge whether FP8 training works.
+
+    version, error: TransformerEngine's version and what its import says. requested: the config has
+    FP8. recipe: actor.fp8_recipe. cuda: torch's version of CUDA, read for the recipe "blockwise"
+    alone; TransformerEngine's check_fp8_block_scaling_support says what that recipe needs.
     """
-    bad, blockwise = fail if asked else warn, recipe == "blockwise"
+    bad, blockwise = fail if requested else warn, recipe == "blockwise"
     least = (9, 0) if blockwise else (8, 9)
-    if not gpus and not asked:
+    if not gpus and not requested:
         return ok("fp8", "no GPU, and no config asks for FP8")
     if not gpus:
         return fail(
@@ -309,7 +326,7 @@ def judge_fp8(
         )
     if error:
         fix = (
-            f"build transformer_engine_torch {version} anew against the installed torch: pip install"
+            f"build transformer_engine_torch {version} again, against the installed torch: pip install"
             " --no-build-isolation --no-cache-dir"
         )
         return bad("fp8", f"TransformerEngine {version} does not import: {error}", fix)
@@ -324,14 +341,15 @@ def _has_fp8(gpus: tuple[InstalledGpu, ...]) -> bool:
 
 
 def check_nccl(machine: Machine) -> CheckResult:
-    """NCCL's version and the variables that steer it."""
+    """Check NCCL's version and the variables that steer it."""
     gpus, _ = smi_says()
     return judge_nccl(torch_says().get("nccl") if gpus else None, len(gpus), dict(machine.environment))
 
 
 def judge_nccl(version: list[int] | None, gpus: int, environment: dict[str, str]) -> CheckResult:
+    """Judge torch's NCCL version and the variables, for a machine of `gpus` GPUs."""
     names = sorted(name for name in environment if name.startswith(("NCCL_", "TORCH_NCCL_")))
-    # by name: a value may be anything
+    # Names alone: a value may be secret.
     said = f"; set: {', '.join(names)}" if names else ""
     off = [name for name in SLOW if environment.get(name, "0") not in ("", "0")]
     if not gpus:

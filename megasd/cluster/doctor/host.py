@@ -1,4 +1,4 @@
-"""Cores, memory, limits, shared memory, ports, host name, clock and the code sandbox of this machine."""
+"""Checks of the machine: cores, memory, limits, shared memory, ports, name, clock, code sandbox."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megasd.cluster.doctor.report import CheckResult, Machine, fail, gib, ok, on
 from megasd.config.schema import Config
 from megasd.types import UserError
 
-# torchrun's port where none is given
+# torchrun's port if none is given.
 RENDEZVOUS = 29500
-# what killed engines and runs leave behind
+# Names of files in /dev/shm that killed engines and runs leave behind.
 LEFTOVER = re.compile(r"sglang_loads_.*\.shm$|sgl_shm_|nccl-|cuda\.shm\.|megasd-\d+-")
 SKEW_SECONDS = 5.0
 # STA_UNSYNC of linux/timex.h
@@ -27,11 +27,12 @@ UNSYNCHRONISED = 0x40
 
 
 def check_cpu(machine: Machine) -> CheckResult:
-    """Cores that this process may use, by affinity and cgroup."""
+    """Check the cores that this process may use, by affinity and cgroup."""
+    total = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0))
     quota = cgroup_cores(machine)
     usable = min(cores, quota or cores)
-    detail = f"{cores} of {os.cpu_count()} cores" + (f", cgroup gives {quota:g}" if quota else "")
+    detail = f"{cores} of {total} cores" + (f", cgroup gives {quota:g}" if quota else "")
     wanted = machine.config.run.num_processes if machine.config else 0
     if usable < max(2, wanted):
         return warn(
@@ -40,7 +41,7 @@ def check_cpu(machine: Machine) -> CheckResult:
             "ask for more (sbatch --cpus-per-task, docker run --cpus)",
         )
     load = os.getloadavg()[0]
-    if load > 3 * os.cpu_count():
+    if load > 3 * total:
         fix = (
             "end other processes (top shows them); else raise rollout.engine.start_timeout and"
             " progress_timeout"
@@ -50,8 +51,8 @@ def check_cpu(machine: Machine) -> CheckResult:
 
 
 def check_memory(machine: Machine) -> CheckResult:
-    """Memory that is free, and the limit of the cgroup."""
-    # not psutil: it may be what is missing
+    """Check the memory that is free, within the limit of the cgroup."""
+    # Read without psutil, which may be missing.
     words = [line.split() for line in (machine.proc / "meminfo").read_text().splitlines()]
     memory = {word[0].rstrip(":"): int(word[1]) << 10 for word in words}
     limit = cgroup_memory(machine)
@@ -69,8 +70,10 @@ def check_memory(machine: Machine) -> CheckResult:
 
 
 def cgroup_cores(machine: Machine) -> float | None:
-    """Cores by quota, None without one. cgroup v2's cpu.max or v1's cpu.cfs_quota_us, the tightest
-    from here to the root.
+    """Cores that the cgroup's quota allows; None without a quota.
+
+    Read from cpu.max (cgroup v2) or cpu.cfs_quota_us (v1). The tightest quota from this process's
+    cgroup up to the root counts.
     """
     found = []
     for folder in _cgroups(machine, "cpu"):
@@ -94,6 +97,7 @@ def cgroup_memory(machine: Machine) -> int | None:
 
 
 def _cgroup_used(machine: Machine) -> int:
+    """Bytes that the cgroup uses; 0 if that is not known."""
     for folder in _cgroups(machine, "memory"):
         for name in ("memory.current", "memory.usage_in_bytes"):
             if (value := _read(folder / name)).isdecimal():
@@ -115,7 +119,7 @@ def _cgroups(machine: Machine, controller: str) -> list[Path]:
 
 
 def check_shared_memory(machine: Machine) -> list[CheckResult]:
-    """Size and room of /dev/shm, and what killed processes have left there."""
+    """Check size and room of /dev/shm, and what killed processes have left there."""
     if not machine.shm.is_dir():
         return [
             fail(
@@ -131,7 +135,10 @@ def check_shared_memory(machine: Machine) -> list[CheckResult]:
 
 
 def judge_shared_memory(total: int, free: int, config: Config | None) -> CheckResult:
-    """Docker gives 64 MiB, in which NCCL, SGLang's processes and a push of weights do not fit."""
+    """Judge total and free bytes of /dev/shm.
+
+    Docker gives 64 MiB, in which NCCL, SGLang's processes and a push of weights do not fit.
+    """
     detail, fix = (
         f"{gib(free)} free of {gib(total)}",
         "docker run --shm-size=16g (or --ipc=host); mount -o remount,size=16g /dev/shm",
@@ -163,12 +170,13 @@ def leftovers(machine: Machine) -> list[Path]:
 
 
 def _owned(path: Path, machine: Machine) -> bool:
-    """Of a staging directory: whether the run that made it lives."""
+    """Whether `path` is a staging directory whose run is still alive."""
     owner = _read(path / "owner") if path.is_dir() else ""
     return owner.isdecimal() and (machine.proc / owner).exists()
 
 
 def judge_leftovers(left: list[Path], total: int, shm: Path) -> CheckResult:
+    """Judge the files that `leftovers` found, on the file system `shm` of `total` bytes."""
     nbytes = sum(
         file.stat().st_size
         for path in left
@@ -183,7 +191,7 @@ def judge_leftovers(left: list[Path], total: int, shm: Path) -> CheckResult:
 
 
 def check_limits(machine: Machine) -> list[CheckResult]:
-    """Open files, processes and locked memory that a process may have."""
+    """Check how many open files, processes and locked bytes of memory a process may have."""
     files, processes, locked = (
         resource.getrlimit(kind)[0]
         for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK)
@@ -202,6 +210,7 @@ def check_limits(machine: Machine) -> list[CheckResult]:
 
 
 def judge_limit(name: str, value: int, wanted: int, fix: str) -> CheckResult:
+    """Warn if the limit `value` is below `wanted`."""
     shown = "unlimited" if value == resource.RLIM_INFINITY else str(value)
     if value != resource.RLIM_INFINITY and value < wanted:
         return warn(name, f"{shown} allowed, {wanted} may be needed", fix)
@@ -209,6 +218,7 @@ def judge_limit(name: str, value: int, wanted: int, fix: str) -> CheckResult:
 
 
 def judge_locked(value: int, fabric: bool) -> CheckResult:
+    """Judge the bytes that may be locked; fabric: the machine has InfiniBand."""
     if value == resource.RLIM_INFINITY:
         return ok("locked memory", "unlimited")
     if fabric:
@@ -218,7 +228,7 @@ def judge_locked(value: int, fabric: bool) -> CheckResult:
 
 
 def check_ports(machine: Machine) -> list[CheckResult]:
-    """Loopback; torchrun's port; the ports that the config fixes."""
+    """Check the loopback interface, torchrun's port, and the ports that the config fixes."""
     try:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -252,7 +262,7 @@ def check_ports(machine: Machine) -> list[CheckResult]:
 
 
 def port_error(host: str, port: int) -> str:
-    """Why a port cannot be bound, "" if it can."""
+    """Why a port cannot be bound; "" if it can."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -263,7 +273,7 @@ def port_error(host: str, port: int) -> str:
 
 
 def check_host_name(machine: Machine) -> CheckResult:
-    """gloo and torchrun look the machine's own name up."""
+    """Check that the machine's own name has an address, which gloo and torchrun look up."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -276,8 +286,9 @@ def check_host_name(machine: Machine) -> CheckResult:
 
 
 def check_clock(machine: Machine) -> list[CheckResult]:
-    """Whether the wall clock runs as the monotonic one, is kept by NTP, and agrees with the file
-    system of run.dir.
+    """Check the wall clock.
+
+    It must run like the monotonic clock, be kept by NTP, and agree with the file system of run.dir.
     """
     begun = time.time(), time.monotonic()
     time.sleep(0.2)
@@ -288,8 +299,10 @@ def check_clock(machine: Machine) -> list[CheckResult]:
 
 
 def judge_clock(jump: float, skew: float | None, status: int | None, now: str) -> CheckResult:
-    """jump: seconds of the wall clock over the monotonic one; skew: of the file server's clock over
-    ours; status: the kernel's flags.
+    """Judge the wall clock.
+
+    jump: seconds that it gained on the monotonic clock. skew: seconds that the file server's clock
+    is ahead of it. status: the kernel's flags. None: not known.
     """
     ntp = "enable chronyd or systemd-timesyncd on the host"
     if abs(jump) > 0.05:
@@ -311,8 +324,8 @@ def judge_clock(jump: float, skew: float | None, status: int | None, now: str) -
 
 
 def clock_status() -> int | None:
-    """The status word of adjtimex, None where it may not be asked."""
-    # struct timex: modes, offset, freq, maxerror, esterror, status
+    """The status word of adjtimex; None if this process may not read it."""
+    # The words of struct timex: modes, offset, freq, maxerror, esterror, status.
     words = (ctypes.c_long * 64)()
     with contextlib.suppress(AttributeError, OSError):
         if ctypes.CDLL(None).adjtimex(words) >= 0 and ctypes.sizeof(ctypes.c_long) == 8:
@@ -321,8 +334,9 @@ def clock_status() -> int | None:
 
 
 def file_skew(folder: Path) -> float | None:
-    """Seconds that the clock of a directory's file system is ahead of ours; None where nothing can
-    be written.
+    """Seconds that the clock of a directory's file system is ahead of ours.
+
+    None if nothing can be written there.
     """
     try:
         with tempfile.TemporaryFile(dir=nearest(folder)) as file:
@@ -334,12 +348,12 @@ def file_skew(folder: Path) -> float | None:
 
 
 def nearest(folder: Path) -> Path:
-    """The directory, or the nearest one above it that exists."""
+    """The directory if it exists, else the nearest directory above it that does."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def check_sandbox(machine: Machine) -> CheckResult:
-    """A place for programs of reward.verifier=code."""
+    """Check that programs of reward.verifier=code have a sandbox to run in."""
     from megasd.rewards.sandbox import find_kind
 
     try:
@@ -353,6 +367,7 @@ def check_sandbox(machine: Machine) -> CheckResult:
 
 
 def _read(path: Path) -> str:
+    """The text of a file; "" if it cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:

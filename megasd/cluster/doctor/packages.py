@@ -1,4 +1,5 @@
-"""Python and packages: what is installed, what pyproject.toml pins, who asks for something else.
+"""Checks of Python and packages: what is installed, what pyproject.toml pins, and what conflicts.
+
 Nothing heavy is imported here.
 """
 
@@ -23,28 +24,28 @@ from packaging.utils import canonicalize_name
 import megasd
 from megasd.cluster.doctor.report import CheckResult, Machine, fail, ok, warn
 
-# Why a pin is what it is, where the version alone does not tell.
+# Reasons of pins that the version alone does not tell.
 REASONS = {
     "antlr4-python3-runtime": r"another one changes math-verify's verdict on \boxed{10\%}",
     "psutil": "Megatron's checkpoints hang without it",
     "leptonai": "a newer one breaks the import of nemo-run",
     "transformer-engine": "the range that megatron-core 0.16.1 asks for",
 }
-# extras that a run may use: checked where they are installed
+# Extras that a run may use. Their packages are checked if they are installed.
 OPTIONAL = ("te", "launch", "eval")
-# at the start of a requirement
+# The name at the start of a requirement.
 NAME = re.compile(r"[\w.-]+")
 APEX = "git+https://github.com/NVIDIA/apex.git"
 
 
 def check_python(machine: Machine) -> CheckResult:
-    """Interpreter against Requires-Python."""
+    """Check the interpreter's version against Requires-Python."""
     version = platform.python_version()
     wanted = next(iter(_metadata("Requires-Python")), ">=3.11")
     detail = f"{version} at {sys.executable} (asked: {wanted}; tests run on 3.11)"
     if not SpecifierSet(wanted).contains(version, prereleases=True):
         return fail(
-            "python", detail, "make the environment anew with Python 3.11: make PYTHON=python3.11 install"
+            "python", detail, "make the environment again with Python 3.11: make PYTHON=python3.11 install"
         )
     free_threaded = sysconfig.get_config_var("Py_GIL_DISABLED")
     if free_threaded:
@@ -57,10 +58,10 @@ def check_python(machine: Machine) -> CheckResult:
 
 
 def declared(root: Path | None = None) -> tuple[dict[str, Requirement], dict[str, Requirement], bool]:
-    """(required, of the OPTIONAL extras, whether the installed metadata differs): by canonical name.
+    """Return (required packages, packages of the OPTIONAL extras, whether metadata is stale).
 
-    A checkout's pyproject.toml comes before the metadata of the installation, which an editable
-    install does not follow.
+    Packages are keyed by canonical name. In a checkout they are read from pyproject.toml, because
+    an editable installation's metadata does not follow changes; else from that metadata.
     """
     installed = [Requirement(text) for text in _metadata("Requires-Dist")]
     path = (root or Path(megasd.__file__).parents[1]) / "pyproject.toml"
@@ -85,13 +86,11 @@ def declared(root: Path | None = None) -> tuple[dict[str, Requirement], dict[str
 
 @dataclass(frozen=True)
 class Installed:
-    """A distribution on the path."""
+    """A distribution on the path. name: canonical. requires: requirements of its metadata."""
 
-    # canonical
     name: str
     version: str
     summary: str
-    # as its metadata says
     requires: tuple[str, ...]
 
 
@@ -99,20 +98,22 @@ def scan_packages(machine: Machine) -> list[Installed]:
     """Every distribution on the path, in the order in which Python looks."""
     found = []
     for dist in importlib.metadata.distributions(path=machine.packages or sys.path):
-        data = dist.metadata
-        # a half-removed package has no metadata
-        if data.get("Name"):
-            asks = tuple(dist.requires or ())
+        # A half-removed package has no metadata.
+        data = dist.metadata.json
+        if data.get("name"):
             found.append(
-                Installed(canonicalize_name(data["Name"]), data["Version"], data.get("Summary") or "", asks)
+                Installed(
+                    canonicalize_name(str(data["name"])),
+                    str(data.get("version")),
+                    str(data.get("summary") or ""),
+                    tuple(dist.requires or ()),
+                )
             )
     return found
 
 
 def check_packages(machine: Machine) -> list[CheckResult]:
-    """Every required package against its pin, the optional ones that are installed, and what
-    conflicts with them.
-    """
+    """Check required packages and installed optional ones against their pins; then conflicts."""
     dists = scan_packages(machine)
     required, optional, stale = declared()
     have: dict[str, list[str]] = {}
@@ -151,19 +152,21 @@ def _against_pin(name: str, requirement: Requirement, versions: list[str]) -> Ch
 def conflicts(
     dists: list[Installed], watched: dict[str, Requirement], environment: Mapping[str, str]
 ) -> list[CheckResult]:
-    """Installed packages that ask for other versions of `watched`; an apex that is not NVIDIA's;
-    strangers on PYTHONPATH.
+    """Find installed packages that require other versions of the `watched` packages.
+
+    Also found are an apex that is not NVIDIA's, and packages that PYTHONPATH hides.
     """
     have: dict[str, str] = {}
     for dist in dists:
         have.setdefault(dist.name, dist.version)
     found = [finding for dist in dists if dist.name == "apex" for finding in [judge_apex(dist)]]
     for dist in dists:
-        # sglang: check_sglang
+        # SGLang has a check of its own (engines.py).
         if dist.name in ("sglang", "megasd"):
             continue
         for text in dist.requires:
-            name = canonicalize_name(NAME.match(text)[0])
+            match = NAME.match(text)
+            name = canonicalize_name(match[0]) if match else ""
             if name not in watched or name not in have:
                 continue
             requirement = Requirement(text)
@@ -177,12 +180,12 @@ def conflicts(
                     f" {watched[name]}"
                 )
                 found.append(warn(f"conflict {dist.name}", detail, fix))
-    found += _strangers(environment)
+    found += _hidden_packages(environment)
     return found or [ok("conflicts", "no installed package asks for other versions of those above")]
 
 
 def judge_apex(dist: Installed) -> CheckResult:
-    """PyPI's apex is a web toolkit of 2013; NVIDIA's is built from git and has version 0.1."""
+    """Tell NVIDIA's apex, built from git, from PyPI's apex, a web toolkit of 2013."""
     if "yramid" in dist.summary or dist.version.startswith("0.9"):
         detail = f"{dist.version} is PyPI's Pyramid toolkit, not NVIDIA's apex; Megatron would import it"
         return fail(
@@ -200,10 +203,8 @@ def judge_apex(dist: Installed) -> CheckResult:
     return ok("apex", f"NVIDIA's {dist.version} with its CUDA extensions")
 
 
-def _strangers(environment: Mapping[str, str]) -> list[CheckResult]:
-    """Directories that PYTHONPATH puts before the environment's own packages, where they hold one
-    of those.
-    """
+def _hidden_packages(environment: Mapping[str, str]) -> list[CheckResult]:
+    """Find directories on PYTHONPATH whose packages hide those of the environment."""
     found = []
     for folder in filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)):
         hidden = [
@@ -218,6 +219,7 @@ def _strangers(environment: Mapping[str, str]) -> list[CheckResult]:
 
 
 def _wanted(requirement: Requirement, extra: str = "") -> bool:
+    """Whether the requirement holds here; with `extra`, whether it is one of that extra alone."""
     if requirement.marker is None:
         return not extra
     applies = requirement.marker.evaluate({"extra": extra})
@@ -225,7 +227,7 @@ def _wanted(requirement: Requirement, extra: str = "") -> bool:
 
 
 def _metadata(field: str) -> list[str]:
-    """The lines of a field of megasd's own metadata, [] where it is not installed."""
+    """The lines of a field of megasd's own metadata; [] if megasd is not installed."""
     try:
         return importlib.metadata.metadata("megasd").get_all(field) or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""What a check says, and how all of them are run: side by side, each on its own, within a time.
+"""The result of a check, and how all checks are run: in threads, within a time limit.
 
-A check is a function of a Machine that returns one Finding or a list of them. An exception in it
-becomes a finding, never a traceback.
+A check is a function of a Machine that returns one CheckResult or a list of them. An exception in a
+check becomes a CheckResult, never a traceback.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Literal
 
 from megasd.config.schema import Config
 
-# for all checks together
+# Time limit of all checks together.
 SECONDS = 14.0
-# for one command that a check runs
+# Time limit of one command that a check runs.
 COMMAND_SECONDS = 11.0
 REPORT = "report this line and the command that printed it: a check of megasd doctor is broken"
 
@@ -29,7 +29,7 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the report. `fix` is None exactly where the status is ok."""
+    """One line of the report. `fix` is None if the status is ok, and a text if it is not."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -42,27 +42,31 @@ class CheckResult:
 
 
 def ok(name: str, detail: str) -> CheckResult:
+    """A result: all is well."""
     return CheckResult(name, "ok", detail)
 
 
 def warn(name: str, detail: str, fix: str) -> CheckResult:
+    """A result: a run works, but something is lost."""
     return CheckResult(name, "warn", detail, fix)
 
 
 def fail(name: str, detail: str, fix: str) -> CheckResult:
+    """A result: a run would not work."""
     return CheckResult(name, "fail", detail, fix)
 
 
 @dataclass
 class Machine:
-    """Where the checks look. The fields are parameters so that a test can plant a fault."""
+    """Where the checks look. The fields are parameters so that a test can plant a fault.
 
-    # None: what a run needs is not known
+    config: None if no config was given; then a check does not know what the run needs. files: the
+    YAML files of the config. packages: directories of installed packages; None means sys.path.
+    """
+
     config: Config | None = None
-    # the YAML files that the config comes from
     files: list[str] = field(default_factory=list)
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    # directories of installed packages; None = sys.path
     packages: list[str] | None = None
     shm: Path = Path("/dev/shm")
     proc: Path = Path("/proc")
@@ -70,6 +74,7 @@ class Machine:
 
     @property
     def run_dir(self) -> Path:
+        """The directory of the run; without a config, the current directory."""
         return Path(self.config.run.dir if self.config else ".").absolute()
 
 
@@ -77,36 +82,47 @@ Check = Callable[[Machine], "CheckResult | list[CheckResult]"]
 
 
 def run_checks(checks: Mapping[str, Check], machine: Machine, seconds: float = SECONDS) -> list[CheckResult]:
-    """Every check in a thread of its own; the findings in the order of `checks`. One that has not
-    ended in time is left behind.
+    """Run every check in a thread of its own; return the findings in the order of `checks`.
+
+    A check that does not end within `seconds` gives a warning, and its thread is left behind.
+    Secrets of the environment are taken out of all texts.
     """
-    found: dict[str, list[CheckResult]] = {}
-
-    def call(name: str, check: Check) -> None:
-        try:
-            said = check(machine)
-            found[name] = said if isinstance(said, list) else [said]
-        except ModuleNotFoundError as error:
-            found[name] = [
-                fail(
-                    name,
-                    f"cannot be checked: {error}",
-                    f"pip install {error.name} (make install puts everything in)",
-                )
-            ]
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with one check, the others are still worth reading
-            found[name] = [
-                fail(name, f"the check itself failed: {one_line(f'{type(error).__name__}: {error}')}", REPORT)
-            ]
-
-    threads = [threading.Thread(target=call, args=item, daemon=True) for item in checks.items()]
+    threads = [_CheckThread(name, check, machine) for name, check in checks.items()]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + seconds
+    found: list[CheckResult] = []
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    said = [finding for name in checks for finding in found.get(name) or [_late(name, seconds)]]
-    return [_without_secrets(finding, machine.environment) for finding in said]
+    for thread in threads:
+        found += thread.found or [_late(thread.name, seconds)]
+    return [_without_secrets(finding, machine.environment) for finding in found]
+
+
+class _CheckThread(threading.Thread):
+    """Runs one check; `found` is empty until the check has ended."""
+
+    def __init__(self, name: str, check: Check, machine: Machine) -> None:
+        super().__init__(name=name, daemon=True)
+        self.check, self.machine = check, machine
+        self.found: list[CheckResult] = []
+
+    def run(self) -> None:
+        self.found = _run_check(self.name, self.check, self.machine)
+
+
+def _run_check(name: str, check: Check, machine: Machine) -> list[CheckResult]:
+    """What the check finds; an exception becomes a finding."""
+    try:
+        found = check(machine)
+    except ModuleNotFoundError as error:
+        install = f"pip install {error.name} (make install puts everything in)"
+        return [fail(name, f"cannot be checked: {error}", install)]
+    # Whatever is wrong with one check, the other checks are still worth reading.
+    except Exception as error:
+        text = one_line(f"{type(error).__name__}: {error}")
+        return [fail(name, f"the check itself failed: {text}", REPORT)]
+    return found if isinstance(found, list) else [found]
 
 
 def _late(name: str, seconds: float) -> CheckResult:
@@ -128,8 +144,9 @@ def _without_secrets(finding: CheckResult, environment: Mapping[str, str]) -> Ch
 def command(
     arguments: list[str], *, seconds: float = COMMAND_SECONDS, environment: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """(exit status, stdout, or stderr where that is empty) of a command. 127: there is no such
-    command; 124: it did not end in time.
+    """Run a command and return (exit status, stdout, or stderr if stdout is empty).
+
+    Status 127: there is no such command. Status 124: the command did not end in time.
     """
     try:
         done = subprocess.run(
@@ -155,8 +172,10 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 def redact(text: str, environment: Mapping[str, str]) -> str:
-    """The text without what may be secret: user and password of a URL, and values of variables that
-    are named like secrets.
+    """The text without secrets.
+
+    Taken out are user and password of a URL, and the values of variables that are named like
+    secrets (API_KEY, HF_TOKEN ...).
     """
     text = re.sub(r"//[^/@\s]+@", "//", text)
     for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""Room for checkpoints in run.dir, and the kind of its file system."""
+"""Checks of run.dir: room for checkpoints, and the kind of its file system."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from megasd.config.schema import Config
 from megasd.types import UserError
 from megasd.weights.safetensors_headers import tensor_shapes
 
-# algorithm.teacher.weights that a checkpoint holds a copy of
-SHADOWED = ("ema", "frozen", "snapshot", "gated", "trust_region")
+# Values of algorithm.teacher.weights for which a checkpoint holds a copy of the teacher.
+TEACHERS_WITH_FP32_COPY = ("ema", "frozen", "snapshot", "gated", "trust_region")
+# File systems that do not keep files -> why.
 PASSING = {
     "overlay": "is lost with the container",
     "tmpfs": "is memory, and lost with the machine",
     "ramfs": "is memory",
 }
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs")
-# free bytes below which a machine without a config is warned of
+# Without a config, fewer free bytes than these give a warning.
 SMALL = 10 << 30
 
 
 def check_disk(machine: Machine) -> list[CheckResult]:
-    """Free space against what the run's checkpoints take, and the file system they go to."""
+    """Check the free space against the size of the checkpoints, and the file system's kind."""
     folder = nearest(machine.run_dir)
     kind = file_system((machine.proc / "mounts").read_text(), folder)
     free = shutil.disk_usage(folder).free
@@ -40,15 +41,17 @@ def check_disk(machine: Machine) -> list[CheckResult]:
 
 
 def count_parameters(config: Config, files: list[str]) -> int | None:
-    """Of model.path: from the headers of its safetensors, else from its config.json or
-    configs/model/<name>.json; None = not known.
+    """Number of weights of the model at model.path; None if that is not known.
+
+    It is read from the headers of the model's safetensors, else from its config.json or from
+    <name>.json in a folder `model` near a YAML file or in configs/model.
     """
     path = Path(config.model.path)
     if path.is_dir():
         try:
             return sum(math.prod(shape) for shape in tensor_shapes(path).values())
         except UserError:
-            # weights that are still to come
+            # The directory has no weights yet.
             pass
     above = [parent for file in files for parent in Path(file).absolute().parents]
     names = [
@@ -63,8 +66,9 @@ def count_parameters(config: Config, files: list[str]) -> int | None:
 
 
 def parameters_of(hf: Mapping[str, Any]) -> int:
-    """Weights of a model by its config.json: embedding, layers, output. Norms and biases, below 0.1
-    %, are left out.
+    """Number of weights of a model by its config.json: embedding, layers, output layer.
+
+    Norms and biases are left out; they are below 0.1 %.
     """
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     groups, width = hf.get("num_key_value_heads") or heads, hf.get("head_dim") or hidden // heads
@@ -78,18 +82,26 @@ def parameters_of(hf: Mapping[str, Any]) -> int:
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """One checkpoint: weights in actor.dtype, fp32 main weights and two moments, and the fp32 copy
-    that the teacher keeps, if any.
+    """Bytes of one checkpoint.
+
+    It holds weights in actor.dtype, fp32 main weights, Adam's two moments, and the teacher's fp32
+    copy, if there is one.
     """
     weights = 2 if config.actor.dtype == "bfloat16" else 4
     teacher = config.algorithm.teacher
-    return parameters * (weights + 12 + (4 if teacher is not None and teacher.weights in SHADOWED else 0))
+    return parameters * (
+        weights + 12 + (4 if teacher is not None and teacher.weights in TEACHERS_WITH_FP32_COPY else 0)
+    )
 
 
 def judge_space(
     free: int, folder: str, writable: bool, config: Config | None, parameters: int | None
 ) -> CheckResult:
-    """While one is written, checkpoint.keep others are still there; run.export adds the weights once."""
+    """Judge the `free` bytes of `folder` for a model of `parameters` weights (None: not known).
+
+    While a checkpoint is written, checkpoint.keep older ones are still there. run.export writes the
+    weights once more.
+    """
     detail = f"{gib(free)} free in {folder}"
     if not writable:
         return fail("disk", f"{folder} cannot be written", "give another run.dir, or permissions there")
@@ -120,9 +132,7 @@ def judge_space(
 
 
 def file_system(mounts: str, folder: Path) -> str:
-    """Kind of the file system of an absolute directory, by the text of /proc/mounts; "?" where that
-    does not say.
-    """
+    """Kind of an absolute directory's file system, by the text of /proc/mounts; "?" if unknown."""
     found, depth = "?", -1
     path = folder.resolve()
     for line in mounts.splitlines():
@@ -130,13 +140,14 @@ def file_system(mounts: str, folder: Path) -> str:
         if len(words) < 3:
             continue
         point = Path(words[1].replace("\\040", " "))
-        # of two mounts on one point the later counts
+        # Of two mounts at one point the later counts.
         if (point == path or point in path.parents) and len(point.parts) >= depth:
             found, depth = words[2], len(point.parts)
     return found
 
 
 def judge_file_system(kind: str, folder: str, is_run_dir: bool) -> CheckResult:
+    """Judge the kind of the folder's file system; is_run_dir: a run will write there."""
     what = f"{folder} is on {kind}"
     if kind in PASSING and is_run_dir:
         return warn(

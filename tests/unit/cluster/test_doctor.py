@@ -23,6 +23,7 @@ import pytest
 
 from megasd.algo.recipes import RECIPES
 from megasd.cluster.doctor import engines, gpus, host, nvidia_smi, packages, storage
+from megasd.cluster.doctor.checks import checks
 from megasd.cluster.doctor.report import CheckResult, Machine, redact, run_checks
 from megasd.commands import doctor
 from megasd.config.load import load_config
@@ -83,7 +84,7 @@ def assert_well_formed(findings: list[dict]) -> None:
 
 def test_on_this_machine_with_planted_faults(tmp_path: Path):
     """One real run: a foreign apex and a PYTHONPATH before the environment, a taken port, a dead
-    URL, FP8 asked for, secrets around.
+    URL, FP8 requested, secrets around.
     """
     for name, version in (
         ("apex", "0.9.10dev0"),
@@ -152,7 +153,7 @@ def test_every_check_here_is_well_formed_and_none_breaks():
     # those of the real run above
     slow = ("torch", "sandbox", "packages")
     findings = run_checks(
-        doctor.checks(slow), Machine(config=config_of("rollout.engine.urls=[http://u:pw@127.0.0.1:9]"))
+        checks(slow), Machine(config=config_of("rollout.engine.urls=[http://u:pw@127.0.0.1:9]"))
     )
     assert_well_formed([vars(finding) for finding in findings])
     assert not [finding for finding in findings if "check itself failed" in finding.detail]
@@ -429,7 +430,11 @@ def test_disk(tmp_path: Path):
     assert counts == pytest.approx([8.19, 32.76, 70.55, 30.53], rel=0.002)
     parameters = 8_000_000_000
     each = storage.checkpoint_bytes(config, parameters)
-    teacher = 4 if config.algorithm.teacher and config.algorithm.teacher.weights in storage.SHADOWED else 0
+    teacher = (
+        4
+        if config.algorithm.teacher and config.algorithm.teacher.weights in storage.TEACHERS_WITH_FP32_COPY
+        else 0
+    )
     assert each == parameters * (2 + 12 + teacher)
     needed = 2 * each + 2 * parameters
     assert storage.judge_space(needed - 1, "/x", True, config, parameters).status == "fail"
@@ -471,10 +476,10 @@ class Answers(BaseHTTPRequestHandler):
 
     pages: dict[str, tuple[int, str]] = {}
     date: str | None = None
-    asked: list[tuple[str, str | None]] = []
+    requests: list[tuple[str, str | None]] = []
 
     def do_GET(self) -> None:
-        self.asked.append((self.path, self.headers.get("Authorization")))
+        self.requests.append((self.path, self.headers.get("Authorization")))
         status, text = self.pages.get(self.path, (404, ""))
         self.send_response(status)
         self.end_headers()
@@ -489,12 +494,12 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    handler = type("Handler", (Answers,), {"pages": {}, "asked": []})
-    served = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=served.serve_forever, daemon=True).start()
-    yield handler, f"http://127.0.0.1:{served.server_port}"
-    served.shutdown()
-    served.server_close()
+    handler = type("Handler", (Answers,), {"pages": {}, "requests": []})
+    web_server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=web_server.serve_forever, daemon=True).start()
+    yield handler, f"http://127.0.0.1:{web_server.server_port}"
+    web_server.shutdown()
+    web_server.server_close()
 
 
 def test_engines(server):
@@ -514,7 +519,7 @@ def test_engines(server):
     assert (
         good.status == "ok"
         and "weight version 7" in good.detail
-        and handler.asked[-1][1] == "Bearer " + "k" * 16
+        and handler.requests[-1][1] == "Bearer " + "k" * 16
     )
     handler.date = "Mon, 01 Jan 2001 00:00:00 GMT"
     assert "its clock is" in engines.check_url(url).detail
@@ -527,7 +532,7 @@ def test_sglang():
         "sglang": "0.5.23",
         "torch": "2.13.0",
         "saver": None,
-        "asks": ["torch==2.14.1"],
+        "requires": ["torch==2.14.1"],
         "found": True,
         "megasd": True,
     }
