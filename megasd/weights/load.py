@@ -111,11 +111,9 @@ def load_hf(
         for param, rule, layout, sources in plan:
             # A slice of a TransformerEngine fp8 parameter is a dequantised copy: the parameter takes
             # values only as a whole.
-            shard = (
-                torch.empty(layout.shape, dtype=param.dtype, device=param.device)
-                if is_quantised(param)
-                else param
-            )
+            shard = param
+            if is_quantised(param):
+                shard = torch.empty(layout.shape, dtype=param.dtype, device=param.device)
             if rule.layout is tp_layouts.vocab:
                 # the last rows may be padding
                 shard.zero_()
