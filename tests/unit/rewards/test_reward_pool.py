@@ -1,5 +1,4 @@
-"""rewards/reward_pool.py and its workers: what each verifier extracts, and that no check can hang,
-kill or mislead a run.
+"""rewards/reward_pool.py and its workers: verdicts, and that no check can hang, kill or mislead a run.
 
 Proves, with real worker processes: the verdicts of math-verify that depend on pinned versions; that
 a check hung in Python, hung in C, out of memory, raising or killed takes down neither the pool nor
@@ -24,10 +23,8 @@ import pytest
 
 from megasd.config.schema import RewardConfig
 from megasd.rewards import sandbox
-from megasd.rewards.code import last_code_block
-from megasd.rewards.math_answers import MAX_ANSWER_CHARACTERS, last_boxed
+from megasd.rewards.math_answers import MAX_ANSWER_CHARACTERS
 from megasd.rewards.reward_pool import RewardPool
-from megasd.rewards.verifiers import VERIFIERS, extract_answer
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 from tests.clock import Clock
 
@@ -87,70 +84,6 @@ def misbehaving(tmp_path):
 def math_pool():
     with RewardPool(RewardConfig(verifier="math", workers=2, timeout=6.0)) as pool:
         yield pool
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("a \\boxed{1} b \\boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{a\\}", r"a\\"),
-        (r"\boxed{\boxed{5}}", "5"),
-        (r"\boxed{1} then \boxed{2", None),
-        ("42", None),
-        ("\\boxed{", None),
-        ("\\boxed{a\\", None),
-        (r"<think>\boxed{1}</think>\boxed{2}", "2"),
-        # cut off while thinking
-        (r"<think>\boxed{1}", None),
-        (r"<think>\boxed{1}</think> none", None),
-        # the prompt opened the block
-        (r"\boxed{1}</think>\boxed{2}", "2"),
-        (r"\boxed{}", ""),
-    ],
-)
-def test_math_reads_the_last_box(text, answer):
-    assert extract_answer("math", text) == answer
-
-
-def test_extraction_is_linear_in_hostile_text():
-    start = time.process_time()
-    for text in (
-        "\\boxed{" * 200_000,
-        "{" * 1_000_000,
-        "<think>" * 200_000,
-        "<answer>" * 200_000,
-        "A " * 500_000,
-        "```\n" * 200_000,
-        "Action Input: {" * 100_000,
-        "Action:\nAction Input: [[{" * 50_000,
-        "\\" * 999_999,
-    ):
-        for verifier in VERIFIERS:
-            extract_answer(verifier, text)
-    assert last_boxed("\\boxed{" + "{" * 1_000_000) is None
-    assert time.process_time() - start < 10
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("I think A. <answer> B </answer> or C", "B"),
-        ("<answer>A</answer> no, <answer>C", "C"),
-        # the tag's text counts as it is
-        ("<answer>(C)</answer>", "(C)"),
-        ("It is (B), not (A); so **C**. I checked.", "C"),
-        ("\\boxed{D}", "D"),
-        ("C.", "C"),
-        ("the C-H bond of B2, A's and He", None),
-        ("nothing here", None),
-        ("<think>A</think> B", "B"),
-        ("<think>A", None),
-    ],
-)
-def test_multiple_choice_reads_the_tag_else_the_last_letter(text, answer):
-    assert extract_answer("multiple_choice", text) == answer
 
 
 def test_plain_verifiers_need_no_worker():
@@ -278,7 +211,7 @@ def test_a_worker_killed_from_outside_is_replaced(misbehaving):
         began.unlink()
         threading.Thread(target=kill, args=(pool.runner.workers.workers[0].process.pid,), daemon=True).start()
         group = make_group(["wait to be killed", "yes"])
-        # asked again once
+        # sent a second time
         assert pool.score([group])["restarts"] == 1 and verdicts(group) == [W, R]
 
 
@@ -555,9 +488,3 @@ def test_feedback_says_what_is_wrong_and_not_what_is_right():
             pool.score([Group(Prompt("p", [], gold), samples)])
         assert [word in sample.feedback for word, sample in zip(words, samples, strict=True)] == [True] * 3
         assert samples[2].feedback == "" and not any(gold in sample.feedback for sample in samples[:2])
-
-
-def test_the_last_whole_code_block():
-    assert last_code_block("```\na\n```\n```py\nb\nc\n```\n") == "b\nc\n"
-    assert last_code_block("```py\na\n```\n```py\nb") is None and last_code_block("`a`") is None
-    assert last_code_block("  ```py\n  a\n  ```") == "  a\n"

@@ -62,19 +62,18 @@ def test_each_rule(rule, value, met, unmet):
 
 
 def test_samples_get_a_score_and_a_verdict_by_the_threshold():
-    #                    contains (2)   max_words (1)   ends (3)    score
     texts = [
-        # 1              1               1           6/6
+        # contains (weight 2), max_words (1), ends_with_answer (3): 6/6
         "it is 42",
-        # 1              1               0           3/6
+        # contains, max_words: 3/6
         "42 it is",
-        # 0              1               0           1/6
+        # max_words: 1/6
         "none",
-        # 1        0               1           5/6
+        # contains, ends_with_answer: 5/6
         "a b c d e f 42",
+        # cut off, so no answer: 0
         "<think>42",
-    ]  # cut off: no answer                        0
-    # fmt: skip
+    ]
     scores = [1.0, 0.5, 1 / 6, 5 / 6, 0.0]
     for threshold, verdicts in ((0.5, "RRWRW"), (0.75, "RWWRW"), (1.0, "RWWWW")):
         judged = group(*texts, rubric=RUBRIC)
