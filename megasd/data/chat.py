@@ -1,5 +1,6 @@
-"""Messages to token ids and back, through the model's own tokenizer and chat template. Reads local
-files only; runs no remote code.
+"""Messages to token ids and back, with the tokenizer and the chat template of the model.
+
+Reads local files only, and runs no remote code.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from megasd.types import Message, UserError
 
-# an assistant turn with this text shows how the template ends a turn
+# text of an assistant turn, rendered to see how the template ends a turn
 PROBE = "probe"
 
 
@@ -18,16 +19,16 @@ class Chat:
     """The tokenizer of a Hugging Face directory.
 
     tokenizer       the transformers tokenizer itself
-    eos_token_ids   ids that end a response: the template's end of turn first, then those of
-                    generation_config, config, tokenizer
-    vocab_size      rows of the model's embedding; at least the number of tokenizer ids
+    eos_token_ids   ids that end a response: the end of turn of the template first, then the ids of
+                    generation_config, config and tokenizer
+    vocab_size      rows of the embedding of the model; at least the number of tokenizer ids
 
         chat = Chat("out/model")
         chat.decode(chat.encode_response("15")) == "15"
 
-    `enable_thinking` goes to the template when it is not None (Qwen3: False writes an empty
-    thinking block into the prompt). UserError: no tokenizer, no chat template, a tokenizer that
-    does not fit the model, a template without an end of turn.
+    If `enable_thinking` is not None, then the template gets it (Qwen3: False writes an empty thinking
+    block into the prompt). UserError: no tokenizer, no chat template, a tokenizer that does not fit
+    the model, a template without an end of turn.
     """
 
     def __init__(self, model_path: str | Path, *, enable_thinking: bool | None = None) -> None:
@@ -50,26 +51,24 @@ class Chat:
         self.eos_token_ids = self._collect_eos(config)
 
     def encode_prompt(self, messages: list[Message], *, enable_thinking: bool | None = None) -> list[int]:
-        """Token ids of the conversation and the generation prompt: what the engine continues.
-        UserError when the template refuses it.
+        """Token ids of the conversation and the generation prompt, which the engine continues.
 
-        enable_thinking: other than the model's own setting (a teacher that thinks beside a student
-        that does not); None: the same.
+        `enable_thinking` replaces the setting of this object (for a teacher that thinks, with a student
+        that does not). None: the setting of this object. UserError: the template refuses the messages.
         """
         return self._encode(
             self._render(messages, add_generation_prompt=True, enable_thinking=enable_thinking)
         )
 
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of an assistant turn after encode_prompt, as the template writes it, the
-        end-of-turn id last.
+        """Token ids of an assistant turn after encode_prompt; the last id is the end of turn.
 
-        Text that the template puts after the end of turn (Qwen's newline) is no part of the
-        response: no model samples it. What it puts before the text and the generation prompt does
-        not hold (Qwen3: an empty thinking block) is part of it.
+        Text that the template writes after the end of turn (Qwen: a newline) is no part of the
+        response, because no model samples it. Text that the template writes before `text`, and that is
+        not in the generation prompt (Qwen3: an empty thinking block), is a part of the response.
         """
         continuation = self._continuation(text)
-        # the template's generation prompt says more than its finished turns (an opened <think>)
+        # The generation prompt has more text than a finished turn (an opened <think>).
         if continuation is None:
             return self._encode(text) + [self._end_of_turn]
         ids = self._encode(continuation)
@@ -84,7 +83,7 @@ class Chat:
         return ids[: last + 1]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids without special tokens; ids of the model's vocabulary padding have no text."""
+        """Text of the ids, without special tokens; ids of vocabulary padding have no text."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _encode(self, text: str) -> list[int]:
@@ -102,7 +101,7 @@ class Chat:
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
         except jinja2.TemplateError as error:
-            # raise_exception of a template, or a template that is broken
+            # the template calls raise_exception, or is broken
             roles = ", ".join(message["role"] for message in messages)
             reason = str(error).replace("\n", " ")
             raise UserError(
@@ -111,8 +110,9 @@ class Chat:
             ) from error
 
     def _continuation(self, text: str) -> str | None:
-        """What the template writes for an assistant turn after the generation prompt; None when the
-        two do not share that prefix.
+        """What the template writes for an assistant turn after the generation prompt.
+
+        None: a rendered turn does not begin with the generation prompt.
         """
         question: list[Message] = [{"role": "user", "content": PROBE}]
         prefix = self._render(question, add_generation_prompt=True)
@@ -120,7 +120,7 @@ class Chat:
         return whole[len(prefix) :] if whole.startswith(prefix) else None
 
     def _find_end_of_turn(self) -> int:
-        """The first special token after an assistant's text."""
+        """The first special token after the text of an assistant turn."""
         whole = self._render(
             [{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}],
             add_generation_prompt=False,
@@ -173,7 +173,7 @@ class Chat:
                 str(self.path), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:
-            # transformers raises whatever the damaged file makes it raise
+            # transformers raises many kinds of errors for damaged files
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{self.path}: the tokenizer does not load ({type(error).__name__}: {reason}); copy its files"

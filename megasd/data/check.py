@@ -1,28 +1,29 @@
-"""`megasd data check` without its printing: every row of a data file, every bad one named by file
-and line, none of them stopping it.
+"""`megasd data check` without its printing: finds what is wrong with the rows of a data file.
 
-    report = check("train.jsonl")
+    report = check_file("train.jsonl")
     # [Fault("train.jsonl", 17, "conflict", "same prompt as line 3, with another answer ...")]
     report.errors
 
-Errors, at most one a row (a row with several faults shows the next when the first is mended):
+Every row is checked, and every bad row is named by file and line. A row has at most one error: when
+it is mended, the next error shows. The kinds of errors:
 
-    file json encoding blank size type     cannot be read as a row, or holds damaged text
-    key columns missing empty messages     read as a row, and not as a prompt: names, types, texts, turns, pass_rate, rubric
-    role field
-    id duplicate conflict                  an id or a prompt that an earlier row has, a prompt with the same or with another answer
-    leak                                   a question that the held-out file asks
-    length template                        more prompt tokens than allowed; messages that the chat template refuses
-    answer shown solution                  an answer that no verifier reads; one that the prompt gives away; one that the solution denies
+    file json encoding blank size type     the row cannot be read, or holds damaged text
+    key columns missing empty messages     the row is no prompt: names, types, texts, turns,
+    role field                             pass_rate, rubric
+    id duplicate conflict                  an earlier row has the id; or the prompt, with the same or
+                                           with another answer
+    leak                                   the held-out file asks the same question
+    length template                        the prompt has too many tokens; the chat template refuses it
+    answer shown solution                  no verifier can read the answer; the prompt gives the answer
+                                           away; the solution ends on another answer
 
-Prompts are the same when their texts are, but for case, spacing, typographic variants and a final
-mark. Questions are compared without system turn and without sentences that say how to answer. The
-later of two rows is the one named. Warnings: nearly the same question (only punctuation, spacing or
-words such as "please compute" differ); a solution that math-verify could not compare.
+data/same_text.py says when two prompts are the same. Of two rows, the later row is named. Warnings:
+nearly the same question (only punctuation, spacing or words such as "please compute" differ), and a
+solution that math-verify could not compare.
 
-Rows are read one at a time; kept are 16-byte digests of prompts. Plain Python; answers are compared
-in the verifier's own worker processes.
-"""  # noqa: E501
+Rows are read one at a time. Digests of 16 bytes are kept of prompts. Plain Python; worker processes
+of the verifier compare answers.
+"""
 
 from __future__ import annotations
 
@@ -34,28 +35,25 @@ from pathlib import Path
 
 from megasd.config.schema import RewardConfig
 from megasd.data import check_answer, check_text
-from megasd.data.columns import DROPS_REPEATS, MAPPINGS
+from megasd.data.check_text import TextFinding
+from megasd.data.columns import MAPPINGS
 from megasd.data.prompts import no_solution, read_prompts, used_id
-from megasd.data.rows import DataError, Row, row_files, short
-from megasd.data.same_text import FILLER, TOKEN, digest, prompt_digest, question_of
+from megasd.data.rows import DataError, Place, Row, row_files, short
+from megasd.data.same_text import digest, nearly_digest, prompt_digest, question_of
 from megasd.types import Group, Message, Prompt, Sample, UserError, Verdict
 
-VERIFIER_OF = {
-    "dapo_math": "math", "math500": "math", "aime": "math",
-    "sciknoweval": "multiple_choice", "toolalpaca": "tool_use", "livecodebench": "code",
-}  # fmt: skip
-# A habit of the file, such as solutions that end on the answer, is a rule when so many rows keep
-# it, and at least so many of them
-HABIT_SHARE, HABIT_ROWS = 0.95, 20
-# an answer without any of these is words
+# A habit of the file, such as solutions that end on the answer, is a rule when this fraction of the
+# rows keeps it, and at least this number of rows.
+HABIT_FRACTION, HABIT_ROWS = 0.95, 20
+# An answer without any of these characters is words.
 MATHS = re.compile(r"[\d\\$^=<>|{}]")
-# more than any tokenizer's on text; used where none is given
+# No tokenizer has so many characters a token on text. Used without a tokenizer.
 CHARACTERS_A_TOKEN = 8
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a row: the first thing found. `line` is its line or row number, from 1."""
+    """The first thing that is wrong with a row. `line`: its line or row number, from 1."""
 
     file: str
     line: int
@@ -73,18 +71,18 @@ def count_characters(messages: list[Message]) -> int:
 
 @dataclass(frozen=True)
 class CheckRules:
-    """What a file is held against.
+    """What the rows of a file must keep.
 
-    `prompt_length` and `text_length` measure messages and a solution, in `unit`; a UserError of the
-    former is an error of the row (kind template). `verifier`: what will read the answers; None:
-    that of the mapping, and for auto what holds for all of them.
+    `prompt_length` and `text_length` measure the messages and the solution of a row, in `unit`. A
+    UserError of `prompt_length` is an error of the row (kind template). `verifier` reads the answers;
+    None: the verifier of the mapping, or, for auto, only what holds for all verifiers.
     """
 
     mapping: str = "auto"
     max_row_bytes: int = 262144
     require_solution: bool = False
     verifier: str | None = None
-    # of the evaluation file, none of whose questions may occur
+    # report of the evaluation file, whose questions may not occur
     held_out: CheckReport | None = None
     prompt_length: Callable[[list[Message]], int] = count_characters
     text_length: Callable[[str], int] = len
@@ -95,265 +93,274 @@ class CheckRules:
 
 @dataclass
 class CheckReport:
-    """What a check found. `lengths` has a number for each prompt that reads and repeats none, in
-    `unit`; `solution_lengths` likewise.
-    """
+    """What a check found."""
 
     path: str
     unit: str
     rows: int = 0
     prompts: int = 0
-    # by the rules of the mapping
+    # prompts that the rules of the mapping leave out
     left_out: int = 0
     errors: list[Fault] = field(default_factory=list)
     warnings: list[Fault] = field(default_factory=list)
+    # in `unit`, of each prompt that reads and repeats no earlier prompt
     lengths: list[int] = field(default_factory=list)
     solution_lengths: list[int] = field(default_factory=list)
-    # the first good ones
+    # the first good prompts
     shown: list[Prompt] = field(default_factory=list)
-    # digest -> row, for leaks into another file
+    # digest of a question -> row, for leaks into another file
     questions: dict[bytes, str] = field(default_factory=dict)
 
 
-@dataclass
-class _Seen:
-    """What earlier rows held."""
+@dataclass(frozen=True)
+class _KnownPrompt:
+    """An earlier row with a prompt, and its answer in the spelling of check_answer.normal."""
 
-    ids: dict[str, Row] = field(default_factory=dict)
-    # row, answer, id
-    prompts: dict[bytes, tuple[Row, str, str]] = field(default_factory=dict)
-    nearly: dict[bytes, Row] = field(default_factory=dict)
-    # row, answer, what its solution ends on
-    doubts: list[tuple[Row, str, str]] = field(default_factory=list)
-    # (name, "rows" that could keep one | "kept")
-    habits: Counter[tuple[str, str]] = field(default_factory=Counter)
-    # name of a habit -> row, kind, message
-    breaches: dict[str, list[tuple[Row, str, str]]] = field(default_factory=dict)
+    place: Place
+    answer: str
+    id: str
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """An answer and the end of its solution, which differ as texts."""
+
+    place: Place
+    answer: str
+    ends_on: str
 
 
 def check_file(path: str | Path, rules: CheckRules | None = None, *, num_shown: int = 2) -> CheckReport:
-    """Go through every row of a file or directory. `num_shown`: good prompts to keep. DataError: no
-    such file or mapping.
+    """Check every row of a file or directory. DataError: no such file or mapping.
+
+    `num_shown`: how many good prompts the report keeps.
     """
-    rules = rules or CheckRules()
-    report, seen = CheckReport(str(path), rules.unit), _Seen()
-    files = row_files(path)
-    last = Row(files[0][0], 0, None)
-    try:
-        for row, found in read_prompts(path, max_row_bytes=rules.max_row_bytes, mapping=rules.mapping):
-            last = row
-            report.rows += 1
-            if isinstance(found, DataError):
-                _add(report.errors, row, _finding(found, row))
-                continue
-            findings = [_judge(row, prompt, rules, seen, report) for prompt in found]
-            good = [
-                prompt
-                for prompt, finding in zip(found, findings, strict=True)
-                if prompt is not None and finding is None
-            ]
-            report.shown += good[: num_shown - len(report.shown)] if len(report.shown) < num_shown else []
-            _add(report.errors, row, next((finding for finding in findings if finding), None))
-    except DataError as error:
-        if rules.mapping not in MAPPINGS:
-            raise
-        _add(report.errors, Row(last.path, last.number + 1, None), ("file", str(error)))
-    if not report.rows and not report.errors:
-        _add(report.errors, Row(last.path, 1, None), ("file", "no rows; write one JSON object per line"))
-    _judge_habits(report, seen)
-    _judge_doubts(report, seen)
-    order = {str(file): i for i, (file, _) in enumerate(files)}
-    for faults_found in (report.errors, report.warnings):
-        faults_found.sort(key=lambda fault: (order[fault.file], fault.line))
-    return report
+    return _FileCheck(path, rules or CheckRules(), num_shown).run()
 
 
-def _judge(
-    row: Row, prompt: Prompt | None, rules: CheckRules, seen: _Seen, report: CheckReport
-) -> check_text.TextFinding:
-    """The first thing that is wrong with a prompt that reads."""
-    if prompt is None or (rules.mapping in DROPS_REPEATS and _is_known_repeat(prompt, seen)):
-        report.left_out += 1
+class _FileCheck:
+    """One check of one file: the rules, the report, and what earlier rows held."""
+
+    def __init__(self, path: str | Path, rules: CheckRules, num_shown: int) -> None:
+        self.path, self.rules, self.num_shown = path, rules, num_shown
+        self.report = CheckReport(str(path), rules.unit)
+        # what earlier rows held: id, digest of a prompt, digest of nearly the same question -> row
+        self.ids: dict[str, Place] = {}
+        self.known: dict[bytes, _KnownPrompt] = {}
+        self.nearly: dict[bytes, Place] = {}
+        self.doubts: list[_Doubt] = []
+        # habit -> rows that could keep it; habit -> rows that keep it
+        self.habit_rows: Counter[str] = Counter()
+        self.habit_kept: Counter[str] = Counter()
+        # habit -> the rows that break it, with what to say of them
+        self.breaches: dict[str, list[tuple[Place, tuple[str, str]]]] = {}
+
+    def run(self) -> CheckReport:
+        """Check every row, then what can be told only of the whole file."""
+        report, rules = self.report, self.rules
+        files = row_files(self.path)
+        last = Place(files[0][0], 0)
+        try:
+            rows = read_prompts(self.path, max_row_bytes=rules.max_row_bytes, mapping=rules.mapping)
+            for row, found in rows:
+                last = row.place
+                report.rows += 1
+                if isinstance(found, DataError):
+                    _add(report.errors, row, _finding(found, row))
+                else:
+                    self._judge_row(row, found)
+        except DataError as error:
+            if rules.mapping not in MAPPINGS:
+                raise
+            _add(report.errors, Place(last.path, last.number + 1), ("file", str(error)))
+        if not report.rows and not report.errors:
+            _add(report.errors, Place(last.path, 1), ("file", "no rows; write one JSON object per line"))
+        self._judge_habits()
+        self._judge_doubts()
+        order = {str(file): i for i, (file, _) in enumerate(files)}
+        for faults in (report.errors, report.warnings):
+            faults.sort(key=lambda fault: (order[fault.file], fault.line))
+        return report
+
+    def _judge_row(self, row: Row, prompts: list[Prompt | None]) -> None:
+        """Report the first thing that is wrong with the prompts of a row; show good prompts."""
+        report, findings = self.report, [self._judge(row, prompt) for prompt in prompts]
+        good = [p for p, finding in zip(prompts, findings, strict=True) if p is not None and finding is None]
+        report.shown += good[: max(0, self.num_shown - len(report.shown))]
+        _add(report.errors, row, next((finding for finding in findings if finding), None))
+
+    def _judge(self, row: Row, prompt: Prompt | None) -> TextFinding:
+        """The first thing that is wrong with a prompt; None also for a prompt that is left out."""
+        rules = self.rules
+        if prompt is None or (MAPPINGS[rules.mapping].drops_repeats and self._is_known_repeat(prompt)):
+            self.report.left_out += 1
+            return None
+        self.report.prompts += 1
+        finding = check_text.damaged_text(prompt) or check_text.odd_turns(prompt)
+        if finding is None and rules.require_solution and prompt.solution is None:
+            finding = _finding(no_solution(row), row)
+        finding = finding or self._repeated(row, prompt) or self._measured(prompt)
+        if finding is not None:
+            return finding
+        verifier = rules.verifier or MAPPINGS[rules.mapping].verifier
+        values = None if isinstance(row.values, DataError) else row.values
+        labels = check_answer.options(prompt) or check_answer.listed_options(values)
+        finding = check_answer.unreadable_answer(prompt, verifier, labels)
+        finding = finding or check_answer.shown_answer(prompt)
+        if finding is not None:
+            return finding
+        self._note_answer(row, prompt, verifier, labels)
+        if prompt.solution is None or verifier in ("code", "tool_use"):
+            return None
+        return self._denied(row, prompt, prompt.solution, labels)
+
+    def _measured(self, prompt: Prompt) -> TextFinding:
+        """Note the lengths of a prompt and its solution; the finding of a prompt that is too long."""
+        rules = self.rules
+        try:
+            length = rules.prompt_length(prompt.messages)
+        except UserError as error:
+            return "template", str(error)
+        self.report.lengths.append(length)
+        if prompt.solution is not None:
+            self.report.solution_lengths.append(rules.text_length(prompt.solution))
+        if rules.max_prompt_length is None or length <= rules.max_prompt_length:
+            return None
+        what = "raise rollout.max_prompt_tokens or drop the row"
+        if rules.unit != "tokens":
+            what = (
+                f"rollout.max_prompt_tokens={rules.max_prompt_length // CHARACTERS_A_TOKEN} cannot hold them;"
+                " count with --model DIR"
+            )
+        return "length", f"{length} prompt {rules.unit}, more than {rules.max_prompt_length}; {what}"
+
+    def _is_known_repeat(self, prompt: Prompt) -> bool:
+        known = self.known.get(prompt_digest(prompt.messages))
+        answer = check_answer.normal(prompt.answer)
+        return known is not None and (known.answer, known.id) == (answer, prompt.id)
+
+    def _repeated(self, row: Row, prompt: Prompt) -> TextFinding:
+        """What this row shares with an earlier row or with the held-out file.
+
+        The row becomes one of the earlier rows.
+        """
+        place, report, held_out = row.place, self.report, self.rules.held_out
+        text = question_of(prompt.messages)
+        question = digest(text)
+        report.questions.setdefault(question, row.where)
+        known_id = self.ids.setdefault(prompt.id, place)
+        mine = _KnownPrompt(place, check_answer.normal(prompt.answer), prompt.id)
+        known = self.known.setdefault(prompt_digest(prompt.messages), mine)
+        if held_out is not None and question in held_out.questions:
+            there = held_out.questions[question]
+            message = f"the same question as {there}, which is held out; take it out of one of the two files"
+            return "leak", message
+        if known is not mine:
+            there = _there(known.place, row)
+            same_id = ", and the same id" if known_id is not place else ""
+            if mine.answer == known.answer:
+                return "duplicate", f"the same prompt as {there}{same_id}; drop one"
+            return "conflict", f"the same prompt as {there}{same_id}, with another answer; keep the right one"
+        if known_id is not place:
+            return _finding(used_id(row, prompt.id, known_id), row)
+        nearly = self.nearly.setdefault(nearly_digest(text), place)
+        if nearly is not place:
+            message = f"nearly the question of {_there(nearly, row)}; drop one if they are the same"
+            _add(report.warnings, row, ("near", message))
         return None
-    report.prompts += 1
-    finding = check_text.damaged_text(prompt) or check_text.odd_turns(prompt)
-    if finding is None and rules.require_solution and prompt.solution is None:
-        finding = _finding(no_solution(row), row)
-    finding = (
-        finding or _repeated(row, prompt, seen, report, rules.held_out) or _measured(prompt, rules, report)
-    )
-    if finding is not None:
-        return finding
-    verifier = rules.verifier or VERIFIER_OF.get(rules.mapping)
-    labels = check_answer.options(prompt) or check_answer.listed_options(row.values)
-    finding = check_answer.unreadable_answer(prompt, verifier, labels) or check_answer.shown_answer(prompt)
-    return finding or _denied(row, prompt, verifier, labels, seen)
 
+    def _note_answer(self, row: Row, prompt: Prompt, verifier: str | None, labels: list[str]) -> None:
+        """Note whether the answer is an option, or a number, as nearly all answers of the file may be."""
+        answer = prompt.answer
+        if labels and verifier in (None, "multiple_choice"):
+            message = "is none of the options that its prompt lists, unlike the file's others"
+            self._note_habit(row, "options", answer.strip() in labels, ("answer", message))
+        elif verifier in (None, "math"):
+            is_number = check_answer.number(answer) is not None
+            # An answer with mathematics in it is no number, and no fault for that.
+            keeps = is_number or (None if MATHS.search(answer) else False)
+            message = (
+                f'"answer" is {short(answer)}, and nearly all others of the file are numbers; correct it'
+            )
+            self._note_habit(row, "numbers", keeps, ("answer", message))
 
-def _measured(prompt: Prompt, rules: CheckRules, report: CheckReport) -> check_text.TextFinding:
-    """Notes the lengths of a prompt and its solution, and says when the prompt is too long."""
-    try:
-        length = rules.prompt_length(prompt.messages)
-    except UserError as error:
-        return "template", str(error)
-    report.lengths.append(length)
-    if prompt.solution is not None:
-        report.solution_lengths.append(rules.text_length(prompt.solution))
-    if rules.max_prompt_length is None or length <= rules.max_prompt_length:
+    def _denied(self, row: Row, prompt: Prompt, solution: str, labels: list[str]) -> TextFinding:
+        """The finding of a solution that ends on another answer than the answer of the row.
+
+        _judge_habits and _judge_doubts decide what cannot be told here.
+        """
+        ends_on, broken = check_answer.stated_answer(solution)
+        if broken:
+            return "solution", f'"solution" {broken}; correct it'
+        if ends_on is None:
+            gold, last = check_answer.number(prompt.answer), check_answer.last_number(solution)
+            if gold is not None and last is not None:
+                finding = "solution", f"{_ends_on(str(last), prompt.answer)}; correct one of them"
+                self._note_habit(row, "last number", gold == last, finding)
+            return None
+        mine, other = check_answer.normal(prompt.answer), check_answer.normal(ends_on)
+        if mine.casefold() == other.casefold():
+            return None
+        numbers = check_answer.number(mine), check_answer.number(other)
+        letters = len(mine) == len(other) == 1 and mine.isalpha() and other.isalpha() and mine in labels
+        if (None not in numbers and numbers[0] != numbers[1]) or letters:
+            return "solution", f"{_ends_on(ends_on, prompt.answer)}; correct one of them"
+        if None in numbers and not labels:
+            self.doubts.append(_Doubt(row.place, prompt.answer, ends_on))
         return None
-    what = "raise rollout.max_prompt_tokens or drop the row"
-    if rules.unit != "tokens":
-        what = (
-            f"rollout.max_prompt_tokens={rules.max_prompt_length // CHARACTERS_A_TOKEN} cannot hold them;"
-            " count with --model DIR"
-        )
-    return "length", f"{length} prompt {rules.unit}, more than {rules.max_prompt_length}; {what}"
+
+    def _note_habit(self, row: Row, habit: str, keeps: bool | None, finding: tuple[str, str]) -> None:
+        """Note whether the row keeps a habit; None: it does not keep the habit, and that is no fault."""
+        self.habit_rows[habit] += 1
+        self.habit_kept[habit] += bool(keeps)
+        if keeps is False:
+            self.breaches.setdefault(habit, []).append((row.place, finding))
+
+    def _judge_habits(self) -> None:
+        """Report rows that break a habit that nearly all rows of the file keep."""
+        named = {(fault.file, fault.line) for fault in self.report.errors}
+        for habit, breaches in self.breaches.items():
+            rows, kept = self.habit_rows[habit], self.habit_kept[habit]
+            if rows >= HABIT_ROWS and kept >= HABIT_FRACTION * rows:
+                for place, finding in breaches:
+                    if (str(place.path), place.number) not in named:
+                        named.add((str(place.path), place.number))
+                        _add(self.report.errors, place, finding)
+
+    def _judge_doubts(self) -> None:
+        """Let math-verify compare answers with ends of solutions that differ as texts."""
+        if not self.doubts:
+            return
+        from megasd.rewards.reward_pool import RewardPool
+
+        groups = []
+        for i, doubt in enumerate(self.doubts):
+            sample = Sample(str(i), 0, [], [], [], f"\\boxed{{{doubt.ends_on}}}", "stop", 0)
+            groups.append(Group(Prompt(str(i), [], doubt.answer), [sample]))
+        with RewardPool(RewardConfig(verifier="math", workers=2, timeout=3.0)) as pool:
+            pool.score(groups)
+        for doubt, group in zip(self.doubts, groups, strict=True):
+            verdict = group.samples[0].verdict
+            said = _ends_on(doubt.ends_on, doubt.answer)
+            if verdict is Verdict.WRONG:
+                _add(self.report.errors, doubt.place, ("solution", f"{said}; correct one of them"))
+            elif verdict is not Verdict.RIGHT:
+                _add(self.report.warnings, doubt.place, ("solution", f"{said}; they could not be compared"))
 
 
-def _add(found: list[Fault], row: Row, finding: check_text.TextFinding) -> None:
+def _add(found: list[Fault], place: Place, finding: TextFinding) -> None:
     if finding is not None:
-        found.append(Fault(str(row.path), row.number, *finding))
+        found.append(Fault(str(place.path), place.number, *finding))
 
 
 def _finding(error: DataError, row: Row) -> tuple[str, str]:
     return error.kind, str(error).removeprefix(f"{row.where}: ")
 
 
-def _is_known_repeat(prompt: Prompt, seen: _Seen) -> bool:
-    known = seen.prompts.get(prompt_digest(prompt.messages))
-    return known is not None and known[1:] == (check_answer.normal(prompt.answer), prompt.id)
+def _there(place: Place, row: Row) -> str:
+    """How a message about `row` names another row."""
+    return f"line {place.number}" if place.path == row.path else place.where
 
 
-def _repeated(
-    row: Row, prompt: Prompt, seen: _Seen, report: CheckReport, held_out: CheckReport | None
-) -> check_text.TextFinding:
-    """What this row has in common with an earlier one or with the held-out file; enters it among
-    the earlier ones.
-    """
-    # without its values
-    place = Row(row.path, row.number, None)
-    asked = question_of(prompt.messages)
-    question = digest(asked)
-    report.questions.setdefault(question, row.where)
-    known_id = seen.ids.setdefault(prompt.id, place)
-    whole, answer = prompt_digest(prompt.messages), check_answer.normal(prompt.answer)
-    known, known_answer, _ = seen.prompts.setdefault(whole, (place, answer, prompt.id))
-    if held_out is not None and question in held_out.questions:
-        return (
-            "leak",
-            (
-                f"the same question as {held_out.questions[question]}, which is held out; take it out of one"
-                " of the two files"
-            ),
-        )
-    if known is not place:
-        there = f"line {known.number}" if known.path == row.path else known.where
-        same_id = ", and the same id" if known_id is not place else ""
-        if answer == known_answer:
-            return "duplicate", f"the same prompt as {there}{same_id}; drop one"
-        return "conflict", f"the same prompt as {there}{same_id}, with another answer; keep the right one"
-    if known_id is not place:
-        return _finding(used_id(row, prompt.id, known_id), row)
-    nearly = seen.nearly.setdefault(
-        digest(" ".join(token for token in TOKEN.findall(asked) if token not in FILLER)), place
-    )
-    if nearly is not place:
-        there = f"line {nearly.number}" if nearly.path == row.path else nearly.where
-        _add(report.warnings, row, ("near", f"nearly the question of {there}; drop one if they are the same"))
-    return None
-
-
-def _denied(
-    row: Row, prompt: Prompt, verifier: str | None, labels: list[str], seen: _Seen
-) -> check_text.TextFinding:
-    """A solution that ends on another answer than the row's. What cannot be told here is left to
-    _judge_habits and _judge_doubts.
-    """
-    if labels and verifier in (None, "multiple_choice"):
-        _note_habit(
-            seen,
-            row,
-            "options",
-            prompt.answer.strip() in labels,
-            "answer",
-            "is none of the options that its prompt lists, unlike the file's others",
-        )
-    elif verifier in (None, "math"):
-        keeps = check_answer.number(prompt.answer) is not None or (
-            None if MATHS.search(prompt.answer) else False
-        )
-        message = (
-            f'"answer" is {short(prompt.answer)}, and nearly all others of the file are numbers; correct it'
-        )
-        _note_habit(seen, row, "numbers", keeps, "answer", message)
-    if prompt.solution is None or verifier in ("code", "tool_use"):
-        return None
-    ends_on, broken = check_answer.stated_answer(prompt.solution)
-    if broken:
-        return "solution", f'"solution" {broken}; correct it'
-    if ends_on is None:
-        gold, last = check_answer.number(prompt.answer), check_answer.last_number(prompt.solution)
-        if gold is not None and last is not None:
-            message = (
-                f'"solution" ends on {short(str(last))}, and "answer" is'
-                f" {short(prompt.answer)}; correct one of them"
-            )
-            _note_habit(seen, row, "last number", gold == last, "solution", message)
-        return None
-    mine, other = check_answer.normal(prompt.answer), check_answer.normal(ends_on)
-    if mine.casefold() == other.casefold():
-        return None
-    numbers = check_answer.number(mine), check_answer.number(other)
-    letters = len(mine) == len(other) == 1 and mine.isalpha() and other.isalpha() and mine in labels
-    if (None not in numbers and numbers[0] != numbers[1]) or letters:
-        return (
-            "solution",
-            (
-                f'"solution" ends on {short(ends_on)}, and "answer" is'
-                f" {short(prompt.answer)}; correct one of them"
-            ),
-        )
-    if None in numbers and not labels:
-        seen.doubts.append((Row(row.path, row.number, None), prompt.answer, ends_on))
-    return None
-
-
-def _note_habit(seen: _Seen, row: Row, habit: str, keeps: bool | None, kind: str, message: str) -> None:
-    """Whether the row keeps the habit; None: it does not, and is no fault for that."""
-    seen.habits[habit, "rows"] += 1
-    seen.habits[habit, "kept"] += bool(keeps)
-    if keeps is False:
-        seen.breaches.setdefault(habit, []).append((Row(row.path, row.number, None), kind, message))
-
-
-def _judge_habits(report: CheckReport, seen: _Seen) -> None:
-    """Rows that break what nearly all of the file does."""
-    named = {(fault.file, fault.line) for fault in report.errors}
-    for habit, breaches in seen.breaches.items():
-        rows, kept = seen.habits[habit, "rows"], seen.habits[habit, "kept"]
-        if rows >= HABIT_ROWS and kept >= HABIT_SHARE * rows:
-            for row, kind, message in breaches:
-                if (str(row.path), row.number) not in named:
-                    named.add((str(row.path), row.number))
-                    _add(report.errors, row, (kind, message))
-
-
-def _judge_doubts(report: CheckReport, seen: _Seen) -> None:
-    """Answers and ends of solutions that differ as texts, held against each other by math-verify."""
-    if not seen.doubts:
-        return
-    from megasd.rewards.reward_pool import RewardPool
-
-    groups = []
-    for i, (_, answer, ends_on) in enumerate(seen.doubts):
-        sample = Sample(str(i), 0, [], [], [], f"\\boxed{{{ends_on}}}", "stop", 0)
-        groups.append(Group(Prompt(str(i), [], answer), [sample]))
-    with RewardPool(RewardConfig(verifier="math", workers=2, timeout=3.0)) as pool:
-        pool.score(groups)
-    for (row, answer, ends_on), group in zip(seen.doubts, groups, strict=True):
-        verdict = group.samples[0].verdict
-        said = f'"solution" ends on {short(ends_on)}, and "answer" is {short(answer)}'
-        if verdict is Verdict.WRONG:
-            _add(report.errors, row, ("solution", f"{said}; correct one of them"))
-        elif verdict is not Verdict.RIGHT:
-            _add(report.warnings, row, ("solution", f"{said}; they could not be compared"))
+def _ends_on(end: str, answer: str) -> str:
+    return f'"solution" ends on {short(end)}, and "answer" is {short(answer)}'

@@ -1,4 +1,11 @@
-"""What can be wrong with an answer."""
+"""What can be wrong with the answer of a row: no verifier reads it, or the prompt gives it away.
+
+    # ("answer", '"answer" has unbalanced braces, so that no verifier can read ...')
+    unreadable_answer(Prompt("a", [{"role": "user", "content": "7+8="}], "\\\\frac{1}{"), "math", [])
+
+A finding is (kind, message) or None. The file also has the plain form of an answer (`normal`,
+`number`), and the answer that a solution states.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +34,9 @@ LAST_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def unreadable_answer(prompt: Prompt, verifier: str | None, labels: list[str]) -> TextFinding:
-    """An answer that the verifier could never find in a response; of any verifier, when none is
-    named. `labels`: of the options.
+    """An answer that the verifier could never find in a response.
+
+    `verifier` None: an answer that no verifier could find. `labels`: labels of the options.
     """
     answer = prompt.answer.strip()
     is_json = answer[0] in "[{"
@@ -77,7 +85,7 @@ def unreadable_answer(prompt: Prompt, verifier: str | None, labels: list[str]) -
 
 
 def options(prompt: Prompt) -> list[str]:
-    """Labels of the options that the last user turn lists, A, B, ... in order; empty when it lists none."""
+    """Labels of the options that the last turn lists, in order: A, B, ... Empty without options."""
     text = prompt.messages[-1]["content"]
     for found, least in ((OPTION.findall(text), 2), (INLINE_OPTION.findall(text), 3)):
         for first in ("A", "a"):
@@ -91,8 +99,9 @@ def options(prompt: Prompt) -> list[str]:
 
 
 def listed_options(values: dict[str, Any] | None) -> list[str]:
-    """Labels of options that a row lists in a column "choices" or "options": a list of texts,
-    {"label": [...]}, or {"A": text, ...}.
+    """Labels of the options in the column "choices" or "options" of a row.
+
+    The column is a list of texts, {"label": [...]}, or {"A": text, ...}.
     """
     for name in ("choices", "options"):
         listed = (values or {}).get(name)
@@ -118,7 +127,7 @@ def _bad_choice(answer: str, labels: list[str], verifier: str | None) -> TextFin
     if bare and bare[1] in labels:
         return "answer", f'"answer" is {short(answer)}, and verifiers compare letters; give {bare[1]} alone'
     letter = bare[1] if bare and len(answer) <= 3 else answer
-    # small letters also number the parts of a question, whose answer may be a variable
+    # Small letters may also number the parts of a question, and then the answer may be a variable.
     is_letter = (
         len(letter) == 1
         and letter.isalpha()
@@ -136,8 +145,9 @@ def _bad_choice(answer: str, labels: list[str], verifier: str | None) -> TextFin
 
 
 def broken_latex(text: str) -> str | None:
-    """What keeps LaTeX or a bare expression from being read ("has unbalanced braces"); None when
-    nothing is seen.
+    """What keeps LaTeX or a bare expression from being read, such as "has unbalanced braces".
+
+    None: nothing was found.
     """
     if "\\boxed" in text:
         inside = last_boxed(text)
@@ -182,8 +192,9 @@ def _closes_early(text: str) -> bool:
 
 
 def _has_arguments(text: str, position: int, count: int) -> bool:
-    """Whether `count` arguments that hold something follow: a group in braces, a command, or one
-    character. Braces are balanced.
+    """Whether `count` arguments follow: a group in braces that is not empty, a command, or a character.
+
+    The braces of `text` are balanced.
     """
     for _ in range(count):
         rest = text[position:]
@@ -205,7 +216,7 @@ def _has_arguments(text: str, position: int, count: int) -> bool:
 
 
 def _refused(read: Callable[[], object]) -> TextFinding:
-    """What a verifier's own reader says to an answer or a rubric."""
+    """The error with which a verifier refuses an answer or a rubric, as a finding."""
     try:
         read()
     except UserError as error:
@@ -237,8 +248,9 @@ def shown_answer(prompt: Prompt) -> TextFinding:
 
 
 def stated_answer(solution: str) -> tuple[str | None, str | None]:
-    """(what the solution ends on, None), or (None, what is wrong with it): the last box, else what
-    follows GSM8K's last "####".
+    """(the answer that a solution ends on, None), or (None, what is wrong with the solution).
+
+    The answer is the last box, or the text after the last "####" (GSM8K). (None, None): it has neither.
     """
     if "\\boxed" in solution:
         inside = last_boxed(solution)
@@ -249,7 +261,7 @@ def stated_answer(solution: str) -> tuple[str | None, str | None]:
 
 
 def normal(text: str) -> str:
-    """An answer without its box, dollars, spacing and the other ways to write the same."""
+    """An answer in plain form: without box, dollars and spacing, and with one spelling of LaTeX."""
     text = text.strip()
     if text.isalnum():
         return text
@@ -267,7 +279,7 @@ def normal(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    """The number that a plain answer is: 15, -0.5, 1/2, \\frac{1}{2}; None for all else."""
+    """The number that an answer is: 15, -0.5, 1/2, \\frac{1}{2}. None: the answer is no such number."""
     text = normal(text)
     if len(text) > 40:
         return None
@@ -281,6 +293,6 @@ def number(text: str) -> Fraction | None:
 
 
 def last_number(solution: str) -> Fraction | None:
-    """The last plain number of a solution's last line; None without one."""
+    """The last number of the last line of a solution; None without a number."""
     found = LAST_NUMBER.findall(solution.strip().splitlines()[-1][-200:]) if solution.strip() else []
     return number(found[-1].rstrip(",")) if found else None

@@ -1,11 +1,10 @@
-"""What can be wrong with a prompt that reads well: damaged text, an answer that no verifier reads,
-one that the prompt gives away.
+"""What can be wrong with the text of a prompt that reads well: damage, and odd turns.
 
-    # ("answer", "the answer ... braces ...")
-    fault(Prompt("a", [{"role": "user", "content": "7+8="}], "\\\\frac{1}{"))
+    # ("encoding", '"answer" holds the character U+FFFD, ...')
+    damaged_text(Prompt("a", [{"role": "user", "content": "7+8="}], "1\\ufffd5"))
 
-Each finding is (kind, message) or None. Rules are kept to what is wrong whatever the task; what may
-be meant is a warning or nothing. Plain Python, a few regular expressions a row.
+A finding is (kind, message) or None. A rule here finds what is wrong in every task. What may be meant
+is a warning or nothing. Plain Python, a few regular expressions a row.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ DAMAGED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufeff\uf
 LOST_BACKSLASH = re.compile(
     r"\t(?=imes\b|ext\{|heta\b|frac\b)|\r(?=ight\b|angle\b)|\n(?=abla\b)|[\x08\x0c](?=[a-z])"
 )
-# UTF-8 read as Latin-1 or Windows-1252: é, typographic quotes and dashes, a replacement character,
-# a byte order mark
+# UTF-8 that was read as Latin-1 or Windows-1252: é, typographic quotes and dashes, a replacement
+# character, a byte order mark.
 MOJIBAKE = re.compile("[ÂÃ][\u00a0-\u00bf‰œ]|â€[\u0080-\u00ff–—‘-„†-•…‰‹›€™œŸ¦]|ï¿½|ï»¿")
 NO_VALUE = {
     "nan",
@@ -48,9 +47,7 @@ UNFILLED = re.compile(r"\{\{?\s*[A-Za-z_]{4,}\s*\}?\}|\$\{\w+\}|<[a-z_]{4,}>|%\(
 
 
 def damaged_text(prompt: Prompt) -> TextFinding:
-    """Characters that no text is meant to hold, text decoded with the wrong table, and values that
-    stand for none.
-    """
+    """Characters that no text should hold, wrongly decoded text, and placeholders for no value."""
     texts = [(f'"{message["role"]}" text', message["content"]) for message in prompt.messages]
     texts += [('"answer"', prompt.answer), ('"solution"', prompt.solution or ""), ('"id"', prompt.id)]
     for name, text in texts:
@@ -87,7 +84,7 @@ def damaged_text(prompt: Prompt) -> TextFinding:
 
 
 def odd_turns(prompt: Prompt) -> TextFinding:
-    """Turns out of order, and messages or a rendered template that stand in the text of a turn."""
+    """Turns out of order, and text of a turn that is JSON of messages or a rendered template."""
     roles = [message["role"] for message in prompt.messages if message["role"] != "system"]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         return "role", f"turns of {', '.join(roles)}; user and assistant must alternate, from user to user"

@@ -1,29 +1,21 @@
-"""From the columns of a row to the fields of a prompt: the names in common use, and those of
-published data sets as they are published.
+"""From the columns of a row to the fields of a prompt: the table of mappings.
 
-    auto            prompt (text or messages), messages (a last assistant turn is the solution),
-                    question, problem; answer, label,
-                    reward_model.ground_truth (verl); solution; id, pass_rate, rubric. Two columns for one thing must agree.
-    dapo_math       DAPO-Math-17k (arXiv 2503.14476): its instruction to end on an "Answer:" line
-                    gives way to a boxed answer, as in
-                    Kim et al. (arXiv 2603.24472), since the math verifier reads boxes. Its repeats of a row are left out, and counted.
-    sciknoweval     SciKnowEval (arXiv 2406.09098), multiple choice of level 3; the letter is asked
-                    for in <answer>. Other rows are left
-                    out, and counted.
-    toolalpaca      ToolAlpaca (arXiv 2306.05301): a tool per row (`jq -c '.[]'` of its files), or a
-                    request per row
-    livecodebench   code_generation_lite (arXiv 2403.07974): public and private tests. Train and
-                    test share problems upstream.
-    math500, aime   MATH-500 and the AIME sets under their several column names; a boxed answer is asked for
+    auto            the column names in common use (below)
+    dapo_math       DAPO-Math-17k (arXiv 2503.14476)
+    sciknoweval     SciKnowEval (arXiv 2406.09098)
+    toolalpaca      ToolAlpaca (arXiv 2306.05301)
+    livecodebench   code_generation_lite (arXiv 2403.07974)
+    math500, aime   MATH-500, and the AIME sets
 
-Answers are text. Of livecodebench it is JSON, {"inputs": [str], "outputs": [str], "fn_name": str or
-null, "time_limit": seconds}: a program is given an input on stdin, or, with a name, a function one
-JSON value per line as its arguments; outputs alike. Of toolalpaca it is JSON, [{"action": str,
-"action_input": object}], the calls in their order.
+data/published_sets.py has the mappings of published data sets. `auto` reads:
 
-A mapping takes (row, where) and gives a list: a Mapped for each prompt of the row, None for what it
-leaves out by the rules above.
-"""  # noqa: E501
+    prompt      prompt (text or messages), messages, question, problem
+    answer      answer, label, reward_model.ground_truth (verl)
+    solution    solution, or a last assistant turn of messages
+    the rest    id, pass_rate, rubric
+
+Two columns for one field must agree.
+"""
 
 from __future__ import annotations
 
@@ -42,15 +34,17 @@ KNOWN_COLUMNS = (*FIELDS, *QUESTION_COLUMNS[1:], "label", "reward_model", "extra
 
 
 def auto(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """The names in common use. DataError for a name that looks like one of them, and for two
-    columns that disagree.
+    """Read the column names in common use.
+
+    DataError: a name that looks like a known name, or two columns that disagree.
     """
     for key in row:
         if close := look_alike(key):
             raise DataError(f"{where}: unknown key {short(key)}; did you mean {close!r}? Rename it", "key")
-    values = {key: row[key] for key in ("id", "pass_rate", "rubric") if key in row}
+    values: dict[str, Any] = {key: row[key] for key in ("id", "pass_rate", "rubric") if key in row}
     names: dict[str, str] = {}
-    questions, solutions = {}, {}
+    questions: dict[str, Any] = {}
+    solutions: dict[str, Any] = {}
     for key in QUESTION_COLUMNS:
         if row.get(key) is not None:
             questions[key], said = _without_answer(row[key]) if key == "messages" else (row[key], None)
@@ -71,28 +65,28 @@ def auto(row: dict[str, Any], where: str) -> list[Mapped | None]:
         if found:
             values[field], names[field] = _agreed(found, where)
         elif field in row and field != "solution":
-            # null: for the error
+            # A null is kept, so that the error names it.
             values[field] = row[field]
     return [Mapped(values, names)]
 
 
 MAPPINGS: dict[str, Mapping] = {
-    "auto": auto,
-    "dapo_math": dapo_math,
-    "sciknoweval": sciknoweval,
-    "toolalpaca": toolalpaca,
-    "livecodebench": livecodebench,
-    "math500": math500,
-    "aime": aime,
+    "auto": Mapping(auto),
+    # published with every row about a hundred times
+    "dapo_math": Mapping(dapo_math, verifier="math", drops_repeats=True),
+    "sciknoweval": Mapping(sciknoweval, verifier="multiple_choice"),
+    "toolalpaca": Mapping(toolalpaca, verifier="tool_use"),
+    "livecodebench": Mapping(livecodebench, verifier="code"),
+    "math500": Mapping(math500, verifier="math"),
+    "aime": Mapping(aime, verifier="math"),
 }
-# published with every row about a hundred times
-DROPS_REPEATS = ("dapo_math",)
 
 
 @lru_cache(maxsize=4096)
 def look_alike(key: str) -> str | None:
-    """The known column that an unknown key was probably meant to be: "Answer", "solutoin",
-    "pass-rate"; None for metadata.
+    """The known column that a key was probably meant to be; None for metadata.
+
+    Such keys are "Answer", "solutoin" and "pass-rate".
     """
     if key in KNOWN_COLUMNS:
         return None
@@ -114,7 +108,7 @@ def look_alike(key: str) -> str | None:
 
 
 def _without_answer(messages: Any) -> tuple[Any, Any]:
-    """The messages up to a last assistant turn, and what that turn says."""
+    """The messages without a last assistant turn, and the text of this turn."""
     last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
     if isinstance(last, dict) and last.get("role") == "assistant":
         return messages[:-1], last.get("content")
@@ -122,7 +116,7 @@ def _without_answer(messages: Any) -> tuple[Any, Any]:
 
 
 def _agreed(found: dict[str, Any], where: str) -> tuple[Any, str]:
-    """The value of the first column, and its name; DataError when another one differs."""
+    """The value of the first column, and its name. DataError: another column differs."""
     (first, value), *others = found.items()
     for name, other in others:
         if _comparable(other) != _comparable(value):
@@ -135,6 +129,7 @@ def _agreed(found: dict[str, Any], where: str) -> tuple[Any, str]:
 
 
 def _comparable(value: Any) -> Any:
+    """A prompt as text, stripped, if it is text or a single user message."""
     if (
         isinstance(value, list)
         and len(value) == 1

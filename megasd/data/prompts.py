@@ -1,13 +1,14 @@
 """Prompts from strict rows, and the resumable order in which a run reads them. Plain Python.
 
     {"id": "gsm-17", "prompt": "7+8=", "answer": "15", "solution": "7+8=15"}
-    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7+8="}], "answer": "15", "pass_rate": 0.25}
+    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "7+8="}],
+     "answer": "15", "pass_rate": 0.25}
 
-A prompt and an answer are required; `id` defaults to "<file stem>-<row number from 0>". `pass_rate`
-is the start model's (the frozen rate of PACED, arXiv 2603.11178), `rubric` a list of criteria.
-Other columns are metadata and are left alone, except look-alikes of the known ones (a "solutoin"
-would silently be no solution). Files are read by data/rows.py, columns by data/columns.py.
-"""  # noqa: E501
+A row must have a prompt and an answer. `id` defaults to "<file stem>-<row number from 0>".
+`pass_rate` is the pass rate of the start model (the frozen rate of PACED, arXiv 2603.11178), `rubric`
+a list of criteria. Other columns are metadata and are ignored, except look-alikes of known columns: a
+"solutoin" would silently be no solution. data/rows.py reads files, data/columns.py reads columns.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from megasd.data.column_values import Mapped
-from megasd.data.columns import DROPS_REPEATS, MAPPINGS
-from megasd.data.rows import DataError, Row, kind_name, read_rows, short
+from megasd.data.columns import MAPPINGS
+from megasd.data.rows import DataError, Place, Row, kind_name, read_rows, short
 from megasd.types import Message, Prompt
 
 ROLES = ("system", "user", "assistant")
@@ -32,22 +33,24 @@ logger = logging.getLogger(__name__)
 def load_prompts(
     path: str | Path, *, max_row_bytes: int = 262144, require_solution: bool = False, mapping: str = "auto"
 ) -> list[Prompt]:
-    """Every prompt of a file or directory, in its order. DataError names the first bad row; nothing
-    is trimmed or guessed.
+    """Every prompt of a file or directory, in order. DataError names the first bad row.
 
-    `max_row_bytes` bounds a row's size in bytes, its newline excluded. `require_solution` refuses
-    rows without one (teacher context "solution", and NLL on the rows' own solutions). `mapping`: a
-    name of data/columns.py; what that one leaves out by its rules is counted in a logged warning.
+    Nothing is trimmed or guessed. `max_row_bytes` bounds the size of a row, without the newline.
+    `require_solution` refuses rows without a solution (for the teacher context "solution", and for NLL
+    on the solutions of rows). `mapping`: a name in data/columns.py. Prompts that the rules of the
+    mapping leave out are counted in a logged warning.
     """
     prompts: list[Prompt] = []
-    first: dict[str, tuple[Row, Prompt]] = {}
+    first: dict[str, tuple[Place, Prompt]] = {}
     left_out = 0
     for row, found in read_prompts(path, max_row_bytes=max_row_bytes, mapping=mapping):
         if isinstance(found, DataError):
             raise found
         for prompt in found:
             if prompt is None or (
-                mapping in DROPS_REPEATS and prompt.id in first and is_repeat(prompt, first[prompt.id][1])
+                MAPPINGS[mapping].drops_repeats
+                and prompt.id in first
+                and is_repeat(prompt, first[prompt.id][1])
             ):
                 left_out += 1
                 continue
@@ -55,7 +58,7 @@ def load_prompts(
                 raise no_solution(row)
             if prompt.id in first:
                 raise used_id(row, prompt.id, first[prompt.id][0])
-            first[prompt.id] = (Row(row.path, row.number, None), prompt)
+            first[prompt.id] = (row.place, prompt)
             prompts.append(prompt)
     if not prompts and not left_out:
         raise DataError(f"{path}: no rows; write one JSON object per line")
@@ -77,40 +80,37 @@ def load_prompts(
 def read_prompts(
     path: str | Path, *, max_row_bytes: int, mapping: str = "auto"
 ) -> Iterator[tuple[Row, list[Prompt | None] | DataError]]:
-    """Every row with its prompts (None for what the mapping leaves out), or with what is wrong with
-    it. DataError for a bad file.
+    """Every row with its prompts, or with the error of the row. DataError: a bad file.
 
-    Ids are not held against each other here.
+    A prompt that the mapping leaves out is None. Ids are not compared with each other here.
     """
     if mapping not in MAPPINGS:
         raise DataError(f"data.mapping: {mapping!r} is not one of {', '.join(MAPPINGS)}")
-    read = MAPPINGS[mapping]
+    read = MAPPINGS[mapping].read
     for row in read_rows(path, max_row_bytes=max_row_bytes):
-        if row.values is None:
-            yield row, row.error
+        if isinstance(row.values, DataError):
+            yield row, row.values
             continue
+        default_id = f"{row.path.stem}-{row.number - 1}"
         try:
-            default_id = f"{row.path.stem}-{row.number - 1}"
-            yield (
-                row,
-                [
-                    None if m is None else _to_prompt(m, row.where, default_id)
-                    for m in read(row.values, row.where)
-                ],
-            )
+            found: list[Prompt | None] | DataError = [
+                None if mapped is None else _to_prompt(mapped, row.where, default_id)
+                for mapped in read(row.values, row.where)
+            ]
         except DataError as error:
-            yield row, error
+            found = error
+        yield row, found
 
 
-def no_solution(row: Row) -> DataError:
-    """The refusal of a row without a reference solution."""
+def no_solution(row: Place) -> DataError:
+    """The error of a row without a reference solution."""
     return DataError(
         f'{row.where}: no "solution", which this algorithm reads; add one or drop the row', "missing"
     )
 
 
-def used_id(row: Row, used: str, earlier: Row) -> DataError:
-    """The refusal of a row whose id an earlier one has."""
+def used_id(row: Place, used: str, earlier: Place) -> DataError:
+    """The error of a row whose id an earlier row has."""
     there = f"on line {earlier.number}" if earlier.path == row.path else f"in {earlier.where}"
     return DataError(
         f'{row.where}: id {short(used)} was used {there}; make every "id" unique or drop them all', "id"
@@ -118,7 +118,7 @@ def used_id(row: Row, used: str, earlier: Row) -> DataError:
 
 
 def is_repeat(one: Prompt, other: Prompt) -> bool:
-    """Whether two rows of one id say the same."""
+    """Whether two rows with one id have the same messages and answer."""
     return one.messages == other.messages and one.answer == other.answer
 
 
@@ -233,12 +233,11 @@ def _is_number(value: object) -> bool:
 
 
 class PromptIterator:
-    """Batches of distinct prompts without end; each epoch visits every prompt once, in an order
-    drawn from (seed, epoch).
+    """Batches of distinct prompts without end.
 
-    A batch that reaches the end of an epoch is filled from the next one, so no prompt is dropped.
-    The prompts it already took are put behind those it still takes, hence no prompt stands twice in
-    a batch.
+    Each epoch visits every prompt once, in an order drawn from (seed, epoch). A batch that reaches the
+    end of an epoch is filled from the next epoch, so no prompt is dropped. Prompts that this batch
+    already has come later in the next epoch, so no prompt is in a batch twice.
 
         batches = PromptIterator(prompts, batch_size=32, seed=1, shuffle=True)
         batches.next()                                          # list[Prompt], 32 of them
@@ -258,6 +257,9 @@ class PromptIterator:
         self.seed = seed
         self.shuffle = shuffle
         self.fingerprint = _fingerprint(prompts)
+        self.epoch = self.position = self._num_filling = 0
+        self._carried: list[int] = []
+        self._order: list[int] = []
         self._start_epoch(epoch=0, carried=[], num_filling=0)
 
     def next(self) -> list[Prompt]:
@@ -272,12 +274,14 @@ class PromptIterator:
         return [self.prompts[i] for i in batch]
 
     def _start_epoch(self, *, epoch: int, carried: list[int], num_filling: int) -> None:
-        """Draw the epoch's order. `carried`: row numbers that end the last epoch, in a batch that
-        takes `num_filling` of this one.
+        """Draw the order of an epoch.
+
+        `carried`: the row numbers of the batch that began in the last epoch; the batch takes
+        `num_filling` more from this epoch.
         """
         order = list(range(len(self.prompts)))
         if self.shuffle:
-            # a string seed is hashed with SHA-512, the same on every machine
+            # Python hashes a string seed with SHA-512, the same on every machine.
             random.Random(f"{self.seed}:{epoch}").shuffle(order)
         taken = set(carried)
         filling = [i for i in order if i not in taken][:num_filling]
@@ -287,7 +291,7 @@ class PromptIterator:
         self._carried, self._num_filling = carried, num_filling
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iterator stands; JSON-able, at most one batch of row numbers."""
+        """The position, as a JSON value with at most one batch of row numbers."""
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -299,7 +303,7 @@ class PromptIterator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. DataError when it belongs to other rows, another seed or another order."""
+        """Go on from `state`. DataError: it belongs to other rows, another seed or another order."""
         for key, mine, what in (
             ("fingerprint", self.fingerprint, "data.train holds other rows"),
             ("seed", self.seed, "run.seed differs"),
@@ -308,7 +312,7 @@ class PromptIterator:
             if state[key] != mine:
                 raise DataError(
                     f"cannot resume the prompt order: {what} ({state[key]!r} in the checkpoint, {mine!r}"
-                    " now); restore it or start anew"
+                    " now); restore it or start again"
                 )
         self._start_epoch(
             epoch=state["epoch"], carried=list(state["carried"]), num_filling=state["num_filling"]

@@ -1,4 +1,19 @@
-"""Mappings of published data sets."""
+"""The mappings of published data sets, as they are published.
+
+    dapo_math       The instruction to end on an "Answer:" line becomes the instruction to box the
+                    answer, as in Kim et al. (arXiv 2603.24472): the verifier math reads boxes.
+                    Repeats of a row are left out, and counted.
+    sciknoweval     Multiple choice of level 3; the prompt asks for the letter in <answer>. Other
+                    rows are left out, and counted.
+    toolalpaca      A tool per row (`jq -c '.[]'` of the files), or a request per row.
+    livecodebench   Public and private tests. Train and test share problems upstream.
+    math500, aime   Several column names; the prompt asks for a boxed answer.
+
+Answers are text. The answer of livecodebench is JSON, {"inputs": [str], "outputs": [str], "fn_name":
+str or null, "time_limit": seconds}. Without fn_name a program reads an input on stdin. With fn_name a
+function gets its arguments, one JSON value per line. Outputs have the same form. The answer of
+toolalpaca is JSON, [{"action": str, "action_input": object}], the calls in order.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +50,9 @@ PROGRAM = (
 FUNCTION = (
     "Complete this Python code. Give the whole of it in one ```python block.\n\n```python\n{starter}\n```"
 )
-# seconds a test, LiveCodeBench's own
+# seconds a test, as LiveCodeBench has it
 TIME_LIMIT = 6
-# of one problem's tests, unpacked
+# how large the unpacked tests of one problem may be
 MAX_TESTS_BYTES = 1 << 28
 TEXT_PICKLE = {
     "PROTO",
@@ -55,8 +70,9 @@ TEXT_PICKLE = {
 
 
 def dapo_math(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """{"prompt": [one user message], "reward_model": {"ground_truth"}, "extra_info": {"index"}}; a
-    plain text prompt is taken too.
+    """Rows {"prompt", "reward_model": {"ground_truth"}, "extra_info": {"index"}}.
+
+    The prompt is a list of one user message, or text.
     """
     prompt = row.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
@@ -77,14 +93,19 @@ def dapo_math(row: dict[str, Any], where: str) -> list[Mapped | None]:
 
 
 def sciknoweval(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """{"question", "choices": {"text": [...], "label": [...]}, "answerKey", "type", "details": {"level"}}."""
-    details = row.get("details") if isinstance(row.get("details"), dict) else {}
+    """Rows {"question", "choices": {"text": [], "label": []}, "answerKey", "type", "details": {"level"}}."""
+    given = row.get("details")
+    details = given if isinstance(given, dict) else {}
     if details.get("level", "L3") != "L3" or not str(row.get("type", "mcq")).startswith("mcq"):
         return [None]
     choices = object_column(row, "choices", where)
     texts, labels = choices.get("text"), choices.get("label")
-    is_list = isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 1
-    if not is_list or not all(isinstance(value, str) and value.strip() for value in texts + labels):
+    if (
+        not isinstance(texts, list)
+        or not isinstance(labels, list)
+        or not len(texts) == len(labels) > 1
+        or not all(isinstance(value, str) and value.strip() for value in texts + labels)
+    ):
         raise DataError(
             f'{where}: "choices" must hold "text" and "label", two lists of as many strings; rewrite it',
             "type",
@@ -103,23 +124,13 @@ def sciknoweval(row: dict[str, Any], where: str) -> list[Mapped | None]:
 
 
 def toolalpaca(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """A tool with its Instructions and Golden_Answers, or its Instances; or one request: {"prompt",
-    "golden_answer", ("system")}.
+    """Rows of a tool, with Instructions and Golden_Answers or with Instances; or of one request.
 
-    Left out: instances without a call, or with getDetails, which asks the user something.
+    A request is {"prompt", "golden_answer"}, optionally with "system". Instances are left out if they
+    have no call, or a call of getDetails, which asks the user something.
     """
     if "prompt" in row:
-        name = next(
-            (name for name in ("golden_answer", "answer") if row.get(name) is not None), "golden_answer"
-        )
-        prompt = row["prompt"]
-        if isinstance(prompt, str) and isinstance(row.get("system"), str) and row["system"].strip():
-            prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}]
-        values = {
-            "prompt": prompt,
-            "answer": _calls(column(row, where, name, kinds=(str, list)), where, name),
-        }
-        return [Mapped(values | ({"id": row["id"]} if "id" in row else {}), {})]
+        return [_request(row, where)]
     tool, name = column(row, where, "NLDocumentation"), column(row, where, "Name")
     if "Golden_Answers" in row:
         requests, answers = (
@@ -148,9 +159,24 @@ def toolalpaca(row: dict[str, Any], where: str) -> list[Mapped | None]:
     return mapped
 
 
+def _request(row: dict[str, Any], where: str) -> Mapped:
+    """ToolAlpaca's row of one request."""
+    name = next((name for name in ("golden_answer", "answer") if row.get(name) is not None), "golden_answer")
+    prompt = row["prompt"]
+    if isinstance(prompt, str) and isinstance(row.get("system"), str) and row["system"].strip():
+        prompt = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}]
+    values = {
+        "prompt": prompt,
+        "answer": _calls(column(row, where, name, kinds=(str, list)), where, name),
+    }
+    return Mapped(values | ({"id": row["id"]} if "id" in row else {}), {})
+
+
 def livecodebench(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """{"question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata":
-    {"func_name"}, "question_id"}.
+    """Rows of problems with their tests.
+
+    {"question_content", "starter_code", "public_test_cases", "private_test_cases",
+    "metadata": {"func_name"}, "question_id"}
     """
     metadata = decoded(row.get("metadata") or "{}", where, "metadata")
     name = metadata.get("func_name") if isinstance(metadata, dict) else None
@@ -176,7 +202,7 @@ def livecodebench(row: dict[str, Any], where: str) -> list[Mapped | None]:
 
 
 def math500(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """{"problem", "solution", "answer", "unique_id"}."""
+    """Rows {"problem", "solution", "answer", "unique_id"}."""
     values = {
         "prompt": f"{column(row, where, 'problem').strip()}\n{BOXED}",
         "answer": column(row, where, "answer"),
@@ -186,8 +212,10 @@ def math500(row: dict[str, Any], where: str) -> list[Mapped | None]:
 
 
 def aime(row: dict[str, Any], where: str) -> list[Mapped | None]:
-    """{"problem", "answer": 0 to 999 as number or text, ("solution", "id")}, in capitals or not;
-    the id may be ID or problem_idx.
+    """Rows {"problem", "answer", "solution", "id"}, in capitals or not.
+
+    The answer is 0 to 999, as number or text. The solution and the id are optional; the id may also be
+    problem_idx.
     """
     lower = {key.lower(): value for key, value in row.items()}
     answer = column(lower, where, "answer", kinds=(str, int))
@@ -207,7 +235,7 @@ def aime(row: dict[str, Any], where: str) -> list[Mapped | None]:
 
 
 def _calls(value: Any, where: str, name: str) -> str:
-    """[{"Action": name, "Action_Input": JSON text or object}] as the JSON of the answer."""
+    """The answer of tool calls, as JSON; `value`: [{"Action": name, "Action_Input": JSON or object}]."""
     calls = decoded(value, where, name)
     if not isinstance(calls, list) or not calls:
         raise DataError(f'{where}: "{name}" must be a list of calls; correct it', "answer")
@@ -227,8 +255,9 @@ def _calls(value: Any, where: str, name: str) -> str:
 
 
 def _instance(instance: Any, where: str) -> tuple[Any, list[dict[str, Any]] | None]:
-    """Request and calls of one of ToolAlpaca's simulated conversations; its steps are [[action,
-    input, thought], observation].
+    """The request and the calls of one of ToolAlpaca's simulated conversations; calls None: left out.
+
+    The steps of a conversation are [[action, input, thought], observation].
     """
     if not isinstance(instance, dict):
         raise DataError(f'{where}: "Instances" must hold objects; rewrite it', "type")
@@ -248,8 +277,9 @@ def _instance(instance: Any, where: str) -> tuple[Any, list[dict[str, Any]] | No
 
 
 def _tests(row: dict[str, Any], where: str, name: str) -> list[dict[str, str]]:
-    """A column of tests: JSON, or LiveCodeBench's base64 of zlib of a pickled JSON text, of which
-    nothing but a text is read.
+    """A column of tests: JSON, or base64 of zlib of a pickled JSON text.
+
+    The pickle is searched for one text, and never unpickled.
     """
     value = column(row, where, name, kinds=(str, list))
     if isinstance(value, str) and value.lstrip()[:1] != "[":
@@ -273,8 +303,9 @@ def _tests(row: dict[str, Any], where: str, name: str) -> list[dict[str, str]]:
 
 
 def _unpacked(packed: str) -> str:
-    """The text in base64(zlib(pickle(text))), or base64(zlib(text)). ValueError for a pickle of
-    anything else: nothing is unpickled.
+    """The text in base64(zlib(pickle(text))), or in base64(zlib(text)).
+
+    ValueError: a pickle of anything except a text. Nothing is unpickled.
     """
     unzip = zlib.decompressobj()
     data = unzip.decompress(base64.b64decode(packed, validate=True), MAX_TESTS_BYTES)

@@ -1,5 +1,6 @@
-"""Scored groups on disk, one JSON object a sample, one file a step: the record of what was trained
-on, and its replay.
+"""Scored groups on disk: the record of what a run trained on, and the way to replay it.
+
+There is one file a step, with one JSON object a sample.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 
 def rollout_path(directory: str | Path, step: int) -> Path:
+    """The file of a step."""
     return Path(directory) / f"step-{step:06d}.jsonl"
 
 
 def save_groups(path: Path, groups: list[Group]) -> None:
-    """Write the groups of a step, beside and renamed when whole."""
+    """Write the groups of a step. The file gets its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(path.name + ".writing")
     with writing.open("w", encoding="utf-8") as file:
@@ -29,8 +31,9 @@ def save_groups(path: Path, groups: list[Group]) -> None:
 
 
 def load_groups(path: Path) -> list[Group]:
-    """The groups of a step as `save_groups` wrote them; UserError names the file and line that is
-    missing or broken.
+    """The groups of a step, as `save_groups` wrote them.
+
+    UserError names the file that is missing, or the line that is broken.
     """
     if not path.is_file():
         raise UserError(

@@ -1,19 +1,19 @@
-"""Rows of data files, one at a time: JSONL, parquet, Arrow, and directories of them. Plain Python,
-and pyarrow where a file asks for it.
+"""Rows of data files, one at a time: JSONL, parquet, Arrow, and directories of them.
 
     for row in read_rows("train.jsonl", max_row_bytes=262144):
-        row.values                       # {"prompt": "7+8=", "answer": "15"}, or None and then
-        row.error                        # DataError: "train.jsonl:3: blank line; remove it"
+        # {"prompt": "7+8=", "answer": "15"}, or DataError("train.jsonl:3: blank line; remove it")
+        row.values
 
-    FILE                     by its suffix, else by its first bytes: .parquet, .arrow, otherwise one
-                             JSON object per line
-    DIR of `datasets`        what Dataset.save_to_disk wrote: state.json and Arrow streams, in the order that it states
-    DIR of shards            *.jsonl, *.parquet or *.arrow of one kind and one split, in the order of their names
+    file                    .parquet, .arrow, or one JSON object per line; told by the suffix, then by
+                            the first bytes
+    directory of `datasets` what Dataset.save_to_disk wrote: Arrow streams in the order of state.json
+    directory of shards     *.jsonl, *.parquet or *.arrow of one kind and one split, in the order of
+                            their names
 
-A row is named file:number, from 1: the line of a JSONL file, the row of another. Of a parquet or
-Arrow row, null means absent. Nothing is unpickled: pyarrow alone reads these files, `datasets` is
+A row is named file:number, from 1: the line of a JSONL file, or the row of another file. In a parquet
+or Arrow row, null means absent. Nothing is unpickled: pyarrow alone reads these files, `datasets` is
 not needed.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from typing import Any
 from megasd.config.validate_files import ROW_SUFFIXES
 from megasd.types import UserError
 
-# of a parquet or Arrow file, turned into Python objects at a time
+# how many rows of a parquet or Arrow file become Python objects at a time
 BATCH_ROWS = 128
 # the names that Hugging Face gives to shards
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})$")
@@ -45,8 +45,9 @@ HINT = "give a JSONL, parquet or Arrow file, or a directory of them"
 
 
 class DataError(UserError):
-    """A bad row or data file: "path:line: reason; what to do", one line. `kind` is one word for it,
-    as `megasd data check` reports it.
+    """A bad row or data file: "path:line: reason; what to do", one line.
+
+    `kind` is the word under which `megasd data check` reports the error.
     """
 
     def __init__(self, message: str, kind: str = "file") -> None:
@@ -55,14 +56,11 @@ class DataError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A row as it stands in its file: `values`, or the error that keeps it from being read."""
+class Place:
+    """Where a row is: its file, and its number from 1."""
 
     path: Path
-    # from 1
     number: int
-    values: dict[str, Any] | None
-    error: DataError | None = None
 
     @property
     def where(self) -> str:
@@ -70,11 +68,23 @@ class Row:
         return f"{self.path}:{self.number}"
 
 
-def read_rows(path: str | Path, *, max_row_bytes: int) -> Iterator[Row]:
-    """Every row, in order, at most a batch of them in memory. A bad row has an error; a file that
-    cannot be read raises DataError.
+@dataclass(frozen=True, slots=True)
+class Row(Place):
+    """A row of a file: its values, or the error that keeps it from being read."""
 
-    `max_row_bytes` bounds a row's size: its line without the newline, or its Arrow values.
+    values: dict[str, Any] | DataError
+
+    @property
+    def place(self) -> Place:
+        """The place alone, to keep without the values."""
+        return Place(self.path, self.number)
+
+
+def read_rows(path: str | Path, *, max_row_bytes: int) -> Iterator[Row]:
+    """Every row, in order, with at most a batch of rows in memory.
+
+    A bad row holds a DataError. A file that cannot be read raises DataError. `max_row_bytes` bounds
+    the size of a row: the line without the newline, or the Arrow values.
     """
     for file, kind in row_files(path):
         try:
@@ -87,8 +97,9 @@ def read_rows(path: str | Path, *, max_row_bytes: int) -> Iterator[Row]:
 
 
 def row_files(path: str | Path) -> list[tuple[Path, str]]:
-    """The files that hold the rows, and their kinds: jsonl | parquet | arrow. DataError when there
-    are none, or more than one set.
+    """The files that hold the rows, and their kinds: jsonl | parquet | arrow.
+
+    DataError: no such file, or files of more than one data set.
     """
     path = Path(path)
     if not path.exists():
@@ -131,12 +142,9 @@ def _saved_files(directory: Path) -> list[Path]:
             f"{directory}: holds a selection by indices; save it again after dataset.flatten_indices()"
         )
     listed = state.get("_data_files")
-    names = (
-        [entry.get("filename") for entry in listed if isinstance(entry, dict)]
-        if isinstance(listed, list)
-        else []
-    )
-    if not names or not all(isinstance(name, str) for name in names):
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    names = [name for entry in entries if isinstance(name := entry.get("filename"), str)]
+    if not names or len(names) < len(entries):
         raise DataError(
             f"{directory / 'state.json'}: lists no _data_files; save the dataset again with"
             " Dataset.save_to_disk"
@@ -151,8 +159,9 @@ def _saved_files(directory: Path) -> list[Path]:
 
 
 def _shards(directory: Path) -> list[Path]:
-    """Files of rows directly below the directory, in the order of their names; of one kind and one
-    split, none of them missing.
+    """The files of rows in a directory, in the order of their names.
+
+    DataError: files of several kinds or splits, or a shard is missing.
     """
     files = sorted(
         file
@@ -169,16 +178,17 @@ def _shards(directory: Path) -> list[Path]:
         raise DataError(
             f"{directory}: holds {' and '.join(suffixes)} files; give one of them, or a directory of one kind"
         )
-    named = [SHARD.match(file.stem) for file in files]
-    splits = sorted({match[1] if match else file.stem for match, file in zip(named, files, strict=True)})
-    if any(named):
+    matches = [SHARD.match(file.stem) for file in files]
+    splits = sorted({match[1] if match else file.stem for match, file in zip(matches, files, strict=True)})
+    numbered = [match for match in matches if match]
+    if numbered:
         if len(splits) > 1:
             raise DataError(
                 f"{directory}: holds more than one split ({', '.join(splits)}); give the files of one, in a"
                 " directory of their own"
             )
-        count = int(named[0][3])
-        missing = sorted(set(range(count)) - {int(match[2]) for match in named if match})
+        count = int(numbered[0][3])
+        missing = sorted(set(range(count)) - {int(match[2]) for match in numbered})
         if missing:
             raise DataError(
                 f"{directory}: shard {splits[0]}-{missing[0]:05d}-of-{count:05d} is missing; copy the dataset"
@@ -211,9 +221,9 @@ def _jsonl(path: Path, max_row_bytes: int) -> Iterator[Row]:
                 yield Row(path, number, _parse(line, f"{path}:{number}", max_row_bytes))
             except DataError as error:
                 while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
-                    # the rest of a row that is too long
+                    # skip the rest of a row that is too long
                     pass
-                yield Row(path, number, None, error)
+                yield Row(path, number, error)
 
 
 def _parse(line: bytes, where: str, max_row_bytes: int) -> dict[str, Any]:
@@ -287,8 +297,9 @@ def _arrow(path: Path, kind: str, max_row_bytes: int) -> Iterator[Row]:
 
 
 def _batches(path: Path, kind: str) -> Iterator[Any]:
-    """Record batches of the file, without columns of dates, which no mapping reads and not every
-    machine can spell.
+    """Record batches of the file, without columns of dates.
+
+    No mapping reads dates, and not every machine can convert them.
     """
     import pyarrow as pa
 
@@ -321,8 +332,9 @@ def _select(schema: Any, batches: Iterator[Any], path: Path) -> Iterator[Any]:
 
 
 def _batch_rows(path: Path, done: int, batch: Any, max_row_bytes: int) -> Iterator[Row]:
-    """Rows done + 1, done + 2, ... One by one when a row may be too long or its text is no UTF-8,
-    which Arrow does not check.
+    """Rows done + 1, done + 2, and so on.
+
+    Read one by one if a row may be too long, or if a text is no UTF-8, which Arrow does not check.
     """
     rows = None
     if batch.nbytes <= max_row_bytes:
@@ -338,7 +350,6 @@ def _batch_rows(path: Path, done: int, batch: Any, max_row_bytes: int) -> Iterat
             yield Row(
                 path,
                 number,
-                None,
                 DataError(
                     f"{where}: row is longer than data.max_row_bytes={max_row_bytes}; raise the limit", "size"
                 ),
@@ -350,13 +361,15 @@ def _batch_rows(path: Path, done: int, batch: Any, max_row_bytes: int) -> Iterat
                 yield Row(
                     path,
                     number,
-                    None,
                     DataError(f"{where}: not UTF-8 ({error.reason}); write the file again", "encoding"),
                 )
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow's structs hold every field, absent ones as null; `None` stays where a list holds it."""
+    """The value without fields that are null, which is how Arrow spells absent fields.
+
+    A None in a list stays.
+    """
     if isinstance(value, dict):
         return {key: _without_nulls(held) for key, held in value.items() if held is not None}
     if isinstance(value, list):
@@ -365,7 +378,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def kind_name(value: object) -> str:
-    """What JSON calls the value."""
+    """The JSON name of the kind of a value."""
     names = {
         dict: "object",
         list: "array",
@@ -379,6 +392,6 @@ def kind_name(value: object) -> str:
 
 
 def short(value: object) -> str:
-    """The value in a message: its repr, at most 60 characters."""
+    """A value for a message: its repr, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

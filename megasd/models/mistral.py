@@ -1,5 +1,6 @@
-"""Mistral: Llama-like layers. A `sliding_window` that is not null holds for every layer, as in
-transformers.
+"""Mistral: Llama-like layers, with a sliding window in every layer or in none.
+
+A `sliding_window` that is not null holds for every layer, as in transformers.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""OLMo-2 and OLMo-3: norms after attention and MLP, and q/k norms over all heads. OLMo-3 also has
-sliding windows, whose layers have their own rope table.
+"""OLMo-2 and OLMo-3: norms after attention and MLP, and q/k norms over all heads.
+
+OLMo-3 also has layers with a sliding window, which use another rope table.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Qwen3 and Qwen3-MoE: Llama-like layers with a norm on each query and key head, dense or with
-experts in every layer.
+"""Qwen3 and Qwen3-MoE: Llama-like layers with a norm on each query and key head.
+
+All layers are dense (Qwen3), or all layers have experts (Qwen3-MoE).
 """
 
 from __future__ import annotations

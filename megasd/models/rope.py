@@ -1,5 +1,6 @@
-"""Rotary tables from config.json: inverse frequencies exactly as transformers computes them
-(float32, in the same order of operations).
+"""Rotary tables from config.json.
+
+Inverse frequencies are exactly those of transformers: float32, in the same order of operations.
 
 Megatron's own scaling is not used: it hard-codes two of llama3's factors and the original length
 (rotary_pos_embedding.py:92).

@@ -462,13 +462,13 @@ def test_sameness():
     for other in ("What is 7 - 8?", "What is 78?", "What is 7 + 8!"):
         assert same_text(other) != same_text(same[0])
     assert same_text("2\u00b2") != same_text("22") and same_text("1 2") != same_text("12")
-    asked = question_of(
+    question = question_of(
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "What is 7+8?\nThink step by step."},
         ]
     )
-    assert asked == question_of([{"role": "user", "content": same[0]}])
+    assert question == question_of([{"role": "user", "content": same[0]}])
     with_numbers = [
         question_of([{"role": "user", "content": f"Give the final answer of {n}+1."}]) for n in (1, 2)
     ]
