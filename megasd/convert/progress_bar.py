@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from megasd.convert.common import ConversionProgress
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
 
 class Bar(ConversionProgress):
-    """A rich progress bar on standard error when it is a terminal; lines that say something go to
-    standard output.
-    """
+    """Draws a progress bar on standard error if it is a terminal; prints lines on standard output."""
 
     def __init__(self) -> None:
-        self.progress = None
+        # the bar and the id of its only task; None: standard error is no terminal
+        self._bar: tuple[RichProgress, TaskID] | None = None
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import (
@@ -32,25 +36,30 @@ class Bar(ConversionProgress):
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
             )
-            self.progress = RichProgress(*columns, console=Console(stderr=True), transient=True)
-            self.task = self.progress.add_task("")
+            progress = RichProgress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = progress, progress.add_task("")
 
     def start(self, what: str, total_bytes: int) -> None:
-        if self.progress is not None:
-            self.progress.reset(self.task, total=total_bytes, description=what)
+        """Begin a part of the work: the bar starts from 0."""
+        if self._bar is not None:
+            progress, task = self._bar
+            progress.reset(task, total=total_bytes, description=what)
 
     def advance(self, nbytes: int) -> None:
-        if self.progress is not None:
-            self.progress.advance(self.task, nbytes)
+        """Move the bar by so many bytes."""
+        if self._bar is not None:
+            progress, task = self._bar
+            progress.advance(task, nbytes)
 
     def say(self, line: str) -> None:
+        """Print a line."""
         print(line, flush=True)
 
     def __enter__(self) -> Bar:
-        if self.progress is not None:
-            self.progress.start()
+        if self._bar is not None:
+            self._bar[0].start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        if self._bar is not None:
+            self._bar[0].stop()

@@ -86,7 +86,7 @@ class CheckRules:
     held_out: CheckReport | None = None
     prompt_length: Callable[[list[Message]], int] = count_characters
     text_length: Callable[[str], int] = len
-    # in unit
+    # in `unit`; None: no limit
     max_prompt_length: int | None = None
     unit: str = "characters"
 
@@ -144,7 +144,7 @@ class _FileCheck:
     def __init__(self, path: str | Path, rules: CheckRules, num_shown: int) -> None:
         self.path, self.rules, self.num_shown = path, rules, num_shown
         self.report = CheckReport(str(path), rules.unit)
-        # what earlier rows held: id, digest of a prompt, digest of nearly the same question -> row
+        # Of earlier rows: id -> row, digest of a prompt -> row, nearly_digest of a question -> row.
         self.ids: dict[str, Place] = {}
         self.known: dict[bytes, _KnownPrompt] = {}
         self.nearly: dict[bytes, Place] = {}

@@ -68,7 +68,7 @@ class Judgement:
     detail: str = ""
     # what is wrong, in words for the model; never what was expected
     feedback: str = ""
-    # in [0, 1], where the verifier shapes the reward
+    # in [0, 1] if the verifier shapes the reward, otherwise None
     score: float | None = None
 
 
@@ -148,7 +148,7 @@ class Verifier(Generic[GoldT]):
     read_gold: Callable[[Prompt, RewardSettings], GoldT]
     # (answer, gold) -> the judgement, or None when `check` must decide. Must be linear, too.
     compare: Callable[[str, GoldT], Judgement | None]
-    # of a response without an answer
+    # the judgement of a response without an answer
     no_answer: Judgement
     check: WorkerCheck[GoldT] | SandboxCheck[GoldT] | None = None
     # False when no two answers are alike, so that maj@k means nothing

@@ -25,7 +25,7 @@ from megasd.types import UserError, Verdict
 
 # seconds; sympy imports slowly on a busy machine
 START_TIMEOUT = 120.0
-# in a row
+# So many failed starts in a row are an error.
 MAX_FAILED_STARTS = 3
 
 logger = logging.getLogger(__name__)
