@@ -63,7 +63,7 @@ def add_parser(commands: SubCommands) -> None:
         ),
         epilog=(
             "Exit codes: 0 fits, 2 refused, also when no layout fits: the first key to change is named."
-            " Formulas: megasd/planner."
+            " Formulas: megasd/cluster/planner."
         ),
     )
     add_items(parser)
@@ -103,7 +103,7 @@ def run(options: Options) -> int:
     if own.fits:
         return 0
     sys.stdout.flush()
-    print(f"megasd: {refusal(own)}", file=sys.stderr, flush=True)
+    print(f"megasd: {refusal(own, labelled=True)}", file=sys.stderr, flush=True)
     return REFUSED
 
 

@@ -1,1 +1,1 @@
-"""Memory and time of a run, reckoned from its config and config.json, before a GPU is taken."""
+"""Memory and time of a run, computed from its config and config.json before a GPU is taken."""

@@ -1,18 +1,18 @@
-"""Bytes that a rollout engine takes on each of its GPUs, and the tokens that its cache holds."""
+"""Bytes that a rollout engine takes on each of its GPUs, and the tokens that its KV cache holds."""
 
 from __future__ import annotations
 
 from megasd.cluster.planner.hardware import GIB
 from megasd.cluster.planner.job import PlannedRun
 
-# SGLang beside weights and cache: context, CUDA graphs, activations of a prefill chunk, logits. An
-# assumption, below the 10 GiB that SGLang 0.5.23 itself sets aside on GPUs of more than 60 GiB
-# (srt/arg_groups/memory_hook.py).
+# Bytes of SGLang next to weights and cache: CUDA context, CUDA graphs, activations of a prefill
+# chunk, logits. An assumption, below the 10 GiB that SGLang 0.5.23 itself sets aside on GPUs of
+# more than 60 GiB (srt/arg_groups/memory_hook.py).
 ENGINE_OVERHEAD = 5 * GIB
 
 
 def engine(job: PlannedRun) -> dict[str, float]:
-    """One of an engine's GPUs."""
+    """Bytes by cause on one of an engine's GPUs."""
     return {
         "engine weights": engine_weights(job),
         "KV cache": kv_bytes(job),
@@ -21,8 +21,11 @@ def engine(job: PlannedRun) -> dict[str, float]:
 
 
 def engine_weights(job: PlannedRun) -> float:
-    """Cut over the engine's ranks, norms aside. An engine of its own model (fp8) holds a byte a
-    weight, but two in embedding and head.
+    """Bytes of the engine's weights on one of its GPUs.
+
+    SGLang cuts the weights over the engine's ranks (norms, which it does not cut, are negligible).
+    An engine with a model of its own (rollout.engine.model_path) holds FP8 weights, one byte each,
+    and two bytes in embedding and output layer.
     """
     engine, model = job.config.rollout.engine, job.model
     if engine.model_path:
@@ -33,8 +36,9 @@ def engine_weights(job: PlannedRun) -> float:
 
 
 def kv_token_bytes(job: PlannedRun) -> float:
-    """Bytes that a token takes in the cache of one GPU of an engine; fewer key heads than ranks are
-    held several times.
+    """Bytes that a token takes in the KV cache of one of an engine's GPUs.
+
+    If a model has fewer key heads than the engine has ranks, several ranks hold the same head.
     """
     engine, model = job.config.rollout.engine, job.model
     word = {"auto": job.word, "float32": 4, "bfloat16": 2}[engine.dtype]
@@ -42,8 +46,9 @@ def kv_token_bytes(job: PlannedRun) -> float:
 
 
 def kv_tokens(job: PlannedRun) -> int:
-    """Tokens that an engine's cache holds: rollout.engine.max_total_tokens, or what
-    mem_fraction_static leaves.
+    """Tokens that an engine's KV cache holds.
+
+    That is rollout.engine.max_total_tokens, or fewer, if mem_fraction_static leaves less room.
     """
     engine = job.config.rollout.engine
     if engine.mem_fraction_static is None:
@@ -53,8 +58,10 @@ def kv_tokens(job: PlannedRun) -> int:
 
 
 def kv_bytes(job: PlannedRun) -> float:
+    """Bytes of the KV cache on one of an engine's GPUs."""
     return kv_tokens(job) * kv_token_bytes(job)
 
 
 def cache_holds_a_sample(job: PlannedRun) -> bool:
+    """Whether an engine's KV cache holds the longest prompt with the longest response."""
     return kv_tokens(job) >= job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens

@@ -1,4 +1,4 @@
-"""What a refused layout tells the user: the first key to change, or how many nodes would do."""
+"""What a user is told about a run that does not fit: the first key to change, or enough nodes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from typing import Any
 from megasd.cluster.planner.engine_memory import cache_holds_a_sample, engine, kv_tokens
 from megasd.cluster.planner.hardware import GIB
 from megasd.cluster.planner.job import PlannedRun
+from megasd.cluster.planner.labels import MEMORY_CAUSES, MEMORY_PHASES
 from megasd.cluster.planner.layouts import (
     ENGINE_TP,
     LayoutPlan,
+    RefusedLayout,
     candidates,
     divisors,
     engine_splits,
     fitting,
+    has_room,
     illegal,
     search,
 )
 from megasd.cluster.planner.memory import estimate_memory
 
-# actor nodes that are tried for a model that does not fit
+# Numbers of actor nodes that are tried for a model that does not fit.
 BIGGER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass(frozen=True)
 class Fix:
-    """One key and its new value; more keys that have to follow it."""
+    """One config key and its new value. with_it: other keys that have to change with it."""
 
     key: str
     old: Any
@@ -40,6 +43,7 @@ class Fix:
         return f"{self.key}: {_text(self.old)} -> {_text(self.new)}{also}"
 
     def apply(self, job: PlannedRun) -> PlannedRun:
+        """The run with the change."""
         return job.change(
             **{key.replace(".", "__"): value for key, value in ((self.key, self.new), *self.with_it)}
         )
@@ -50,22 +54,21 @@ def _text(value: Any) -> str:
 
 
 def first_fix(own: LayoutPlan) -> Fix | None:
-    """The first single change, in the order of what it costs, that makes the job fit. Of one kind
-    the smallest step that does.
-    """
+    """The cheapest single change that makes the run fit; None if no single change does."""
     for fix in fixes(own.job):
         changed = fix.apply(own.job)
-        if illegal(changed) is None and LayoutPlan(changed, estimate_memory(changed)).fits:
+        if illegal(changed) is None and has_room(changed, estimate_memory(changed)):
             return fix
     return None
 
 
 def fixes(job: PlannedRun) -> Iterator[Fix]:
-    """Changes in the order in which they are tried: those that cost nothing, a smaller engine,
-    smaller microbatches, recomputing, then more ranks a model (tensor parallel, experts, pipeline,
-    context), then more nodes.
+    """Changes in the order in which they are tried, cheapest first.
+
+    First come changes that cost nothing, then a smaller engine, smaller microbatches, recomputing,
+    and at last more ranks a model (tensor parallel, experts, pipeline, context).
     """
-    config, actor, engine = job.config, job.config.actor, job.config.rollout.engine
+    actor, engine = job.config.actor, job.config.rollout.engine
     if job.colocated and not engine.release_memory:
         yield Fix("rollout.engine.release_memory", False, True)
     if not actor.use_distributed_optimizer and job.dp > 1:
@@ -74,10 +77,31 @@ def fixes(job: PlannedRun) -> Iterator[Fix]:
         yield Fix("actor.sequence_parallel", False, True)
     if job.samples_itself:
         yield from _engine_fixes(job)
-    teacher, term = config.algorithm.teacher, config.algorithm.distill
-    if job.has_teacher and term is not None and term.support == "teacher" and teacher.transport == "hidden":
-        # the same loss, hundreds of bytes a token in place of thousands
+    teacher, term = job.active_teacher, job.config.algorithm.distill
+    if (
+        teacher is not None
+        and teacher.transport == "hidden"
+        and term is not None
+        and term.support == "teacher"
+    ):
+        # The same loss, with hundreds of bytes a token in place of thousands.
         yield Fix("algorithm.teacher.transport", "hidden", "record")
+    yield from _microbatch_fixes(job)
+    if actor.loss_memory_mib > 256:
+        yield Fix("actor.loss_memory_mib", actor.loss_memory_mib, 256)
+    if actor.recompute_granularity != "full":
+        yield Fix(
+            "actor.recompute_granularity",
+            actor.recompute_granularity,
+            "full",
+            (("actor.recompute_num_layers", 1),),
+        )
+    yield from _split_fixes(job)
+
+
+def _microbatch_fixes(job: PlannedRun) -> Iterator[Fix]:
+    """Smaller microbatches, the largest of them first."""
+    actor = job.config.actor
     if actor.max_tokens_per_microbatch is None:
         for size in sorted(
             (n for n in divisors(actor.micro_batch_size) if n < actor.micro_batch_size), reverse=True
@@ -88,19 +112,10 @@ def fixes(job: PlannedRun) -> Iterator[Fix]:
         while tokens > job.longest:
             tokens = max(tokens // 2, job.longest)
             yield Fix("actor.max_tokens_per_microbatch", actor.max_tokens_per_microbatch, tokens)
-    if actor.loss_memory_mib > 256:
-        yield Fix("actor.loss_memory_mib", actor.loss_memory_mib, 256)
-    if actor.recompute_granularity != "full":
-        yield Fix(
-            "actor.recompute_granularity",
-            actor.recompute_granularity,
-            "full",
-            (("actor.recompute_num_layers", 1),),
-        )
-    yield from _splits(job)
 
 
 def _engine_fixes(job: PlannedRun) -> Iterator[Fix]:
+    """A KV cache that holds a sample, a smaller KV cache, and engines on more GPUs."""
     engine, longest = (
         job.config.rollout.engine,
         job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens,
@@ -110,7 +125,7 @@ def _engine_fixes(job: PlannedRun) -> Iterator[Fix]:
             if tenths / 10 > engine.mem_fraction_static:
                 yield Fix("rollout.engine.mem_fraction_static", engine.mem_fraction_static, tenths / 10)
     tokens = engine.max_total_tokens
-    # a cache of fewer sequences would starve the engine
+    # A KV cache of fewer than eight sequences would starve the engine.
     while tokens // 2 >= 8 * longest:
         tokens //= 2
         yield Fix("rollout.engine.max_total_tokens", engine.max_total_tokens, tokens)
@@ -123,7 +138,8 @@ def _engine_fixes(job: PlannedRun) -> Iterator[Fix]:
             yield Fix("rollout.engine.tensor_parallel_size", engine.tensor_parallel_size, tp, number + served)
 
 
-def _splits(job: PlannedRun) -> Iterator[Fix]:
+def _split_fixes(job: PlannedRun) -> Iterator[Fix]:
+    """More ranks a model, the smallest step of each kind first."""
     node, model = job.config.cluster.gpus_per_node, job.model
     for tp in divisors(math.gcd(node, model.heads)):
         if tp > job.tp:
@@ -139,12 +155,14 @@ def _splits(job: PlannedRun) -> Iterator[Fix]:
             yield Fix("actor.context_parallel_size", job.cp, cp)
 
 
-def refusal(own: LayoutPlan) -> str:
-    """One line: what does not fit, and the first key to change."""
-    # which says what to do
-    if own.refused:
-        return own.refused
-    job, lead = own.job, _lead(own)
+def refusal(own: LayoutPlan | RefusedLayout, *, labelled: bool = False) -> str:
+    """One line about a run that does not fit: what is too large, and the first key to change.
+
+    labelled: name phases and causes of memory by their labels (labels.py), not by their keys.
+    """
+    if isinstance(own, RefusedLayout):
+        return own.reason
+    job, lead = own.job, _lead(own, labelled)
     fix = first_fix(own)
     if fix is not None:
         return f"{lead}; change {fix}"
@@ -166,7 +184,8 @@ def refusal(own: LayoutPlan) -> str:
     )
 
 
-def _lead(own: LayoutPlan) -> str:
+def _lead(own: LayoutPlan, labelled: bool) -> str:
+    """What is too large, and by how much."""
     job, found = own.job, own.memory
     if found.fits and not cache_holds_a_sample(job):
         longest = job.config.rollout.max_prompt_tokens + job.config.rollout.max_response_tokens
@@ -181,9 +200,12 @@ def _lead(own: LayoutPlan) -> str:
             f" {_gib(found.limit)}"
         )
     causes = sorted(found.phases[found.worst].items(), key=lambda item: -item[1])[:2]
-    most = " and ".join(f"{name} {_gib(value)}" for name, value in causes)
+    phase = MEMORY_PHASES[found.worst].text if labelled else found.worst
+    most = " and ".join(
+        f"{MEMORY_CAUSES[cause].text if labelled else cause} {_gib(value)}" for cause, value in causes
+    )
     return (
-        f"does not fit: {found.worst} needs {_gib(found.peak)} of {_gib(found.limit)} on pipeline stage"
+        f"does not fit: {phase} needs {_gib(found.peak)} of {_gib(found.limit)} on pipeline stage"
         f" {found.stage} ({most})"
     )
 
@@ -193,7 +215,7 @@ def _gib(value: float) -> str:
 
 
 def differences(job: PlannedRun, other: PlannedRun) -> list[Fix]:
-    """Keys in which a found layout differs, the layout's first."""
+    """The changes that turn the run `job` into the layout `other`, keys of the actor first."""
     keys = (
         "actor.tensor_model_parallel_size",
         "actor.sequence_parallel",
@@ -224,7 +246,7 @@ def _value(job: PlannedRun, key: str) -> Any:
 
 
 def enough_nodes(job: PlannedRun) -> int | None:
-    """The fewest of BIGGER actor nodes on which some layout fits."""
+    """The smallest number of actor nodes, out of BIGGER, on which some layout fits."""
     for nodes in BIGGER:
         if nodes * job.config.cluster.gpus_per_node > job.gpus:
             more = replace(

@@ -1,11 +1,9 @@
-"""The machines that the planner knows: what a GPU of each kind holds and moves. Data sheets'
-figures; nothing here was measured.
+"""The GPUs that the planner knows: memory, peak rates and bandwidths from data sheets.
 
-Peaks are dense (data sheets print twice as much "with sparsity"), bandwidths nominal and in one
-direction. What of them is really had is the matter of time.py, which states one efficiency for
-each.
-
-Memory is what the driver gives (nvidia-smi's total), not the round number on the box.
+Nothing here was measured. Peaks are dense (data sheets print twice as much "with sparsity").
+Bandwidths are nominal and count one direction. How much of a peak or a bandwidth a run reaches is
+stated in time.py, one efficiency for each. Memory is what the driver gives (nvidia-smi's total),
+not the round number on the box.
 """
 
 from __future__ import annotations
@@ -18,22 +16,23 @@ from megasd.types import UserError
 
 @dataclass(frozen=True)
 class GpuKind:
-    """One GPU and its share of the node's links. FLOP/s, bytes, bytes per second."""
+    """One kind of GPU, with its part of the node's links.
+
+    memory: bytes. hbm, nvlink, network, pcie: bytes per second to the GPU's own memory, to the GPUs
+    of its node, to other nodes (its part of the node's adapters), to the host. bf16, fp8: FLOP/s;
+    fp8=None means that the GPU has no FP8. source: where the numbers come from. local_spec: the
+    model has the layers of actor/cpu_layers.py in place of TransformerEngine's (memory.py).
+    """
 
     name: str
     memory: int
     hbm: float
     bf16: float
-    # None: has no FP8
     fp8: float | None
-    # to the GPUs of its node
     nvlink: float
-    # to other nodes: its share of the node's adapters
     network: float
-    # to the host
     pcie: float
     source: str
-    # the layers of actor/cpu_layers.py in place of TransformerEngine's (memory.py)
     local_spec: bool = False
 
 
@@ -90,8 +89,7 @@ GPU_KINDS = {
             "NVIDIA DGX B200 data sheet, an eighth each: 1,440 GB, 64 TB/s, 72 PFLOP/s fp8 with sparsity,"
             " NVLink 14.4 TB/s both ways; 8 ConnectX-7 of 400 Gb/s",
         ),
-        # Not a machine to plan for: the layers that the tests run here, whose memory memory.py is
-        # held against.
+        # Not a machine to plan for. Tests compare memory.py with the memory of these layers.
         GpuKind(
             "cpu",
             16 * 2**30,
@@ -109,7 +107,7 @@ GPU_KINDS = {
 
 
 def gpu_kind(name: str, key: str = "cluster.gpu") -> GpuKind:
-    """The row of a name. UserError with the nearest one; `key` names where it came from."""
+    """The GPU of a name. UserError names the nearest GPU, and `key`, where the name came from."""
     if name not in GPU_KINDS:
         near = difflib.get_close_matches(name, GPU_KINDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(GPU_KINDS)}"

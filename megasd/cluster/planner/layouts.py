@@ -1,12 +1,11 @@
-"""Parallel layouts of a job: which are possible, which fit, how fast; and the first key to change
-where the job's own does not fit.
-"""
+"""Parallel layouts of a run: which are possible, which fit in memory, and how fast they are."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -17,41 +16,61 @@ from megasd.config.schema import ConfigError, samples_per_step
 from megasd.config.validate import validate_values
 from megasd.config.validate_model import check_model_values, check_teacher_values
 
+# Tensor-parallel sizes of an engine that are tried.
 ENGINE_TP = (1, 2, 4, 8)
-# tokens that a smaller cache is rounded to
-KV_STEP = 8192
+
+
+@dataclass(frozen=True)
+class RefusedLayout:
+    """A layout that cannot run, whatever the memory. reason: a config key and its mistake."""
+
+    job: PlannedRun
+    reason: str
+
+    @property
+    def fits(self) -> bool:
+        """Always False."""
+        return False
 
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """A job with what it takes. `refused`: why it cannot run at all, whatever the memory."""
+    """A layout that can run, if it fits, with its memory and time."""
 
     job: PlannedRun
-    memory: MemoryEstimate | None = None
-    time: Time | None = None
-    refused: str | None = None
+    memory: MemoryEstimate
+    time: Time
 
     @property
     def fits(self) -> bool:
-        return self.refused is None and self.memory.fits and engine_fits(self.job)
+        """Whether actor and engines have room in memory."""
+        return has_room(self.job, self.memory)
 
 
-def plan_layout(job: PlannedRun) -> LayoutPlan:
-    why = illegal(job)
-    return LayoutPlan(job, refused=why) if why else LayoutPlan(job, estimate_memory(job), step_time(job))
+def plan_layout(job: PlannedRun) -> LayoutPlan | RefusedLayout:
+    """Memory and time of the run in its own layout, or why that cannot run."""
+    reason = illegal(job)
+    return RefusedLayout(job, reason) if reason else LayoutPlan(job, estimate_memory(job), step_time(job))
+
+
+def has_room(job: PlannedRun, memory: MemoryEstimate) -> bool:
+    """Whether the actor, which needs `memory`, and the engines have room on their GPUs."""
+    return memory.fits and engine_fits(job)
 
 
 def illegal(job: PlannedRun) -> str | None:
-    """Why the job cannot run on these GPUs, whatever the memory, as a key with what is wrong; None:
-    it can. What `megasd train` refuses without a look at files, then what the machines refuse.
+    """Why the run cannot start on these GPUs, whatever the memory; None if it can.
+
+    The text names a config key and its mistake. First comes what `megasd train` refuses without a
+    look at model and data files, then what the machines cannot do.
     """
-    # the GPUs are the plan's matter
+    # The plan says how many GPUs there are, not run.num_processes.
     config = job.change(run__num_processes=0).config
     teacher = config.algorithm.teacher
     try:
         validate_values(config, job.gpus)
         check_model_values(config, dict(job.model.hf), Path(config.model.path))
-        if job.teacher is not None:
+        if job.teacher is not None and teacher is not None and teacher.model_path is not None:
             check_teacher_values(config, dict(job.teacher.hf), Path(teacher.model_path))
     except ConfigError as error:
         return str(error).replace("run.num_processes", "cluster.actor_nodes")
@@ -69,6 +88,7 @@ def illegal(job: PlannedRun) -> str | None:
 
 
 def _illegal_engines(job: PlannedRun) -> str | None:
+    """Why the engines cannot start on these GPUs, whatever the memory; None if they can."""
     engine, node = job.config.rollout.engine, job.config.cluster.gpus_per_node
     tp, key = (
         engine.tensor_parallel_size,
@@ -106,63 +126,78 @@ def _illegal_engines(job: PlannedRun) -> str | None:
 
 
 def engine_splits(job: PlannedRun, tp: int) -> bool:
-    """Whether SGLang can give each of `tp` ranks as many heads, key heads (or one of them to
-    several), and columns of the MLP.
+    """Whether SGLang can cut the model over `tp` ranks.
+
+    Every rank needs equally many heads, columns of the MLP, and key heads. Several ranks may hold
+    the same key head.
     """
     model = job.model
     return not (model.heads % tp or model.width % tp or (model.groups % tp and tp % model.groups))
 
 
 def search(job: PlannedRun) -> list[LayoutPlan]:
-    """Every layout of the job's GPUs that fits, fastest first; of those within 2 percent the one
-    with fewest stages and context ranks.
+    """Every layout of the run's GPUs that fits, fastest first.
+
+    Layouts that differ by less than 2 percent are ordered by pipeline stages x context ranks,
+    fewest first.
     """
-    found = [replace(one, time=step_time(one.job)) for one in fitting(candidates(job))]
+    found = [LayoutPlan(other, memory, step_time(other)) for other, memory in fitting(candidates(job))]
     return sorted(
         found,
-        key=lambda one: (int(math.log(one.time.seconds, 1.02)), one.job.pp * one.job.cp, one.time.seconds),
+        key=lambda plan: (
+            int(math.log(plan.time.seconds, 1.02)),
+            plan.job.pp * plan.job.cp,
+            plan.time.seconds,
+        ),
     )
 
 
-def fitting(jobs: Iterable[PlannedRun]) -> Iterator[LayoutPlan]:
-    """Those that fit and that nothing refuses; their time is left out."""
-    plans = (LayoutPlan(job, estimate_memory(job)) for job in jobs)
-    return (one for one in plans if one.fits and illegal(one.job) is None)
+def fitting(jobs: Iterable[PlannedRun]) -> Iterator[tuple[PlannedRun, MemoryEstimate]]:
+    """The runs that fit in memory and that nothing refuses, each with its memory."""
+    estimates = ((job, estimate_memory(job)) for job in jobs)
+    return ((job, memory) for job, memory in estimates if has_room(job, memory) and illegal(job) is None)
 
 
 def candidates(job: PlannedRun, *, lean: bool = False) -> Iterator[PlannedRun]:
-    """Jobs to look at, some of which `illegal` refuses. lean: those alone that take least memory,
-    the smallest microbatch and full recomputing.
+    """The run in every layout worth a look, some of which `illegal` refuses.
+
+    lean: only layouts that take least memory, with the smallest microbatch and full recomputing.
     """
-    actor, model = job.config.actor, job.model
-    for tp in divisors(math.gcd(job.config.cluster.gpus_per_node, model.heads)):
-        for pp in divisors(model.layers):
-            for cp in (1, 2, 4, 8):
-                for ep in divisors(model.experts) if model.experts else (1,):
-                    if (
-                        job.gpus % (tp * pp * cp)
-                        or job.gpus % (ep * pp)
-                        or (ep > 1 and ep > job.config.cluster.gpus_per_node)
-                    ):
-                        continue
-                    split = job.change(
-                        actor__tensor_model_parallel_size=tp,
-                        actor__pipeline_model_parallel_size=pp,
-                        actor__context_parallel_size=cp,
-                        actor__expert_model_parallel_size=ep,
-                        actor__sequence_parallel=tp > 1,
-                        actor__tp_comm_overlap=actor.tp_comm_overlap and tp > 1,
-                        actor__use_distributed_optimizer=True,
-                    )
-                    if samples_per_step(job.config) % split.dp == 0:
-                        for sized in islice(_sizes(split), 1 if lean else None):
-                            for one in _recomputing(sized, lean=lean):
-                                yield from _engines(one)
+    for split in _splits(job):
+        if samples_per_step(job.config) % split.dp == 0:
+            for sized in islice(_sizes(split), 1 if lean else None):
+                for recomputed in _recomputing(sized, lean=lean):
+                    yield from _engines(recomputed)
+
+
+def _splits(job: PlannedRun) -> Iterator[PlannedRun]:
+    """The run with the model cut over its GPUs in every possible way."""
+    actor, model, node = job.config.actor, job.model, job.config.cluster.gpus_per_node
+    sizes = itertools.product(
+        divisors(math.gcd(node, model.heads)),
+        divisors(model.layers),
+        (1, 2, 4, 8),
+        divisors(model.experts) if model.experts else (1,),
+    )
+    for tp, pp, cp, ep in sizes:
+        if job.gpus % (tp * pp * cp) or job.gpus % (ep * pp) or (ep > 1 and ep > node):
+            continue
+        yield job.change(
+            actor__tensor_model_parallel_size=tp,
+            actor__pipeline_model_parallel_size=pp,
+            actor__context_parallel_size=cp,
+            actor__expert_model_parallel_size=ep,
+            actor__sequence_parallel=tp > 1,
+            actor__tp_comm_overlap=actor.tp_comm_overlap and tp > 1,
+            actor__use_distributed_optimizer=True,
+        )
 
 
 def _recomputing(job: PlannedRun, *, lean: bool) -> Iterator[PlannedRun]:
-    """None, every layer, and what the config has: selective recomputing of core attention frees
-    next to nothing beside flash attention, so it is looked at only if asked for.
+    """The run without recomputing, with full recomputing, and with the config's own setting.
+
+    Selective recomputing of core attention frees next to nothing with flash attention, so it is
+    tried only if the config has it.
     """
     actor = job.config.actor
     own = (actor.recompute_granularity, actor.recompute_method, actor.recompute_num_layers)
@@ -178,7 +213,7 @@ def _recomputing(job: PlannedRun, *, lean: bool) -> Iterator[PlannedRun]:
 
 
 def _sizes(job: PlannedRun) -> Iterator[PlannedRun]:
-    """Microbatches: of 1, 2, 4, 8 samples, or as many of the longest sequences' tokens."""
+    """The run with microbatches of 1, 2, 4, 8 samples, or of the tokens of 1, 2, 4 sequences."""
     if job.config.actor.max_tokens_per_microbatch is None:
         for size in (1, 2, 4, 8):
             if job.samples % size == 0:
@@ -189,12 +224,13 @@ def _sizes(job: PlannedRun) -> Iterator[PlannedRun]:
 
 
 def _engines(job: PlannedRun) -> Iterator[PlannedRun]:
-    """Engine sizes that fill the node, or the engines' own nodes; an engine's cache as the config has it."""
+    """The run with engines of every size that fills a node; their KV cache is the config's."""
     if not job.samples_itself:
         yield job
         return
     rollout, node = job.config.rollout, job.config.cluster.gpus_per_node
-    # An engine that samples beside the training, or keeps the start model, cannot give its memory away.
+    # An engine that samples while the actor trains, or that keeps the start model, cannot release
+    # its memory.
     stays = rollout.overlap or rollout.frozen_policy
     release = rollout.engine.release_memory if stays else job.colocated
     for tp in ENGINE_TP:
@@ -208,4 +244,5 @@ def _engines(job: PlannedRun) -> Iterator[PlannedRun]:
 
 
 def divisors(n: int) -> list[int]:
+    """All divisors of n, smallest first."""
     return [k for k in range(1, n + 1) if n % k == 0]

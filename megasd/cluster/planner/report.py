@@ -8,13 +8,14 @@ from typing import Any
 from megasd.cluster.planner.fixes import differences, refusal
 from megasd.cluster.planner.hardware import GIB
 from megasd.cluster.planner.job import MEAN_PROMPT, MEAN_RESPONSE, PlannedRun, headline
-from megasd.cluster.planner.layouts import LayoutPlan
+from megasd.cluster.planner.labels import MEMORY_CAUSES, MEMORY_PHASES, TIME_CAUSES, TIME_PHASES
+from megasd.cluster.planner.layouts import LayoutPlan, RefusedLayout
 from megasd.cluster.planner.memory import MemoryEstimate
-from megasd.cluster.planner.time import Time
+from megasd.cluster.planner.time import Phase, Time
 
 
-def plan_json(own: LayoutPlan, found: Sequence[LayoutPlan], source: str) -> dict[str, Any]:
-    """The plan as JSON values, not rounded: bytes and seconds.
+def plan_json(own: LayoutPlan | RefusedLayout, found: Sequence[LayoutPlan], source: str) -> dict[str, Any]:
+    """The plan as JSON values, not rounded: bytes and seconds. The keys are an interface.
 
     own: the layout of the config. found: other layouts that fit, the best first. source: the
     config.json that was read.
@@ -28,22 +29,22 @@ def plan_json(own: LayoutPlan, found: Sequence[LayoutPlan], source: str) -> dict
         "assumptions": {"mean_prompt": job.mean_prompt, "mean_response": job.mean_response},
         "own": _layout_json(own),
         "refusal": None if own.fits else refusal(own),
-        # changes: the keys of the config that a layout needs otherwise
+        # changes: config key -> the value that the layout needs.
         "layouts": [
-            _layout_json(one) | {"changes": {fix.key: fix.new for fix in differences(job, one.job)}}
-            for one in found
+            _layout_json(plan) | {"changes": {fix.key: fix.new for fix in differences(job, plan.job)}}
+            for plan in found
         ],
     }
 
 
-def _layout_json(one: LayoutPlan) -> dict[str, Any]:
-    layout = dict(zip(COLUMNS, _layout(one.job), strict=False))
-    memory, time = one.memory, one.time
-    if memory is None or time is None:
-        return {"layout": layout, "fits": False, "refused": one.refused}
+def _layout_json(plan: LayoutPlan | RefusedLayout) -> dict[str, Any]:
+    layout = dict(zip(COLUMNS, _layout(plan.job), strict=False))
+    if isinstance(plan, RefusedLayout):
+        return {"layout": layout, "fits": False, "refused": plan.reason}
+    memory, time = plan.memory, plan.time
     return {
         "layout": layout,
-        "fits": one.fits,
+        "fits": plan.fits,
         "memory": {
             "stage": memory.stage,
             "limit": memory.limit,
@@ -61,7 +62,9 @@ def _layout_json(one: LayoutPlan) -> dict[str, Any]:
     }
 
 
-def plan_text(own: LayoutPlan, found: Sequence[LayoutPlan], count: int, source: str) -> list[str]:
+def plan_text(
+    own: LayoutPlan | RefusedLayout, found: Sequence[LayoutPlan], count: int, source: str
+) -> list[str]:
     """The plan as lines of tables.
 
     own: the layout of the config. found: the layouts shown, the best first, of `count` that fit.
@@ -69,7 +72,7 @@ def plan_text(own: LayoutPlan, found: Sequence[LayoutPlan], count: int, source: 
     """
     job = own.job
     lines = [headline(job, job.model.hf), f"config.json read: {source}", ""]
-    if own.memory is not None and own.time is not None:
+    if isinstance(own, LayoutPlan):
         lines += [*memory_table(own.memory, job), "", *time_table(own.time, job), ""]
     lines += [f"{count} layouts fit on {job.gpus} GPUs; * marks the config's own", *layout_table(own, found)]
     return lines
@@ -77,17 +80,20 @@ def plan_text(own: LayoutPlan, found: Sequence[LayoutPlan], count: int, source: 
 
 def memory_table(memory: MemoryEstimate, job: PlannedRun) -> list[str]:
     """Memory of the worst rank: a row for each cause, a column for each phase."""
-    names = list(dict.fromkeys(name for causes in memory.phases.values() for name in causes))
+    keys = list(dict.fromkeys(key for causes in memory.phases.values() for key in causes))
     rows = [
-        [name, *(f"{causes[name] / GIB:.2f}" if name in causes else "" for causes in memory.phases.values())]
-        for name in names
+        [
+            MEMORY_CAUSES[key].text,
+            *(f"{causes[key] / GIB:.2f}" if key in causes else "" for causes in memory.phases.values()),
+        ]
+        for key in keys
     ]
     rows.append(["in all", *(f"{memory.total(phase) / GIB:.2f}" for phase in memory.phases)])
     title = (
         f"GiB of the worst rank (pipeline stage {memory.stage}), every sequence of {job.longest} tokens;"
         f" room: {memory.limit / GIB:.2f}"
     )
-    return [title, *_aligned([["memory", *memory.phases], *rows])]
+    return [title, *_aligned([["memory", *(MEMORY_PHASES[key].text for key in memory.phases)], *rows])]
 
 
 def time_table(time: Time, job: PlannedRun) -> list[str]:
@@ -95,12 +101,12 @@ def time_table(time: Time, job: PlannedRun) -> list[str]:
     rows = [["phase", "seconds", "waits for", "of which"]]
     for phase in time.phases:
         parts = ", ".join(
-            f"{name} {seconds:.2f}"
-            for name, seconds in sorted(phase.parts.items(), key=lambda item: -item[1])
+            f"{TIME_CAUSES[key].text} {seconds:.2f}"
+            for key, seconds in sorted(phase.parts.items(), key=lambda item: -item[1])
         )
-        rows.append([phase.name, f"{phase.seconds:.2f}", phase.cause, parts])
+        label, cause = TIME_PHASES[phase.name].text, TIME_CAUSES[phase.cause].text
+        rows.append([label, f"{phase.seconds:.2f}", cause, parts])
     rows.append(["step", f"{time.seconds:.2f}", "", ""])
-    worst = time.bottleneck
     return [
         (
             f"seconds of a step, prompts of {job.mean_prompt:.0f} and responses of {job.mean_response:.0f}"
@@ -108,12 +114,17 @@ def time_table(time: Time, job: PlannedRun) -> list[str]:
         ),
         *_aligned(rows, left=(0, 2, 3)),
         (
-            f"bottleneck: {worst.name}, by {worst.cause}; {time.tokens_per_gpu:.0f} tokens/s/GPU, MFU"
+            f"bottleneck: {_bottleneck(time.bottleneck)}; {time.tokens_per_gpu:.0f} tokens/s/GPU, MFU"
             f" {100 * time.mfu:.0f} % while it trains"
         ),
     ]
 
 
+def _bottleneck(phase: Phase) -> str:
+    return f"{TIME_PHASES[phase.name].text}, by {TIME_CAUSES[phase.cause].text}"
+
+
+# Columns that say how the run is cut; keys of "layout" in --json too.
 COLUMNS = ("TP", "PP", "CP", "EP", "DP", "recompute", "microbatch", "engines")
 
 
@@ -127,13 +138,13 @@ def _layout(job: PlannedRun) -> list[Any]:
     return [job.tp, job.pp, job.cp, job.ep, dp, actor.recompute_granularity or "none", size, engines]
 
 
-def layout_table(own: LayoutPlan, found: Sequence[LayoutPlan]) -> list[str]:
+def layout_table(own: LayoutPlan | RefusedLayout, found: Sequence[LayoutPlan]) -> list[str]:
     """A row for the layout of the config and for each of `found`."""
     head = [
         "",
         *COLUMNS,
         "peak GiB",
-        "in",
+        "in phase",
         "step s",
         "sampling",
         "training",
@@ -141,21 +152,21 @@ def layout_table(own: LayoutPlan, found: Sequence[LayoutPlan]) -> list[str]:
         "MFU %",
         "bottleneck",
     ]
-    rows = [_row("*", own)] + [_row(str(number), one) for number, one in enumerate(found, 1)]
+    rows = [_row("*", own)] + [_row(str(number), plan) for number, plan in enumerate(found, 1)]
     return _aligned([head, *rows], left=(0, 6, 7, 8, 10, 16))
 
 
-def _row(mark: str, one: LayoutPlan) -> list[str]:
-    cells = [mark, *map(str, _layout(one.job))]
-    memory, time = one.memory, one.time
-    if memory is None or time is None:
-        return [*cells, "", "", "", "", "", "", "", "cannot be split so"]
+def _row(mark: str, plan: LayoutPlan | RefusedLayout) -> list[str]:
+    cells = [mark, *map(str, _layout(plan.job))]
+    if isinstance(plan, RefusedLayout):
+        return [*cells, "", "", "", "", "", "", "", "cannot be split this way"]
+    memory, time = plan.memory, plan.time
     sampling = sum(phase.seconds for phase in time.phases if phase.name == "sampling")
     rest = sum(phase.seconds for phase in time.phases if phase.name != "sampling")
-    what = f"{time.bottleneck.name}, {time.bottleneck.cause}" if one.fits else "does not fit"
+    what = _bottleneck(time.bottleneck) if plan.fits else "does not fit"
     cells += [
         f"{memory.peak / GIB:.1f}",
-        memory.worst,
+        MEMORY_PHASES[memory.worst].text,
         f"{time.seconds:.1f}",
         f"{sampling:.1f}",
         f"{rest:.1f}",

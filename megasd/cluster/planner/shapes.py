@@ -1,5 +1,7 @@
-"""Weights of a rank, counted from config.json through the table of names (models/param_table.py):
-the same shapes that Megatron is given.
+"""How many weights a rank holds, counted from the model's config.json.
+
+The shapes come from the table of parameters (models/param_table.py), as those of Megatron's model
+do.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from megasd.models.param_table import ParamRule, ParamTable
 
 @dataclass(frozen=True)
 class Count:
-    """Weights: those that all data-parallel ranks share, and experts', which are shared by fewer."""
+    """A number of weights. dense: held by all data-parallel ranks. expert: held by fewer ranks."""
 
     dense: int
     expert: int = 0
@@ -26,16 +28,21 @@ class Count:
         return Count(self.dense + other.dense, self.expert + other.expert)
 
     def times(self, n: int) -> Count:
+        """n times as many weights."""
         return Count(self.dense * n, self.expert * n)
 
     @property
     def total(self) -> int:
+        """Dense and expert weights together."""
         return self.dense + self.expert
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's sizes. h hidden, f width of the MLP (of one expert), d head size."""
+    """The sizes of a model, read from its config.json `hf` and its table of parameters.
+
+    Each property is one size that the planner's formulas name; that is why there are many.
+    """
 
     hf: Mapping[str, Any]
     table: ParamTable = field(compare=False, repr=False)
@@ -43,44 +50,52 @@ class Model:
 
     @staticmethod
     def of(hf: Mapping[str, Any]) -> Model:
-        """UserError for a config.json that megasd does not train."""
+        """The sizes of a config.json. UserError if megasd does not train such a model."""
         return Model(hf, registry.param_table(hf))
 
     @property
     def hidden(self) -> int:
+        """Width h of the residual stream."""
         return int(self.hf["hidden_size"])
 
     @property
     def layers(self) -> int:
+        """Number of transformer layers."""
         return self.table.num_layers
 
     @property
     def heads(self) -> int:
+        """Number of query heads."""
         return int(self.hf["num_attention_heads"])
 
     @property
     def groups(self) -> int:
+        """Number of key heads."""
         return int(self.hf.get("num_key_value_heads") or self.heads)
 
     @property
     def head_dim(self) -> int:
+        """Width d of a head."""
         return head_dim(self.hf)
 
     @property
     def experts(self) -> int:
+        """Number of experts of a layer; 0 for a dense model."""
         return self.table.num_experts
 
     @property
     def width(self) -> int:
+        """Width f of the MLP, or of one expert."""
         return int(self.hf["moe_intermediate_size"] if self.experts else self.hf["intermediate_size"])
 
     @property
     def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised."""
         return any("q_layernorm" in name for name in self.table.layer)
 
     @property
     def weights(self) -> int:
-        """Of the whole model as its checkpoint has it: no padding, tied weights once."""
+        """Weights of the whole model as in its checkpoint: no padding, tied weights once."""
         if "weights" not in self._cache:
             layer = self._count(range(self.experts), 1, 1)
             ends = sum(
@@ -91,12 +106,12 @@ class Model:
 
     @property
     def vocabulary_weights(self) -> int:
-        """Of the embedding and the output layer, without padding; tied weights once."""
+        """Weights of the embedding and the output layer, without padding; tied weights once."""
         return int(self.hf["vocab_size"]) * self.hidden * (1 if self.table.tied else 2)
 
     @property
     def expert_weights(self) -> int:
-        """Of all experts of all layers."""
+        """Weights of all experts of all layers."""
         return self._count(range(self.experts), 1, 1).expert * self.layers
 
     def rank(self, actor: ActorConfig, stage: int) -> Count:
@@ -109,8 +124,8 @@ class Model:
                 self._size(self.table.rule(name), actor.tensor_model_parallel_size, actor)
                 for name in self._end_names()
             )
-            # A tied model's output layer is the embedding, of which a last stage that is not the
-            # first holds a copy.
+            # A tied model's output layer is the embedding. A last stage that is not the first
+            # holds a copy of it.
             ends = embedding * first + norm * last + head * (last and not (self.table.tied and first))
             self._cache[key] = self.layer(actor).times(self.layers // pp) + Count(ends)
         return self._cache[key]
@@ -131,8 +146,10 @@ class Model:
         )
 
     def buckets(self, limit: int, word: int, stages: int) -> list[list[int]]:
-        """Bytes of each bucket of a push by the pipeline stage that they lie on, as
-        weights/gather_plan.py groups tensors: a parameter of more than `limit` bytes is alone.
+        """For each bucket of a weight push, its bytes by the pipeline stage that holds them.
+
+        Parameters are grouped as in weights/gather_plan.py: a bucket has at most `limit` bytes,
+        unless it is a single larger parameter. word: bytes of a number.
         """
         key = ("buckets", limit, word, stages)
         if key not in self._cache:

@@ -1,30 +1,34 @@
-"""Seconds of a step by phase, from a roofline: operations over peaks, bytes over bandwidths, each
-times one stated efficiency.
+"""Seconds of a step by phase, from a roofline model.
 
-A phase's parts name what they wait for: compute, HBM, NVLink, IB (the network between nodes), disk,
-CPU (fixed costs), bubble (an idle pipeline stage). Within a phase parts that cannot overlap are
-added; the largest names the phase's cause.
+The seconds of a part are its operations over a peak rate, or its bytes over a bandwidth, times one
+stated efficiency. A phase's parts are named by what they wait for: compute, HBM, NVLink, IB (the
+network between nodes), disk, CPU (fixed costs), bubble (an idle pipeline stage). Parts of a phase
+that cannot overlap are added. The largest part is the phase's cause.
 
-    sampling   prefill: one prompt a question (its samples share the cache) / compute
-               decode: steps x max(weights + cache of the requests in flight / HBM, their operations / compute) + LAUNCH a step and
-               2 all-reduces a layer under TP. Steps: the longest response, or what the cache and rollout.max_concurrency make of all tokens
-    teacher    forwards of its contexts
-    student    forward and backward (3 forwards), what is computed anew, the loss's products
-               (student, teacher, two gradients), other
-               forwards that the algorithm asks for; then TP (2 all-reduces a layer forward, as many backward; one of n bytes over t ranks
-               moves 2 n (t - 1) / t), CP (the others' keys and values a layer, twice backward, under attention), EP (two all-to-alls a
-               layer each way), PP (the residual stream to the next stage, its gradient back), bubble (pp - 1) / microbatches of all that
-               (2104.04473, section 2.2). FP8's rate is that of the linear layers that are in it: not of attention scores, the output
-               layer and the layers left in bf16, of which the busiest stage has most
-    gradients  reduce-scatter in fp32 over DP x CP, gather of the parameters; where the overlap
-               flags are on, EXPOSED of each
-    optimizer  Adam's bytes (30 a weight in bf16) over HBM, the teacher's average
+    sampling   prefill: one prompt a question, since its samples share the cache / compute.
+               decode: steps x max(weights + cache of the running requests / HBM, their operations /
+               compute) + LAUNCH a step, and 2 all-reduces a layer under TP. Steps: the longest
+               response, or what the cache and rollout.max_concurrency make of all tokens.
+    teacher    Forwards over its contexts.
+    student    Forward and backward (3 forwards), what the backward recomputes, the loss's matrix
+               products (student, teacher, two gradients), other forwards that the algorithm needs.
+               Then communication: TP (2 all-reduces a layer forward, as many backward; one of n
+               bytes over t ranks moves 2 n (t - 1) / t), CP (keys and values of the other ranks a
+               layer, twice backward, under attention), EP (two all-to-alls a layer each way), PP
+               (the residual stream to the next stage, its gradient back), bubble (pp - 1) /
+               microbatches of all that (2104.04473, section 2.2). FP8's rate holds for the linear
+               layers that are in FP8: not for attention scores, the output layer, and the layers
+               left in bf16, of which the busiest stage has most.
+    gradients  Reduce-scatter in fp32 over DP x CP, and the gather of the parameters. If an overlap
+               flag is on, EXPOSED of that collective.
+    optimizer  Adam's bytes (30 a weight in bf16) over HBM, and the update of an EMA teacher.
     push       push.py
 
-Phases add up; with engines of their own and rollout.overlap=1, sampling runs beside the rest and
-the longer of the two counts. Left out: verification, batch building, evaluation, checkpoints.
-NOTHING HERE WAS MEASURED ON A GPU: good for comparing layouts, not for promises.
-"""  # noqa: E501
+The step is the sum of the phases. If engines have GPUs of their own and rollout.overlap=1, sampling
+runs next to the other phases, and the longer of the two counts. Verification, batch building,
+evaluation and checkpoints are left out. NOTHING HERE WAS MEASURED ON A GPU: the seconds are good
+for comparing layouts, not for promises. labels.py has the words that users see.
+"""
 
 from __future__ import annotations
 
@@ -35,64 +39,71 @@ from typing import Any
 from megasd.cluster.planner import push
 from megasd.cluster.planner.engine_memory import engine_weights, kv_token_bytes, kv_tokens
 from megasd.cluster.planner.job import PlannedRun
-from megasd.config.schema import samples_per_step
+from megasd.config.schema import TeacherConfig, samples_per_step
 from megasd.config.variants import token_weight_traits
 from megasd.models.flops import layers_flops, linear_weights, output_flops, recompute_flops, scores_flops
 
 # Assumptions, each stated once.
-# of the dense bf16 peak in training's and prefill's matrix products, attention among them
+# Part of the dense bf16 peak that matrix products of training and prefill reach, attention too.
 COMPUTE = 0.6
-# of the fp8 peak, scaling and casts included
+# Part of the fp8 peak that is reached, scaling and casts included.
 COMPUTE_FP8 = 0.45
-# of HBM, NVLink and IB
+# Part of the nominal bandwidth of HBM, NVLink and IB that is reached.
 BANDWIDTH = push.EFFICIENCY
-# seconds of a decode step beside its bytes: CUDA graph launch, sampling, scheduler
+# Seconds of a decode step in addition to its bytes: CUDA graph launch, sampling, scheduler.
 LAUNCH = 0.002
-# seconds of a small all-reduce within a node
+# Seconds of a small all-reduce within a node.
 LATENCY = 15e-6
-# of a collective that overlaps with computing
+# Part of a collective's time that computing does not hide, if the two overlap.
 EXPOSED = 0.25
-# tokens computed over true ones in padded microbatches of sorted lengths; packed: 1
+# Computed tokens over true tokens in padded microbatches of sorted lengths. Packed ones: 1.
 PADDING = 1.2
-# seconds that a colocated engine takes to release its memory and to have it back
+# Seconds that a colocated engine takes to release its memory and to take it back.
 SLEEP = 1.0
 
 
 @dataclass(frozen=True)
 class Phase:
+    """A phase of the step. parts: what the phase waits for -> seconds."""
+
     name: str
-    # what is waited for -> seconds
     parts: dict[str, float]
 
     @property
     def seconds(self) -> float:
+        """All parts together."""
         return sum(self.parts.values())
 
     @property
     def cause(self) -> str:
+        """The part that takes longest."""
         return max(self.parts, key=lambda part: self.parts[part])
 
 
 @dataclass(frozen=True)
 class Time:
-    """A mean step."""
+    """The time of a mean step, with the numbers that trainer/throughput.py logs.
+
+    tokens_per_gpu: tokens of the student's sequences a second of the whole step and a GPU that
+    trains. mfu: model FLOPs of teacher and student over the peak, in the seconds of training.
+    """
 
     phases: list[Phase]
     seconds: float
-    # as throughput.py logs them: over the whole step, a GPU being a rank of the actor; over the
-    # seconds of teacher and student
     tokens_per_gpu: float
     mfu: float
 
     @property
     def bottleneck(self) -> Phase:
+        """The phase that takes longest."""
         return max(self.phases, key=lambda phase: phase.seconds)
 
 
 def step_time(job: PlannedRun) -> Time:
+    """The time of a mean step, by phase."""
     phases = [
         *([sampling(job)] if job.samples_itself else []),
-        *([teacher_phase(job)] if job.has_teacher else []),
+        *([teacher_phase(job, job.active_teacher)] if job.active_teacher is not None else []),
         student(job),
     ]
     phases += [gradients(job), optimizer(job)]
@@ -120,21 +131,26 @@ def step_time(job: PlannedRun) -> Time:
 
 
 def _model_flops(job: PlannedRun) -> float:
-    """Of a sample, as throughput.py counts them: three forwards an update, one a pass of the teacher."""
+    """FLOPs of a sample as trainer/throughput.py counts them.
+
+    An update counts as three forwards of the student, a context as one forward of the teacher.
+    """
     response, hf = int(job.mean_response), job.model.hf
     student = 3 * job.config.algorithm.epochs * (layers_flops(hf, _mean(job)) + output_flops(hf, response))
     teacher = job.teacher_model.hf
-    return student + job.teacher_passes * (
+    return student + job.teacher_forwards * (
         layers_flops(teacher, _mean_teacher(job)) + output_flops(teacher, response)
     )
 
 
 def _mean_teacher(job: PlannedRun) -> int:
+    """Tokens of the teacher's mean sequence."""
     length = int(job.mean_prompt + job.context * job.mean_response + job.mean_response)
     return min(length, int(job.teacher_model.hf.get("max_position_embeddings") or length))
 
 
 def _mean(job: PlannedRun) -> int:
+    """Tokens of the student's mean sequence."""
     return int(job.mean_prompt + job.mean_response)
 
 
@@ -144,8 +160,9 @@ def _rate(job: PlannedRun) -> float:
 
 
 def _linear_rate(job: PlannedRun, layers: int) -> float:
-    """FLOP/s of the linear layers on the stage of a model of `layers` layers that has most of them
-    in bf16.
+    """FLOP/s of the linear layers, on the pipeline stage that has most layers in bf16.
+
+    The model has `layers` layers. Without FP8 this is the bf16 rate.
     """
     actor = job.config.actor
     if actor.fp8 is None or job.gpu.fp8 is None:
@@ -160,15 +177,15 @@ def _linear_rate(job: PlannedRun, layers: int) -> float:
 
 
 def _forward(job: PlannedRun, hf: Mapping[str, Any], length: int) -> float:
-    """Seconds that one GPU would take for all layers of one sequence."""
+    """Seconds that one GPU would take for the forward of all layers over one sequence."""
     scores = scores_flops(hf, length)
     return (layers_flops(hf, length) - scores) / _linear_rate(
         job, int(hf["num_hidden_layers"])
     ) + scores / _rate(job)
 
 
-def _anew(job: PlannedRun, length: int) -> float:
-    """The same of what the backward computes anew."""
+def _recompute(job: PlannedRun, length: int) -> float:
+    """Seconds that one GPU would take for what the backward recomputes of one sequence."""
     actor, hf = job.config.actor, job.model.hf
     scores = (
         scores_flops(hf, length)
@@ -186,16 +203,17 @@ def _anew(job: PlannedRun, length: int) -> float:
 
 
 def sampling(job: PlannedRun) -> Phase:
+    """Prefill and decode of a step's samples, on the engines."""
     rollout, gpu, tp = job.config.rollout, job.gpu, job.config.rollout.engine.tensor_parallel_size
     engines, hf = max(1, job.engines), job.model.hf
-    # of one engine
+    # From here on the numbers are those of one engine.
     samples = samples_per_step(job.config) / engines
     prompts = rollout.num_prompts / engines
     room = min(
         rollout.max_concurrency / engines, kv_tokens(job) / (job.mean_prompt + job.mean_response), samples
     )
     steps = max(float(rollout.max_response_tokens), samples * job.mean_response / max(room, 1e-9))
-    # requests in a step, on average
+    # Mean number of requests in a decode step.
     running = samples * job.mean_response / steps
     cache = running * (job.mean_prompt + job.mean_response / 2) * kv_token_bytes(job)
     moved = (engine_weights(job) * _touched(job, running) + cache) / (gpu.hbm * BANDWIDTH)
@@ -219,8 +237,9 @@ def sampling(job: PlannedRun) -> Phase:
 
 
 def _touched(job: PlannedRun, running: float) -> float:
-    """Share of the weights that a decode step reads: of a mixture of experts, those that some
-    request visits.
+    """Part of the weights that a decode step reads.
+
+    In a mixture of experts, a step reads only the experts that some request visits.
     """
     if not job.model.experts:
         return 1.0
@@ -232,62 +251,76 @@ def _touched(job: PlannedRun, running: float) -> float:
 # ---- training ----
 
 
-def teacher_phase(job: PlannedRun) -> Phase:
-    passes, model = job.teacher_passes, job.teacher_model
+def teacher_phase(job: PlannedRun, teacher: TeacherConfig) -> Phase:
+    """The teacher's forwards over the samples of a step, one for each context."""
+    model = job.teacher_model
     length = _mean_teacher(job)
     samples = job.samples * job.config.algorithm.minibatches
     forward = samples * _forward(job, model.hf, length) * _padding(job) / (job.tp * job.cp * job.pp)
-    reads = job.config.algorithm.teacher.transport == "record"
+    reads = teacher.transport == "record"
     head = samples * output_flops(model.hf, int(job.mean_response)) / (job.tp * job.cp) * reads / _rate(job)
     parts = _with_links(job, forward + head, samples * length, forwards=1.0, backwards=0.0)
-    return Phase("teacher", {name: seconds * passes for name, seconds in parts.items()})
+    return Phase("teacher", {name: seconds * job.teacher_forwards for name, seconds in parts.items()})
 
 
 def student(job: PlannedRun) -> Phase:
+    """Forwards and backwards of the student over the samples of a step, with the loss."""
     actor, algorithm, hf = job.config.actor, job.config.algorithm, job.model.hf
     samples, mean = job.samples * algorithm.minibatches, _mean(job)
-    # pi_old
+    # Forwards without backward: pi_old, and the scan for token weights.
     extra = float(algorithm.minibatches * algorithm.epochs > 1)
     extra += token_weight_traits(algorithm).reads_divergence
-    # of a forward's collectives
-    anew = 0.0
+    # Part of a forward's collectives that recomputing repeats.
+    repeated = 0.0
     if actor.recompute_granularity == "full":
-        anew = recompute_flops(hf, mean, actor) / layers_flops(hf, mean)
+        repeated = recompute_flops(hf, mean, actor) / layers_flops(hf, mean)
     elif actor.recompute_granularity == "selective" and {"mlp", "moe"} & set(actor.recompute_modules):
-        anew = 0.5
-    passes, share = algorithm.epochs, samples * _padding(job) / (job.tp * job.cp * job.pp)
-    forward, again = share * _forward(job, hf, mean), share * _anew(job, mean)
+        repeated = 0.5
+    epochs, per_rank = algorithm.epochs, samples * _padding(job) / (job.tp * job.cp * job.pp)
+    forward, again = per_rank * _forward(job, hf, mean), per_rank * _recompute(job, mean)
     head = samples * output_flops(hf, int(job.mean_response)) / (job.tp * job.cp) / _rate(job)
-    products = 3 + (
-        job.has_teacher and algorithm.distill is not None and algorithm.teacher.transport == "hidden"
-    )
-    compute = passes * (forward * 3 + again + head * products) + extra * (forward + head)
+    teacher = job.active_teacher
+    products = 3 + (teacher is not None and algorithm.distill is not None and teacher.transport == "hidden")
+    compute = epochs * (forward * 3 + again + head * products) + extra * (forward + head)
     return Phase(
         "student",
         _with_links(
-            job, compute, samples * mean, forwards=passes + extra, backwards=float(passes), anew=passes * anew
+            job,
+            compute,
+            samples * mean,
+            forwards=epochs + extra,
+            backwards=float(epochs),
+            recomputed=epochs * repeated,
         ),
     )
 
 
 def _padding(job: PlannedRun) -> float:
+    """Computed tokens over true tokens."""
     return 1.0 if job.config.actor.packing else PADDING
 
 
 def _with_links(
-    job: PlannedRun, compute: float, tokens: float, *, forwards: float, backwards: float, anew: float = 0.0
+    job: PlannedRun,
+    compute: float,
+    tokens: float,
+    *,
+    forwards: float,
+    backwards: float,
+    recomputed: float = 0.0,
 ) -> dict[str, float]:
-    """Seconds of the busiest stage's rank: its `compute`, and what passes over `tokens` true tokens
-    of a data-parallel rank send; anew: of the forwards, those that recomputing adds, which send
-    nothing to other stages.
+    """Seconds of a rank of the busiest stage, by what it waits for: `compute` and communication.
+
+    tokens: true tokens of a data-parallel rank. forwards, backwards: how often all tokens are gone
+    through. recomputed: forwards that recomputing adds; they send nothing to other stages.
     """
     gpu, model = job.gpu, job.model
     parts = {"compute": compute, "NVLink": 0.0, "IB": 0.0}
     layers, local = model.layers / job.pp, tokens * _padding(job) / job.cp
     hidden = local * model.hidden * job.word
-    between, forwards = forwards + backwards, forwards + anew
+    between, forwards = forwards + backwards, forwards + recomputed
     if job.tp > 1:
-        # inputs of linear layers are gathered once more
+        # Sequence parallelism gathers the inputs of linear layers once more in the backward.
         again = 0.5 * backwards if job.config.actor.sequence_parallel else 0.0
         volume = 2 * (job.tp - 1) / job.tp * hidden * layers * 2 * (forwards + backwards + again)
         parts["NVLink"] += (
@@ -312,39 +345,46 @@ def _with_links(
 
 
 def gradients(job: PlannedRun) -> Phase:
-    """Reduction and parameter gather of the largest stage."""
+    """Reduction of the gradients and gather of the parameters, on the stage with most weights."""
     actor, ranks = job.config.actor, job.dp * job.cp
     if ranks == 1:
         return Phase("gradients", {"NVLink": 0.0})
     weights = max(job.model.rank(actor, stage).total for stage in {0, job.pp - 1})
     within = job.tp * ranks <= job.config.cluster.gpus_per_node
     rate = (job.gpu.nvlink if within else job.gpu.network) * BANDWIDTH
-    share = (ranks - 1) / ranks * weights / rate
+    per_byte = (ranks - 1) / ranks * weights / rate
     reduce = (
         4
-        * share
+        * per_byte
         * (1 if actor.use_distributed_optimizer else 2)
         * (EXPOSED if actor.overlap_grad_reduce else 1.0)
     )
     gather = (
-        job.word * share * (EXPOSED if actor.overlap_param_gather else 1.0) * actor.use_distributed_optimizer
+        job.word
+        * per_byte
+        * (EXPOSED if actor.overlap_param_gather else 1.0)
+        * actor.use_distributed_optimizer
     )
     return Phase("gradients", {"NVLink" if within else "IB": (reduce + gather) * _updates(job)})
 
 
 def optimizer(job: PlannedRun) -> Phase:
+    """Adam's reads and writes, and the update of an EMA teacher, on the stage with most weights."""
     actor = job.config.actor
-    count = max((job.model.rank(actor, stage) for stage in {0, job.pp - 1}), key=lambda one: one.total)
+    count = max(
+        (job.model.rank(actor, stage) for stage in {0, job.pp - 1}), key=lambda weights: weights.total
+    )
     shared, experts = (job.dp * job.cp, job.expert_dp) if actor.use_distributed_optimizer else (1, 1)
     # Read gradient, main copy, moments (16); write main copy, moments (12) and the model's
     # parameter (2). fp32: 16 and 12.
     moved = (30 if job.word == 2 else 28) * (count.dense / shared + count.expert / experts) * _updates(job)
     teacher = job.config.algorithm.teacher
     if teacher is not None and teacher.weights == "ema":
-        # widened, then mixed in
+        # The weights are read, cast to fp32, and mixed into the teacher's copy.
         moved += (job.word + 8 + 8) * count.total
     return Phase("optimizer", {"HBM": moved / (job.gpu.hbm * BANDWIDTH)})
 
 
 def _updates(job: PlannedRun) -> int:
+    """Optimizer steps in a step of the run."""
     return job.config.algorithm.minibatches * job.config.algorithm.epochs

@@ -2,8 +2,8 @@
 must be monotone.
 
 Proves that the formulas are those of the docstrings and that the command says what they give. Does
-not prove them: the bytes are held against a real actor in test_planner_measured.py (CPU) and
-tests/gpu/test_planner_gpu.py; the seconds were never held against a GPU.
+not prove them: the bytes are compared with a real actor in test_planner_measured.py (CPU) and
+tests/gpu/test_planner_gpu.py; the seconds were never compared with a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megasd.cluster.planner import engine_memory, memory, push
 from megasd.cluster.planner.fixes import first_fix, refusal
 from megasd.cluster.planner.hardware import GPU_KINDS, gpu_kind
 from megasd.cluster.planner.job import PlannedRun
-from megasd.cluster.planner.layouts import plan_layout, search
+from megasd.cluster.planner.layouts import RefusedLayout, plan_layout, search
 from megasd.cluster.planner.shapes import Model
 from megasd.cluster.planner.time import step_time
 from megasd.commands.plan import MODELS, read_model, read_planned_run
@@ -174,7 +174,7 @@ def test_which_split_fits_on_how_many(name: str, tp: int, pp: int, fits: tuple[b
             f"actor.sequence_parallel={tp > 1}",
         )
         one = plan_layout(job(name, *FULL, *items, gpus=gpus, engine_gpus=8))
-        found.append(None if one.refused else one.fits)
+        found.append(None if isinstance(one, RefusedLayout) else one.fits)
     assert tuple(found) == fits
 
 
@@ -252,11 +252,11 @@ def test_engines_on_the_same_gpus_are_asked_to_release_their_memory_first() -> N
         (("rollout.num_prompts=3", "rollout.num_samples=4"), 8, "cannot be shared by 8"),
     ],
 )
-def test_what_cannot_be_split_is_refused_without_figures(
+def test_what_cannot_be_split_is_refused_without_numbers(
     items: tuple[str, ...], gpus: int, words: str
 ) -> None:
     own = plan_layout(job("Qwen3-8B", *items, gpus=gpus))
-    assert own.memory is None and words in refusal(own)
+    assert isinstance(own, RefusedLayout) and words in refusal(own)
 
 
 # ---- what must be monotone ----
@@ -378,7 +378,8 @@ def test_tables_name_the_bottleneck_and_mark_the_own_layout(
     assert main(["plan", config, "--gpu", "h200-141g"]) == 0
     text = capsys.readouterr().out
     assert (
-        "bottleneck: sampling, by HBM" in text
+        "bottleneck: sampling, by GPU memory bandwidth" in text
+        and "teacher outputs kept for the loss" in text
         and "config.json read:" in text
         and "| * |" in text
         and "h200-141g" in text

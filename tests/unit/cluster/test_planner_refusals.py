@@ -16,7 +16,7 @@ from megasd.batch import balance
 from megasd.cli import main
 from megasd.cluster.planner import engine_memory, memory, push
 from megasd.cluster.planner.fixes import differences, first_fix, fixes, refusal
-from megasd.cluster.planner.layouts import illegal, plan_layout, search
+from megasd.cluster.planner.layouts import RefusedLayout, illegal, plan_layout, search
 from megasd.cluster.planner.time import student
 from megasd.config.validate import validate_values
 from megasd.config.validate_model import check_model_values
@@ -57,12 +57,12 @@ RELEASED = (*SHORT, *TP4, "rollout.engine.num_engines=8", "rollout.engine.releas
 def test_what_train_refuses_is_refused(items: tuple[str, ...], words: str) -> None:
     long = ("rollout.engine.max_total_tokens=65536",)
     own = plan_layout(job("Qwen3-8B", *RELEASED, *long, *items))
-    assert own.memory is None and words in refusal(own)
+    assert isinstance(own, RefusedLayout) and words in refusal(own)
 
 
 def test_a_gpu_without_fp8() -> None:
     items = (*RELEASED, "actor.fp8=hybrid")
-    assert plan_layout(job("Qwen3-8B", *items)).refused is None
+    assert illegal(job("Qwen3-8B", *items)) is None
     assert (
         refusal(plan_layout(job("Qwen3-8B", *items, gpu="a100-80g")))
         == "actor.fp8=hybrid: a100-80g has none; set it to null"
@@ -98,7 +98,7 @@ LAYOUTS = {
         "actor.recompute_num_layers=9",
     ),
     "TP overlap": (*SHORT, *TP4, "actor.tp_comm_overlap=true"),
-    "sampling ahead": (
+    "prefetched rollouts": (
         *SHORT,
         "rollout.overlap=1",
         "algorithm.tis_clip=2.0",
@@ -141,7 +141,7 @@ def test_a_fix_can_be_trained(items: tuple[str, ...]) -> None:
 # ---- memory ----
 
 
-def test_in_flight_is_what_is_dealt() -> None:
+def test_in_flight_is_what_is_planned_for_a_rank() -> None:
     """8B on 4 stages, 32 samples of at most 2,048 tokens: balance.by_tokens opens 4 microbatches
     where 2 would hold them.
     """
