@@ -23,7 +23,8 @@ from tests.launch import ROOT, torchrun
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bench_cases import CASES, Setting, make_inputs
-from bench_kernel import SAME_LOSS, checks_of, headline, main, peak_growth, ratios_of
+from bench_kernel import main
+from bench_kernel_report import SAME_LOSS, checks_of, headline, peak_growth, ratios_of
 from bench_meters import PeakMemory
 
 CPU = torch.device("cpu")
