@@ -98,17 +98,15 @@ def scan_packages(machine: Machine) -> list[Installed]:
     """Every distribution on the path, in the order in which Python looks."""
     found = []
     for dist in importlib.metadata.distributions(path=machine.packages or sys.path):
-        # A half-removed package has no metadata.
-        data = dist.metadata.json
-        if data.get("name"):
-            found.append(
-                Installed(
-                    canonicalize_name(str(data["name"])),
-                    str(data.get("version")),
-                    str(data.get("summary") or ""),
-                    tuple(dist.requires or ()),
-                )
-            )
+        # A half-removed package has no metadata; importlib_metadata raises, Python returns none.
+        try:
+            data = dist.metadata
+        except FileNotFoundError:
+            continue
+        if "Name" in data:
+            summary = data["Summary"] if "Summary" in data else ""
+            requires = tuple(dist.requires or ())
+            found.append(Installed(canonicalize_name(data["Name"]), data["Version"], summary, requires))
     return found
 
 
