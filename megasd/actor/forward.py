@@ -62,21 +62,7 @@ def run_microbatches(
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         microbatch = next(iterator)
-        packed = None
-        if microbatch.cu_seqlens is not None:
-            # The lengths are the padded ones already. Under context parallelism TransformerEngine
-            # needs them a second time. Without it a second copy makes every layer compare the two
-            # on the host (dot_product_attention.py, pad_between_seqs).
-            padded = microbatch.cu_seqlens if mesh.cp_size > 1 else None
-            packed = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=microbatch.cu_seqlens,
-                cu_seqlens_kv=microbatch.cu_seqlens,
-                cu_seqlens_q_padded=padded,
-                cu_seqlens_kv_padded=padded,
-                max_seqlen_q=microbatch.max_seqlen,
-                max_seqlen_kv=microbatch.max_seqlen,
-            )
+        packed = _packed_lengths(microbatch, mesh)
         hidden = model(microbatch.tokens, microbatch.position_ids, None, packed_seq_params=packed)
         return hidden, partial(read, microbatch)
 
@@ -96,6 +82,25 @@ def run_microbatches(
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+
+def _packed_lengths(microbatch: Microbatch, mesh: Mesh) -> PackedSeqParams | None:
+    """The lengths of packed sequences, as Megatron takes them; None for a padded microbatch."""
+    if microbatch.cu_seqlens is None:
+        return None
+    # The lengths are the padded ones already. Under context parallelism TransformerEngine needs them
+    # a second time. Without it a second copy makes every layer compare the two on the host
+    # (dot_product_attention.py, pad_between_seqs).
+    padded = microbatch.cu_seqlens if mesh.cp_size > 1 else None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=microbatch.cu_seqlens,
+        cu_seqlens_kv=microbatch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=microbatch.max_seqlen,
+        max_seqlen_kv=microbatch.max_seqlen,
+    )
 
 
 def response_hidden(hidden: Tensor, rows: Tensor, mesh: Mesh, config: TransformerConfig) -> Tensor:
