@@ -1,4 +1,4 @@
-"""The nouns of the left half of the loop: prompts, samples, groups. Plain Python, no torch.
+"""The nouns of sampling and reward: prompts, samples, groups. Plain Python, no torch.
 
 prompt = Prompt(id="train-0", messages=[{"role": "user", "content": "2+3="}], answer="5")
 sample = Sample(prompt_id="train-0", index=0, prompt_ids=[7, 8], response_ids=[5, 1],
@@ -13,8 +13,9 @@ from enum import Enum
 
 
 class UserError(ValueError):
-    """Bad input from the user: one line naming the file, key or row and what to do. The command
-    line prints it without a traceback.
+    """Bad input from the user: one line that names the file, key or row and what to do.
+
+    The command line prints it without a traceback.
     """
 
 
@@ -23,7 +24,7 @@ Message = dict[str, str]
 
 
 class Verdict(str, Enum):
-    """What a verifier said. ERROR and TIMEOUT are not wrong answers: they leave every pass rate."""
+    """What a verifier said. ERROR and TIMEOUT are no wrong answers: pass rates ignore them."""
 
     RIGHT = "right"
     WRONG = "wrong"
@@ -38,26 +39,29 @@ class Verdict(str, Enum):
 
 @dataclass
 class Prompt:
-    """One question. `id` is unique in its file, e.g. Prompt("train-3", [{"role": "user", "content":
-    "7+8="}], "15", "7+8=15").
+    """One question.
+
+    Prompt("train-3", [{"role": "user", "content": "7+8="}], "15", "7+8=15")
     """
 
+    # unique in its file
     id: str
     messages: list[Message]
     # gold answer, read by the verifier
     answer: str
     # reference solution, if the row has one (teacher contexts, NLL)
     solution: str | None = None
-    # of the start model, if the row says it (PACED's frozen rate)
+    # pass rate of the start model, if the row has one (PACED's frozen rate)
     pass_rate: float | None = None
-    # criteria of rewards/rubric.py, if the row has them
+    # criteria of rewards/rubric.py, if the row has any
     rubric: list[dict[str, str | float]] | None = None
 
 
 @dataclass
 class Sample:
-    """One response to one prompt, e.g. Sample("train-3", 0, [11, 12], [4, 5, 2], [-.1, -.3, -.01],
-    "15", "stop", 7).
+    """One response to one prompt.
+
+    Sample("train-3", 0, [11, 12], [4, 5, 2], [-.1, -.3, -.01], "15", "stop", 7)
     """
 
     prompt_id: str
@@ -66,8 +70,8 @@ class Sample:
     prompt_ids: list[int]
     # sampled token ids, the stop token included when it was sampled
     response_ids: list[int]
-    # engine log-probs (nats) of response_ids under the sampling temperature; [] for a row's own
-    # solution
+    # log-probs of response_ids by the engine (nats, at the sampling temperature); [] for the
+    # solution of a row
     response_logps: list[float]
     # decoded response without special tokens
     text: str
@@ -79,9 +83,9 @@ class Sample:
     verdict: Verdict | None = None
     # why the verifier failed, for ERROR and TIMEOUT
     detail: str = ""
-    # shaped reward in [0, 1] where the verifier gives one (a rubric); pass rates go by the verdict
+    # shaped reward in [0, 1], if the verifier gives one (a rubric); pass rates use the verdict
     score: float | None = None
-    # what the verifier tells the model about a wrong answer; never the expected one
+    # what the verifier tells the model about a wrong answer; never the expected answer
     feedback: str = ""
 
     @property
@@ -101,14 +105,16 @@ class Group:
 
     @property
     def pass_rate(self) -> float | None:
-        """Successes / scored samples, in [0, 1]; None when no sample of the group could be scored."""
+        """Right samples / scored samples, in [0, 1]; None when no sample could be scored."""
         counted = [s for s in self.samples if s.verdict is not None and s.verdict.counts]
         return sum(s.reward for s in counted) / len(counted) if counted else None
 
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """What the self-teacher of one sample reads in place of the prompt; `messages` ends with a user turn.
+    """What the self-teacher of one sample reads in place of the prompt.
+
+    `messages` ends with a user turn.
 
     TeacherContext([{"role": "user", "content": "7+8=\\n\\nA correct solution: 15 ..."}], source="sibling 2")
     """

@@ -155,7 +155,7 @@ def _add_options(parser: Parser) -> None:
 
 
 def run(options: Options) -> int:
-    """Ask the engine under the four settings, take the KL, write the tables into --out; returns 0."""
+    """Sample under the four settings, take the KL, write tables into --out; returns 0."""
     unwind_on_sigterm()
     quiet_libraries()
     from megasd.data.chat import Chat

@@ -1,4 +1,4 @@
-"""`megasd convert`: weights between Hugging Face and Megatron, in the direction that SOURCE asks for."""
+"""`megasd convert`: weights between Hugging Face and Megatron; SOURCE decides the direction."""
 
 from __future__ import annotations
 

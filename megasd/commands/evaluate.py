@@ -227,7 +227,7 @@ def _add_other_options(parser: Parser) -> None:
 
 
 def start(args: argparse.Namespace) -> int:
-    """Run one of the four things that `megasd eval` does; returns 0. UserError for what is refused."""
+    """Run one of the four things that `megasd eval` does; returns 0. Raises UserError."""
     if args.list_presets:
         print("\n".join(preset_lines()))
         return 0
@@ -301,7 +301,7 @@ def run(options: Options) -> None:
 
 
 def recompute(options: RecomputeOptions) -> None:
-    """Write and print the metrics of kept samples; with --verifier score the samples again first."""
+    """Write and print the metrics of kept samples; --verifier scores the samples again first."""
     from megasd.data.rollout_log import load_groups, save_groups
     from megasd.evaluation.results import SAMPLES, SETTINGS, write_json, write_results
     from megasd.rewards.reward_pool import RewardPool
@@ -365,7 +365,7 @@ def reward_config(args: argparse.Namespace) -> RewardConfig:
 
 
 def ks_of(text: str | None, num_samples: int) -> list[int]:
-    """The k of pass@k: those of --k (`text`), or 1, 2, 4, ... num_samples. UserError for a bad --k."""
+    """The k of pass@k: those of --k (`text`), or 1, 2, 4, ... num_samples. Raises UserError."""
     if text is None:
         return default_ks(num_samples)
     try:

@@ -85,13 +85,13 @@ def add_parser(commands: SubCommands) -> None:
 
 
 def run_slurm(options: SlurmOptions) -> int:
-    """Hand the run to sbatch; returns its exit code. Raises UserError for what cannot be submitted."""
+    """Hand the run to sbatch; returns the exit code of sbatch. Raises UserError."""
     quiet_libraries()
     return submit(_read_job(options.items), dry_run=options.dry_run)
 
 
 def run_nemo(options: NemoOptions) -> int:
-    """Hand the run to nemo_run; returns the exit code. Raises UserError for what cannot be submitted."""
+    """Hand the run to nemo_run; returns the exit code. Raises UserError."""
     quiet_libraries()
     from megasd.cluster.launch import nemo
 

@@ -81,7 +81,7 @@ def add_parser(commands: SubCommands) -> None:
 
 
 def run(options: Options) -> int:
-    """Plan, print, and return the exit code. UserError when something that a plan needs is missing."""
+    """Plan, print, and return the exit code. UserError when a model or GPU is unknown."""
     quiet_libraries()
     from megasd.cluster.planner.fixes import refusal
     from megasd.cluster.planner.layouts import plan_layout, search

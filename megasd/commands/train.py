@@ -1,4 +1,4 @@
-"""`megasd train`: check the config, then join torchrun's ranks, start ranks, or train in this process.
+"""`megasd train`: check the config, then join or start ranks, or train in this process.
 
 Everything that can be checked without torch is checked before torch is imported.
 """

@@ -40,7 +40,7 @@ def matching(pattern: str, message: str) -> Bound:
 
 
 def each_matching(pattern: str, message: str) -> Bound:
-    """The bound of a list of strings, each of which must match the whole of a regular expression."""
+    """The bound of a list of strings that must each match the whole of a regular expression."""
     return Bound(message, lambda v: all(re.fullmatch(pattern, item) for item in v))
 
 

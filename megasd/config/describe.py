@@ -1,4 +1,4 @@
-"""What `megasd train --dry-run` says about a run."""
+"""The plan of a run that `megasd train --dry-run` prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from megasd.config.validate_rollout import needs_engine
 
 
 def outline(config: Config, world_size: int) -> list[str]:
-    """What the run will do, in lines for a reader."""
+    """What the run will do, in lines for a reader.
+
+    ConfigError when world_size does not fit the parallel layout.
+    """
     actor, rollout, run, engine = config.actor, config.rollout, config.run, config.rollout.engine
     data_parallel = data_parallel_size(config, world_size)
     samples = samples_per_step(config)

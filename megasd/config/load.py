@@ -160,7 +160,7 @@ def _parse_override(text: str, source: str = COMMAND_LINE) -> dict[str, Any]:
 
 
 def _check_tree(tree: dict[Any, Any], cls: type, prefix: str, source: str, origin: dict[str, str]) -> None:
-    """Raise ConfigError where a mapping is not exactly the dataclass `cls`; note sources in `origin`.
+    """Raise ConfigError where a mapping is not exactly the dataclass `cls`; fill `origin`.
 
     OmegaConf alone would accept `false` for a string and 1 for a bool.
     """
@@ -243,7 +243,7 @@ def _all_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def _suggest(name: Any, prefix: str, types: Mapping[str, Any]) -> str:
-    """Suggest a valid key: a near one of the section, else of elsewhere, else all of the section."""
+    """Suggest a near key of the section, else of another section, else name all keys."""
     if not isinstance(name, str):
         return f"; YAML reads it as {type(name).__name__}, and keys are strings"
     near = [prefix + match for match in difflib.get_close_matches(name, types, n=1)]

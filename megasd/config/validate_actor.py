@@ -98,7 +98,7 @@ def _check_fp8(actor: ActorConfig) -> None:
         return
     if actor.dtype == "float32":
         raise ConfigError(
-            "actor.dtype=float32: FP8 layers compute beside bfloat16; set actor.dtype=bfloat16, or"
+            "actor.dtype=float32: FP8 layers compute next to bfloat16; set actor.dtype=bfloat16, or"
             " actor.fp8=null"
         )
     if actor.fp8_recipe == "delayed" and actor.first_last_layers_bf16:
@@ -145,7 +145,7 @@ def _check_recompute(actor: ActorConfig) -> None:
         return
     if not actor.recompute_modules:
         raise ConfigError(
-            "actor.recompute_modules: names nothing to compute anew; give core_attn, or set"
+            "actor.recompute_modules: names nothing to compute again; give core_attn, or set"
             " actor.recompute_granularity=null"
         )
     for name in actor.recompute_modules:
@@ -182,7 +182,7 @@ def _check_fixed_shape(config: Config) -> None:
     if actor.fp8 is not None:
         raise ConfigError(
             "actor.cuda_graph: the graphs keep FP8 copies of weights that forward passes between the steps"
-            " write anew; set actor.fp8=null, or actor.cuda_graph=false"
+            " write again; set actor.fp8=null, or actor.cuda_graph=false"
         )
 
 

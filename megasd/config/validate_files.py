@@ -1,4 +1,4 @@
-"""The files that a config names: rows, rollouts to replay, the engine's model, the run directory."""
+"""Checks of the files that a config names: rows, rollouts, engine's model, run directory."""
 
 from __future__ import annotations
 

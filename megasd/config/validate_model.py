@@ -17,7 +17,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_model(config: Config) -> None:
-    """Read model.path and refuse a model that cannot be trained by this config. Raises ConfigError."""
+    """Read model.path; refuse a model that this config cannot train. Raises ConfigError."""
     directory = Path(config.model.path)
     check_model_values(config, _read_model(directory, "model.path"), directory)
 

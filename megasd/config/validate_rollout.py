@@ -16,7 +16,7 @@ def needs_engine(config: Config) -> bool:
 
 
 def check_placement(config: Config) -> None:
-    """Refuse engines that are named twice, or that cannot do what is requested. Raises ConfigError."""
+    """Refuse engines named twice, or unable to do what is requested. Raises ConfigError."""
     engine, frozen = config.rollout.engine, config.rollout.frozen_policy
     if engine.served and engine.urls:
         raise ConfigError(

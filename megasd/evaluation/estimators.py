@@ -1,9 +1,8 @@
-"""Held-out evaluation: figures of scored groups. Plain Python, so that kept samples give them again
-without a model.
+"""Metrics of scored groups, for held-out evaluation. Plain Python: kept samples need no model.
 
-n scored samples of a question, c of them right; samples whose check failed (ERROR, TIMEOUT) leave
-n, and a question without any leaves the figure. Every figure is a mean over questions, with a 95 %
-interval by bootstrap over questions.
+A question has n scored samples, and c of them are right. A sample whose check failed (ERROR,
+TIMEOUT) does not count in n. A question without scored samples is left out of the metric. Every
+metric is a mean over questions, with a 95 % interval by bootstrap over questions.
 
     mean@k          c / n: also avg@k, acc@k
     pass@k          1 - C(n-c, k) / C(n, k): unbiased; needs n >= k, other questions are left out, and said
@@ -30,10 +29,10 @@ from typing import Any
 
 from megasd.types import Group, Sample
 
-# of the variants that draw samples
+# for the metrics that draw samples
 NUM_DRAWS = 1000
 DRAW_SEED = 42
-# of the questions, for an interval
+# number of resamples of the questions, for an interval
 NUM_RESAMPLES = 2000
 COVERAGE = 0.95
 
@@ -59,8 +58,9 @@ def maj_at_k(groups: list[Group], answer_of: AnswerOf) -> float:
 
 
 def summarise(groups: list[Group], answer_of: AnswerOf) -> dict[str, float]:
-    """{"mean_at_k", "maj_at_k", "pass_at_k", "questions", "unscored_samples"} of an evaluation;
-    pass_at_k: any of a question's samples.
+    """Return {"mean_at_k", "maj_at_k", "pass_at_k", "questions", "unscored_samples"}.
+
+    pass_at_k is the share of questions with at least one right sample.
     """
     unscored = sum(s.verdict is None or not s.verdict.counts for g in groups for s in g.samples)
     return {
@@ -131,7 +131,7 @@ def drawn_maj_at_k(answers: Sequence[str | None], rewards: Sequence[float], k: i
 
 @functools.lru_cache(maxsize=64)
 def draws(n: int, k: int) -> tuple[tuple[int, ...], ...]:
-    """NUM_DRAWS draws of k of range(n) with replacement; the same for every question of n samples."""
+    """NUM_DRAWS draws of k of range(n) with replacement; equal for all questions of n samples."""
     generator = random.Random(f"{DRAW_SEED}/{n}/{k}")
     return tuple(tuple(generator.choices(range(n), k=k)) for _ in range(NUM_DRAWS))
 
@@ -142,8 +142,9 @@ def draws(n: int, k: int) -> tuple[tuple[int, ...], ...]:
 def per_question(
     groups: list[Group], answer_of: AnswerOf | None, ks: Sequence[int], num_samples: int
 ) -> dict[str, dict[str, float]]:
-    """Figure -> prompt id -> value; a question that a figure leaves out is not in it. answer_of
-    None: no vote makes sense (programs).
+    """Return metric -> prompt id -> value; a question that a metric leaves out is not in it.
+
+    ks: the k of pass@k and of the drawn metrics. answer_of None: no vote makes sense (programs).
     """
     found: dict[str, dict[str, float]] = {f"mean@{num_samples}": {}}
     found |= {f"pass@{k}": {} for k in ks} | ({f"maj@{num_samples}": {}} if answer_of else {})
@@ -175,10 +176,11 @@ def per_question(
 def metrics_with_intervals(
     groups: list[Group], answer_of: AnswerOf | None, *, ks: Sequence[int], num_samples: int, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Figure -> {"value", "low", "high", "questions", "left_out"}: mean over questions, its 95 %
-    interval, how many and which not.
+    """Return metric -> {"value", "low", "high", "questions", "left_out"}.
 
-    Value and interval are None for a figure without a question. `seed`: of the intervals.
+    That is the mean over questions, its 95 % interval, the number of questions, and the ids of the
+    questions that are left out. A metric without a question has None as value and interval. seed:
+    that of the resampling.
     """
     found = {}
     for name, values in per_question(groups, answer_of, ks, num_samples).items():

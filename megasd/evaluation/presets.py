@@ -1,8 +1,7 @@
-"""Decoding presets for evaluation: what the papers that are compared with sampled their answers
-with. Plain values, no torch.
+"""Decoding presets for evaluation, from the papers that results are compared with. No torch.
 
-Numbers of one model differ by several points between these rows; say which one a figure comes from
-(`megasd eval --list-presets`).
+The metrics of one model differ by several points between these rows, so say which preset a number
+comes from (`megasd eval --list-presets`).
 """
 
 from __future__ import annotations
@@ -12,15 +11,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
+    """How one paper samples the answers that it scores."""
+
     temperature: float
     top_p: float
     # -1 = off
     top_k: int
-    # None = what the model has room for
+    # tokens; None = what the model has room for
     max_response_tokens: int | None
     # enable_thinking of the chat template; None = the template decides
     thinking: bool | None
-    # n of mean@n in the source
+    # n of mean@n in the paper
     num_samples: int
     source: str
 

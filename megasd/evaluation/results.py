@@ -62,7 +62,7 @@ def measure_groups(groups: list[Group], settings: dict[str, Any], ks: list[int])
 
 
 def results_table(result: dict[str, Any], num_samples: int) -> str:
-    """The metrics as plain text: a line for each, then the counts and which questions were left out."""
+    """The metrics as plain text: a line for each, then counts and the questions left out."""
     lines = [f"{'figure':<18}{'value':>9}{'95% interval':>19}{'questions':>11}"]
     notes = []
     for name, row in result["metrics"].items():

@@ -59,7 +59,7 @@ def sample_groups(
     num_samples: int,
     out: Path,
 ) -> tuple[list[Group], Decoding]:
-    """Sample `num_samples` answers to every prompt; return the groups and the decoding that was used.
+    """Sample `num_samples` answers to every prompt; return the groups and the decoding used.
 
     The groups have no verdicts. The decoding that is returned has a number as max_response_tokens.
     model: Hugging Face directory of the tokenizer. UserError when a prompt leaves no room.

@@ -28,7 +28,7 @@ SIZES = (1, 8, 64, 128, 512)
 
 
 def parse_sizes(text: str) -> list[int]:
-    """ "1,8,64" -> [1, 8, 64], ascending. UserError for what is no list of different positive integers."""
+    """ "1,8,64" -> [1, 8, 64], ascending. UserError unless they are different and positive."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(
         {int(part) for part in parts}

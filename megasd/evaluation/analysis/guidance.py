@@ -47,7 +47,7 @@ class Demonstration:
 
 
 def within(groups: Sequence[Group], low: float, high: float) -> list[Group]:
-    """The groups whose pass rate lies in [low, high]. Groups without any verdict are in no range."""
+    """The groups whose pass rate lies in [low, high]; groups without a verdict are left out."""
     return [group for group in groups if group.pass_rate is not None and low <= group.pass_rate <= high]
 
 

@@ -52,7 +52,7 @@ def write_guidance(
     """Write guidance.csv, markers.csv, kl.csv, summary.md, the plots and analysis.json into `out`.
 
     analysis.json is written last: where it is, the rest is whole. kl: rows of the KL table, [] if
-    none was taken. source: the model or URL that was asked. kl_by: the value of --kl.
+    none was taken. source: the model or URL that was sampled. kl_by: the value of --kl.
     """
     samples = study.samples
     table, markers = guidance.guidance_table(samples), guidance.guidance_by_marker(samples)
@@ -139,7 +139,7 @@ def _record(
 
 
 def plot_guidance(out: Path, table: list[tables.TableRow], kl: list[tables.TableRow]) -> None:
-    """Plot the settings side by side (guidance.png) and the KL of markers (kl.png, if it was taken)."""
+    """Plot the settings side by side (guidance.png) and, if taken, the KL of markers (kl.png)."""
     panels = [(label, {label: [row[name] for row in table]}) for label, name in PANELS]
     tables.plot_bars(out / "guidance.png", panels, [row["setting"] for row in table])
     own = [row for row in kl if row["divergence"] == "KL(T||S)"]

@@ -6,7 +6,7 @@ on tokens. Plain Python.
     word_counts("Unlikely, but wait...")["likely"] == 0          # whole words only
 
 The paper's number is the sum of the substring counts: "unlikely" and "checking" are in it. Whole
-words stand beside it here.
+words are counted next to it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def substring_counts(text: str) -> dict[str, int]:
 
 
 def word_counts(text: str) -> dict[str, int]:
-    """Marker -> occurrences as a whole word, case aside: no letter, digit or underscore at either side."""
+    """Marker -> occurrences as a whole word, case aside; letters, digits and _ make a word."""
     lowered = _lower(text)
     return {marker: sum(1 for _ in pattern.finditer(lowered)) for marker, pattern in WORDS.items()}
 

@@ -29,7 +29,7 @@ def marker_table(rows: list[tables.TableRow], across: str) -> str:
 
 
 def output_directory(path: Path) -> Path:
-    """Make the directory `path` if it is missing; return it. UserError when nobody may write there."""
+    """Make the directory `path` if it is missing; return it. UserError if it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -81,13 +81,13 @@ def rollout_files(source: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a file's name says (step-000012.jsonl, eval-step-000080.jsonl); None for other names."""
+    """The step in a file name such as step-000012.jsonl; None for names without one."""
     found = STEP.search(path.name)
     return int(found[1]) if found else None
 
 
 def read_responses(sources: Sequence[Path]) -> list[MeasuredResponse]:
-    """Every response of the sources, a file in memory at a time. UserError for what is no rollout file."""
+    """Measure every response of the sources. UserError for a file that holds no rollouts."""
     return [
         measure_response(sample, source=str(source), step=step_of(path))
         for source in sources

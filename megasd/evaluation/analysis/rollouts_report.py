@@ -45,7 +45,7 @@ def write_rollouts(out: Path, rows: Sequence[rollouts.MeasuredResponse]) -> None
 
 
 def plot_rollouts(out: Path, by_step: list[tables.TableRow], by_marker: list[tables.TableRow]) -> None:
-    """Plot score, tokens and markers over steps (by_step.png, markers.png); nothing without steps."""
+    """Plot score, tokens and markers over steps (by_step.png, markers.png), if there are steps."""
     stepped = [row for row in by_step if row["step"] is not None]
     sources = list(dict.fromkeys(row["source"] for row in stepped))
     if not stepped:

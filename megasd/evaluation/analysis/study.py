@@ -1,9 +1,8 @@
-"""One guidance analysis on a live engine: which questions, their samples under every setting, the
-KL of teacher and student.
+"""One guidance analysis on a live engine: questions, samples of every setting, KL.
 
-After Kim et al. (arXiv 2603.24472): questions whose accuracy over unguided samples lies within
-bounds, compared under the settings of guidance.py. A question that cannot be asked under one
-setting is left out of all, and named.
+After Kim et al. (arXiv 2603.24472). Questions whose accuracy over unguided samples lies within
+bounds are compared under the settings of guidance.py. A question that is too long under one setting
+is left out of all settings, and named.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from megasd.evaluation.analysis.tables import TableRow
 from megasd.rewards.reward_pool import RewardPool
 from megasd.types import Group, Prompt, UserError
 
-# questions asked at a time until enough of them have an accuracy within the bounds
+# questions sampled at a time, until enough of them have an accuracy within the bounds
 ROUND = 64
 DIRECTIONS = ("KL(T||S)", "KL(S||T)")
 
 
 class Bounds(NamedTuple):
-    """Which questions: accuracy in [low, high] over the unguided samples, and at most so many of them."""
+    """Which questions: an accuracy in [low, high] over unguided samples, at most `questions`."""
 
     low: float
     high: float
@@ -42,7 +41,7 @@ class Study:
                                      same questions in the same order
     study.engine_kl(...), full_kl()  rows of the KL table; full_kl needs no engine any more
 
-    accuracy   pass rate of every question asked, by id; None where no sample could be judged
+    accuracy   pass rate of every sampled question, by id; None where no sample could be judged
     left_out   questions within the bounds that are not compared, and why
     """
 
@@ -64,7 +63,7 @@ class Study:
         self.accuracy: dict[str, float | None] = {}
         self.left_out: dict[str, str] = {}
         self.demonstrations: dict[str, guidance.Demonstration] = {}
-        # whose KL was taken
+        # number of responses whose KL was taken
         self.kl_responses = 0
         # setting -> question -> samples
         self._groups: dict[str, dict[str, Group]] = {}

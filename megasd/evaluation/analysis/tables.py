@@ -1,5 +1,4 @@
-"""Tables as CSV and markdown, and plots as PNG. matplotlib is optional: without it the tables are
-written and the plots are not.
+"""Tables as CSV and markdown, and plots as PNG if matplotlib is installed.
 
 A table is a list of rows, a row a dict of column -> value; None is a value that could not be
 measured ("-" in markdown, empty in CSV).
@@ -23,17 +22,17 @@ MAX_MARKDOWN_ROWS = 60
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Their mean; None of nothing."""
+    """The mean of the values; None when there are none."""
     return sum(values) / len(values) if values else None
 
 
 def ratio(value: float | None, of: float | None) -> float | None:
-    """value / of; None where either is unknown or `of` is 0."""
+    """value / of; None when one of them is unknown or `of` is 0."""
     return value / of if value is not None and of else None
 
 
 def columns(rows: Sequence[TableRow]) -> list[str]:
-    """Every column, in the order in which they first occur."""
+    """The names of all columns, in the order in which they first occur."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
@@ -52,7 +51,7 @@ def pivot(rows: Sequence[TableRow], index: str, across: str, values: Sequence[st
 
 
 def write_csv(path: Path, rows: Sequence[TableRow]) -> None:
-    """All digits, one line a row; written beside and renamed when whole."""
+    """Write all rows with all digits; the file gets its name when it is whole."""
     writing = path.with_name(path.name + ".writing")
     with writing.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns(rows), restval="")
@@ -62,8 +61,9 @@ def write_csv(path: Path, rows: Sequence[TableRow]) -> None:
 
 
 def markdown(rows: Sequence[TableRow], *, limit: int | None = MAX_MARKDOWN_ROWS) -> str:
-    """A pipe table. More rows than `limit` are thinned out evenly, first and last kept, and a line
-    says so.
+    """The rows as a markdown table.
+
+    More rows than `limit` are thinned out evenly; the first and the last stay, and a line says so.
     """
     if not rows:
         return "(no rows)\n"
@@ -79,7 +79,7 @@ def markdown(rows: Sequence[TableRow], *, limit: int | None = MAX_MARKDOWN_ROWS)
 
 
 def shown(value: object) -> str:
-    """A value for a reader: four digits that count, "-" for unknown."""
+    """A value for a reader: four significant digits, "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -88,6 +88,7 @@ def shown(value: object) -> str:
 
 
 def can_plot() -> bool:
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -142,7 +143,7 @@ def plot_bars(
 def _figure(panels: int, *, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    # no pyplot: it would look for a display, and keep every figure
+    # no pyplot: it would look for a display, and keep every plot
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, height * panels), layout="constrained")

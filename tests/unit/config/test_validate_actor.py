@@ -81,7 +81,7 @@ def test_with_transformer_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 BAD = [
     ("actor.fp8_param_gather=true", "actor.fp8_param_gather: needs actor.fp8"),
-    (f"{FP8} actor.dtype=float32", "actor.dtype=float32: FP8 layers compute beside bfloat16"),
+    (f"{FP8} actor.dtype=float32", "actor.dtype=float32: FP8 layers compute next to bfloat16"),
     (
         f"{FP8} actor.fp8_recipe=delayed",
         "set actor.first_last_layers_bf16=false, or actor.fp8_recipe=tensorwise",
@@ -109,7 +109,7 @@ BAD = [
         "actor.recompute_method=block actor.recompute_granularity=selective",
         "actor.recompute_method=block: read with",
     ),
-    ("actor.recompute_granularity=selective actor.recompute_modules=[]", "names nothing to compute anew"),
+    ("actor.recompute_granularity=selective actor.recompute_modules=[]", "names nothing to compute again"),
     (
         "actor.recompute_granularity=selective actor.recompute_modules=[attn]",
         "no 'attn' in these models; choose from core_attn",
