@@ -40,7 +40,7 @@ from megasd.evaluation.estimators import (
     summarise,
 )
 from megasd.evaluation.presets import PRESETS
-from megasd.trainer.progress import ProgressPrinter, result_table, step_line
+from megasd.trainer.progress import ProgressPrinter, _TerminalScreen, result_table, step_line
 from megasd.types import Group, Prompt, Sample, UserError, Verdict
 
 
@@ -98,7 +98,7 @@ def test_report_on_a_terminal_and_elsewhere(
     for terminal in (False, True):
         monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
         report = ProgressPrinter(12)
-        assert (report.progress is not None) == terminal
+        assert isinstance(report._screen, _TerminalScreen) == terminal
         report.step(0, metrics)
         report.close()
         assert "step  1/12 pass 25.0%" in capsys.readouterr().out
