@@ -27,6 +27,7 @@ from megasd.trainer.metrics import read_metrics
 from tests.integration.recipe_cases import STEPS
 from tests.integration.test_train import teach_to_toss
 from tests.launch import ROOT
+from tests.metric_names import documented
 from tools import make_quickstart
 
 pytestmark = pytest.mark.nightly
@@ -132,6 +133,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_three_steps(runs: Path, name: str) -> None:
     rows = read_metrics(runs / name / "metrics.jsonl")
+    assert not {metric for row in rows for metric in row} - documented(), "explain them in docs/metrics.md"
     assert [row["step"] for row in rows] == list(range(STEPS))
     for row in rows:
         assert math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"])

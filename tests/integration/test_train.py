@@ -32,6 +32,7 @@ from megasd.data.rollout_log import load_groups, rollout_path, save_groups
 from megasd.trainer.metrics import read_metrics
 from megasd.types import Group, Prompt, Sample, Verdict
 from tests.launch import ROOT, generating, torchrun
+from tests.metric_names import documented
 from tools import make_quickstart
 
 P, G, STEPS = 8, 8, 4
@@ -279,6 +280,7 @@ def test_lines_and_table(job: Job) -> None:
     assert str(job.run) in lines[-1]
     assert "Traceback" not in job.output and "Warning" not in job.output
     rows = read_metrics(job.run / "metrics.jsonl")
+    assert not {name for row in rows for name in row} - documented(), "explain them in docs/metrics.md"
     assert [row["step"] for row in rows] == list(range(STEPS))
     for row in rows:
         assert (
