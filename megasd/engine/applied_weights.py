@@ -63,8 +63,9 @@ class AppliedWeights:
         await self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     async def holds(self, version: int) -> bool:
-        """Whether the engine holds this version, by what is known here and by its own word: a server
-        may have been restarted behind its URL.
+        """Whether the engine holds this version, by what is known here and by its own word.
+
+        A server may have been restarted behind its URL.
         """
         return self.version == version and await self.read_stamp() == str(version)
 
@@ -79,8 +80,9 @@ class AppliedWeights:
     # ---- weights from a directory ----------------------------------------------------------------
 
     async def load(self, directory: str, version: int) -> None:
-        """Load a safetensors directory and stamp it. EngineError if the engine refuses, or names
-        another version afterwards.
+        """Load a safetensors directory and stamp it.
+
+        EngineError if the engine refuses, or names another version afterwards.
         """
         self.version = None
         await self._resume("weights")
@@ -109,8 +111,9 @@ class AppliedWeights:
     # ---- a live update: pause, update session, stamp ---------------------------------------------
 
     async def enter_update(self, version: int, mode: str) -> None:
-        """Pause generation (mode: retract | abort) and open SGLang's update session. EngineError
-        when the session of another trainer is open.
+        """Pause generation (mode: retract | abort) and open SGLang's update session.
+
+        EngineError when the session of another trainer is open.
 
         From here on the engine holds no version. It is stamped "partial-<version>", so that others
         who ask it know.
@@ -139,16 +142,18 @@ class AppliedWeights:
         await self.stamp(f"{PARTIAL}{version}")
 
     async def update(self, path: str, body: dict[str, Any]) -> None:
-        """One request of a live update. EngineError with the engine's words if it refuses,
-        Unreachable if it died.
+        """One request of a live update.
+
+        EngineError with the engine's words if it refuses, Unreachable if it died.
         """
         answer = await self._post(path, body)
         if not answer.get("success"):
             raise EngineError(f"{self.server.url}{path}: {answer.get('message')}")
 
     async def leave_update(self, version: int | None = None) -> None:
-        """Close the session, stamp `version` (if given) and let generation go on. Does nothing where
-        no update is open.
+        """Close the session, stamp `version` (if given) and let generation go on.
+
+        Does nothing where no update is open.
         """
         await self._end_session(broken_off=version is None)
         if version is not None:
@@ -177,8 +182,9 @@ class AppliedWeights:
     # ---- memory ----------------------------------------------------------------------------------
 
     async def release(self) -> None:
-        """Give back the memory of weights and KV cache; no requests may run. On a CPU the server
-        says yes and frees nothing.
+        """Give back the memory of weights and KV cache; no requests may run.
+
+        On a CPU the server says yes and frees nothing.
         """
         self.version = None
         tags = [tag for tag in ("kv_cache", "weights") if tag not in self.released]
@@ -195,8 +201,9 @@ class AppliedWeights:
     # ---- proof -----------------------------------------------------------------------------------
 
     async def checksums(self, skip: Sequence[str] = ()) -> list[dict[str, str]]:
-        """Per tensor-parallel rank: engine parameter -> checksum of what it holds now. Synchronises
-        the engine's devices.
+        """Per tensor-parallel rank: engine parameter -> checksum of what it holds now.
+
+        Synchronises the engine's devices.
 
         `skip`: names that contain one of these are left out.
         """

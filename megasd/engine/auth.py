@@ -1,5 +1,6 @@
-"""The key that protects engines: the environment variable MEGASD_ENGINE_KEY, on both sides. No
-config, no argument and no file holds it.
+"""The key that protects engines: the environment variable MEGASD_ENGINE_KEY, on both sides.
+
+No config, no argument and no file holds it.
 
 An engine that is started where the variable is set answers only requests with the key
 (`Authorization: Bearer`); the client sends it with every request. The key travels as plain HTTP: it
@@ -26,8 +27,9 @@ class Secret(str):
 
 
 def engine_key() -> Secret | None:
-    """The key; None where the variable is not set, or empty. UserError for a key that HTTP cannot
-    carry; the message does not quote it.
+    """The key; None where the variable is not set, or empty.
+
+    UserError for a key that HTTP cannot carry; the message does not quote it.
     """
     found = os.environ.get(VARIABLE, "")
     if not found:
@@ -41,8 +43,9 @@ def engine_key() -> Secret | None:
 
 
 def protect(server_args: Any) -> None:
-    """Give SGLang its `api_key` from the environment, in the server's process. The key is then in no
-    argument vector and no log.
+    """Give SGLang its `api_key` from the environment, in the server's process.
+
+    The key is then in no argument vector and no log.
     """
     key = engine_key()
     if key is not None:

@@ -113,8 +113,9 @@ class EngineClient(EngineProcess):
     async def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
     ) -> Any:
-        """The parsed JSON answer. Refused on 4xx; Unreachable on 5xx, on a broken connection and
-        after `timeout` seconds.
+        """The parsed JSON answer.
+
+        Refused on 4xx; Unreachable on 5xx, on a broken connection and after `timeout` seconds.
         """
         try:
             async with self._open_session().request(
@@ -142,8 +143,9 @@ class EngineClient(EngineProcess):
             ) from error
 
     async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """POST /generate for a batch of `input_ids`; one output each, in order. Unreachable when
-        the engine makes no progress.
+        """POST /generate for a batch of `input_ids`; one output each, in order.
+
+        Unreachable when the engine makes no progress.
         """
         if self.in_flight == 0:
             self._last_progress = time.monotonic()
@@ -172,8 +174,9 @@ class EngineClient(EngineProcess):
             task.cancel()
 
     async def is_progressing(self) -> bool:
-        """Whether the scheduler's load (requests and tokens in use) has changed since the last call; the
-        first answer counts as a change.
+        """Whether the scheduler's load (requests and tokens in use) has changed since the last call.
+
+        The first answer counts as a change.
         """
         try:
             answer = await self.request("GET", "/v1/loads", timeout=10)
@@ -186,8 +189,9 @@ class EngineClient(EngineProcess):
     # ---- health ----------------------------------------------------------------------------------
 
     async def wait_ready(self) -> None:
-        """Wait until the engine has generated a token, at most start_timeout. StartError with the log's
-        last error.
+        """Wait until the engine has generated a token, at most start_timeout.
+
+        StartError with the log's last error.
 
         A server given by URL is asked once: UserError if it does not answer, or serves another model.
         """
@@ -260,8 +264,9 @@ class EngineClient(EngineProcess):
                 )
 
     async def why_dead(self) -> str | None:
-        """Why the engine counts as dead, None if it lives. A refused connection is tried again for some
-        seconds.
+        """Why the engine counts as dead, None if it lives.
+
+        A refused connection is tried again for some seconds.
         """
         if self.hung:
             return f"no token in {self.config.progress_timeout:g} s"

@@ -10,8 +10,9 @@ class EngineError(RuntimeError):
 
 
 class StartError(EngineError, UserError):
-    """An engine does not start. Its log says why: most often a setting of rollout.engine, or the
-    machine's memory.
+    """An engine does not start.
+
+    Its log says why: most often a setting of rollout.engine, or the machine's memory.
     """
 
 
@@ -20,6 +21,7 @@ class Refused(EngineError):
 
 
 class Unreachable(Exception):
-    """Connection refused, reset or closed, HTTP 5xx, or no progress: worth another try, perhaps with
-    another engine.
+    """A request failed that is worth another try, perhaps with another engine.
+
+    The connection was refused, reset or closed, the answer was HTTP 5xx, or there was no progress.
     """

@@ -12,6 +12,8 @@ T = TypeVar("T")
 
 
 class _Running(NamedTuple):
+    """A loop and the thread that it runs in."""
+
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
 

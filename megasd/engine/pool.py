@@ -79,7 +79,8 @@ class EnginePool:
     # ---- start and end ---------------------------------------------------------------------------
 
     def launch(self) -> None:
-        """Start the engines' processes and return at once, to overlap their start with other work;
+        """Start the engines' processes and return at once, to overlap their start with other work.
+
         `wait_ready` must follow.
 
         Engines given by URL must answer already: UserError if no SGLang server of this model
@@ -123,8 +124,10 @@ class EnginePool:
             )
 
     def wait_ready(self) -> None:
-        """Wait until every engine answers. StartError with the log's last error; UserError for a URL
-        that does not answer, or an engine that nobody announced.
+        """Wait until every engine answers.
+
+        StartError with the log's last error; UserError for a URL that does not answer, or an engine
+        that nobody announced.
         """
         try:
             self.call(self._wait_ready())

@@ -24,8 +24,9 @@ InFlight = Literal["retract", "abort", "drain"]
 
 
 class PoolWeights:
-    """Pushes of weights into the engines of a pool. Used by rank 0; `open_update` .. `close_update`
-    by one thread at a time.
+    """Pushes of weights into the engines of a pool.
+
+    Used by rank 0; `open_update` .. `close_update` by one thread at a time.
 
     shapes: name -> shape of every tensor of the start model.
     """
@@ -40,7 +41,7 @@ class PoolWeights:
 
     @property
     def version(self) -> int:
-        """The version that samples are asked of; 0 is the start model."""
+        """The version that samples must be of; 0 is the start model."""
         return self.target.version
 
     @property
@@ -51,8 +52,9 @@ class PoolWeights:
     # ---- weights from a directory ----------------------------------------------------------------
 
     def push(self, directory: str, version: int) -> None:
-        """Have every engine load `directory` (safetensors; it must stay until the next push) and
-        stamp `version`; checked in /model_info.
+        """Have every engine load `directory` and stamp `version`; checked in /model_info.
+
+        The directory holds safetensors, and must stay until the next push.
 
         UserError naming the tensor, before anything is sent, if names or shapes differ from those
         of the start model.
@@ -95,8 +97,9 @@ class PoolWeights:
     # ---- weights sent live -----------------------------------------------------------------------
 
     def open_update(self, version: int, in_flight: InFlight, *, lacking: bool = False) -> list[EngineClient]:
-        """Pause the engines and open SGLang's update session on each; returns the engines that take
-        part, in the order of `update`'s bodies.
+        """Pause the engines and open SGLang's update session on each.
+
+        Returns the engines that take part, in the order of `update`'s bodies.
 
         in_flight says what becomes of running requests: "retract" takes them back, and they go on
         afterwards with their context computed again; "abort" gives them up, and they are asked
@@ -126,8 +129,9 @@ class PoolWeights:
         await finish_all(engine.applied.enter_update(version, mode) for engine in health.updating)
 
     def update(self, path: str, bodies: Sequence[dict[str, Any]]) -> concurrent.futures.Future[None]:
-        """POST one body to each engine of the open update; the future fails with EngineError
-        (refused) or Unreachable.
+        """POST one body to each engine of the open update.
+
+        The future fails with EngineError (refused) or Unreachable.
 
         It fails with the first failure: in a broadcast the other engines wait for the one that
         failed.
@@ -145,8 +149,9 @@ class PoolWeights:
         return self.pool.submit(send())
 
     def close_update(self, version: int) -> None:
-        """End the session, check that each engine names `version`, and let it go on. The target is
-        `version` from here on.
+        """End the session, check that each engine names `version`, and let it go on.
+
+        The target is `version` from here on.
         """
 
         async def close() -> None:
@@ -158,14 +163,16 @@ class PoolWeights:
         self._end_update()
 
     def abandon_update(self) -> None:
-        """Give up a live update that failed for good. Engines that it began to write stay paused
-        until the next push.
+        """Give up a live update that failed for good.
+
+        Engines that it began to write stay paused until the next push.
         """
         self._end_update()
 
     def heal(self) -> None:
-        """After a failed live update: restart dead engines of ours, set dead URLs aside. They hold
-        no whole version until the next push.
+        """After a failed live update: restart dead engines of ours, set dead URLs aside.
+
+        They hold no whole version until the next push.
         """
 
         async def heal() -> None:
@@ -222,8 +229,9 @@ class PoolWeights:
             return False
 
     def checksums(self, skip: Sequence[str] = ()) -> dict[str, list[dict[str, str]]]:
-        """Per engine (URL), per tensor-parallel rank: engine parameter -> checksum; names that
-        contain an entry of `skip` are left out.
+        """Per engine (URL), per tensor-parallel rank: engine parameter -> checksum.
+
+        Names that contain an entry of `skip` are left out.
         """
 
         async def ask() -> dict[str, list[dict[str, str]]]:
@@ -234,17 +242,14 @@ class PoolWeights:
         return self.pool.call(ask())
 
     def distrust(self) -> None:
-        """The engines were found to hold something else than was sent: they are not asked for
-        samples before the next push.
-        """
+        """Ask no engine for samples before the next push: they hold something else than was sent."""
         for engine in self.pool.engines:
             engine.applied.version, engine.applied.distrusted = None, True
 
     def release(self) -> None:
-        """Have the engines that this run or `megasd serve` started free the memory of weights and KV
-        cache (colocation on a GPU). They must be idle.
+        """Idle engines free the memory of weights and KV cache (colocation on a GPU).
 
-        They sample again after a push.
+        Servers given by URL are left alone. The engines sample again after a push.
         """
 
         async def release() -> None:

@@ -82,8 +82,10 @@ class EngineProcess:
         url: str | None = None,
         index: int = 0,
     ) -> None:
-        """index: which of config.num_engines it is. It takes the index-th tensor_parallel_size GPUs
-        and, if config.port is given, the port `index` above it.
+        """index: which of config.num_engines it is.
+
+        It takes the index-th tensor_parallel_size GPUs and, if config.port is given, the port
+        `index` above it.
         """
         self.config, self.model_path, self.device, self.need_text = config, model_path, device, need_text
         # engines with the same seed would give equal samples of a prompt
@@ -187,8 +189,9 @@ class EngineProcess:
         return environment
 
     def launch(self) -> None:
-        """Start the process and return at once (nothing to do for a URL). UserError if the port is
-        taken, before any model is loaded.
+        """Start the process and return at once (nothing to do for a URL).
+
+        UserError if the port is taken, before any model is loaded.
         """
         if not self.owned:
             return
@@ -230,8 +233,9 @@ class EngineProcess:
         self.incarnation += 1
 
     def _choose_port(self) -> int:
-        """config.port, or a free port below the range that the kernel gives out: an engine binds it
-        only seconds later. UserError if config.port is taken.
+        """config.port, or a free port; UserError if config.port is taken.
+
+        A free one is below the range that the kernel gives out: an engine binds it seconds later.
         """
         if self.config.port == 0:
             for _ in range(100):
@@ -272,8 +276,9 @@ class EngineProcess:
         return self.process.poll() if self.process is not None else None
 
     def port_was_taken(self) -> bool:
-        """Whether the server could not bind its port, since another process took it after it was
-        chosen. The server does not exit then.
+        """Whether another process took the port after it was chosen, so that the server could not bind it.
+
+        The server does not exit then.
         """
         return self.owned and self.config.port == 0 and "address already in use" in self.last_error()
 

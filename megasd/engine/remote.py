@@ -1,5 +1,7 @@
-"""Engines that `megasd serve` starts on other machines. They are announced by files in
-run.dir/engines, which both sides see, and the run takes them from there.
+"""Engines that `megasd serve` starts on other machines.
+
+They are announced by files in run.dir/engines, which both sides see, and the run takes them from
+there.
 
     <host>-<port>.json   {"url", "name", "token"}: an engine that answers; a new name with every start
     <name>.condemned     the run writes it: the engine hangs, and `megasd serve` is to restart it
@@ -44,8 +46,9 @@ class Announcement:
 
 
 def job_token() -> str:
-    """A text that tells this start of a job from an earlier one: MEGASD_JOB, or Slurm's job and
-    restart; "" elsewhere.
+    """A text that tells this start of a job from an earlier one.
+
+    It is MEGASD_JOB, or Slurm's job and restart; "" elsewhere.
     """
     job = os.environ.get("SLURM_HET_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     return os.environ.get("MEGASD_JOB") or (

@@ -1,5 +1,6 @@
-"""An sglang-router in front of the engines: requests for samples go to it, all other requests
-(weights, versions, health) to the engines themselves.
+"""An sglang-router in front of the engines: requests for samples go to it.
+
+All other requests (weights, versions, health) go to the engines themselves.
 
 sglang-router 0.3.2 behaves so. /generate takes one request at a time with one rid (it answers 422 to
 a list of rids), and passes rid, log-probs, weight versions and the Authorization header through. The
@@ -115,6 +116,7 @@ class Router(EngineClient):
         return [await super().request(method, path, single, timeout=timeout)]
 
     async def is_progressing(self) -> bool:
+        """Whether one of the engines makes progress, or is paused by a push."""
         moved = await asyncio.gather(*(engine.is_progressing() for engine in self.engines if engine.alive))
         return any(moved) or any(engine.applied.paused for engine in self.engines)
 

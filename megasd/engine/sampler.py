@@ -1,5 +1,6 @@
-"""P prompts x G samples from SGLang engines, each sample exactly once, of the weights that the
-engines hold when the call begins, or of newer ones.
+"""P prompts x G samples from SGLang engines, each sample exactly once.
+
+A sample is of the weights that the engines hold when the call begins, or of newer ones.
 
     with make_sampler(config.rollout, model_path=..., device="cpu", dtype="float32", ...) as sampler:
         groups = sampler.generate(prompts, prompt_ids, chat.decode, num_samples=8, ...)
@@ -14,26 +15,24 @@ engine's --random-seed and the order of arrival are.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megasd.config.schema import RolloutConfig
 from megasd.engine.answers import response_of, scores_of, top_of, versions_of
-from megasd.engine.errors import EngineError, Refused, Unreachable
+from megasd.engine.errors import EngineError, Refused
 from megasd.engine.event_loop import cancel_on_error
 from megasd.engine.pool import EnginePool
 from megasd.engine.pool_weights import PoolWeights
 from megasd.engine.push_requests import PushRequests
+from megasd.engine.requester import Params, ParamsOf, Requester, same_params
 from megasd.engine.target_weights import FOREIGN, TargetWeights
-from megasd.types import Group, Prompt, Sample, UserError
+from megasd.types import Group, Prompt, Sample
 
 # Samples of one HTTP request. Short answers go many to a request (measured on 2 cores, 256 samples
 # x 6 tokens: 0.56 s in requests of 128, 1.1 s one by one); long ones one to a request, so that a
@@ -42,16 +41,6 @@ BATCH_TOKENS = 4096
 MAX_BATCH = 128
 # requests for top log-probs in flight: an answer holds top_k numbers a token
 TOP_LOGPROBS_IN_FLIGHT = 4
-
-Params = dict[str, Any]
-# The sampling_params of a batch of prompts: one dict for all of them, or one a prompt. It gets the
-# prompts' token ids and the dict for all.
-ParamsOf = Callable[[list[list[int]], Params], Params | list[Params]]
-
-
-def same_params(batch_ids: list[list[int]], params: Params) -> Params:
-    """Every prompt of a batch is sampled with the same parameters."""
-    return params
 
 
 @dataclass(frozen=True)
@@ -76,9 +65,9 @@ class _Call:
 
 
 class Sampler:
-    """Requests to the engines of `pool`, which hold the weights of `weights`. Used by one thread at a time.
+    """Samples and log-probs from the engines of `pool`, which hold the weights of `weights`.
 
-    stats: counters of the last `generate`. params_of: gives prompts sampling parameters of their own.
+    Used by one thread at a time. stats: counters of the last `generate`.
     """
 
     def __init__(
@@ -91,12 +80,10 @@ class Sampler:
         params_of: ParamsOf = same_params,
     ) -> None:
         self.pool, self.weights, self.config = pool, weights, pool.config
-        self.stop_token_ids, self.vocab_size, self.params_of = list(stop_token_ids), vocab_size, params_of
+        self.requester = Requester(pool, vocab_size=vocab_size, params_of=params_of)
+        self.stop_token_ids = list(stop_token_ids)
         self.stats: dict[str, float] = {}
         self._counts: Counter[str] = Counter()
-        self._serial = itertools.count()
-        # tells this run's request ids from another's on a shared server
-        self._run = os.urandom(4).hex()
 
     def __enter__(self) -> Sampler:
         self.pool.start()
@@ -108,8 +95,7 @@ class Sampler:
     @property
     def max_tokens(self) -> int | None:
         """Prompt and response tokens that every engine takes in one request; None before any has said."""
-        limits = [engine.max_tokens for engine in self.pool.engines if engine.max_tokens is not None]
-        return min(limits, default=None)
+        return self.requester.max_tokens
 
     # ---- generate --------------------------------------------------------------------------------
 
@@ -142,7 +128,7 @@ class Sampler:
         if len(prompts) != len(prompt_ids):
             raise ValueError(f"{len(prompts)} prompts but {len(prompt_ids)} lists of prompt ids")
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
-            self._check_prompt(f"prompt {prompt.id}", ids, max_response_tokens)
+            self.requester.check_prompt(f"prompt {prompt.id}", ids, max_response_tokens)
         asks = [
             SampleRequest(p * num_samples + g, prompt, ids, g)
             for p, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
@@ -150,10 +136,12 @@ class Sampler:
         ]
         params = self._generate_params(temperature, top_p, top_k, max_response_tokens)
         self._counts = Counter(retries=0, restarts=0, aborted=0, stale=0)
-        began, restarts = time.monotonic(), self.pool.health.num_restarts
+        began = time.monotonic()
+        retries, restarts = self.requester.num_retries, self.pool.health.num_restarts
         try:
             outputs = self.pool.run(self._generate(asks, params, self.weights.version))
         finally:
+            self._counts["retries"] = self.requester.num_retries - retries
             self._counts["restarts"] = self.pool.health.num_restarts - restarts
             self.stats = dict(self._counts) | {"seconds": time.monotonic() - began}
         samples = [self._to_sample(ask, output, decode) for ask, output in zip(asks, outputs, strict=True)]
@@ -209,7 +197,7 @@ class Sampler:
             name, ids = f"prompt {batch[0].prompt.id}{more}", [ask.prompt_ids for ask in batch]
             try:
                 async with call.slots:
-                    outputs = await self._request(partial(self._body, ids, call.params), name)
+                    outputs = await self.requester.send(name, ids, call.params)
             except Refused as error:
                 if len(batch) == 1:
                     raise EngineError(f"{name}: {error}") from error
@@ -275,23 +263,25 @@ class Sampler:
 
     def score(self, ids: list[int]) -> list[float]:
         """Log-probs (nats, temperature 1) of ids[1:], each given its prefix: len(ids) - 1 numbers."""
-        self._check_prompt("score", ids, 0)
+        self.requester.check_prompt("score", ids, 0)
         params = {"max_new_tokens": 0, "temperature": 1.0}
-        output = self._probe(lambda: self._body([ids], params, logprob_start_len=0), "score")
-        return scores_of(output, ids)
+        return scores_of(self._probe("score", ids, params, logprob_start_len=0), ids)
 
     def greedy(self, ids: list[int], n: int) -> tuple[list[int], list[float]]:
-        """The most probable continuation of `ids`, at most `n` tokens (it ends with a stop token),
-        and its log-probs (nats).
-        """
-        self._check_prompt("greedy", ids, n)
-        params = {"max_new_tokens": n, "temperature": 0.0, "stop_token_ids": self.stop_token_ids}
-        return response_of("greedy", self._probe(lambda: self._body([ids], params), "greedy"))
+        """The most probable continuation of `ids`, and its log-probs (nats).
 
-    def _probe(self, build: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
+        It has at most `n` tokens, and ends with a stop token.
+        """
+        self.requester.check_prompt("greedy", ids, n)
+        params = {"max_new_tokens": n, "temperature": 0.0, "stop_token_ids": self.stop_token_ids}
+        return response_of("greedy", self._probe("greedy", ids, params))
+
+    def _probe(self, name: str, ids: list[int], params: Params, **fields: Any) -> dict[str, Any]:
+        """The raw output for one prompt; EngineError if it is not of the current weights."""
+
         async def probe() -> dict[str, Any]:
             await self.pool.health.attend()
-            return (await self._request(build, name))[0]
+            return (await self.requester.send(name, [ids], params, **fields))[0]
 
         output = self.pool.run(probe())
         if any(version != self.weights.version for version in versions_of(output)):
@@ -304,13 +294,14 @@ class Sampler:
     def top_logprobs(
         self, sequences: list[tuple[list[int], list[int]]], k: int
     ) -> list[list[dict[int, float]]]:
-        """For each (prompt, response): at every response token, log-probs (nats, temperature 1) of
-        the engine's k most probable ids and of the response's own. k is clipped to the vocabulary:
-        SGLang dies of a larger one.
+        """For each (prompt, response): at every response token, id -> log-prob (nats, temperature 1).
+
+        The ids are the engine's k most probable and the response's own. k is clipped to the
+        vocabulary: SGLang dies of a larger one.
         """
         for prompt, response in sequences:
-            self._check_prompt("top log-probs", prompt + response, 0)
-        return self.pool.run(self._top_logprobs(sequences, min(k, self.vocab_size)))
+            self.requester.check_prompt("top log-probs", prompt + response, 0)
+        return self.pool.run(self._top_logprobs(sequences, min(k, self.requester.vocab_size)))
 
     async def _top_logprobs(
         self, sequences: list[tuple[list[int], list[int]]], k: int
@@ -322,9 +313,7 @@ class Sampler:
         async def one(prompt: list[int], response: list[int]) -> list[dict[int, float]]:
             fields = {"logprob_start_len": len(prompt) - 1, "top_logprobs_num": k}
             async with slots:
-                outputs = await self._request(
-                    lambda: self._body([prompt + response], params, **fields), "top log-probs"
-                )
+                outputs = await self.requester.send("top log-probs", [prompt + response], params, **fields)
             if self._why_rejected(outputs[0], self.weights.version) is not None:
                 raise EngineError(
                     "top log-probs: the server's weights changed while it was analysed; start the analysis"
@@ -333,63 +322,6 @@ class Sampler:
             return top_of(outputs[0], response)
 
         return await asyncio.gather(*(one(prompt, response) for prompt, response in sequences))
-
-    # ---- requests --------------------------------------------------------------------------------
-
-    async def _request(self, build: Callable[[], dict[str, Any]], name: str) -> list[dict[str, Any]]:
-        """One batch, asked until an engine answers. `build` gives each attempt its own request ids.
-
-        Refused (HTTP 4xx) is passed on; EngineError when config.max_retries are used up.
-        """
-        attempt = 0
-        while True:
-            engine = await self.pool.health.available()
-            incarnation, body = engine.incarnation, build()
-            try:
-                outputs = await engine.generate(body)
-            except Unreachable as error:
-                self._counts["retries"] += len(body["input_ids"])
-                if attempt == self.config.max_retries:
-                    raise EngineError(
-                        f"{name}: given up after {attempt + 1} attempts (rollout.max_retries): {error}"
-                    ) from error
-                for one in [engine] if self.pool.router is None else self.pool.engines:
-                    await self.pool.health.recover_any(one, incarnation if one is engine else one.incarnation)
-                await self.pool.back_off(attempt)
-                attempt += 1
-                continue
-            found = [output["meta_info"]["id"] for output in outputs]
-            if found != body["rid"]:
-                raise EngineError(f"{name}: asked for requests {body['rid']}, {engine.url} answered {found}")
-            return outputs
-
-    def _body(self, batch_ids: list[list[int]], params: Params, **fields: Any) -> dict[str, Any]:
-        return {
-            "rid": [f"{self._run}-{next(self._serial)}" for _ in batch_ids],
-            "input_ids": batch_ids,
-            "sampling_params": self.params_of(batch_ids, params),
-            "return_logprob": True,
-            **fields,
-        }
-
-    def _check_prompt(self, name: str, ids: list[int], max_response_tokens: int) -> None:
-        """UserError for what SGLang would answer with a crash (a token id off the vocabulary) or
-        with a shorter response (no room).
-        """
-        if not ids:
-            raise UserError(f"{name}: the prompt is empty")
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise UserError(
-                    f"{name}: token id {token} is outside the vocabulary of {self.vocab_size}; is the"
-                    " tokenizer this model's?"
-                )
-        if self.max_tokens is not None and len(ids) + max_response_tokens > self.max_tokens:
-            raise UserError(
-                f"{name}: {len(ids)} prompt + {max_response_tokens} response tokens exceed the engine's"
-                f" {self.max_tokens} (context length and rollout.engine.max_total_tokens, less 2); lower"
-                " max_response_tokens or drop the prompt"
-            )
 
 
 def make_sampler(

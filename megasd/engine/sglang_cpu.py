@@ -1,5 +1,6 @@
-"""The real SGLang server on a machine without CUDA:  python -m megasd.engine.sglang_cpu
---model-path DIR --device cpu ...
+"""The real SGLang server on a machine without CUDA.
+
+    python -m megasd.engine.sglang_cpu --model-path DIR --device cpu ...
 
 SGLang's wheel imports two packages that have no CPU build, for features that a text model on a CPU
 never calls. This file puts an empty stand-in in the place of each, leaves out imports that only
@@ -79,8 +80,9 @@ def stand_in_for_torchvision() -> None:
 
 
 def leave_out_megatron() -> None:
-    """Hide Megatron-core from SGLang's tensor dumper, a debugging aid: importing it would take 1.5 s
-    in each of three processes.
+    """Hide Megatron-core from SGLang's tensor dumper, a debugging aid.
+
+    The dumper would import it, which takes 1.5 s in each of three processes.
     """
     # None makes the import raise ImportError, which the dumper expects
     modules: dict[str, Any] = sys.modules

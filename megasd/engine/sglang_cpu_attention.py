@@ -1,5 +1,6 @@
-"""Attention of a whole batch at once, for SGLang's torch_native backend on a CPU. Only the engine's
-processes import it.
+"""Attention of a whole batch at once, for SGLang's torch_native backend on a CPU.
+
+Only the engine's processes import it.
 
 SGLang's own loop calls scaled_dot_product_attention once per sequence and layer: with 256 short
 sequences in flight that takes half of a rollout's time. Here the batch is padded to its longest
@@ -26,8 +27,9 @@ MAX_SCORES = 2**25
 
 
 class BatchedTorchBackend(TorchNativeAttnBackend):
-    """torch_native without its loops over sequences. Queries and outputs are [T, H, D], caches
-    [slots, key heads, D].
+    """torch_native without its loops over sequences.
+
+    Queries and outputs are [T, H, D], caches [slots, key heads, D].
     """
 
     def _run_sdpa_forward_decode(

@@ -1,5 +1,6 @@
-"""SGLang's server with the key of the environment:  python -m megasd.engine.sglang_with_key
---model-path DIR ...
+"""SGLang's server with the key of the environment.
+
+    python -m megasd.engine.sglang_with_key --model-path DIR ...
 
 It does what sglang.launch_server does, and reads the key from the environment: `--api-key` would
 show in process lists.

@@ -16,7 +16,7 @@ FOREIGN = -1
 class TargetWeights:
     """The current weights of a run: their version, and where an engine finds them.
 
-    version: 0 is the start model; samples are asked of engines with this version alone.
+    version: 0 is the start model; only engines with this version are asked for samples.
     directory: safetensors of these weights; None when only the actor has them. An engine then gets
     them by a push, which `push_requests` asks the main thread for.
     """

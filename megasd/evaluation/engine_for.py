@@ -1,5 +1,6 @@
-"""The engine of an analysis or an evaluation: a server that is started on a directory, or a server
-that somebody else runs, used as it stands.
+"""The engine of an analysis or an evaluation.
+
+It is a server that is started on a directory, or a server that somebody else runs, as it stands.
 
 A training run gives its own weights to the servers of `rollout.engine.urls`. An analysis must not:
 it measures what is served. So nothing is sent to such a server. If its weights change meanwhile,
@@ -47,9 +48,9 @@ class ServedWeights(TargetWeights):
 
 
 def open_guest_engine(config: Config, *, chat: Chat, out: Path) -> Sampler:
-    """The engine of an analysis, a context manager: that of rollout.engine.urls as it stands, else
-    one started on model.path.
+    """The engine of an analysis, as a context manager.
 
+    It is the server of rollout.engine.urls as it stands, or one that is started on model.path.
     With rollout.engine.dtype=auto a started engine computes in bfloat16 on a GPU and in float32 on
     a CPU. Its log is out/engine.log.
     """

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megasd.config.schema import EngineConfig, RolloutConfig
 from megasd.data.chat import Chat
-from megasd.engine.sampler import Params, Sampler, make_sampler, same_params
+from megasd.engine.requester import Params, same_params
+from megasd.engine.sampler import Sampler, make_sampler
 from megasd.evaluation.engine_for import ServedWeights
 from megasd.types import Group, Prompt, UserError, is_url
 from megasd.weights.hf_files import read_hf_config

@@ -1,5 +1,6 @@
-"""One batch sampled ahead (rollout.overlap=1): a thread of rank 0 samples and scores the next batch
-while every rank learns this one.
+"""Samples one batch ahead (rollout.overlap=1).
+
+A thread of rank 0 samples and scores the next batch while every rank learns this one.
 
     # The engines hold version k, and batch k is about to be learned.
     prefetcher.start(sampler, before, work)
@@ -96,8 +97,9 @@ class Prefetcher:
 
 
 def staleness(groups: list[Group], step: int, config: RolloutConfig) -> dict[str, float]:
-    """How old the sampled responses of a step's batch are, in steps. RuntimeError for a response that
-    is older than the config allows.
+    """How old the sampled responses of a step's batch are, in steps.
+
+    RuntimeError for a response that is older than the config allows.
 
     Rows' own solutions, replays and samples of the start model (frozen_policy) have no age.
     """

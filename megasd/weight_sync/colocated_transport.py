@@ -83,6 +83,7 @@ class _Copied:
         self.weights, self.answer, self.fence = weights, answer, fence
 
     def wait(self) -> None:
+        """Wait until every engine has its copy. EngineError (refused) or Unreachable (died)."""
         self.answer.result()
         if self.fence:
             # SGLang answers when its copies are queued, not when they are done. Its checksum call
@@ -91,8 +92,9 @@ class _Copied:
 
 
 def handle(bucket: Bucket, flat: Tensor) -> str:
-    """Base64 of what SGLang's flattened-bucket loader reads: a handle of the memory of `flat`, and
-    the place of each tensor in it.
+    """What SGLang's flattened-bucket loader reads, as base64.
+
+    It holds a handle of the memory of `flat`, and the place of each tensor in it.
 
     Every handle must be read exactly once, since torch counts the readers of shared memory. SGLang's
     unpickler admits only data classes, among them SimpleNamespace: no sglang is needed to write one.

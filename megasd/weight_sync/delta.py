@@ -21,8 +21,9 @@ _CHUNK = 1 << 20
 
 
 def tensor_fingerprint(tensor: Tensor) -> int:
-    """64 bits that depend on all bytes of a tensor: the sum of its 64-bit words, each times an odd
-    number of its place, modulo 2**64. Equal bytes give an equal number.
+    """64 bits that depend on every byte of a tensor; equal bytes give an equal number.
+
+    It is the sum of the 64-bit words, each times an odd number of its place, modulo 2**64.
     """
     data = plain(tensor).contiguous().reshape(-1).view(torch.uint8)
     words = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)

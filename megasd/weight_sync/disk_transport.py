@@ -22,8 +22,9 @@ _UNFINISHED, _FINISHED = "model.safetensors.tmp", "model.safetensors"
 
 
 class DiskTransport:
-    """Two directories take turns: the last pushed file stays until the next push has succeeded, since
-    a restarted engine loads it.
+    """Writes the buckets into a file, which the engines then load. Two directories take turns.
+
+    The last pushed file stays until the next push has succeeded, since a restarted engine loads it.
     """
 
     def __init__(self, weights: PoolWeights, device: torch.device, directories: tuple[Path, Path]) -> None:

@@ -1,5 +1,6 @@
-"""How SGLang stores a model, and the checksums that it reports. They prove, tensor by tensor, that
-an engine holds what was sent.
+"""How SGLang stores a model, and the checksums that it reports.
+
+They prove, tensor by tensor, that an engine holds what was sent.
 
     expected = EngineWeights(hf_config, tp_size=2)
     for name, tensor in hf_tensors:     # fused and cut as SGLang does, hashed when complete
@@ -43,9 +44,9 @@ _WORD, _TILE = 0xFFFFFFFF, 8192
 
 @dataclass(frozen=True)
 class EngineSlice:
-    """Where one rank puts a Hugging Face tensor: `parameter[expert].narrow(dim, offset, length)`
-    takes `tensor.narrow(dim, start, length)`.
+    """Where one rank of an engine puts a Hugging Face tensor.
 
+    `parameter[expert].narrow(dim, offset, length)` takes `tensor.narrow(dim, start, length)`.
     parameter: SGLang's name. shape: of the parameter on this rank. parts: how many Hugging Face
     tensors make it up. expert: index into a stacked parameter; None for a parameter without stack.
     """
@@ -135,8 +136,9 @@ class EngineWeights:
         return EngineSlice(parameter, tuple(shape), 1, None, 0, 0, 0, shape[0])
 
     def _rank_part(self, total: int, rank: int, padding: float) -> tuple[int, int, int]:
-        """(size of a rank's part, where this rank's begins, how much of it is no padding), if every part
-        is a multiple of `padding`.
+        """(size of a rank's part, where this rank's begins, how much of it is no padding).
+
+        Every part is a multiple of `padding`.
         """
         unit = round(padding * self.tp_size)
         size = -(-total // unit) * unit // self.tp_size
@@ -168,8 +170,9 @@ class EngineWeights:
 
 
 def checksum(tensor: Tensor, *, on_cpu: bool) -> str:
-    """The checksum, 16 hex digits, that an engine on a CPU or on a GPU reports of these bytes. The
-    tensor may lie on any device.
+    """The checksum, 16 hex digits, that an engine on a CPU or on a GPU reports of these bytes.
+
+    The tensor may lie on any device.
     """
     data = tensor.contiguous().reshape(-1).view(torch.uint8)
     if on_cpu:

@@ -158,6 +158,10 @@ class _Broadcast:
         self.answer, self.work = answer, work
 
     def wait(self) -> None:
+        """Wait until the broadcast is done and every engine has answered.
+
+        EngineError with the answer of an engine that refused; Unreachable when one died.
+        """
         while not self.work.is_completed():
             # an engine that refused, or died, never joins in
             _raise_failure(self.answer)
@@ -207,8 +211,9 @@ def _address_seen_by(urls: Sequence[str]) -> str:
 
 
 def _join(store: dist.Store, world: int, name: str, backend: str) -> dist.ProcessGroup:
-    """Rank 0 of a group outside the trainer's world, as SGLang's side makes it (srt/utils/common.py
-    init_custom_process_group).
+    """Become rank 0 of a group outside the trainer's world.
+
+    SGLang's side makes it in the same way: srt/utils/common.py, init_custom_process_group.
     """
     from torch.distributed import distributed_c10d as c10d
 

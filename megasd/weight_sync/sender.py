@@ -280,8 +280,9 @@ class EngineSender:
 
 
 def _fp8_of(weights: PoolWeights, config: SyncConfig) -> Requantise | None:
-    """How buckets become fp8, if the engines were started from an fp8 checkpoint. UserError if the
-    push would be verified by checksums.
+    """How buckets become fp8, if the engines were started from an fp8 checkpoint.
+
+    UserError if the push would be verified by checksums.
     """
     quantization = read_hf_config(weights.model_path).get("quantization_config")
     if not quantization:

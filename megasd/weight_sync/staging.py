@@ -1,5 +1,6 @@
-"""Where pushed files lie until an engine has read them: in shared memory if there is room, else in
-the run directory.
+"""Where pushed files lie until an engine has read them.
+
+They lie in shared memory if there is room, else in the run directory.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ _OWNER = "owner"
 
 @contextlib.contextmanager
 def staging_directory(run_dir: Path, nbytes: int, local_engine: bool) -> Iterator[Path]:
-    """A fresh directory, removed afterwards. It is in shared memory if the engine is local and there is
-    room for nbytes and a tenth more, else in run_dir.
+    """A fresh directory, removed afterwards.
+
+    It is in shared memory if the engine is local and there is room for nbytes and a tenth more,
+    else in run_dir.
     """
     root = _make_root(run_dir, nbytes, local_engine)
     try:

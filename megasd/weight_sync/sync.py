@@ -1,5 +1,4 @@
-"""Weight sync: the actor's live weights into the rollout engines, then proof that the engines
-compute with them.
+"""Weight sync pushes the actor's weights into the engines, then proves that they compute with them.
 
     with WeightSync(actor, sampler, config.sync, run_dir, model_path=..., probes=[ids, ...]) as sync:
         metrics = sync.push(version=0)
@@ -48,8 +47,9 @@ class SyncError(RuntimeError):
 
 
 class ProbeError(SyncError, UserError):
-    """Engine and actor compute different numbers. Most often two settings do not go together; the
-    message names them.
+    """Engine and actor compute different numbers.
+
+    Most often two settings do not go together; the message names them.
     """
 
 
@@ -83,6 +83,9 @@ class _Prepared:
 
 class WeightSync:
     """Pushes of the actor's weights. Every rank calls `push`; a failure raises on all of them.
+
+    It is one long class because its methods are the steps of one collective protocol: each rank must
+    reach the same all-reduces in the same order. What one rank does alone is in sender.py.
 
     actor: on every rank. sampler: its engines get the weights; on rank 0, None on other ranks.
     model_path: Hugging Face directory of the model, whose config.json goes with the weights.
@@ -121,8 +124,9 @@ class WeightSync:
         self._cleanup = contextlib.ExitStack()
 
     def push(self, version: int, *, lacking: bool = False) -> dict[str, float]:
-        """Every engine holds the actor's weights as `version` when this returns; each
-        config.verify_every-th push is probed.
+        """Every engine holds the actor's weights as `version` when this returns.
+
+        Each config.verify_every-th push is probed.
 
         `lacking`: only engines that do not hold `version` already (one that was restarted), whole
         and without a second attempt. Returns on rank 0 sync/seconds, sync/bytes,
@@ -150,8 +154,9 @@ class WeightSync:
             self._lock.release()
 
     def release(self) -> None:
-        """The engines give their memory to the trainer until the next push, which sends everything
-        and gives it back. Every rank calls it.
+        """The engines give their memory to the trainer until the next push, which sends everything.
+
+        Every rank calls it.
         """
         self._fingerprints.forget()
         if self.sampler is not None:
@@ -194,8 +199,9 @@ class WeightSync:
         return metrics | clock.metrics() if self.sampler is not None else {}
 
     def _prepare(self, version: int) -> _Prepared:
-        """The plan, its buffers and the sender, made once. What cannot be right is refused before an
-        engine is touched.
+        """The plan, its buffers and the sender, made once.
+
+        What cannot be right is refused before an engine is touched.
         """
         if self._prepared is not None:
             return self._prepared
@@ -293,8 +299,9 @@ class WeightSync:
         return self._whole_parameters(gather, changed)
 
     def _whole_parameters(self, gather: Gather, changed: frozenset[str]) -> frozenset[str]:
-        """`changed`, and all that shares an engine's parameter with it (a stack of experts): a
-        checksum is of a whole parameter.
+        """`changed`, and every parameter that shares an engine's parameter with it (a stack of experts).
+
+        A checksum is of a whole parameter of the engine.
         """
         place = EngineWeights(self.hf, 1)
         params = [param for bucket in gather.plan.buckets for param in bucket.params]
@@ -345,8 +352,9 @@ class WeightSync:
     # ---- probes ----------------------------------------------------------------------------------
 
     def _probe(self, version: int, gather: Gather, sender: BucketSender) -> dict[str, float]:
-        """Compare log-probs of the probes; ProbeError on rank 0, SyncError elsewhere, when they differ by
-        more than config.tolerance.
+        """Compare log-probs of the probes.
+
+        ProbeError on rank 0, SyncError elsewhere, when they differ by more than config.tolerance.
         """
         engine = self._agreed(lambda: sender.score(self.probes), version)
         actor = [self.actor.score_tokens(ids) for ids in self.probes]

@@ -1,5 +1,6 @@
-"""Proof that engines hold what the actor holds: names and shapes before a push, checksums and
-log-probs after it.
+"""Proof that engines hold what the actor holds.
+
+Names and shapes are compared before a push, checksums and log-probs after it.
 
 SGLang answers 200 to a name that it does not know, and dies of a wrong shape. So names and shapes
 are checked before anything is sent.
@@ -23,8 +24,10 @@ class VerifyError(EngineError):
 
 
 def check_shapes(plan: GatherPlan, stored: Mapping[str, Shape], *, tied: bool) -> None:
-    """VerifyError unless the plan's names and shapes are `stored`, those of the checkpoint that the
-    engine was started from. tied: that checkpoint may leave out lm_head.weight.
+    """VerifyError unless the plan's names and shapes are `stored`.
+
+    stored: those of the checkpoint that the engine was started from. tied: it may leave out
+    lm_head.weight.
     """
     planned = plan.tensors()
     for name, shape in stored.items():
