@@ -1,5 +1,6 @@
-"""What `megasd serve` does: rollout engines on this machine for a run on other machines
-(rollout.engine.served). engine/remote.py says how run and engines find each other.
+"""What `megasd serve` does: engines on this machine for a run on others (rollout.engine.served).
+
+engine/remote.py says how run and engines find each other.
 
 The command starts as many engines as fit, announces each when it answers, and restarts an engine
 that died or hangs. It closes all engines and ends when the run ends, when the run has given no sign
