@@ -109,8 +109,8 @@ def load_hf(
                 (param, rule, layout, [source.slice(part, shape) for part, shape in rule.parts.items()])
             )
         for param, rule, layout, sources in plan:
-            # A slice of a TransformerEngine fp8 parameter is a dequantised copy: it takes values only
-            # as a whole.
+            # A slice of a TransformerEngine fp8 parameter is a dequantised copy: it takes values
+            # only as a whole.
             shard = param
             if is_quantised(param):
                 shard = torch.empty(layout.shape, dtype=param.dtype, device=param.device)
