@@ -43,11 +43,13 @@ reductions.rebuild_cuda_tensor = by_uuid
 for line in sys.stdin:
     found = pickle.loads(base64.b64decode(line))
     flat = found["flattened_tensor"]
-    sums = {m.name: flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape).double().sum().item() for m in found["metadata"]}
+    parts = {m.name: flat[m.start_idx : m.end_idx].view(m.dtype) for m in found["metadata"]}
+    shapes = {m.name: m.shape for m in found["metadata"]}
+    sums = {name: part.reshape(shapes[name]).double().sum().item() for name, part in parts.items()}
     torch.cuda.synchronize()
-    del found, flat
+    del found, flat, parts
     print(repr(sums), flush=True)
-"""  # noqa: E501
+"""
 
 
 def test_another_process_reads_the_handle(tmp_path: Path) -> None:
