@@ -1,5 +1,6 @@
-"""The requirements of an image's environment, read from pyproject.toml, where every version is
-pinned:  python pins.py trainer|engine
+"""Print the requirements of an image's environment: python pins.py trainer|engine
+
+They are read from pyproject.toml, where every version is pinned.
 """
 
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 
 def pins(kind: str, project: dict) -> list[str]:
-    """trainer: megasd's own and those of its launcher; engine: SGLang, and what `megasd serve`
-    reads a config with.
+    """The requirements of one kind of environment.
+
+    trainer: those of megasd and of its launcher. engine: SGLang, and what `megasd serve` needs to
+    read a config.
     """
     extras = project["optional-dependencies"]
     if kind == "trainer":

@@ -27,27 +27,28 @@ from megasd.ops.fused_linear_loss import TeacherHead, fused_linear_loss, fused_l
 from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec, TeacherRecord, vocab_parallel_logprobs
 
 BETA = 0.5
-# columns of a token that are raised, by up to this many nats
+# Columns of a token that are raised, by up to MAX_SPIKE nats.
 NUM_SPIKES, MAX_SPIKE = 3, 25.0
 LOGIT_STD, TEACHER_NOISE = 2.0, 0.1
-# tokens drawn at a time: whole rows of the vocabulary never exist for all tokens
+# Tokens drawn at a time, so that whole rows of the vocabulary never exist for all tokens.
 ROWS = 64
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the grid."""
+    """One point of the grid.
+
+    vocab: columns over all ranks, divisible by tp. dtype: of the logits, or of hidden states and
+    weight. chunk_tokens: tokens whose two logits the chunked cases may hold.
+    """
 
     tokens: int
-    # over all ranks; divisible by tp
     vocab: int
     hidden: int
     top_k: int
     tp: int
-    # of the logits, or of hidden states and weight
     dtype: str
     device: str
-    # tokens whose two logits the chunked cases may hold
     chunk_tokens: int
     seed: int = 0
 
@@ -74,7 +75,7 @@ class Inputs:
 def make_inputs(
     setting: Setting, level: str, rank: int, device: torch.device, group: dist.ProcessGroup | None
 ) -> Inputs:
-    """The same whole tensors whatever the number of ranks, of which this rank keeps its columns."""
+    """Draw the same tensors for every number of ranks; this rank keeps its own columns."""
     dtype = getattr(torch, setting.dtype)
     width = setting.vocab // setting.tp
     columns = slice(rank * width, (rank + 1) * width)
@@ -116,10 +117,9 @@ def make_inputs(
 
 @dataclass
 class Job:
-    """forward() -> loss (a scalar); its gradients in the leaves are the backward. before():
-    restores what a run destroys, off the clocks.
+    """What is timed: forward() returns the loss; its gradients in `leaves` are the backward.
 
-    The last leaf is split over the ranks.
+    before() restores what a run destroys, and is not timed. The last leaf is split over the ranks.
     """
 
     forward: Callable[[], Tensor]
@@ -129,12 +129,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Case:
-    # whose: the letter of benchmarks/README.md
+    """A row of the benchmark.
+
+    source: "ours", or a rival's letter in benchmarks/README.md. level: "logits" or "linear".
+    one_rank: the rival has no tensor parallelism. reads_k: the result depends on top_k.
+    """
+
     source: str
     label: str
     level: str
     make: Callable[[Inputs], Job]
-    # the rival has no tensor parallelism
     one_rank: bool = False
     reads_k: bool = True
 
@@ -200,8 +204,9 @@ def _liger(inputs: Inputs) -> Job:
 
 
 def _copy(inputs: Inputs) -> Job:
-    """Both logits copied once: four words a column, as many as reading both and then one again to
-    write its gradient.
+    """Both logits copied once: four words a column.
+
+    That is as much as reading both logits, then reading one again and writing its gradient.
     """
     out_TV = torch.zeros_like(inputs.student_TV)
 
@@ -214,8 +219,9 @@ def _copy(inputs: Inputs) -> Job:
 
 
 def _gemm(inputs: Inputs) -> Job:
-    """Student and teacher logits, hidden gradient, weight gradient, chunk by chunk into buffers
-    that exist.
+    """The four matrix products of the loss, chunk by chunk into existing buffers.
+
+    They are student logits, teacher logits, hidden gradient and weight gradient.
     """
     hidden_Th, weight_Vh, chunk = (
         inputs.hidden_Th,
@@ -243,10 +249,10 @@ def _gemm(inputs: Inputs) -> Job:
 # Ours ---------------------------------------------------------------------------------------------
 
 
-def _loss(readout: LogProbs, *, beta: float, normalised: bool) -> Tensor:
-    if readout.divergence_T is not None:
-        return readout.divergence_T
-    return divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=beta, normalised=normalised)
+def _loss(log_probs: LogProbs, *, beta: float, normalised: bool) -> Tensor:
+    if log_probs.divergence_T is not None:
+        return log_probs.divergence_T
+    return divergence(log_probs.student_logq_TB, log_probs.teacher_logq_TB, beta=beta, normalised=normalised)
 
 
 def _record_of_logits(inputs: Inputs) -> TeacherRecord:
@@ -259,7 +265,7 @@ def _record_of_logits(inputs: Inputs) -> TeacherRecord:
     )
 
 
-def _readout(
+def _log_probs(
     support: str, *, tail: str = "bucket", beta: float = BETA, in_place: bool = False
 ) -> Callable[[Inputs], Job]:
     def make(inputs: Inputs) -> Job:
@@ -269,10 +275,10 @@ def _readout(
         kept_TV = student_TV.detach().clone() if in_place else None
 
         def forward() -> Tensor:
-            readout = vocab_parallel_logprobs(
+            log_probs = vocab_parallel_logprobs(
                 student_TV, teacher, None, spec, tp_group=inputs.group, in_place=in_place
             )
-            return _loss(readout, beta=beta, normalised=tail != "raw").mean()
+            return _loss(log_probs, beta=beta, normalised=tail != "raw").mean()
 
         before = (lambda: student_TV.data.copy_(kept_TV)) if in_place else (lambda: None)
         return Job(forward, (student_TV,), before)
@@ -296,8 +302,8 @@ def _fused(support: str) -> Callable[[Inputs], Job]:
             teacher = TeacherHead(inputs.teacher_hidden_Th, weight_Vh.detach())
         spec = LogProbsSpec(setting.vocab, support, setting.top_k, beta=BETA)
 
-        def loss_fn(readout: LogProbs, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            return _loss(readout, beta=BETA, normalised=True) / setting.tokens, {}
+        def loss_fn(log_probs: LogProbs, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            return _loss(log_probs, beta=BETA, normalised=True) / setting.tokens, {}
 
         return Job(
             lambda: fused_linear_loss(hidden_Th, weight_Vh, None, spec, loss_fn, teacher=teacher, **call)[0],
@@ -313,12 +319,12 @@ CASES: dict[str, Case] = {
     "trl-full": Case("c", "TRL generalized JSD formula", "logits", _trl_full, one_rank=True, reads_k=False),
     "forward-kl": Case("d", "teacher-top-k forward KL (verl)", "logits", _forward_kl),
     "copy": Case("e", "bound: copy of both logits", "logits", _copy, reads_k=False),
-    "topk": Case("ours", "top-k", "logits", _readout("student")),
-    "topk-in-place": Case("ours", "top-k, gradient in place", "logits", _readout("student", in_place=True)),
+    "topk": Case("ours", "top-k", "logits", _log_probs("student")),
+    "topk-in-place": Case("ours", "top-k, gradient in place", "logits", _log_probs("student", in_place=True)),
     "record-kl": Case(
-        "ours", "teacher record, the loss of (d)", "logits", _readout("record", tail="raw", beta=0.0)
+        "ours", "teacher record, the loss of (d)", "logits", _log_probs("record", tail="raw", beta=0.0)
     ),
-    "full": Case("ours", "full vocabulary", "logits", _readout("full"), reads_k=False),
+    "full": Case("ours", "full vocabulary", "logits", _log_probs("full"), reads_k=False),
     "gather-linear": Case("a", "GEMM + gather + SDPO formula", "linear", _gather_linear),
     "liger": Case("b", "Liger chunked JSD, full vocabulary", "linear", _liger, one_rank=True, reads_k=False),
     "gemm": Case("e", "bound: the 4 GEMMs", "linear", _gemm, reads_k=False),

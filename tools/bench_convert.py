@@ -1,5 +1,4 @@
-"""Conversion of a large random model, both ways: seconds, peak memory, and the same result after
-kill -9 at random points.
+"""Convert a large random model both ways: seconds, peak memory, and the result after kill -9.
 
     python tools/bench_convert.py --dir /tmp/bench_convert --kills 10 --json convert.json
 
@@ -49,7 +48,7 @@ CONFIG = {
 
 
 def make_model(directory: Path, layers: int, shard_bytes: int) -> None:
-    """A random checkpoint; one tensor in memory at a time."""
+    """Write a random checkpoint, with one tensor in memory at a time."""
     source = directory.with_name(directory.name + "-config")
     source.mkdir(parents=True, exist_ok=True)
     config = CONFIG | {"num_hidden_layers": layers}
@@ -75,7 +74,7 @@ def command(source: Path, target: Path, file_mib: int) -> list[str]:
 
 
 def convert(source: Path, target: Path, file_mib: int) -> dict[str, float]:
-    """Seconds and MiB as the tool prints them."""
+    """Convert, and return seconds and MiB as the tool prints them."""
     done = subprocess.run(command(source, target, file_mib), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
@@ -89,15 +88,15 @@ def convert(source: Path, target: Path, file_mib: int) -> dict[str, float]:
 def convert_killed(
     source: Path, target: Path, file_mib: int, kills: int, seconds: float, rng: random.Random
 ) -> list[int]:
-    """The same conversion, killed (SIGKILL) at random times until `kills` found it at work, then
-    run out. Whole files at each kill.
+    """Kill the conversion `kills` times at random moments, then let it end.
 
-    One that is done before its kill is thrown away and begins anew.
+    Returns the number of whole files at each kill. A conversion that ends before its kill is thrown
+    away and begins again.
     """
     whole: list[int] = []
     while len(whole) < kills:
         process = subprocess.Popen(command(source, target, file_mib), stdout=subprocess.DEVNULL)
-        # 1.5 s: of importing
+        # Imports take 1.5 s.
         time.sleep(1.5 + rng.uniform(0, seconds / 2))
         process.send_signal(signal.SIGKILL)
         process.wait()

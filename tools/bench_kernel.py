@@ -1,16 +1,16 @@
-"""The distillation loss beside its rivals: process CPU time, wall time, peak memory, bytes per
-token, and the value of the loss.
+"""Compare the distillation loss with its rivals: time, peak memory, bytes per token, value.
 
     # TP=2, V=152064, top-k and gather only, under three minutes
     python tools/bench_kernel.py --quick --json quick.json
     python tools/bench_kernel.py --json all.json --plot all.png       # every case at TP=1 and TP=2
     python tools/bench_kernel.py --tokens 512 2048 --tp 2 --cases fused-topk fused-full
-    python tools/bench_kernel.py --device cuda --tp 1 --tokens 8192 --hidden 4096 --dtype bfloat16 --chunk-tokens 2048
+    python tools/bench_kernel.py --device cuda --tp 1 --tokens 8192 --hidden 4096 \\
+        --dtype bfloat16 --chunk-tokens 2048
 
 What is compared with what, and how each number is taken: benchmarks/README.md. The exit code is 1
 when a case fails or when cases that compute the same loss disagree. One process group per case,
 gloo on a CPU (cores / TP threads a rank) and NCCL on GPUs.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ import torch
 import torch.distributed as dist
 from bench_cases import CASES, Inputs, Job, Setting, make_inputs
 from bench_kernel_report import (
-    QUOTIENTS,
-    RATIOS,
     checks_of,
+    comparison,
     heading,
     headline,
     line,
@@ -79,7 +78,7 @@ def measure(job: Job, small: Job, device: torch.device, repeats: int) -> dict:
         memory.start()
         loss, grads = run(meter)
         peak = memory.stop()
-    # [V, h] or [T, V] in float64, after the peak was read
+    # The gradient is [V, h] or [T, V] in float64, so the peak is read before.
     square = grads[-1].double().square().sum().item() if grads else 0.0
     found = {"peak_bytes": peak, "received": meter.received, "loss": loss.item(), "grad_square": square}
     del loss, grads
@@ -126,22 +125,25 @@ def worker(rank: int, name: str, setting: Setting, repeats: int, threads: int, d
 
 
 def run_case(name: str, setting: Setting, repeats: int) -> dict:
-    """A row of the table: a fresh process group, its slowest rank, its best repeat (the median on a GPU)."""
+    """A row of the table, measured in a fresh process group.
+
+    The slowest rank counts, and of the repeats the best (on a GPU the median).
+    """
     case = CASES[name]
     row = {"case": name, "source": case.source, "label": case.label, "level": case.level, **asdict(setting)}
     if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
         return row | {"skipped": "liger-kernel is not installed (pip install -e '.[bench]')"}
     threads = max(1, len(os.sched_getaffinity(0)) // setting.tp)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that spin at a barrier on a shared machine count as CPU time, tenfold at worst
+    # Threads that spin at a barrier on a shared machine count as CPU time, tenfold at worst.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory() as directory:
         try:
             torch.multiprocessing.spawn(
                 worker, (name, setting, repeats, threads, directory), nprocs=setting.tp
             )
-        except Exception as error:  # noqa: BLE001 a case that dies (out of memory, an unfinished backend) must not end the others
+        # A case that fails (out of memory, an unfinished backend) must not end the other cases.
+        except Exception as error:
             print(error, file=sys.stderr)
             return row | {"error": str(error).strip().splitlines()[-1]}
         ranks = [json.loads(Path(directory, f"rank{r}.json").read_text()) for r in range(setting.tp)]
@@ -245,6 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the grid of settings, print and write the results; exit code 1 if a case is wrong."""
     arguments = parse(argv)
     # one machine: no name of its own needed
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -274,18 +277,8 @@ def main(argv: list[str] | None = None) -> int:
             here.append(run_case(name, setting, arguments.repeats))
             print(line(here[-1]), flush=True)
         found = {"setting": asdict(setting), "ratios": ratios_of(here), "checks": checks_of(here)}
-        for check in found["checks"]:
-            verdict = "agree" if check["ok"] else "DISAGREE"
-            limits = "limits {:.0e}, {:.0e}".format(*check["limits"])
-            apart = f"loss {check['loss']:.1e}, gradient norm {check['grad_norm']:.1e} apart ({limits})"
-            print(f"{' and '.join(check['cases'])} {verdict}: {apart}")
-        for prefix, (ours, theirs, suffix) in RATIOS.items():
-            keys = {what: f"{prefix}{what}_vs_{suffix}" for what in QUOTIENTS}
-            quotients = [
-                f"{what} {found['ratios'][key]:.4f}" for what, key in keys.items() if key in found["ratios"]
-            ]
-            if quotients:
-                print(f"{ours} / {theirs}: {', '.join(quotients)}")
+        for text in comparison(found["checks"], found["ratios"]):
+            print(text)
         rows += here
         settings.append(found)
     growth = peak_growth(rows)

@@ -1,4 +1,4 @@
-"""What bench_kernel.py says about its rows: table lines, ratios, checks, the growth of memory, a plot."""
+"""The report of bench_kernel.py: table lines, ratios, checks, the growth of memory, a plot."""
 
 from __future__ import annotations
 
@@ -43,23 +43,26 @@ SAME_LOSS = (
 # visibly the smaller the divergence; the bfloat16 projection of (a) rounds its logits by about as
 # much as the teacher differs.
 LIMITS = {"float32": (2e-3, 1e-2), "bfloat16": (0.2, 0.5)}
-# nats: what float32 sums may differ by where a truncated loss is near zero
+# Nats by which float32 sums may differ if a truncated loss is near zero.
 ROUNDING = 1e-7
 
 
 def line(row: dict) -> str:
+    """A row as a line of the table."""
     head = f"{row['source']:<5}{row['case']:<15}{row['label']:<37}"
     if "error" in row or "skipped" in row:
         return head + (row.get("skipped") or "FAILED: " + row["error"])
     seconds = f"{row['cpu_seconds']:9.3f}{row['wall_seconds']:9.3f}" + (
         f"{row['device_seconds']:9.4f}" if "device_seconds" in row else ""
     )
-    moved = f"{row['peak_bytes'] / 1e6:10.0f}{row['forward_bytes_per_token']:12.0f}{row['backward_bytes_per_token']:10.0f}"  # noqa: E501
+    moved = f"{row['peak_bytes'] / 1e6:10.0f}{row['forward_bytes_per_token']:12.0f}"
+    moved += f"{row['backward_bytes_per_token']:10.0f}"
     value = f"{row['loss']:13.5e}{row['grad_norm']:11.3e}" if "loss" in row else ""
     return head + seconds + moved + value
 
 
 def heading(setting: Setting) -> str:
+    """The head of a setting's table."""
     sizes = (
         f"T={setting.tokens} V={setting.vocab} h={setting.hidden} K={setting.top_k} TP={setting.tp}"
         f" {setting.dtype} {setting.device}"
@@ -86,8 +89,9 @@ def ratios_of(rows: list[dict]) -> dict[str, float]:
 
 
 def headline(settings: list[dict]) -> dict[str, float]:
-    """The ratios of the first setting with more than one rank (of the first setting, when there is
-    none), and with them those to the rivals of one rank alone, of the first setting that has them.
+    """The ratios of the first setting with more than one rank, or else of the first setting.
+
+    Ratios to rivals that run on one rank alone come from the first setting that has them.
     """
     found: dict[str, float] = {}
     for one in sorted(settings, key=lambda s: s["setting"]["tp"] == 1):
@@ -101,9 +105,7 @@ def headline(settings: list[dict]) -> dict[str, float]:
 
 
 def checks_of(rows: list[dict]) -> list[dict]:
-    """Cases of one setting that compute the same loss: relative difference of the loss to the first
-    of them.
-    """
+    """Compare cases of one setting that compute the same loss with the first of them."""
     done = {row["case"]: row for row in rows if "loss" in row}
     found = []
     for names in SAME_LOSS:
@@ -125,7 +127,7 @@ def checks_of(rows: list[dict]) -> list[dict]:
 
 
 def peak_growth(rows: list[dict]) -> list[dict]:
-    """Peak memory of a case at its largest number of tokens over that at its smallest, all else equal."""
+    """Peak memory of a case at its largest number of tokens over that at its smallest."""
     series: dict[tuple, list[dict]] = {}
     for row in rows:
         if row.get("peak_bytes"):
@@ -142,6 +144,22 @@ def peak_growth(rows: list[dict]) -> list[dict]:
                 | {"tokens": tokens, "peak_growth": many["peak_bytes"] / few["peak_bytes"]}
             )
     return found
+
+
+def comparison(checks: list[dict], ratios: dict[str, float]) -> list[str]:
+    """Lines below a setting's table: which losses agree, and ours over theirs."""
+    lines = []
+    for check in checks:
+        verdict = "agree" if check["ok"] else "DISAGREE"
+        limits = "limits {:.0e}, {:.0e}".format(*check["limits"])
+        apart = f"loss {check['loss']:.1e}, gradient norm {check['grad_norm']:.1e} apart ({limits})"
+        lines.append(f"{' and '.join(check['cases'])} {verdict}: {apart}")
+    for prefix, (ours, theirs, suffix) in RATIOS.items():
+        keys = {what: f"{prefix}{what}_vs_{suffix}" for what in QUOTIENTS}
+        quotients = [f"{what} {ratios[key]:.4f}" for what, key in keys.items() if key in ratios]
+        if quotients:
+            lines.append(f"{ours} / {theirs}: {', '.join(quotients)}")
+    return lines
 
 
 SYMBOLS = {"tokens": "T=", "vocab": "V=", "top_k": "K=", "tp": "TP=", "dtype": ""}

@@ -1,6 +1,4 @@
-"""Meters of the kernel benchmark: bytes that a rank receives from its peers, and peak memory above
-the state at the start.
-"""
+"""Meters of the benchmarks: bytes that a rank receives from other ranks, and peak memory."""
 
 from __future__ import annotations
 
@@ -9,13 +7,14 @@ import gc
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# collective -> (argument that is measured, bytes received by one of n ranks per byte of it), by
-# ring algorithms
+# Collective -> (argument that is measured, bytes that one of n ranks receives per byte of that
+# argument by a ring algorithm).
 RULES: dict[str, tuple[str, Callable[[int], float]]] = {
     "all_reduce": ("tensor", lambda n: 2 * (n - 1) / n),
     "all_gather_into_tensor": ("output_tensor", lambda n: (n - 1) / n),
@@ -25,7 +24,7 @@ RULES: dict[str, tuple[str, Callable[[int], float]]] = {
     "all_to_all_single": ("input", lambda n: (n - 1) / n),
     "broadcast": ("tensor", lambda n: float(n > 1)),
 }
-# Later torch has new names for two of them.
+# Later versions of torch have new names for two collectives.
 for _new, _old in (
     ("all_gather_single", "all_gather_into_tensor"),
     ("reduce_scatter_single", "reduce_scatter_tensor"),
@@ -35,8 +34,10 @@ for _new, _old in (
 
 
 class RingBytes:
-    """`with RingBytes() as meter:` adds what the collectives of torch.distributed bring to this
-    rank to meter.received[meter.phase], and counts the calls in meter.calls[meter.phase].
+    """Counts the bytes that the collectives of torch.distributed bring to this rank.
+
+    `with RingBytes() as meter:` adds bytes to meter.received[meter.phase], and calls to
+    meter.calls[meter.phase].
 
     Collectives that are not in RULES (barrier, object collectives, point to point) are not counted.
     """
@@ -55,7 +56,7 @@ class RingBytes:
     def _counted(self, real: Callable, argument: str, factor: Callable[[int], float]) -> Callable:
         signature = inspect.signature(real)
 
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
             tensors = [bound[argument]] if isinstance(bound[argument], Tensor) else bound[argument]
             num_ranks = dist.get_world_size(bound.get("group"))
@@ -73,7 +74,7 @@ class RingBytes:
 
 
 class PeakMemory:
-    """start(), then stop() -> bytes by which memory rose above its level at start().
+    """Measures by how many bytes memory rises between start() and stop().
 
     CPU: resident memory of the process (Linux: VmHWM, reset by writing 5 to clear_refs). CUDA:
     bytes that the caching allocator gave out.
@@ -83,6 +84,7 @@ class PeakMemory:
         self.device = device
 
     def start(self) -> None:
+        """Free what can be freed, and take the present level as the base."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -91,12 +93,13 @@ class PeakMemory:
             return
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
-            # freed memory that glibc keeps would hide what the call takes
+            # Freed memory that glibc keeps would hide what a call takes.
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self._base = _resident("VmRSS")
 
     def stop(self) -> int:
+        """Bytes of the peak since start() above the base."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - self._base

@@ -1,24 +1,23 @@
-"""The quickstart's job with rollout.overlap=0 and =1, in turn: wall time of a step, held-out
-figures, staleness, peak memory.
+"""Compare rollout.overlap=0 with =1 on the quickstart: step time, accuracy, staleness, peak memory.
 
-    make quickstart                                                    # once: makes the model and the rows
-    # two runs of each, 80 steps: about ten minutes on two idle cores
+    # Once: makes the model and the rows.
+    make quickstart
+    # Two runs of each mode, 80 steps: about ten minutes on two idle cores.
     python tools/bench_overlap.py --json benchmarks/overlap_cpu.json
 
-Bound by sampling, for the wall time alone (random weights, which answer at length and are never right):
+The quickstart's answers have eight tokens, so that its steps do not wait for sampling. A job that
+does, for the wall time alone (random weights, which answer at length and are never right):
 
-    python tools/bench_overlap.py --steps 14 --eval-samples 1 --model runs/quickstart-start/model --json FILE algorithm.recipe=opcd \\
-        algorithm.tis_clip=2.0 rollout.num_prompts=16 rollout.max_response_tokens=160 actor.micro_batch_size=16 evaluation.num_prompts=8
+    python tools/bench_overlap.py --steps 14 --eval-samples 1 --json FILE \\
+        --model runs/quickstart-start/model algorithm.recipe=opcd algorithm.tis_clip=2.0 \\
+        rollout.num_prompts=16 rollout.max_response_tokens=160 actor.micro_batch_size=16 \\
+        evaluation.num_prompts=8
 
-The quickstart itself is not: its answers have eight tokens, and the client's share of that shares a
-core with the trainer.
-
-The engine is kept on one core and the trainer on another, in both modes, so that neither takes time
-from the other and the ratio is that of a machine where they have devices of their own. A run's
-seconds are those of its steps, the first two left out; its ratio is overlap 1 over overlap 0 of the
-same round, and other load on the machine is recorded beside it. Everything else is one config with
-one seed.
-"""  # noqa: E501
+The two modes take turns. In both, the engine is kept on one core and the trainer on another, so
+that neither takes time from the other, as on a machine where they have devices of their own. A
+run's seconds are those of its steps without the first two. A ratio is overlap 1 over overlap 0 of
+the same round. Other load on the machine is recorded too. Config and seed are otherwise the same.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +38,14 @@ from bench_kernel import ROOT, commit, machine
 
 from megasd.trainer.metrics import read_metrics
 
-# steps that are not counted
+# Steps at the start of a run that are not counted.
 WARM = 2
 PHASES = ("rollout", "wait", "teach", "train", "sync")
 ENGINE = "megasd.engine.sglang_cpu"
 
 
 def run(overlap: int, args: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """One `megasd train`; its figures."""
+    """Run one `megasd train` and return its measurements."""
     start = Path(args.start)
     command = [
         sys.executable,
@@ -85,15 +84,16 @@ def run(overlap: int, args: argparse.Namespace, directory: Path) -> dict[str, An
         raise SystemExit(
             f"overlap={overlap} ended with {process.returncode}:\n{Path(log.name).read_text()[-3000:]}"
         )
-    return figures(directory, overlap, args.steps) | {
+    return measurements(directory, overlap, args.steps) | {
         "peak_rss_bytes": peaks,
         "load_average_1min": [round(min(load), 1), round(statistics.median(load), 1), round(max(load), 1)],
     }
 
 
 def keep_apart(trainer: psutil.Process, cores: list[int], peaks: dict[str, int]) -> None:
-    """The trainer on the first core, its engine's processes on the second; the largest resident
-    memory of each side so far.
+    """Pin the trainer to the first core and its engine's processes to the second.
+
+    `peaks` is updated with the largest resident memory of each side so far.
     """
     try:
         family = trainer.children(recursive=True)
@@ -108,12 +108,12 @@ def keep_apart(trainer: psutil.Process, cores: list[int], peaks: dict[str, int])
         for side, size in sizes.items():
             peaks[side] = max(peaks[side], size)
     except (psutil.NoSuchProcess, ProcessLookupError):
-        # one that has just ended
+        # A process has just ended.
         pass
 
 
-def figures(directory: Path, overlap: int, steps: int) -> dict[str, Any]:
-    """What a finished run says of itself."""
+def measurements(directory: Path, overlap: int, steps: int) -> dict[str, Any]:
+    """Numbers out of the metrics and the summary of a finished run."""
     rows, summary = (
         read_metrics(directory / "metrics.jsonl"),
         json.loads((directory / "summary.json").read_text()),

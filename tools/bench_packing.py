@@ -1,15 +1,15 @@
-"""Training steps with packed microbatches beside padded ones, on lengths with a long tail, by the
-real actor (teach, then train).
+"""Compare packed with padded microbatches: training steps on lengths with a long tail.
 
     # CPU, about three minutes on two cores
     python tools/bench_packing.py --json packing.json
-    python tools/bench_packing.py --device cuda --hidden 4096 --layers 8 --budget 32768 --longest 16384 --dtype bfloat16
+    python tools/bench_packing.py --device cuda --hidden 4096 --layers 8 --budget 32768 \\
+        --longest 16384 --dtype bfloat16
 
-Four ways to cut the same batch into microbatches, in turn within each repeat, so that what else the
-machine does meets all of them: padded or packed, a fixed number of samples or a token budget. What
-is measured is said in benchmarks/README.md. The exit code is 1 when two ways disagree on the loss
-of the first step.
-"""  # noqa: E501
+The real actor runs the teacher's forward and the update. The same batch is cut into microbatches in
+four ways: padded or packed, by a fixed number of samples or by a token budget. The four ways take
+turns within each repeat, so that other load on the machine falls on all of them. What is measured
+is said in benchmarks/README.md. The exit code is 1 if two ways disagree on the first step's loss.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 warnings.filterwarnings("ignore")
-# threads that wait must not count as work
+# Threads that wait must not count as work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -79,8 +79,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def lengths(options: argparse.Namespace) -> list[tuple[int, int, int]]:
-    """(prompt, response, teacher's prompt) of each sample, 8 samples a question: lognormal
-    responses, a teacher that reads a sibling's.
+    """List (prompt, response, teacher's prompt) of each sample, in tokens.
+
+    A question has 8 samples. Responses are lognormal. The teacher reads a sibling's response too.
     """
     rng, found = random.Random(11), []
     median = options.longest / 10
@@ -98,9 +99,13 @@ def lengths(options: argparse.Namespace) -> list[tuple[int, int, int]]:
 
 
 def make_batch(options: argparse.Namespace) -> Batch:
+    """A batch of random tokens with these lengths."""
     g, sizes = torch.Generator().manual_seed(5), lengths(options)
     prompts, responses, contexts = (torch.tensor(column) for column in zip(*sizes, strict=True))
-    draw = lambda n: torch.randint(0, options.vocab, (int(n),), generator=g)  # noqa: E731
+
+    def draw(count: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, options.vocab, (int(count),), generator=g)
+
     return Batch(
         prompt_ids=draw(prompts.sum()),
         prompt_lens=prompts,
@@ -145,13 +150,13 @@ def make_actor(options: argparse.Namespace, model: Path, device: torch.device) -
     config.algorithm = AlgorithmConfig(
         distill=DistillTerm(top_k=20), teacher=TeacherConfig(), question_weight=weight
     )
-    # a whole step, after which the weights are what they were: every way has the same loss
+    # With lr=0 a step is whole and the weights stay as they are, so every way has the same loss.
     config.optimizer.lr = 0.0
     return Actor(config, init_model_parallel(config.actor, device, seed=1))
 
 
 def set_way(actor: Actor, options: argparse.Namespace, name: str) -> None:
-    """Cut the next batches this way; the model is the same in all."""
+    """Let the actor cut the next batches this way; its model stays the same."""
     way = WAYS[name]
     config = replace(
         actor.config.actor,
@@ -163,21 +168,23 @@ def set_way(actor: Actor, options: argparse.Namespace, name: str) -> None:
 
 
 def step(actor: Actor, batch: Batch) -> tuple[float, float, dict[str, float]]:
-    """Wall and process seconds (all threads) from the whole batch to the updated weights, and the
-    step's metrics.
+    """Run a step; return its wall seconds, process seconds (all threads) and metrics.
+
+    The time runs from the whole batch to the updated weights.
     """
     if actor.mesh.device.type == "cuda":
         torch.cuda.synchronize()
     start, cpu_start = time.perf_counter(), time.process_time()
     batches = actor.shard(batch)
-    # ends with metrics that are read, so with all work done
+    # The actor reads the metrics at the end, so all work is done by then.
     metrics = actor.update(batches, actor.teacher_forward(batches))
     return time.perf_counter() - start, time.process_time() - cpu_start, metrics
 
 
 def balance(actor: Actor, batch: Batch) -> dict[str, float]:
-    """FLOPs of the costliest rank over the mean if 2, 4 or 8 data-parallel ranks shared the batch:
-    worked out, not run.
+    """FLOPs of the costliest rank over the mean, with 2, 4 and 8 data-parallel ranks.
+
+    This is computed from the plan and not run.
     """
     active = active_samples(batch, actor.algorithm)
     return {
@@ -189,19 +196,20 @@ def balance(actor: Actor, batch: Batch) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """One row of measurements for each way."""
     batch = make_batch(options)
     tokens = int(batch.prompt_lens.sum() + batch.context_lens.sum() + 2 * batch.response_lens.sum())
     with tempfile.TemporaryDirectory() as directory:
         make_model(options, Path(directory))
         actor = make_actor(options, Path(directory), device)
     rows: dict[str, dict[str, Any]] = {}
-    # warms up, and gives what does not depend on time
+    # The first step of each way warms up, and gives the metrics that do not depend on time.
     for name in WAYS:
         set_way(actor, options, name)
-        figures = step(actor, batch)[2]
+        metrics = step(actor, batch)[2]
         kept = ("microbatches", "padding_share", "teacher_padding_share", "loss", "grad_norm")
         rows[name] = {"way": name, "flops_balance": balance(actor, batch)} | {
-            key: figures[key] for key in kept
+            key: metrics[key] for key in kept
         }
         rows[name] |= {"peak_mib": 0.0, "seconds_all": [], "cpu_seconds_all": []}
     for _ in range(options.repeats):
@@ -230,8 +238,10 @@ PAIRS = {
 
 
 def ratios(rows: list[dict[str, Any]], key: str) -> dict[str, float]:
-    """Tokens per second of one way over another's: the median over repeats of the ratio within a
-    repeat, so that what else the machine did falls on both.
+    """Tokens per second of one way over another's, for each of PAIRS.
+
+    It is the median over repeats of the ratio within a repeat, so that other load on the machine
+    falls on both ways.
     """
     by = {row["way"]: row[key] for row in rows}
     pairs = {name: zip(by[ours], by[theirs], strict=True) for name, (ours, theirs) in PAIRS.items()}
@@ -257,9 +267,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'':<20}{'tokens/s':>10}{'per CPU s':>11}{'peak MiB':>10}{'microb.':>9}{'padding':>9}{'teacher':>9}{'loss':>14}"  # noqa: E501
+    """The rows as text."""
+    head = (
+        f"{'':<20}{'tokens/s':>10}{'per CPU s':>11}{'peak MiB':>10}{'microb.':>9}{'padding':>9}"
+        f"{'teacher':>9}{'loss':>14}"
+    )
     lines = [
-        f"{r['way']:<20}{r['tokens_per_second']:>10.0f}{r['tokens_per_cpu_second']:>11.0f}{r['peak_mib']:>10.0f}{r['microbatches']:>9.0f}"
+        f"{r['way']:<20}{r['tokens_per_second']:>10.0f}{r['tokens_per_cpu_second']:>11.0f}"
+        f"{r['peak_mib']:>10.0f}{r['microbatches']:>9.0f}"
         f"{r['padding_share']:>9.1%}{r['teacher_padding_share']:>9.1%}{r['loss']:>14.6e}"
         for r in rows
     ]

@@ -1,14 +1,15 @@
-"""What others compute, written anew from their published formulas, with the tensors of the size
-that they hold.
+"""Losses of other projects, written again from their published formulas.
 
-T tokens, V columns of the whole vocabulary or of a rank's slice, K top-k, h hidden. beta is the
-weight of the teacher. Where a project computes metrics beside its loss they are left out, and
-logits are moved in the precision they have: both favour the rival.
+They hold tensors of the same sizes as the originals. T tokens, V columns of the whole vocabulary or
+of a rank's slice, K top-k, h hidden. beta is the weight of the teacher. Metrics that a project
+computes next to its loss are left out, and logits are moved in the precision they have: both favour
+the rival.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,9 @@ from torch import Tensor
 
 
 class GatherColumns(torch.autograd.Function):
-    """[T, V / n] on each of n ranks -> [T, V] on all. Every rank then computes the same loss, so
-    the backward is this rank's slice.
+    """Gather [T, V / n] of each of n ranks to [T, V] on every rank.
+
+    Every rank then computes the same loss, so the backward is this rank's slice.
 
     The gather is Megatron-core's (tensor_parallel/mappings.py, _gather_along_last_dim): an
     all_gather along the rows, then a concatenation; the backward without communication is that of
@@ -26,7 +28,7 @@ class GatherColumns(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, local_TV, group):
+    def forward(ctx: Any, local_TV: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.columns, ctx.rank = local_TV.shape[1], 0 if group is None else dist.get_rank(group)
         if group is None:
             return local_TV.view_as(local_TV)
@@ -36,22 +38,23 @@ class GatherColumns(torch.autograd.Function):
         return torch.cat(gathered.chunk(size), dim=1)
 
     @staticmethod
-    def backward(ctx, grad_TV):
+    def backward(ctx: Any, grad_TV: Tensor) -> tuple[Tensor, None]:
         return grad_TV[:, ctx.rank * ctx.columns : (ctx.rank + 1) * ctx.columns].contiguous(), None
 
 
 class CopyToRanks(torch.autograd.Function):
-    """Identity; the backward adds up the ranks' hidden gradients, as a column-parallel output layer
-    does. One all_reduce, backward.
+    """Identity whose backward adds up the hidden gradients of all ranks.
+
+    A column-parallel output layer does the same. Collectives: one all_reduce, backward.
     """
 
     @staticmethod
-    def forward(ctx, hidden_Th, group):
+    def forward(ctx: Any, hidden_Th: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         return hidden_Th.view_as(hidden_Th)
 
     @staticmethod
-    def backward(ctx, grad_Th):
+    def backward(ctx: Any, grad_Th: Tensor) -> tuple[Tensor, None]:
         if ctx.group is not None:
             grad_Th = grad_Th.contiguous()
             dist.all_reduce(grad_Th, group=ctx.group)
@@ -59,16 +62,18 @@ class CopyToRanks(torch.autograd.Function):
 
 
 def _with_tail(logp_TK: Tensor) -> Tensor:
-    """[T, K + 1]: the log-probability of all the rest appended, as log(1 - exp(logsumexp)), the sum
-    clamped below 1.
+    """Append the log-probability of all other tokens: [T, K] -> [T, K + 1].
+
+    It is log(1 - exp(logsumexp)), with the sum clamped below 1.
     """
     chosen_T1 = logp_TK.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
     return torch.cat([logp_TK, (-chosen_T1.expm1()).log()], dim=1)
 
 
 def _jsd_terms(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
-    """Elementwise beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S, 0 < beta < 1,
-    by autograd: GKD 2306.13649, eq. 1.
+    """Elementwise beta KL(T || M) + (1 - beta) KL(S || M), by autograd.
+
+    M = beta T + (1 - beta) S, 0 < beta < 1: GKD 2306.13649, eq. 1.
     """
     mixture = torch.stack([student_logp + math.log(1 - beta), teacher_logp + math.log(beta)]).logsumexp(0)
     of_teacher = F.kl_div(mixture, teacher_logp, reduction="none", log_target=True)
@@ -91,15 +96,17 @@ def topk_self_distillation(student_TV: Tensor, teacher_TV: Tensor, k: int, beta:
 
 
 def generalized_jsd(student_TV: Tensor, teacher_TV: Tensor, beta: float) -> Tensor:
-    """loss_T over the whole vocabulary: GKD 2306.13649, as TRL has it (trl/trainer/gkd_trainer.py,
-    generalized_jsd_loss).
+    """loss_T over the whole vocabulary: GKD 2306.13649.
+
+    TRL has it in trl/trainer/gkd_trainer.py, generalized_jsd_loss.
     """
     return _jsd_terms(student_TV.float().log_softmax(-1), teacher_TV.float().log_softmax(-1), beta).sum(-1)
 
 
 class TruncatedForwardKL(torch.autograd.Function):
-    """loss_T = sum over the teacher's top k of q (log q - log p): neither tail nor renormalisation;
-    on a rank's slice of the logits.
+    """loss_T = sum over the teacher's top k of q (log q - log p), on a rank's slice of the logits.
+
+    There is neither a tail nor renormalisation.
 
     verl (verl/trainer/distillation/megatron/losses.py, _VocabParallelKLDivergence; NeMo RL's
     zero_outside_topk is kin to it): the float32 softmax of the slice is kept for the backward,
@@ -109,7 +116,9 @@ class TruncatedForwardKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits_TV, ids_TK, logq_TK, group):
+    def forward(
+        ctx: Any, logits_TV: Tensor, ids_TK: Tensor, logq_TK: Tensor, group: dist.ProcessGroup | None
+    ) -> Tensor:
         def reduce(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
             if group is not None:
                 dist.all_reduce(x, op=op, group=group)
@@ -131,7 +140,7 @@ class TruncatedForwardKL(torch.autograd.Function):
         return loss_T
 
     @staticmethod
-    def backward(ctx, grad_T):
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
         p_TV, q_TK, local_TK, mass_T = ctx.saved_tensors
         gradient_TV = p_TV * mass_T[:, None]
         gradient_TV.scatter_add_(1, local_TK, -q_TK)
@@ -146,8 +155,9 @@ def liger_jsd(
     beta: float,
     chunk: int,
 ) -> Tensor:
-    """Mean loss of Liger's chunked JSD (PyPI liger-kernel, executed): whole vocabulary, no tensor
-    parallelism. ImportError without it.
+    """Mean loss of Liger's chunked JSD, run from PyPI's liger-kernel; ImportError without it.
+
+    It takes the whole vocabulary and has no tensor parallelism.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 

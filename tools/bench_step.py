@@ -1,23 +1,26 @@
-"""A training step of a random-weight model: tokens/s, MFU, peak memory and the loss's share, bf16
-and FP8 side by side in one run.
+"""Time a training step of a random-weight model: tokens/s, MFU, peak memory, time of the loss.
 
     # anywhere, to see that it works
     python tools/bench_step.py --model tiny --device cpu
     # a GPU with torch and megatron-core alone
     python tools/bench_step.py --model Qwen3-8B --layers 8 --spec local
-    python tools/bench_step.py --model Qwen3-8B --layers 16 --fp8 tensorwise --fp8 blockwise --fp8-param-gather --gpu h200-141g
+    # bf16 and FP8 in one run
+    python tools/bench_step.py --model Qwen3-8B --layers 16 --fp8 tensorwise --fp8 blockwise \\
+        --fp8-param-gather --gpu h200-141g
 
 One rank. The step is the actor's own: Megatron's schedule over packed or padded microbatches, the
 fused loss (Jensen-Shannon on the top 100 tokens of the student against a teacher's hidden states,
 which are random and cost nothing here), gradients into fp32 buffers, Adam with fp32 main
-parameters. Not in it: sampling, the teacher's passes, the push of weights.
+parameters. Left out are sampling, the teacher's forward, and the push of weights.
 
-    MFU = (3 x forward FLOPs of all sequences, megasd/models/flops.py) / seconds / peak     peak: bf16, of cluster/planner/hardware.py
-The FP8 columns are divided by the same bf16 peak, so that the numbers compare. Recomputation is not
-counted as work. The loss's share is of device time between CUDA events around it (wall time on a
-CPU), forward with its own gradients; its backward of the hidden states is a multiplication. --spec
-local: the CPU's layers (torch's attention, unfused norms), without TransformerEngine and FP8.
-"""  # noqa: E501
+    MFU = (3 x forward FLOPs of all sequences, megasd/models/flops.py) / seconds / peak
+
+peak is the bf16 rate of cluster/planner/hardware.py. FP8 rows are divided by the same bf16 peak, so
+that the numbers compare. Recomputation is not counted as work. The loss's part is device time
+between CUDA events around it (wall time on a CPU), forward with its own gradients; its backward of
+the hidden states is a multiplication. --spec local: the CPU's layers (torch's attention, unfused
+norms), without TransformerEngine and FP8.
+"""
 
 from __future__ import annotations
 
@@ -128,14 +131,17 @@ def shape_of(name: str, layers: int | None) -> dict[str, Any]:
 def make_batch(
     hf: dict[str, Any], args: argparse.Namespace, device: torch.device
 ) -> tuple[list[Microbatch], torch.Tensor]:
-    """Microbatches of random tokens, rows of one length, second halves predicted; and the target ids [R]."""
+    """Microbatches of random tokens and the target ids [R].
+
+    All rows have one length; their second halves are predicted.
+    """
     length, rows, half = args.tokens, args.rows, args.tokens // 2
     made, count = [], rows * half
     generator = torch.Generator().manual_seed(0)
     position = torch.arange(length)
     for number in range(args.microbatches):
         tokens = torch.randint(hf["vocab_size"], (rows, length), generator=generator)
-        # position q predicts q + 1
+        # Position q predicts the token at q + 1.
         predicting = position[half - 1 : -1]
         if args.packing:
             tokens, positions = tokens.reshape(1, -1), position.repeat(rows)[None]
@@ -162,7 +168,7 @@ def make_batch(
 
 
 class Clock:
-    """Times of the loss within a step: CUDA events, read after the step; on a CPU the wall."""
+    """Times the loss within a step, by CUDA events read after it; on a CPU by wall time."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu, self.spans = device.type == "cuda", []
@@ -180,13 +186,14 @@ class Clock:
 
 
 def memory(device: torch.device) -> int:
+    """Peak bytes of torch's allocator; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
 def measure(
     name: str, hf: dict[str, Any], actor: ActorConfig, mesh: Mesh, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One configuration: built, warmed up, timed, thrown away."""
+    """Build one configuration, warm it up, time it, and return its row."""
     device, clock = mesh.device, Clock(mesh.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -200,9 +207,10 @@ def measure(
     spec, teacher = LogProbsSpec(hf["vocab_size"], "student", min(TOP_K, hf["vocab_size"])), {}
     scale = 1.0 / len(targets)
 
-    def loss_fn(readout: LogProbs, tokens: slice) -> tuple[torch.Tensor, dict]:
+    def loss_fn(log_probs: LogProbs, tokens: slice) -> tuple[torch.Tensor, dict]:
         return (
-            divergence(readout.student_logq_TB, readout.teacher_logq_TB, beta=0.5, normalised=True) * scale,
+            divergence(log_probs.student_logq_TB, log_probs.teacher_logq_TB, beta=0.5, normalised=True)
+            * scale,
             {},
         )
 
@@ -258,6 +266,7 @@ def measure(
 
 
 def wait(device: torch.device) -> None:
+    """Wait until the GPU has done all work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -315,7 +324,8 @@ def main(argv: list[str]) -> int:
         f" spec {args.spec}, {name}"
     )
     print(
-        f"{'':28}{'s/step':>9}{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'loss':>7}{'built GiB':>11}{'peak GiB':>10}"  # noqa: E501
+        f"{'':28}{'s/step':>9}{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'loss':>7}{'built GiB':>11}"
+        f"{'peak GiB':>10}"
     )
     for label, actor in configurations(args).items():
         one = measure(label, hf, actor, mesh, args)
@@ -326,7 +336,8 @@ def main(argv: list[str]) -> int:
         run["results"].append(one)
         mfu = f"{one['mfu']:7.1%}" if one["mfu"] is not None else f"{'-':>7}"
         print(
-            f"{label:28}{one['seconds']:9.3f}{one['tokens_per_second']:11.0f}{one['tflops_per_second']:9.2f}{mfu}{one['loss_share']:7.1%}{one['built_bytes'] / 2**30:11.2f}{one['peak_bytes'] / 2**30:10.2f}"  # noqa: E501
+            f"{label:28}{one['seconds']:9.3f}{one['tokens_per_second']:11.0f}{one['tflops_per_second']:9.2f}{mfu}"
+            f"{one['loss_share']:7.1%}{one['built_bytes'] / 2**30:11.2f}{one['peak_bytes'] / 2**30:10.2f}"
             f"   loss {one['first_loss']:.5f} -> {one['last_loss']:.5f}",
             flush=True,
         )

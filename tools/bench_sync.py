@@ -1,5 +1,4 @@
-"""Weight pushes into a real SGLang engine: seconds and bytes by transport, bucket size and actor
-layout, beside the floor.
+"""Push weights into a real SGLang engine: seconds and bytes by transport, bucket size and layout.
 
     # TP1, TP2, PP2, all transports, about 500 MB; under 5 minutes
     python tools/bench_sync.py --quick --json quick.json
@@ -81,12 +80,13 @@ def write_random(directory: Path, hf: dict[str, Any]) -> Path:
 
 
 def ranks_of(layout: str) -> int:
+    """Ranks of an actor layout."""
     sizes = LAYOUTS[layout]
     return sizes.get(TP, 1) * sizes.get(PP, 1)
 
 
 def run_layout(layout: str, job: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
-    """The rows of one layout, from ranks of their own."""
+    """Measure one layout by ranks under a torchrun of its own; return its rows."""
     path, out, log = (directory / f"{layout}.{suffix}" for suffix in ("job.json", "rows.json", "log"))
     out.unlink(missing_ok=True)
     path.write_text(json.dumps(job | {"layout": layout, "actor": LAYOUTS[layout], "out": str(out)}))
@@ -104,7 +104,7 @@ def run_layout(layout: str, job: dict[str, Any], directory: Path) -> list[dict[s
         try:
             code = process.wait()
         finally:
-            # torchrun takes its ranks with it
+            # torchrun ends its ranks too.
             process.terminate()
             process.wait()
     if code or not out.is_file():
@@ -119,8 +119,9 @@ def run_layout(layout: str, job: dict[str, Any], directory: Path) -> list[dict[s
 
 
 def headline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per transport: its row with the largest ratio at the first bucket size; verified
-    when all its rows are.
+    """One entry per transport: the row with the largest ratio at the first bucket size.
+
+    An entry is verified if all rows of its transport are.
     """
     found = []
     for transport in dict.fromkeys(row["transport"] for row in rows):
@@ -154,7 +155,9 @@ def line(row: dict[str, Any]) -> str:
         f" {row['transport']:<10}{row['bytes'] / 1e6:6.0f}"
     )
     return (
-        f"{head}{row['seconds']:9.3f}{spread:>16}{row['ratio_to_copy_and_write']:7.2f}{phases}{floor['copy_warm']:8.3f}{floor['write_memory']:8.3f}{row['peak_bytes'] / 1e6:9.0f}{row['verified_seconds']:9.2f}"  # noqa: E501
+        f"{head}{row['seconds']:9.3f}{spread:>16}{row['ratio_to_copy_and_write']:7.2f}{phases}"
+        f"{floor['copy_warm']:8.3f}{floor['write_memory']:8.3f}{row['peak_bytes'] / 1e6:9.0f}"
+        f"{row['verified_seconds']:9.2f}"
         f"  {row['plans_made']}, {'yes' if row['verified'] else 'NO: ' + row['error']}"
     )
 
@@ -205,7 +208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    # so that what it started and wrote goes with it
+    # A SIGTERM then ends the engines and removes the files too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started, load, rows = time.time(), os.getloadavg(), []
     record = {

@@ -1,4 +1,4 @@
-"""One actor layout of tools/bench_sync.py, on every rank under torchrun: bench_sync_rank.py JOB.json
+"""Measure one actor layout of tools/bench_sync.py; torchrun starts bench_sync_rank.py JOB.json.
 
 Builds the actor, reaches the engine by its URL and pushes: per transport and bucket size one push
 that makes plan, buffers and connections, then timed ones, then one with sync.verify=full and the
@@ -40,7 +40,7 @@ from megasd.engine.sampler import Sampler, make_sampler
 from megasd.weight_sync.engine_checksums import EngineWeights
 from megasd.weight_sync.sync import SyncError, WeightSync
 
-# SGLang takes 0.2 s a token to score in bfloat16 on a busy core
+# Short, since SGLang takes 0.2 s a token to score in bfloat16 on a busy core.
 PROBES = [[4, 55, 17, 90, 2, 5], [91, 80, 81, 0, 3]]
 FLOORS = ("copy_warm", "copy_cold", "write_memory", "write_disk")
 
@@ -49,8 +49,9 @@ class Floor:
     """The bytes of a push, copied and written with nothing around it, by one thread of rank 0."""
 
     def __init__(self, model: Path, memory: Path, disk: Path) -> None:
-        """`memory`, `disk`: directories on a memory file system and on a disk (page cache, no sync)
-        for one safetensors file each.
+        """memory, disk: directories that get one safetensors file each.
+
+        `memory` lies on a memory file system, `disk` on a disk (page cache, no sync).
         """
         self.source = {
             name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()
@@ -59,8 +60,10 @@ class Floor:
         self.files = {"write_memory": memory / "floor.safetensors", "write_disk": disk / "floor.safetensors"}
 
     def seconds(self) -> dict[str, float]:
-        """copy_warm: into memory that has been touched; copy_cold: into fresh memory; write_*: a
-        new safetensors file.
+        """Seconds of each of FLOORS.
+
+        copy_warm: into memory that has been touched. copy_cold: into fresh memory. write_*: a new
+        safetensors file.
         """
         found, start = {}, time.perf_counter()
         for name, tensor in self.source.items():
@@ -79,7 +82,7 @@ class Floor:
 
 
 class Requests:
-    """Seconds that the engines took to answer, by HTTP path; several engines at once count once each."""
+    """Seconds that the engines took to answer, by HTTP path; engines at work at once count each."""
 
     def __init__(self, rollout: Sampler) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -97,20 +100,22 @@ class Requests:
         return request
 
     def take(self) -> dict[str, float]:
+        """The seconds since the last call."""
         found, self.seconds = dict(self.seconds), defaultdict(float)
         return found
 
 
 @torch.no_grad()
 def change(actor: Actor, number: int) -> None:
-    """Every bit pattern but zero becomes another; sizes stay where they are."""
+    """Change every bit pattern but zero, and keep the sizes of the weights."""
     for param in actor.params().values():
         param.mul_(1.06 if number % 2 else 0.95)
 
 
 def check(actor: Actor, rollout: Sampler | None, hf: dict[str, Any]) -> str | None:
-    """What rank 0 finds different in the engines, which an unverified push wrote. Collective: a
-    gather of its own.
+    """The first difference between the actor's weights and the engines', on rank 0; else None.
+
+    The engines hold what an unverified push wrote. Collective: a gather of its own.
     """
     followed = (
         {}
@@ -132,7 +137,7 @@ def check(actor: Actor, rollout: Sampler | None, hf: dict[str, Any]) -> str | No
 
 
 def middle(values: list[dict[str, float]]) -> dict[str, float]:
-    """The median of every key that all have."""
+    """The median of every key that all of `values` have."""
     return {
         key: statistics.median(value[key] for value in values)
         for key in values[0]
@@ -158,7 +163,7 @@ def measure(
     bucket_mib: int,
     version: int,
 ) -> dict[str, Any]:
-    """One row; empty on other ranks than 0. Uses versions `version` .. `version + repeats + 1`."""
+    """One row; {} on other ranks than 0. Uses versions `version` .. `version + repeats + 1`."""
     first = rollout is not None
     meter, requests = PeakMemory(torch.device("cpu")), Requests(rollout) if first else None
     row: dict[str, Any] = {
@@ -167,7 +172,7 @@ def measure(
         "engine_tp": job["engine_tp"],
         "bucket_mib": bucket_mib,
     }
-    pushes, floors, asked, peaks = [], [], [], []
+    pushes, floors, engine_seconds, peaks = [], [], [], []
     settings = SyncConfig(transport=transport, bucket_mib=bucket_mib, verify="off", verify_every=0)
     try:
         with WeightSync(
@@ -185,13 +190,13 @@ def measure(
                     floors.append(floor.seconds())
                 if number == 0:
                     meter.start()
-                # the floor's peak is not the push's
+                # Forget the floor's peak of memory.
                 Path("/proc/self/clear_refs").write_text("5")
                 dist.barrier()
                 pushes.append(sync.push(version + number))
                 peaks.append(meter.stop())
                 if first:
-                    asked.append(requests.take())
+                    engine_seconds.append(requests.take())
             difference = check(actor, rollout, actor.hf_config)
             sync.config.verify, sync.config.verify_every = "full", 1
             change(actor, job["repeats"] + 1)
@@ -202,9 +207,24 @@ def measure(
             row["plans_made"], row["buckets"] = sync.plans_made, len(sync._prepared.gather.plan.buckets)
     except (SyncError, EngineError, Unreachable) as error:
         return row | {"verified": False, "error": str(error)} if first else {}
+    row |= timings(pushes, floors, engine_seconds)
+    return row | {
+        "verified_seconds": verified["sync/seconds"],
+        "verified_phases": phases(verified),
+        "probe_max_diff": verified["sync/probe_max_diff"],
+        "peak_bytes": max(peaks),
+        "verified": difference is None,
+        **({} if difference is None else {"error": difference}),
+    }
+
+
+def timings(
+    pushes: list[dict[str, float]], floors: list[dict[str, float]], engine_seconds: list[dict[str, float]]
+) -> dict[str, Any]:
+    """The part of a row that comes from the timed pushes, all but the first."""
     timed = [push["sync/seconds"] for push in pushes[1:]]
     floor_seconds, seconds = middle(floors[1:]), statistics.median(timed)
-    return row | {
+    return {
         "seconds": seconds,
         "spread": [min(timed), max(timed)],
         "pushes": len(timed),
@@ -216,14 +236,8 @@ def measure(
         ),
         "ratio_to_copy_and_disk_write": seconds / (floor_seconds["copy_warm"] + floor_seconds["write_disk"]),
         "phases": phases(middle(pushes[1:])),
-        "engine_seconds": middle(asked[1:]),
+        "engine_seconds": middle(engine_seconds[1:]),
         "first_seconds": pushes[0]["sync/seconds"],
-        "verified_seconds": verified["sync/seconds"],
-        "verified_phases": phases(verified),
-        "probe_max_diff": verified["sync/probe_max_diff"],
-        "peak_bytes": max(peaks),
-        "verified": difference is None,
-        **({} if difference is None else {"error": difference}),
     }
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face directory -> a Megatron checkpoint (torch_dist). The same as `megasd convert --to megatron`.
+"""Convert a Hugging Face directory to a Megatron checkpoint: `megasd convert --to megatron`.
 
 python tools/convert_hf_to_megatron.py Qwen3-8B qwen3-8b-megatron --check
 """

@@ -1,5 +1,6 @@
-"""A Megatron checkpoint, a run's or a converted one -> a Hugging Face directory. The same as
-`megasd convert --to hf`.
+"""Convert a Megatron checkpoint to a Hugging Face directory: `megasd convert --to hf`.
+
+The checkpoint is one of a run, or a converted one.
 
 python tools/convert_megatron_to_hf.py runs/quickstart/checkpoints/step-80 exported --dtype bfloat16
 """

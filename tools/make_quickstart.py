@@ -3,15 +3,16 @@
     python tools/make_quickstart.py OUT [--seed 1]
 
 OUT/model        Hugging Face directory: a random Qwen3 (3 layers, hidden 128, 0.5 M parameters,
-                 float32) and a character tokenizer
-                 (printable ASCII and newline, 102 tokens; the model's vocabulary is padded to 128, so padding is real)
+                 float32) and a character tokenizer (printable ASCII and newline, 102 tokens; the
+                 model's vocabulary is padded to 128, so padding is real)
 OUT/warmup.jsonl, train.jsonl, eval.jsonl
-                 rows {"id", "prompt", "answer", "solution"}: "47+86=" -> "133"; one or two digits a number; no sum is in two files.
-                 Four in ten solutions of warmup.jsonl have a wrong digit
+                 rows {"id", "prompt", "answer", "solution"}: "47+86=" -> "133"; one or two digits a
+                 number; no sum is in two files. Four in ten solutions of warmup.jsonl have a wrong
+                 digit.
 
-The same seed writes the same bytes. A turn costs two tokens beside its text:
+The same seed writes the same bytes. A turn takes two tokens in addition to its text:
 <|user|>47+86=<|im_end|><|assistant|>133<|im_end|>.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -28,11 +29,11 @@ CHAT_TEMPLATE = (
     " endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SPLITS = ("warmup", "train", "eval")
-# share of warm-up rows whose solution has one wrong digit: the warmed model knows more than it
-# says, as pretrained ones do
+# Part of the warm-up rows whose solution has one wrong digit. The warmed model then knows more than
+# it says, as pretrained models do.
 NOISE = 0.4
-# (digits of one number, of the other) -> rows of each split: graded difficulty; 1+1 digits has only
-# 55 sums, 1+2 has 900
+# (digits of one number, of the other) -> rows of each split, in graded difficulty. With 1+1 digits
+# there are only 55 sums, with 1+2 digits 900.
 NUM_ROWS = {
     (1, 1): (22, 22, 11),
     (1, 2): (420, 400, 75),
@@ -122,7 +123,7 @@ def write_model(directory: Path, seed: int) -> None:
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
-        # 0.02 suits wide models; 128 wide trains faster from a larger start
+        # 0.02 suits wide models; a model of width 128 trains faster from larger weights.
         initializer_range=0.05,
         pad_token_id=pad,
         bos_token_id=None,
@@ -131,8 +132,8 @@ def write_model(directory: Path, seed: int) -> None:
     )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config).float()
-    # transformers zeroes the pad row; RMSNorm of a zero vector has a gradient of 1/sqrt(eps) should
-    # it be sampled
+    # transformers zeroes the pad row. If the pad token were sampled, the RMSNorm of that zero
+    # vector would have a gradient of 1/sqrt(eps).
     with torch.no_grad():
         model.model.embed_tokens.weight[pad].normal_(std=config.initializer_range)
     model.generation_config = GenerationConfig(
@@ -143,6 +144,7 @@ def write_model(directory: Path, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

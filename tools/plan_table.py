@@ -1,11 +1,11 @@
-"""The planner's best layouts of three models on 8, 32 and 64 GPUs: the markdown table of
-benchmarks/README.md.
+"""Print the planner's best layouts of three models on 8, 32 and 64 GPUs, as a markdown table.
 
     python tools/plan_table.py [--gpu h100-80g] [--models Qwen3-8B ...]
 
-8 GPUs: actor and engines share them. 32 and 64: half of the nodes train, the others serve engines.
-SC-SDPO (an EMA teacher) on 32 questions of 8 samples, prompts of at most 2,048 and responses of at
-most 4,096 tokens, packed microbatches. NOTHING HERE WAS MEASURED ON A GPU.
+The table is in benchmarks/README.md. On 8 GPUs actor and engines share them. On 32 and 64 half of
+the nodes train, and the others serve engines. The run is SC-SDPO (an EMA teacher) on 32 questions
+of 8 samples, with prompts of at most 2,048 and responses of at most 4,096 tokens, in packed
+microbatches. NOTHING HERE WAS MEASURED ON A GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megasd.cluster.planner.layouts import LayoutPlan, search
 from megasd.commands.plan import MODELS, read_planned_run
 from megasd.config.load import load_config
 
-# GPUs in all -> nodes that train, nodes of engines
+# Number of GPUs -> (nodes that train, nodes of engines).
 NODES = {8: (1, 0), 32: (2, 2), 64: (4, 4)}
 ITEMS = (
     "data.train=none",
@@ -86,7 +86,7 @@ def row(model: str, gpus: int, gpu: str) -> list[str]:
     sampling = next(phase.seconds for phase in time.phases if phase.name == "sampling")
     where = f"{time.bottleneck.name}, {time.bottleneck.cause}"
     recompute = job.config.actor.recompute_granularity or "none"
-    figures = [
+    numbers = [
         f"{memory.peak / GIB:.1f}",
         memory.worst,
         f"{time.seconds:.0f}",
@@ -94,7 +94,7 @@ def row(model: str, gpus: int, gpu: str) -> list[str]:
         f"{100 * time.mfu:.0f}",
         where,
     ]
-    return [model, str(gpus), actor, recompute, engines, *figures]
+    return [model, str(gpus), actor, recompute, engines, *numbers]
 
 
 def main(argv: list[str] | None = None) -> int:

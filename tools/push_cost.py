@@ -1,5 +1,6 @@
-"""Push cost at 8B, 32B and 70B on H100 nodes, by layout and link: a markdown table, computed from
-the plan of weights/gather_plan.py.
+"""Print what a weight push costs at 8B, 32B and 70B on H100 nodes, as a markdown table.
+
+The bytes come from the plan of weights/gather_plan.py.
 
     python tools/push_cost.py                                # the table of benchmarks/README.md
     python tools/push_cost.py --models Qwen2.5-72B --actors 8x2@32 --engine-tp 8
@@ -44,14 +45,14 @@ from megasd.weights.gather_plan import GatherPlan, Holding, make_gather_plan
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "model"
 __all__ = ["EFFICIENCY", "FIXED", "HBM", "IB", "NVLINK", "PCIE", "REQUEST", "Layout", "Received"]
-# of a node
+# GPUs of a node.
 GPUS = 8
 HBM, NVLINK, IB, PCIE = H100.hbm, H100.nvlink, H100.network, H100.pcie
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An actor: tensor- and pipeline-parallel sizes, and the GPUs it fills with data-parallel copies."""
+    """An actor's tensor- and pipeline-parallel sizes, and the GPUs that its copies fill."""
 
     tp: int
     pp: int
@@ -104,7 +105,7 @@ def _stage(name: str, per_stage: int, stages: int) -> int:
 
 
 def received(plan: GatherPlan) -> Received:
-    """What reaches rank 0, padding of the vocabulary included, since shards travel whole."""
+    """Bytes that reach rank 0, with the padding of the vocabulary, since shards travel whole."""
     found = [0, 0, 0]
     for bucket in plan.buckets:
         for param in bucket.params:
@@ -115,7 +116,7 @@ def received(plan: GatherPlan) -> Received:
 
 
 def row(model: str, layout: Layout, engine_tp: int, bucket_mib: int) -> dict[str, Any]:
-    """One actor and engines of one size on as many GPUs."""
+    """A row: one actor, and engines of one size on a node."""
     hf = json.loads((CONFIGS / f"{model}.json").read_text())
     plan = make_gather_plan(
         registry.param_table(hf), list(holdings(hf, layout)), bucket_bytes=bucket_mib << 20
@@ -149,7 +150,7 @@ DEFAULT = {
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The rows as a markdown table."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * 3 + "---:|" * (len(rows[0]) - 3)]
     for row in rows:
         cells = [

@@ -1,9 +1,12 @@
-"""A small Slurm on this machine, for tests: two nodes, fake GPUs, accounting; as root, without
-systemd, all state in one directory.
+"""Run a small Slurm on this machine, for tests: two nodes, fake GPUs, accounting.
 
-    python tools/slurm_here.py run COMMAND ...   start it, run COMMAND with it, stop it whatever happens; the exit code is COMMAND's
-    python tools/slurm_here.py start             print the line that makes a shell use it (export SLURM_CONF=...)
-    python tools/slurm_here.py status            its nodes and jobs; exit code 1 when it does not run
+It runs as root, without systemd, and keeps all its state in one directory.
+
+    python tools/slurm_here.py run COMMAND ...   start Slurm, run COMMAND, stop Slurm in any case;
+                                                 the exit code is COMMAND's
+    python tools/slurm_here.py start             start Slurm and print the line that makes a shell
+                                                 use it (export SLURM_CONF=...)
+    python tools/slurm_here.py status            its nodes and jobs; exit code 1 if it does not run
     python tools/slurm_here.py stop              end its jobs and daemons, remove what they wrote
 
 Options come first: --dir DIR (default $TMPDIR/megasd-slurm; start ends and removes what it finds
@@ -16,7 +19,9 @@ Missing programs are installed with apt-get (Debian, Ubuntu). /etc/hosts has lin
 until stop. The daemons (munged, mariadbd, slurmdbd, slurmctld, slurmd twice) take free ports of
 this machine; Slurm's ask for the key that lies in DIR. The database asks the users of this machine
 for nothing (root has no password): this is for tests, on a machine of one's own.
-"""  # noqa: E501
+
+It is one file on purpose: it runs where only Python is installed.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +109,7 @@ def fail(message: str) -> NoReturn:
 
 
 def install_packages() -> None:
-    """Slurm, munge and MariaDB by apt-get, if a program of them is missing."""
+    """Install Slurm, munge and MariaDB by apt-get, if one of their programs is missing."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if not missing:
         return
@@ -129,8 +134,9 @@ class Cluster:
         self.mark = f"# slurm_here {directory}"
 
     def start(self) -> None:
-        """Every daemon, until both nodes are idle. SystemExit with the reason, and nothing left,
-        when one does not come up.
+        """Start every daemon and wait until both nodes are idle.
+
+        If a daemon does not come up, everything is removed, and SystemExit has the reason.
         """
         if os.geteuid():
             fail("root starts it, since Slurm's daemons act for other users")
@@ -246,17 +252,20 @@ class Cluster:
             "CgroupPlugin=cgroup/v1\n" if self.proctrack == "cgroup" else ""
         )
         for i in range(self.gpus):
-            # as /dev/null
+            # The device numbers of /dev/null.
             os.mknod(self.dir / f"gpu{i}", 0o20666, os.makedev(1, 3))
         (self.dir / "gres.conf").write_text(
             "".join(f"Name=gpu File={self.dir}/gpu{i}\n" for i in range(self.gpus))
         )
-        # torchrun and the engines look the nodes up by name
+        # torchrun and the engines look up the nodes by name.
         with HOSTS.open("a") as hosts:
             hosts.writelines(f"127.0.1.{i} {name} {self.mark}\n" for i, name in enumerate(NODES, start=1))
 
     def _run(self, *command: str, env: dict[str, str] | None = None, **options: str) -> None:
-        """One command of the start. Its output goes to a file: a daemon keeps what it was given open."""
+        """Run one command of the start.
+
+        Its output goes to a file, since a daemon would keep a pipe open.
+        """
         log = self.dir / f"start-{command[0]}.log"
         with log.open("ab") as file:
             done = subprocess.run(
@@ -303,7 +312,7 @@ class Cluster:
         return 0 if nodes else 1
 
     def stop(self) -> None:
-        """Jobs, daemons, files: nothing is left of it. Does nothing where there is nothing."""
+        """End jobs and daemons and remove all files. Does nothing if there is no cluster."""
         if not self.dir.exists():
             return
         if not (self.dir / "state").is_dir() and any(self.dir.iterdir()):
@@ -311,15 +320,16 @@ class Cluster:
         end_processes(self.processes)
         lines = HOSTS.read_text().splitlines(keepends=True)
         if any(self.mark in line for line in lines):
-            # in place: it may be a mount
+            # Written in place, since the file may be a mount.
             HOSTS.write_text("".join(line for line in lines if self.mark not in line))
         if self.proctrack == "cgroup" or FREEZER.with_name("slurm_n1").is_dir():
             remove_cgroups()
         shutil.rmtree(self.dir)
 
     def processes(self) -> list[int]:
-        """Ids of its daemons, by what they were started with, and of its jobs' processes, by their
-        environment.
+        """Process ids of the daemons and of the jobs.
+
+        Daemons are found by their arguments, processes of jobs by their environment.
         """
         found = []
         for entry in Path("/proc").iterdir():
@@ -329,7 +339,7 @@ class Cluster:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
                 env = (entry / "environ").read_bytes().split(b"\0")
             except OSError:
-                # of the kernel, or gone
+                # A process of the kernel, or one that has just ended.
                 continue
             is_daemon = Path(os.fsdecode(words[0])).name.rstrip(":") in DAEMONS and (
                 any(os.fsencode(f"{self.dir}/") in word for word in words + env)
@@ -357,7 +367,7 @@ def answers(port: int) -> bool:
 
 
 def end_processes(find: Callable[[], list[int]]) -> None:
-    """SIGTERM, and after ten seconds SIGKILL, to what `find` finds, until it finds nothing."""
+    """Send SIGTERM, after ten seconds SIGKILL, to the processes of `find` until there are none."""
     start = time.monotonic()
     told: set[int] = set()
     while pids := find():
@@ -373,7 +383,7 @@ def end_processes(find: Callable[[], list[int]]) -> None:
 
 
 def remove_cgroups() -> None:
-    """The (empty) cgroups that slurmd and its steps made."""
+    """Remove the empty cgroups that slurmd and its steps made."""
     for top in Path("/sys/fs/cgroup").glob("*/slurm*"):
         for directory, _, _ in os.walk(top, topdown=False):
             with contextlib.suppress(OSError):
@@ -381,11 +391,14 @@ def remove_cgroups() -> None:
 
 
 def run(cluster: Cluster, command: list[str]) -> int:
-    """`command` with the cluster; its exit code. An end by a signal stops the cluster all the same."""
+    """Run `command` with the cluster and return its exit code.
+
+    The cluster is stopped even if a signal ends this process.
+    """
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
     def on_signal(number: int, frame: FrameType | None) -> NoReturn:
-        # the first one ends it; a second must not end the stopping
+        # The first signal ends the command. A second one must not interrupt the stopping.
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)

@@ -26,7 +26,7 @@ from tests.clock import Clock
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.nightly
 STEPS = 60
-# seconds from the signal to the saved checkpoint, on a machine that does nothing else
+# Seconds from the signal to the saved checkpoint, on a machine that does nothing else.
 AIM = 10.0
 
 
@@ -112,7 +112,7 @@ def test_runs_to_the_end(start: Path) -> None:
 @pytest.mark.parametrize(
     "number, to_launcher", [(signal.SIGUSR1, True), (signal.SIGTERM, False)], ids=["USR1", "TERM"]
 )
-def test_told_to_leave_and_launched_again(start: Path, number: signal.Signals, to_launcher: bool) -> None:
+def test_preempted_and_launched_again(start: Path, number: signal.Signals, to_launcher: bool) -> None:
     name = f"left-{number.name}"
     process = launch(start, name, STEPS)
     wait_for_steps(process, start, name, 3)

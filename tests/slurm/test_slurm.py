@@ -2,7 +2,7 @@
 submitted with the program's own launchers.
 
 Proves: the script of `megasd launch slurm` and the experiment of `megasd launch nemo-run` train
-over two nodes and end COMPLETED; a job that is told to leave, by its time limit or by hand, saves,
+over two nodes and end COMPLETED; a job that is preempted, by its time limit or by hand, saves,
 is queued again by its own script, and goes on at the next step, each step once; a rank that fails
 or is killed ends the job at once with its traceback or signal in the job's output; engines on a
 node of their own serve a run on another. Does not prove: GPUs (the nodes have device files with
@@ -193,7 +193,7 @@ def test_sbatch_over_two_nodes(start: Path, tmp_path: Path) -> None:
     assert nodes.strip() in ("n1-2|2", "n[1-2]|2")
 
 
-# ---- told to leave -------------------------------------------------------------------------------
+# ---- preempted -----------------------------------------------------------------------------------
 
 
 def assert_no_error(log: str) -> None:
@@ -222,7 +222,7 @@ def assert_it_went_on(job: SlurmJob) -> None:
     assert_no_error(job.log())
 
 
-def test_told_to_leave_it_goes_on(start: Path, tmp_path: Path) -> None:
+def test_preempted_it_goes_on(start: Path, tmp_path: Path) -> None:
     """As sbatch's --signal=B:USR1 does it: to the batch shell."""
     job = submit(tmp_path / "run", *sampled(start), "run.steps=3", "checkpoint.every=100")
     tell_to_leave(job, "--batch")
@@ -270,7 +270,7 @@ def test_the_time_limit_tells_it_to_leave(start: Path, tmp_path: Path) -> None:
 
 
 def test_nemo_run_over_two_nodes(start: Path, tmp_path: Path) -> None:
-    """nemo-run waits for the job, which is told to leave in the middle and queued again by
+    """nemo-run waits for the job, which is preempted in the middle and queued again by
     nemo-run's script.
     """
     run, log = tmp_path / "run", tmp_path / "nemo.log"

@@ -3,7 +3,7 @@ what a call takes, the rivals compute the loss and the gradient that this projec
 rank and on two, and a tiny --quick run writes the ratios and exits 0.
 
 Does not prove: any speed or any ratio (benchmarks/), CUDA, or that a rival's project still ships
-the formula that is written anew here.
+the formula that is written again here.
 """
 
 from __future__ import annotations
