@@ -18,23 +18,6 @@ def outline(config: Config, world_size: int) -> list[str]:
     samples = samples_per_step(config)
     tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
     local = samples // data_parallel
-    if not needs_engine(config):
-        where = f"none (replays {rollout.replay_dir})" if rollout.replay_dir else "none"
-    elif engine.urls:
-        where = f"SGLang at {', '.join(engine.urls)}"
-    elif engine.served:
-        where = (
-            f"{engine.served} of SGLang that `megasd serve` starts elsewhere and announces in"
-            f" {run.dir}/engines"
-        )
-    else:
-        dtype = actor.dtype if engine.dtype == "auto" else engine.dtype
-        port = engine.port or "a free port"
-        several = f"{engine.num_engines} x " if engine.num_engines > 1 else ""
-        where = (
-            several + f"SGLang started on {engine.host}, {port}; TP {engine.tensor_parallel_size}, {dtype},"
-            f" {engine.max_total_tokens} KV tokens"
-        )
     lines = [
         (
             f"ranks        {world_size} = TP {actor.tensor_model_parallel_size} x PP"
@@ -48,7 +31,7 @@ def outline(config: Config, world_size: int) -> list[str]:
         ),
         f"run          {run.steps} steps, {run.steps * samples} samples; resume: {run.resume}",
         f"algorithm    {config.algorithm.recipe}: {_terms(config)}",
-        f"engine       {where}",
+        f"engine       {_engines(config)}",
     ]
     if engine.router is not None:
         lines.append(f"router       samples are asked of {engine.router}")
@@ -75,6 +58,27 @@ def outline(config: Config, world_size: int) -> list[str]:
     files += ["checkpoints/"] if config.checkpoint.every or config.checkpoint.save_at_end else []
     files += ["hf/"] if run.export else []
     return [*lines, f"writes       {run.dir}: {', '.join(files)}"]
+
+
+def _engines(config: Config) -> str:
+    """Where samples come from."""
+    actor, rollout, run, engine = config.actor, config.rollout, config.run, config.rollout.engine
+    if not needs_engine(config):
+        return f"none (replays {rollout.replay_dir})" if rollout.replay_dir else "none"
+    if engine.urls:
+        return f"SGLang at {', '.join(engine.urls)}"
+    if engine.served:
+        return (
+            f"{engine.served} of SGLang that `megasd serve` starts elsewhere and announces in"
+            f" {run.dir}/engines"
+        )
+    dtype = actor.dtype if engine.dtype == "auto" else engine.dtype
+    port = engine.port or "a free port"
+    several = f"{engine.num_engines} x " if engine.num_engines > 1 else ""
+    return (
+        several + f"SGLang started on {engine.host}, {port}; TP {engine.tensor_parallel_size}, {dtype},"
+        f" {engine.max_total_tokens} KV tokens"
+    )
 
 
 def _microbatches(config: Config, local: int) -> str:

@@ -43,6 +43,7 @@ class Demonstration:
 
     @property
     def without_thinking(self) -> str:
+        """The text without <think>...</think>."""
         return without_thinking(self.text)
 
 
