@@ -147,12 +147,12 @@ def _add_data_options(parser: Parser) -> None:
     parser.add_argument(
         "--verifier", choices=get_args(get_type_hints(RewardConfig)["verifier"]), help="as reward.verifier"
     )
-    parser.add_argument("--out", metavar="DIR", help="where samples and figures go")
+    parser.add_argument("--out", metavar="DIR", help="where samples and metrics go")
     parser.add_argument(
         "--num-samples", type=positive, default=16, metavar="N", help="samples a question (default 16)"
     )
     parser.add_argument(
-        "--k", metavar="K,K,...", help="k of pass@k and of the drawn figures (default 1,2,4,... to N)"
+        "--k", metavar="K,K,...", help="k of pass@k and of the drawn metrics (default 1,2,4,... to N)"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N questions only")
 
@@ -215,7 +215,7 @@ def _add_other_options(parser: Parser) -> None:
     parser.add_argument(
         "--recompute",
         metavar="DIR",
-        help="figures of a kept evaluation, without a model; --verifier scores it anew",
+        help="metrics of a kept evaluation, without a model; --verifier scores it again",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the evaluation in --out")
     parser.add_argument("--dry-run", action="store_true", help="check the data, print the plan, and stop")

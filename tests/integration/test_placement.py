@@ -3,7 +3,7 @@
 Proves: of two started engines one is killed in mid-rollout and the other goes on, nothing lost or
 doubled, no two samples of a prompt alike; a whole run on engines of `megasd serve` with a key,
 weights over a process group, that ends when the run does and leaves the key in no log, file or
-process list; a run that samples ahead, whose engine dies and which is told to leave: every question
+process list; a run that samples ahead, whose engine dies and which is preempted: every question
 once and in order, every batch but the first and the resumed one a step old, the engine's log-probs
 those of the older weights; a router before two engines. Does not prove: GPUs, memory given back,
 several machines.
@@ -134,7 +134,7 @@ def test_a_run_on_served_engines(start: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_that_samples_ahead(start: Path, tmp_path: Path) -> None:
     """Six steps: the engine is killed while a batch is learned and the next is sampled, and the run
-    told to leave later on.
+    preempted later on.
     """
     run, log, steps = tmp_path / "run", tmp_path / "train.log", 6
     arguments = common(

@@ -3,7 +3,7 @@ lies in the run directory afterwards.
 
 Proves: a run's files, lines and table; every push reaches the engine, checksum for checksum; the
 engine's death in the middle of a rollout loses and doubles no sample, and the new one gets the
-weights from the actor's ranks; a run that is told to leave saves within 10 s and goes on at the
+weights from the actor's ranks; a run that is preempted saves within 10 s and goes on at the
 next step with the same questions; 7 + 6 + 7 steps with two resumes are the same numbers, bit for
 bit, as 20 in one go; a checkpoint of TP 2 goes on under TP 1, DP 2 and PP 2. Does not prove: that
 anything is learned (make quickstart), CUDA, several machines.
@@ -316,7 +316,7 @@ def test_a_dead_engine_costs_no_sample(job: Job) -> None:
         assert rows[step]["rollout/samples"] == P * G
 
 
-# ---- told to leave -------------------------------------------------------------------------------
+# ---- preemption -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

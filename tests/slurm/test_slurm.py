@@ -265,7 +265,7 @@ def test_the_time_limit_tells_it_to_leave(start: Path, tmp_path: Path) -> None:
     ask("scancel", "--signal=USR1", "--batch", job.id)
     assert job.end() == ["REQUEUED 0:0", "FAILED 85:0"], job.log()
     assert job.steps() == list(range(len(job.steps())))
-    assert "submit the job anew" in job.log()
+    assert "submit the job again" in job.log()
     assert_no_error(job.log())
 
 

@@ -150,3 +150,56 @@ def test_nothing_refers_outside_the_repository():
                     if FOREIGN.search(line)
                 ]
     assert not found, "\n".join(found)
+
+
+def public_definitions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+    """("loss.credit.rlsd", its node) of every public class, function and method of the package."""
+    found = []
+
+    def collect(name: str, body: list[ast.stmt]) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                if node.name.startswith("_"):
+                    continue
+                found.append((f"{name}.{node.name}", node))
+                if isinstance(node, ast.ClassDef):
+                    collect(f"{name}.{node.name}", node.body)
+
+    for name, path in modules().items():
+        collect(name, ast.parse(path.read_text(), str(path)).body)
+    return found
+
+
+def test_public_names_have_docstrings():
+    found = public_definitions()
+    without = [name for name, node in found if ast.get_docstring(node) is None]
+    print(f"docstrings: {1 - len(without) / len(found):.1%} of {len(found)} public names")
+    assert len(without) <= 0.1 * len(found), "\n".join(without)
+
+
+def test_public_functions_are_annotated():
+    missing = []
+    for name, node in public_definitions():
+        if isinstance(node, ast.ClassDef):
+            continue
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        given += [one for one in (node.args.vararg, node.args.kwarg) if one is not None]
+        bare = [one.arg for one in given if one.annotation is None and one.arg not in ("self", "cls")]
+        missing += [f"{name}({', '.join(bare)})"] if bare or node.returns is None else []
+    assert not missing, "\n".join(missing)
+
+
+def test_the_root_holds_five_files():
+    assert len(list((ROOT / "megasd").glob("*.py"))) <= 5
+
+
+def test_words():
+    """Words of an earlier dialect, which a newcomer stumbles over: CONTRIBUTING.md has the standard ones."""
+    pattern = re.compile(r"\b(left half|told to leave|LeftHalf|figures|anew)\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "megasd").rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, "\n".join(found)

@@ -47,7 +47,7 @@ Python's own is unbuffered by PYTHONUNBUFFERED.
 unset SLURM_UNBUFFEREDIO
 export MEGASD_RENDEZVOUS="$head_node:{port}"
 rm -f -- {marker}
-# Queued again only when the run was told to leave and has saved; a crash is not repeated.
+# Queued again only when the run was preempted and has saved; a crash is not repeated.
 scontrol() {{ if [ "$1" != requeue ] || [ -e {marker} ]; then command scontrol "$@"; fi; }}
 """
 ENGINE_KEY = """\

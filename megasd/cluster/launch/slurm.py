@@ -58,14 +58,14 @@ export MEGASD_ENGINE_KEY
 """
 
 WAIT = """\
-trap 'echo "told to leave: the trainer saves"; kill -USR1 "$trainer"' USR1
+trap 'echo "preempted: the trainer saves"; kill -USR1 "$trainer"' USR1
 while kill -0 "$trainer" 2>/dev/null; do wait "$trainer"; done
 wait "$trainer"
 code=$?
 """
 
 WAIT_WITH_ENGINES = """\
-trap 'echo "told to leave: the trainer saves"; kill -USR1 "$trainer"' USR1
+trap 'echo "preempted: the trainer saves"; kill -USR1 "$trainer"' USR1
 engines_code=0
 while kill -0 "$trainer" 2>/dev/null; do
     if [ -n "$engines" ] && ! kill -0 "$engines" 2>/dev/null; then
@@ -106,7 +106,7 @@ if [ -e "$run_dir/preempted" ]; then
         echo "saved; queued again (start ${{SLURM_RESTART_COUNT:-0}} of {max_requeues})"
         scontrol requeue "$SLURM_JOB_ID"
     else
-        echo "saved; queued again {max_requeues} times already: submit the job anew to go on" >&2
+        echo "saved; queued again {max_requeues} times already: submit the job again to go on" >&2
     fi
     exit 85
 fi

@@ -3,7 +3,7 @@
 Proves, for ten length distributions and a thousand random cases: every sample on exactly one rank,
 equal numbers of microbatches on all ranks, no budget exceeded but by a single sample, FLOPs of the
 costliest rank below 1.05 of the mean (student forward and backward, recomputation, the teacher's
-pass as it is packed anew). Does not prove losses: tests/distributed/test_golden.py.
+pass as it is packed again). Does not prove losses: tests/distributed/test_golden.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Proves, with SGLang's control endpoints as a state machine: files of an earlier start of the job and
 servers that are not who was announced are left alone; requests of a dead engine go to the others at
-once, and it is taken back when announced anew; the least asked engine is asked; the key is sent,
+once, and it is taken back when announced again; the least asked engine is asked; the key is sent,
 told of when missing, and in no argument, log line or repr; when serving ends. Does not prove that
 SGLang starts so (tests/integration/test_placement.py).
 """
@@ -142,7 +142,7 @@ def test_requests_of_a_dead_engine_go_to_the_others_and_it_is_taken_back(node: N
         while engine.alive:
             time.sleep(0.05)
         node.servers[0] = ControlServer(dead.architectures, port)
-        # `megasd serve` has started it anew
+        # `megasd serve` has started it again
         node.announce(0, "megasd-c")
         deadline = time.monotonic() + 120
         while not engine.up and time.monotonic() < deadline:
