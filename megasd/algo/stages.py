@@ -1,15 +1,16 @@
-"""The algorithm as it stands at one step: stages entered so far, and numbers that change with time.
+"""The algorithm as it stands at one step: the stages that have begun, and numbers that change with time.
 
-A stage is a text of algorithm.stages, "START: key=value key=value": START a step, counted from 0,
-or a share of run.steps in percent, the keys those of the algorithm section. Later stages add to
-earlier ones. Values are split as a shell does it, so quote one with spaces.
+A stage is a text of algorithm.stages, "START: key=value key=value". START is a step, counted from 0,
+or a share of run.steps in percent; the keys are those of the section `algorithm`. Later stages add
+to earlier ones. A shell's rules split the values, so quote a value with spaces.
 
-    stages: ["50%: source=rollout distill.beta=1.0"]      forward KL on references, then reverse KL on samples (PACED 2603.11178)
+    # forward KL on references, then reverse KL on samples (PACED 2603.11178)
+    stages: ["50%: source=rollout distill.beta=1.0"]
 
-Numbers: credit.lam falls to lam_end over lam_steps (RLSD 2604.03128); distill.coefficient rises
-over warmup_steps and falls from decay_from on over decay_steps (SDPG's trapezoid). Their steps are
-those of the run, whatever stage they stand in.
-"""  # noqa: E501
+Two numbers change with the step of the run, whatever stage it is in: credit.lam falls to lam_end
+over lam_steps (RLSD 2604.03128); distill.coefficient rises over warmup_steps and falls from
+decay_from on over decay_steps (SDPG's trapezoid).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from megasd.config.validate_parallel import data_parallel_size, default_world_si
 from megasd.config.variants import CONTEXT_TRAITS, CREDIT_TRAITS
 
 STAGE = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*:(.*)", re.DOTALL)
-# What is built once, before the first step.
+# Fields of algorithm.teacher that are built once, before the first step: no stage can change them.
 BUILT_ONCE = (
     "weights",
     "ema_rate",
@@ -39,7 +40,8 @@ BUILT_ONCE = (
     "adaptive_prefix",
 )
 
-# reading a stage takes milliseconds, and every step asks several times
+# Algorithms by (start, number of stages): reading a stage takes milliseconds, and every step needs
+# several.
 _known: dict[tuple[str, int], AlgorithmConfig] = {}
 
 
@@ -47,9 +49,9 @@ _known: dict[tuple[str, int], AlgorithmConfig] = {}
 class Stage:
     """One text of algorithm.stages, read."""
 
-    # for errors
+    # its key, for error messages
     where: str
-    # a step, or percent of the run
+    # a step; with is_share, percent of the run
     start: float
     is_share: bool
     changes: list[str]
@@ -73,7 +75,7 @@ def at(algorithm: AlgorithmConfig, step: int, steps: int) -> AlgorithmConfig:
         algorithm = replace(algorithm, distill=replace(term, coefficient=_coefficient(term, step)))
     if pg is not None and pg.credit is not None and pg.credit.lam_end is not None:
         lam = _lam(pg.credit, step)
-        # the advantage alone is left, and the teacher need not run
+        # such a credit leaves the advantage alone, and the teacher need not run
         gone = lam == 0.0 and CREDIT_TRAITS[pg.credit.kind].vanishes_at_lam_0
         algorithm = replace(
             algorithm, policy_gradient=replace(pg, credit=None if gone else replace(pg.credit, lam=lam))
@@ -100,9 +102,10 @@ def reads_solutions(algorithm: AlgorithmConfig) -> bool:
 
 
 def check_stages(config: Config, world_size: int | None = None) -> None:
-    """Refuse stages that cannot be read, are out of order, never begin in run.steps, or ask for
-    what cannot run on `world_size` ranks (None: the number that `megasd train` starts). The start
-    is held to the same rules. Raises ConfigError.
+    """Refuse stages that cannot be read, are out of order, never begin in run.steps, or cannot run
+    on `world_size` ranks (None: the number that `megasd train` starts).
+
+    The algorithm of the start must pass the same checks. Raises ConfigError.
     """
     algorithm, steps = config.algorithm, config.run.steps
     stages, found, last = _stages(algorithm), variants(algorithm), 0
@@ -140,7 +143,7 @@ def averages(algorithm: AlgorithmConfig) -> bool:
 
 
 def _check_built(where: str, start: AlgorithmConfig, before: AlgorithmConfig, after: AlgorithmConfig) -> None:
-    """What the run has built from the first stage, the later ones find as it is."""
+    """Refuse a stage that changes a part which the run builds once, from the algorithm of the start."""
     if after.teacher is not None:
         if start.teacher is None:
             raise ConfigError(

@@ -97,6 +97,7 @@ class Workload:
     packing: bool
 
     def total(self, i: int) -> float:
+        """FLOPs of all forwards and backwards of a sample."""
         return self.cost[i] + self.other[i]
 
     def of(self, samples: Sequence[int]) -> float:

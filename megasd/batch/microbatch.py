@@ -79,54 +79,77 @@ def make_microbatches(
     response_parts = batch.response_ids.split(batch.response_lens.tolist())
     response_starts = (batch.response_lens.cumsum(0) - batch.response_lens).tolist()
     if any(len(prompt_parts[i]) == 0 for chosen in groups for i in chosen):
-        raise ValueError(f"a sample without teacher context {context} was asked for")
+        raise ValueError(f"a sample without teacher context {context} was requested")
     microbatches = []
-    # two tokens stand in for nothing
     for chosen in groups:
-        pairs = [(prompt_parts[i], response_parts[i], response_starts[i]) for i in chosen] or [
-            (response_parts[0][:1],) * 2 + (0,)
-        ]
-        sequences = [torch.cat([prompt, response]) for prompt, response, _ in pairs]
-        lengths = [-(-len(s) // multiple) * multiple for s in sequences]
-        if not packing:
-            lengths = [max(lengths)] * len(sequences)
-        tokens, positions, rows, index = [], [], [], []
-        local_start = 0
-        for row, ((prompt, response, start), sequence, length) in enumerate(
-            zip(pairs, sequences, lengths, strict=True)
-        ):
-            held = _held_positions(length, cp_rank, cp_size)
-            padded = torch.full((length,), pad_id, dtype=torch.int64)
-            padded[: len(sequence)] = sequence
-            tokens.append(padded[held])
-            positions.append(held)
-            # The logits at position q predict token q + 1: response tokens sit at len(prompt) ..
-            # len(sequence) - 1.
-            offset = held + 1 - len(prompt)
-            predicts = ((offset >= 0) & (offset < len(response))).nonzero().squeeze(1)
-            rows.append(local_start + predicts if packing else predicts * len(pairs) + row)
-            index.append(start + offset[predicts])
-            local_start += len(held)
-        all_rows, all_index = torch.cat(rows), torch.cat(index)
-        valid = torch.ones(len(all_rows), dtype=torch.bool)
-        is_filler = not chosen or len(all_rows) == 0
-        if is_filler:
-            all_rows = all_index = torch.zeros(1, dtype=torch.int64)
-            valid = torch.zeros(1, dtype=torch.bool)
-        join = (lambda parts: torch.cat(parts)[None]) if packing else torch.stack
+        samples = [(prompt_parts[i], response_parts[i], response_starts[i]) for i in chosen]
+        # two tokens stand in for nothing
+        filler = [(response_parts[0][:1], response_parts[0][:1], 0)]
         microbatches.append(
-            Microbatch(
-                tokens=join(tokens),
-                position_ids=join(positions),
-                cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if packing else None,
-                max_seqlen=max(lengths),
-                rows=all_rows,
-                response_index=all_index,
-                valid=valid,
-                is_filler=is_filler,
+            _microbatch(
+                samples or filler,
+                packing=packing,
+                cp_rank=cp_rank,
+                cp_size=cp_size,
+                multiple=multiple,
+                pad_id=pad_id,
+                is_filler=not samples,
             )
         )
     return microbatches
+
+
+def _microbatch(
+    samples: list[tuple[Tensor, Tensor, int]],
+    *,
+    packing: bool,
+    cp_rank: int,
+    cp_size: int,
+    multiple: int,
+    pad_id: int,
+    is_filler: bool,
+) -> Microbatch:
+    """samples: prompt ids, response ids, and the place of the response in the batch's response_ids.
+
+    A microbatch none of whose response tokens lies on this context-parallel rank is filler too.
+    """
+    sequences = [torch.cat([prompt, response]) for prompt, response, _ in samples]
+    lengths = [-(-len(s) // multiple) * multiple for s in sequences]
+    if not packing:
+        lengths = [max(lengths)] * len(sequences)
+    tokens, positions, rows, index = [], [], [], []
+    local_start = 0
+    for row, ((prompt, response, start), sequence, length) in enumerate(
+        zip(samples, sequences, lengths, strict=True)
+    ):
+        held = _held_positions(length, cp_rank, cp_size)
+        padded = torch.full((length,), pad_id, dtype=torch.int64)
+        padded[: len(sequence)] = sequence
+        tokens.append(padded[held])
+        positions.append(held)
+        # The logits at position q predict token q + 1: response tokens sit at len(prompt) ..
+        # len(sequence) - 1.
+        offset = held + 1 - len(prompt)
+        predicts = ((offset >= 0) & (offset < len(response))).nonzero().squeeze(1)
+        rows.append(local_start + predicts if packing else predicts * len(samples) + row)
+        index.append(start + offset[predicts])
+        local_start += len(held)
+    all_rows, all_index = torch.cat(rows), torch.cat(index)
+    valid = torch.ones(len(all_rows), dtype=torch.bool)
+    if is_filler or len(all_rows) == 0:
+        is_filler = True
+        all_rows = all_index = torch.zeros(1, dtype=torch.int64)
+        valid = torch.zeros(1, dtype=torch.bool)
+    return Microbatch(
+        tokens=torch.cat(tokens)[None] if packing else torch.stack(tokens),
+        position_ids=torch.cat(positions)[None] if packing else torch.stack(positions),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if packing else None,
+        max_seqlen=max(lengths),
+        rows=all_rows,
+        response_index=all_index,
+        valid=valid,
+        is_filler=is_filler,
+    )
 
 
 def _held_positions(length: int, cp_rank: int, cp_size: int) -> Tensor:

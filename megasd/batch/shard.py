@@ -35,6 +35,7 @@ class Costs:
     multiple: int
 
     def padded(self, length: int) -> int:
+        """The length (tokens) with its padding."""
         return -(-length // self.multiple) * self.multiple
 
     def of_student(self, length: int, predicted: int) -> float:
@@ -42,9 +43,11 @@ class Costs:
         return 3 * forward_flops(self.student, length, predicted)
 
     def of_recompute(self, length: int) -> float:
+        """What actor.recompute_granularity computes again."""
         return recompute_flops(self.student, length, self.actor)
 
     def of_teacher(self, length: int, predicted: int) -> float:
+        """All forwards of the teacher over a sequence."""
         return sum(forward_flops(hf, length, predicted) for hf in self.teachers)
 
 

@@ -123,26 +123,39 @@ def global_normalisers(
     words = torch.cat([exact_words(1 / size_N), torch.stack([num_samples, any_R.sum()]), *parts])
     if dp_group is not None and dist.get_world_size(dp_group) > 1:
         dist.all_reduce(words, group=dp_group)
-    all_questions = _count(words[:3])
-    num_samples, num_tokens_of_terms = words[3:5].tolist()
     found = {}
     for name, part in zip(names, words[5:].view(-1, 8), strict=True):
-        weight, questions, (taking_part, num_tokens) = (
-            exact_value(part[:3]),
-            _count(part[3:6]),
-            part[6:].tolist(),
-        )
-        if not math.isfinite(weight):
-            raise ValueError(f"question weights of the term {name!r} are beyond 2^38")
-        divisor = {"informative": questions, "batch": all_questions}.get(normaliser)
-        mean = (
-            {"none": 1.0, "dataset": dataset_mean}.get(normaliser)
-            if divisor is None
-            else weight / max(divisor, 1)
-        )
-        counts = questions, all_questions, num_samples, taking_part, num_tokens, num_tokens_of_terms
-        found[name] = Normaliser(mean if questions else 0.0, *counts)
+        found[name] = _normaliser(name, words[:5], part, normaliser, dataset_mean)
     return found
+
+
+def _normaliser(
+    name: str, of_batch: Tensor, of_term: Tensor, normaliser: str, dataset_mean: float | None
+) -> Normaliser:
+    """From reduced words. of_batch [5]: questions (3), samples, tokens of terms; of_term [8]: weight
+    (3), questions with a weight (3), samples that take part, tokens.
+    """
+    all_questions, questions = _count(of_batch[:3]), _count(of_term[3:6])
+    num_samples, num_tokens_of_terms = of_batch[3:].tolist()
+    taking_part, num_tokens = of_term[6:].tolist()
+    weight = exact_value(of_term[:3])
+    if not math.isfinite(weight):
+        raise ValueError(f"question weights of the term {name!r} are beyond 2^38")
+    if normaliser == "dataset":
+        assert dataset_mean is not None, "global_normalisers has checked it"
+        mean = dataset_mean
+    else:
+        divisors = {"informative": questions, "batch": all_questions}
+        mean = 1.0 if normaliser == "none" else weight / max(divisors[normaliser], 1)
+    return Normaliser(
+        mean_weight=mean if questions else 0.0,
+        num_questions=questions,
+        num_all_questions=all_questions,
+        num_samples=num_samples,
+        num_taking_part=taking_part,
+        num_tokens=num_tokens,
+        num_tokens_of_terms=num_tokens_of_terms,
+    )
 
 
 def _count(words: Tensor) -> int:

@@ -72,12 +72,7 @@ def token_weights(
     if algorithm.policy_gradient is not None and algorithm.policy_gradient.credit is not None:
         credit = algorithm.policy_gradient.credit
         prepared = _prepare_credit(batch, masks["policy_gradient"], streams, credit, observe, dp_group)
-        if prepared.second_path_R is not None:
-            first_R = masks["policy_gradient"]
-            masks = masks | {
-                "second_path": first_R & prepared.second_path_R,
-                "policy_gradient": first_R & ~prepared.second_path_R,
-            }
+        masks = _with_second_path(masks, prepared.second_path_R)
     streams = {**streams, **prepared.streams}
     of_terms = _question_weights(batch, algorithm, masks)
     normalisers = global_normalisers(
@@ -177,6 +172,14 @@ def _term_masks(batch: Batch, algorithm: AlgorithmConfig) -> dict[str, Tensor]:
         distill = algorithm.distill
         masks["distill"] = masks["distill"] & _within(lens_N, distill.skip_tokens, distill.max_tokens)
     return masks
+
+
+def _with_second_path(masks: dict[str, Tensor], second_path_R: Tensor | None) -> dict[str, Tensor]:
+    """The masks with the tokens of the second path moved from "policy_gradient" to a term of their own."""
+    if second_path_R is None:
+        return masks
+    first_R = masks["policy_gradient"]
+    return masks | {"second_path": first_R & second_path_R, "policy_gradient": first_R & ~second_path_R}
 
 
 def _question_weights(

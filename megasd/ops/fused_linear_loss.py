@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -156,19 +157,19 @@ class _Buffers:
 class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        hidden_Th,
-        weight_Vh,
-        targets_T,
-        spec,
-        loss_fn,
-        teacher,
-        tp_group,
-        memory_bytes,
-        reduce_hidden_grad,
-        train,
-        sums,
-    ):
+        ctx: Any,
+        hidden_Th: Tensor,
+        weight_Vh: Tensor,
+        targets_T: Tensor | None,
+        spec: LogProbsSpec,
+        loss_fn: LossFunction,
+        teacher: TeacherSource,
+        tp_group: dist.ProcessGroup | None,
+        memory_bytes: int,
+        reduce_hidden_grad: bool,
+        train: bool,
+        sums: dict[str, Tensor],
+    ) -> Tensor:
         num_tokens, wide = hidden_Th.shape[0], compute_dtype(weight_Vh)
         wants_hidden, wants_weight = train and ctx.needs_input_grad[0], train and ctx.needs_input_grad[1]
         main_grad = getattr(weight_Vh, "main_grad", None) if wants_weight else None
@@ -219,7 +220,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.done:
             raise RuntimeError("a fused loss can run backward once: its weight gradient has been handed over")
         ctx.done = True

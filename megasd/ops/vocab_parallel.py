@@ -10,7 +10,8 @@ teacher's, both, or those of a record that was made earlier; everything else is 
 tail. A distribution over the support and the tail needs, from each rank, its scores at the ids and
 (max, sum of exp) of its other columns. So the forward is
 
-    all_gather   of each rank's K first candidates of the selecting distribution, and the rest of its columns
+    all_gather   of each rank's K first candidates of the selecting distribution, and the rest of
+                 its columns
     all_reduce   of the other distribution's scores at the chosen ids, and the rest of its columns;
                  the target's score
 
@@ -24,16 +25,20 @@ The gradient in closed form. With p the student, g_j the upstream gradient of bu
 log-probability, h that of the target's, G = sum of g and c = -(G + h), the gradient in a score z_v
 is
 
-    v chosen: g_v + c p_v        v in the tail: (p_v / p_tail) (g_tail + c p_tail)        and + h at the target
+    v chosen:       g_v + c p_v
+    v in the tail:  (p_v / p_tail) (g_tail + c p_tail)
+    at the target:  + h
 
 (g_tail = 0 for tail "raw"; "renormalise": g_v - p^_v G - p_v h when chosen, p^ the renormalised p,
 and -p_v h in the tail). One scalar for the whole tail, and p_v / p_tail = exp(z_v - logsumexp of
 the tail): nothing of size V is saved.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -152,7 +157,7 @@ class _State:
     total_T: Tensor | None = None
 
 
-def _kernels(logits_TV: Tensor):
+def _kernels(logits_TV: Tensor) -> ModuleType:
     """The kernels for these logits: Triton on a GPU, torch on a CPU and for float64."""
     if logits_TV.is_cuda and logits_TV.dtype != torch.float64:
         from megasd.ops import kernels_triton
@@ -251,6 +256,7 @@ class _Pack:
         self.shard, self.tp_group, self.parts = shard, tp_group, []
 
     def add(self, words_TC: Tensor) -> int:
+        """Take in words [T, C]; gives their place in `parts`."""
         self.parts.append(words_TC)
         return len(self.parts) - 1
 
@@ -268,6 +274,7 @@ class _Pack:
         return self.add(values_TA), self.add(slots_TRC.flatten(1))
 
     def add_targets(self, logits_TV: Tensor, targets_T: Tensor, temperature: float) -> int:
+        """The scores of the targets, [T, 1]."""
         local_T = _local(targets_T, self.shard)
         scores_T1 = (
             logits_TV.gather(1, local_T.clamp(min=0).long()[:, None]).to(compute_dtype(logits_TV))
@@ -276,6 +283,7 @@ class _Pack:
         return self.add(scores_T1.masked_fill_((local_T < 0)[:, None], 0.0))
 
     def reduce(self) -> None:
+        """Sum all parts over the ranks. One all_reduce; none on one rank."""
         if self.parts and self.shard.size > 1:
             widths = [p.shape[1] for p in self.parts]
             packed = torch.cat(self.parts, dim=1)
@@ -283,6 +291,7 @@ class _Pack:
             self.parts = list(packed.split(widths, dim=1))
 
     def side(self, places: tuple[int, int], ids_TA: Tensor) -> _Side:
+        """The reduced parts of `add_side` as a distribution."""
         values_TA, slots_TC = (self.parts[i] for i in places)
         slots_TRC = slots_TC.unflatten(1, (self.shard.size, -1))
         rest = Rest(
@@ -452,7 +461,7 @@ def _read_full(
     return logprobs, state
 
 
-def _full_options(spec: LogProbsSpec, shard: Shard) -> dict:
+def _full_options(spec: LogProbsSpec, shard: Shard) -> dict[str, Any]:
     return {
         "beta": spec.beta,
         "clip": spec.clip,
@@ -567,7 +576,15 @@ def _check(student_TV: Tensor, teacher: Tensor | TeacherRecord | None, spec: Log
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_TV, teacher, targets_T, spec, tp_group, in_place):
+    def forward(
+        ctx: Any,
+        student_TV: Tensor,
+        teacher: Tensor | TeacherRecord | None,
+        targets_T: Tensor | None,
+        spec: LogProbsSpec,
+        tp_group: dist.ProcessGroup | None,
+        in_place: bool,
+    ) -> tuple[Tensor | None, ...]:
         logprobs, state = compute_logprobs(student_TV, teacher, targets_T, spec, tp_group=tp_group)
         # elsewhere the teacher's logits need not outlive the forward
         needed = teacher if spec.support == "full" else None
@@ -582,7 +599,15 @@ class _VocabParallelLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _ids, grad_TB, _teacher, grad_divergence_T, grad_logp_T, _entropy):
+    def backward(
+        ctx: Any,
+        _ids: Tensor | None,
+        grad_TB: Tensor | None,
+        _teacher: Tensor | None,
+        grad_divergence_T: Tensor | None,
+        grad_logp_T: Tensor | None,
+        _entropy: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         student_TV, teacher_TV, *state = ctx.saved_tensors
         if ctx.in_place and ctx.done:
             raise RuntimeError(
