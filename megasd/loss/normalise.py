@@ -123,20 +123,26 @@ def global_normalisers(
     words = torch.cat([exact_words(1 / size_N), torch.stack([num_samples, any_R.sum()]), *parts])
     if dp_group is not None and dist.get_world_size(dp_group) > 1:
         dist.all_reduce(words, group=dp_group)
+    all_questions = _count(words[:3])
     found = {}
     for name, part in zip(names, words[5:].view(-1, 8), strict=True):
-        found[name] = _normaliser(name, words[:5], part, normaliser, dataset_mean)
+        found[name] = _normaliser(name, all_questions, words[3:5], part, normaliser, dataset_mean)
     return found
 
 
 def _normaliser(
-    name: str, of_batch: Tensor, of_term: Tensor, normaliser: str, dataset_mean: float | None
+    name: str,
+    all_questions: int,
+    of_batch: Tensor,
+    of_term: Tensor,
+    normaliser: str,
+    dataset_mean: float | None,
 ) -> Normaliser:
-    """From reduced words. of_batch [5]: questions (3), samples, tokens of terms; of_term [8]: weight
-    (3), questions with a weight (3), samples that take part, tokens.
+    """From reduced words. of_batch [2]: samples, tokens of terms; of_term [8]: weight (3), questions
+    with a weight (3), samples that take part, tokens.
     """
-    all_questions, questions = _count(of_batch[:3]), _count(of_term[3:6])
-    num_samples, num_tokens_of_terms = of_batch[3:].tolist()
+    questions = _count(of_term[3:6])
+    num_samples, num_tokens_of_terms = of_batch.tolist()
     taking_part, num_tokens = of_term[6:].tolist()
     weight = exact_value(of_term[:3])
     if not math.isfinite(weight):
