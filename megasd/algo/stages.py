@@ -164,10 +164,10 @@ def _check_built(where: str, start: AlgorithmConfig, before: AlgorithmConfig, af
         changed += ["policy_gradient.credit's gate"] if first is None or gate(first) != gate(credit) else []
     weight = after.question_weight
     if weight.kind != "none" and weight.pass_rate == "frozen":
-        first = start.question_weight
-        if first.kind == "none" or first.pass_rate != "frozen":
+        before_weight = start.question_weight
+        if before_weight.kind == "none" or before_weight.pass_rate != "frozen":
             changed += ["question_weight.pass_rate"]
-        if weight.normaliser == "dataset" and weight != first:
+        if weight.normaliser == "dataset" and weight != before_weight:
             changed += ["question_weight"]
     if changed:
         raise ConfigError(
@@ -186,7 +186,7 @@ def _read(text: str, where: str) -> Stage:
         changes = shlex.split(found[3]) if found else []
     except ValueError as error:
         raise ConfigError(f"{where}: {text!r}: {error}; close the quotes") from error
-    if not changes:
+    if found is None or not changes:
         raise ConfigError(
             f'{where}: {text!r} is not a stage; write "50%: key=value" or "100: key=value key=value"'
         )
@@ -218,4 +218,5 @@ def _coefficient(term: DistillTerm, step: int) -> float:
 
 
 def _lam(credit: CreditConfig, step: int) -> float:
-    return credit.lam + (credit.lam_end - credit.lam) * min(1.0, step / credit.lam_steps)
+    lam_end = credit.lam if credit.lam_end is None else credit.lam_end
+    return credit.lam + (lam_end - credit.lam) * min(1.0, step / credit.lam_steps)

@@ -9,7 +9,7 @@ names its tokens in each, so a teacher's hidden state can never meet another tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,12 +44,18 @@ class Microbatch:
         """
         if device.type == "cpu":
             return self
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Microbatch(
-            **{
-                k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, Tensor) else v
-                for k, v in moved.items()
-            }
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            position_ids=move(self.position_ids),
+            cu_seqlens=None if self.cu_seqlens is None else move(self.cu_seqlens),
+            rows=move(self.rows),
+            response_index=move(self.response_index),
+            valid=move(self.valid),
         )
 
 

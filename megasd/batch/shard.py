@@ -81,11 +81,9 @@ class RankPlan:
 
 def make_costs(config: Config, student: Mapping[str, Any], passes: int) -> Costs:
     """student: its config.json; passes: forwards of the teacher over a sequence, 0 without one."""
-    path = (
-        config.algorithm.teacher.model_path
-        if passes and config.algorithm.teacher.weights == "separate"
-        else None
-    )
+    teacher, path = config.algorithm.teacher, None
+    if passes and teacher is not None and teacher.weights == "separate":
+        path = teacher.model_path
     teachers = [read_hf_config(path) if path is not None else student] * passes
     return Costs(student, teachers, config.actor, sequence_multiple(config))
 

@@ -41,14 +41,14 @@ METRIC_WEIGHTS = {
 
 def logprobs_spec(algorithm: AlgorithmConfig, *, temperature: float, vocab_size: int) -> LogProbsSpec:
     """What the algorithm's terms need to know about the logits. temperature: the sampling temperature."""
-    term = algorithm.distill
+    term, teacher = algorithm.distill, algorithm.teacher
     if term is None:
         return LogProbsSpec(
             vocab_size=vocab_size, support="none", temperature=temperature, teacher_temperature=temperature
         )
     return LogProbsSpec(
         vocab_size=vocab_size,
-        support="record" if algorithm.teacher.transport == "record" else term.support,
+        support="record" if teacher is not None and teacher.transport == "record" else term.support,
         top_k=term.top_k,
         tail=term.tail,
         beta=term.beta,

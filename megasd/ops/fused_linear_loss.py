@@ -117,6 +117,7 @@ def _chunk_of(
     teacher: TeacherSource, tokens: slice, buffer_TV: Tensor | None
 ) -> Tensor | TeacherRecord | None:
     if isinstance(teacher, TeacherHead):
+        assert buffer_TV is not None
         hidden_Th = teacher.hidden_Th[tokens]
         return _project(hidden_Th, teacher.weight_Vh, buffer_TV[: len(hidden_Th)])
     return teacher[tokens] if isinstance(teacher, TeacherRecord) else None
@@ -196,19 +197,19 @@ class _FusedLinearLoss(torch.autograd.Function):
                 continue
             out = None if buffers.gradient_TV is None else buffers.gradient_TV[: tokens.stop - start]
             kept = teacher_TV if isinstance(teacher_TV, Tensor) else None
-            write_gradient_(student_TV, kept, state, *gradients, spec, tp_group=tp_group, out=out)
+            write_gradient_(student_TV, kept, state, *gradients, spec=spec, tp_group=tp_group, out=out)
             gradient_TV = student_TV if out is None else out
-            if wants_hidden:
+            if hidden_grad is not None:
                 hidden_grad[tokens] = _hidden_gradient(gradient_TV, weight_Vh).to(hidden_Th.dtype)
             if wants_weight:
                 weight_grad = _add_weight_gradient(weight_grad, gradient_TV, hidden_Th[tokens])
         # no token
         if wants_weight and weight_grad is None:
             weight_grad = torch.zeros_like(weight_Vh)
-        ctx.save_for_backward(
-            hidden_grad,
-            None if main_grad is not None or not wants_weight else weight_grad.to(weight_Vh.dtype),
-        )
+        returned_grad = None
+        if main_grad is None and weight_grad is not None:
+            returned_grad = weight_grad.to(weight_Vh.dtype)
+        ctx.save_for_backward(hidden_grad, returned_grad)
         ctx.weight = weight_Vh if main_grad is not None else None
         ctx.reduce_group = (
             tp_group
@@ -240,7 +241,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
 def _differentiate(
     loss_fn: LossFunction, logprobs: LogProbs, tokens: slice, sums: dict[str, Tensor], train: bool
-) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None] | None]:
     """The caller's loss of a chunk and its gradients in (student_logq_TB, divergence_T, logp_T):
     O(K) work, the same on all ranks.
     """
@@ -259,7 +260,8 @@ def _differentiate(
                 if loss_T.requires_grad
                 else ()
             )
-            gradients = tuple(next(found, None) if n in leaves else None for n in names)
+            in_logq, in_divergence, in_logp = (next(found, None) if n in leaves else None for n in names)
+            gradients = in_logq, in_divergence, in_logp
     for name, value in chunk_sums.items():
         sums[name] = sums[name] + value if name in sums else value
     return loss_T, gradients
@@ -285,7 +287,7 @@ def _placeholder(weight: Tensor) -> Tensor:
     addition. `zero_out_wgrad` marks a weight with a second use (tied embeddings), whose other
     gradient must be added: zeros then.
     """
-    weight.grad_added_to_main_grad = True
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's attribute
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
     return make(weight, requires_grad=False)
 
@@ -392,5 +394,6 @@ def fused_linear_teacher_record(
     logprobs = fused_linear_logprobs(
         hidden_Th, weight_Vh, None, spec, tp_group=tp_group, memory_bytes=memory_bytes
     )
+    assert logprobs.ids_TA is not None and logprobs.student_logq_TB is not None
     logq_TB = logprobs.student_logq_TB.float()
     return TeacherRecord(logprobs.ids_TA.to(torch.int32), logq_TB[:, :-1], logq_TB[:, -1])

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megasd.ops import kernels_torch
-from megasd.ops.vocab_shard import Rest, Shard, compute_dtype, finite, shard_of
+from megasd.ops.vocab_shard import Shard, compute_dtype, finite, shard_of
 
 SUPPORTS = ("none", "student", "teacher", "union", "record", "full")
 TAILS = ("bucket", "renormalise", "raw")
@@ -125,6 +125,15 @@ class LogProbs:
     entropy_T: Tensor | None = None
 
 
+class _Rests(NamedTuple):
+    """The statistics `Rest` of every rank, [T, R] each."""
+
+    max_TR: Tensor
+    sum_TR: Tensor
+    # None: not requested
+    moment_TR: Tensor | None
+
+
 @dataclass
 class _Side:
     """One distribution: scores at the support, what is off the support on each rank, and the rank's
@@ -132,29 +141,39 @@ class _Side:
     """
 
     values_TA: Tensor
-    # [T, R] each
-    rests_TR: Rest
+    rests: _Rests
     # scores of columns that are in nobody's rest
     extra_TC: Tensor
 
 
 @dataclass
-class _State:
+class _BucketState:
     """What the gradient needs next to the logits: at most 8 A + 64 bytes a token in float32."""
 
     # int32 global
-    ids_TA: Tensor | None = None
+    ids_TA: Tensor
     # the student's, whatever the tail mode
-    logp_TB: Tensor | None = None
-    tail_max_T: Tensor | None = None
-    tail_sum_T: Tensor | None = None
-    targets_T: Tensor | None = None
-    # support "full": global normalisers, and the sum of w
-    student_max_T: Tensor | None = None
-    student_logsum_T: Tensor | None = None
-    teacher_max_T: Tensor | None = None
-    teacher_logsum_T: Tensor | None = None
-    total_T: Tensor | None = None
+    logp_TB: Tensor
+    tail_max_T: Tensor
+    tail_sum_T: Tensor
+    targets_T: Tensor | None
+
+
+@dataclass
+class _FullState:
+    """The same for support "full": global normalisers of both distributions, and the sum of w."""
+
+    student_max_T: Tensor
+    student_logsum_T: Tensor
+    teacher_max_T: Tensor
+    teacher_logsum_T: Tensor
+    total_T: Tensor
+    targets_T: Tensor | None
+
+
+_State = _BucketState | _FullState
+# The teacher's logits [T, V], a record of them, or no teacher.
+_Teacher = Tensor | TeacherRecord | None
 
 
 def _kernels(logits_TV: Tensor) -> ModuleType:
@@ -234,8 +253,9 @@ def _select(
         if shard.size > 1:
             values_TC, ids_TC = _merge(values_TRK, ids_TRK, sides[0][0].shape[1], vocab_size)
         known = rest_TRC.contiguous().view(wide).unbind(-1)
-        rest = Rest(*known, *[None] * (3 - rest_words))
-        found.append((ids_TC[:, :k].long(), _Side(values_TC[:, :k], rest, values_TC[:, k:])))
+        max_TR, sum_TR = known[:2] if rest_words else (values_TC[:, :0], values_TC[:, :0])
+        rests = _Rests(max_TR, sum_TR, known[2] if rest_words == 3 else None)
+        found.append((ids_TC[:, :k].long(), _Side(values_TC[:, :k], rests, values_TC[:, k:])))
     return found
 
 
@@ -253,7 +273,8 @@ class _Pack:
     """Words of one all_reduce, each non-zero on one rank."""
 
     def __init__(self, shard: Shard, tp_group: dist.ProcessGroup | None) -> None:
-        self.shard, self.tp_group, self.parts = shard, tp_group, []
+        self.shard, self.tp_group = shard, tp_group
+        self.parts: list[Tensor] = []
 
     def add(self, words_TC: Tensor) -> int:
         """Take in words [T, C]; gives their place in `parts`."""
@@ -294,10 +315,9 @@ class _Pack:
         """The reduced parts of `add_side` as a distribution."""
         values_TA, slots_TC = (self.parts[i] for i in places)
         slots_TRC = slots_TC.unflatten(1, (self.shard.size, -1))
-        rest = Rest(
-            slots_TRC[..., 0], slots_TRC[..., 1], slots_TRC[..., 2] if slots_TRC.shape[2] == 3 else None
-        )
-        return _Side(values_TA.masked_fill(ids_TA < 0, -torch.inf), rest, values_TA[:, :0])
+        moment_TR = slots_TRC[..., 2] if slots_TRC.shape[2] == 3 else None
+        rests = _Rests(slots_TRC[..., 0], slots_TRC[..., 1], moment_TR)
+        return _Side(values_TA.masked_fill(ids_TA < 0, -torch.inf), rests, values_TA[:, :0])
 
 
 def _buckets(side: _Side) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -306,10 +326,10 @@ def _buckets(side: _Side) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
     The tail is the log-sum-exp of what was not chosen, never 1 - sum.
     """
-    rest, extra_TC = side.rests_TR, side.extra_TC
-    tail_max_T = torch.cat([rest.max_T, extra_TC], dim=1).amax(-1)
+    rests, extra_TC = side.rests, side.extra_TC
+    tail_max_T = torch.cat([rests.max_TR, extra_TC], dim=1).amax(-1)
     base_T = finite(tail_max_T)
-    tail_sum_T = (rest.sum_T * (rest.max_T - base_T[:, None]).exp()).sum(-1) + (
+    tail_sum_T = (rests.sum_TR * (rests.max_TR - base_T[:, None]).exp()).sum(-1) + (
         extra_TC - base_T[:, None]
     ).exp().sum(-1)
     top_T = finite(torch.cat([side.values_TA, tail_max_T[:, None]], dim=1).amax(-1))
@@ -329,8 +349,11 @@ def _entropy(side: _Side, logp_TB: Tensor, top_T: Tensor, logsum_T: Tensor) -> T
         shifted_TC = (scores_TC - top_T[:, None]).clamp(min=-1e30)
         return ((shifted_TC - logsum_T[:, None]).exp() * shifted_TC).sum(-1)
 
-    offset_TR = (side.rests_TR.max_T - top_T[:, None]).clamp(min=-1e30)
-    inside_TR = side.rests_TR.moment_T + offset_TR * side.rests_TR.sum_T
+    max_TR, sum_TR, moment_TR = side.rests
+    if moment_TR is None:
+        raise ValueError("the entropy needs the moment of every rank's rest")
+    offset_TR = (max_TR - top_T[:, None]).clamp(min=-1e30)
+    inside_TR = moment_TR + offset_TR * sum_TR
     rests_T = ((offset_TR - logsum_T[:, None]).exp() * inside_TR).sum(-1)
     return logsum_T - over(side.values_TA) - over(side.extra_TC) - rests_T
 
@@ -347,10 +370,43 @@ def _in_tail_mode(logp_TB: Tensor, tail: str) -> Tensor:
     return shifted_TA - shifted_TA.exp().sum(-1, keepdim=True).log().clamp(min=0.0)
 
 
+def _logits(teacher: _Teacher) -> Tensor:
+    """The teacher's logits, where `_check` has seen that the support needs them and has them."""
+    assert isinstance(teacher, Tensor)
+    return teacher
+
+
+def _choose(
+    student_TV: Tensor,
+    teacher: _Teacher,
+    spec: LogProbsSpec,
+    shard: Shard,
+    tp_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, _Side | None, _Side | None]:
+    """(ids_TA, student side, teacher side): the support, and what its selection says of each distribution."""
+    k, vocab_size = min(spec.top_k, spec.vocab_size), spec.vocab_size
+    student = (student_TV, spec.temperature)
+    if spec.support == "student":
+        ((ids_TA, side),) = _select([student], k, 3, vocab_size, shard, tp_group)
+        return ids_TA, side, None
+    if spec.support == "teacher":
+        chosen = (_logits(teacher), spec.teacher_temperature)
+        ((ids_TA, side),) = _select([chosen], k, 2, vocab_size, shard, tp_group)
+        return ids_TA, None, side
+    if spec.support == "union":
+        chosen = (_logits(teacher), spec.teacher_temperature)
+        both = _select([student, chosen], k, 0, vocab_size, shard, tp_group)
+        return _union(both[0][0], both[1][0]), None, None
+    if isinstance(teacher, TeacherRecord):
+        return teacher.ids_TK.long(), None, None
+    empty_TA = torch.zeros(student_TV.shape[0], 0, dtype=torch.int64, device=student_TV.device)
+    return empty_TA, None, None
+
+
 @torch.no_grad()
 def compute_logprobs(
     student_TV: Tensor,
-    teacher: Tensor | TeacherRecord | None,
+    teacher: _Teacher,
     targets_T: Tensor | None,
     spec: LogProbsSpec,
     *,
@@ -360,47 +416,23 @@ def compute_logprobs(
     _check(student_TV, teacher, spec)
     shard = shard_of(student_TV.shape[1], spec.vocab_size, tp_group)
     if spec.support == "full":
-        return _read_full(student_TV, teacher, targets_T, spec, shard, tp_group)
-    k = min(spec.top_k, spec.vocab_size)
-    student_side = teacher_side = teacher_places = None
+        return _read_full(student_TV, _logits(teacher), targets_T, spec, shard, tp_group)
+    ids_TA, student_side, teacher_side = _choose(student_TV, teacher, spec, shard, tp_group)
+    # The other distribution on the support, and the targets.
     pack = _Pack(shard, tp_group)
-    # Support.
-    if spec.support == "student":
-        ((ids_TA, student_side),) = _select(
-            [(student_TV, spec.temperature)], k, 3, spec.vocab_size, shard, tp_group
-        )
-    elif spec.support == "teacher":
-        ((ids_TA, teacher_side),) = _select(
-            [(teacher, spec.teacher_temperature)], k, 2, spec.vocab_size, shard, tp_group
-        )
-    elif spec.support == "union":
-        both = _select(
-            [(student_TV, spec.temperature), (teacher, spec.teacher_temperature)],
-            k,
-            0,
-            spec.vocab_size,
-            shard,
-            tp_group,
-        )
-        ids_TA = _union(both[0][0], both[1][0])
-    elif spec.support == "record":
-        ids_TA = teacher.ids_TK.long()
-    else:
-        ids_TA = torch.zeros(student_TV.shape[0], 0, dtype=torch.int64, device=student_TV.device)
-    # The other distribution on it.
-    student_places = None
+    student_places = teacher_places = target_place = None
     if student_side is None:
         student_places = pack.add_side(student_TV, ids_TA, spec.temperature, moment=True)
     if isinstance(teacher, Tensor) and teacher_side is None:
         teacher_places = pack.add_side(teacher, ids_TA, spec.teacher_temperature, moment=False)
-    target_place = (
-        pack.add_targets(student_TV, targets_T, spec.temperature) if targets_T is not None else None
-    )
+    if targets_T is not None:
+        target_place = pack.add_targets(student_TV, targets_T, spec.temperature)
     pack.reduce()
     if student_places is not None:
         student_side = pack.side(student_places, ids_TA)
     if teacher_places is not None:
         teacher_side = pack.side(teacher_places, ids_TA)
+    assert student_side is not None
 
     logp_TB, top_T, logsum_T, tail_max_T, tail_sum_T = _buckets(student_side)
     logprobs = LogProbs(entropy_T=_entropy(student_side, logp_TB, top_T, logsum_T))
@@ -409,14 +441,12 @@ def compute_logprobs(
     if teacher_side is not None:
         logprobs.teacher_logq_TB = _in_tail_mode(_buckets(teacher_side)[0], spec.tail)
     elif isinstance(teacher, TeacherRecord):
-        logq_TB = torch.cat(
-            [teacher.logq_TK.masked_fill(ids_TA < 0, -torch.inf), teacher.log_tail_T[:, None]], dim=1
-        )
+        logq_TK = teacher.logq_TK.masked_fill(ids_TA < 0, -torch.inf)
+        logq_TB = torch.cat([logq_TK, teacher.log_tail_T[:, None]], dim=1)
         logprobs.teacher_logq_TB = _in_tail_mode(logq_TB.to(logp_TB.dtype), spec.tail)
-    if targets_T is not None:
+    if target_place is not None:
         logprobs.logp_T = (pack.parts[target_place][:, 0] - top_T) - logsum_T
-    state = _State(ids_TA.to(torch.int32), logp_TB, tail_max_T, tail_sum_T, targets_T)
-    return logprobs, state
+    return logprobs, _BucketState(ids_TA.to(torch.int32), logp_TB, tail_max_T, tail_sum_T, targets_T)
 
 
 def _read_full(
@@ -450,13 +480,13 @@ def _read_full(
     (student_max_T, student_logsum_T), (teacher_max_T, teacher_logsum_T) = norms
     if targets_T is not None:
         logprobs.logp_T = (pack.parts[1][:, 0] - student_max_T) - student_logsum_T
-    state = _State(
-        targets_T=targets_T,
+    state = _FullState(
         student_max_T=student_max_T,
         student_logsum_T=student_logsum_T,
         teacher_max_T=teacher_max_T,
         teacher_logsum_T=teacher_logsum_T,
         total_T=total_T,
+        targets_T=targets_T,
     )
     return logprobs, state
 
@@ -493,7 +523,7 @@ def write_gradient_(
     target_T = (
         student_TV.new_zeros(student_TV.shape[0], dtype=wide) if grad_logp_T is None else grad_logp_T.to(wide)
     )
-    if spec.support == "full":
+    if isinstance(state, _FullState):
         upstream_T = torch.zeros_like(target_T) if grad_divergence_T is None else grad_divergence_T.to(wide)
         norms = (state.student_max_T, state.student_logsum_T), (state.teacher_max_T, state.teacher_logsum_T)
         coefficient_T = -(upstream_T * state.total_T + target_T)
@@ -522,7 +552,7 @@ def write_gradient_(
             temperature=spec.temperature,
             out=out,
         )
-    if grad_logp_T is not None and shard.num_valid:
+    if grad_logp_T is not None and state.targets_T is not None and shard.num_valid:
         written_TV = student_TV if out is None else out
         local_T = _local(state.targets_T, shard)
         at_target_T = torch.where(local_T >= 0, target_T / spec.temperature, 0.0)
@@ -618,7 +648,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         write_gradient_(
             student_TV,
             teacher_TV,
-            _State(*state),
+            _FullState(*state) if ctx.spec.support == "full" else _BucketState(*state),
             grad_TB,
             grad_divergence_T,
             grad_logp_T,

@@ -47,7 +47,7 @@ def url(quickstart: Path, tmp_path_factory: pytest.TempPathFactory):
         assert model != checkpoint and (model / "model.safetensors").is_file()
         with open_eval_engine(chosen.engine, model, Chat(model), chosen.decoding, out) as engine:
             assert (out / "engine.log").is_file()
-            yield engine.engines[0].url
+            yield engine.pool.engines[0].url
     assert not model.exists()
 
 
