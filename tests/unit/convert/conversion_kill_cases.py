@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from megasd.convert.common import ConversionOptions
@@ -31,7 +32,10 @@ def start(source: Path, target: Path) -> int:
             way = to_megatron if direction_of(source) == "megatron" else to_hf
             way(source, target, ConversionOptions(file_bytes=FILE_BYTES))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
     return child
 
