@@ -6,7 +6,7 @@ verifier is a module with one row:
     EXACT_MATCH = Verifier(
         read_answer=str.strip,
         read_gold=lambda prompt, settings: prompt.answer.strip(),
-        compare=compare_text,
+        compare=partial(compare_text, feedback="The answer is not the expected text."),
         no_answer=Judgement(Verdict.WRONG, feedback="No answer was found after the thinking."),
     )
 

@@ -183,6 +183,8 @@ def tails_of(name):
 
 def test_every_divergence_has_a_twin():
     assert set(reference.DIVERGENCES) == set(DIVERGENCES)
+    for name, twin in reference.DIVERGENCES.items():
+        assert all(term.divergence == name for term, _ in twin.cases), f"a case of {name} names another one"
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -211,13 +213,15 @@ def test_every_divergence_equals_its_twin(name, support):
             s, t = (reference.bucket_logprobs(x[None], ids[None], temperature=0.9, tail=tail) for x in (s, t))
             rows.append(twin_of(s, t, term))
         expected = torch.cat(rows)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        named = lambda text, term=term: f"{term}: {text}"  # noqa: E731
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, msg=named)
         grads = [torch.autograd.grad(x, student, upstream)[0] for x in (found, expected)]
-        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12, msg=named)
         if tail != "raw" and term.pointwise_clip is None:
             equal = of_term(read(student, student.detach().clone(), **options), term)
             (grad,) = torch.autograd.grad(equal.sum(), student)
-            assert equal.abs().max() <= 1e-15 and grad.abs().max() <= 1e-15
+            message = f"{term} is not 0 where the teacher is the student"
+            assert equal.abs().max() <= 1e-14 and grad.abs().max() <= 1e-14, message
 
 
 def of_term(readout, term: DistillTerm):
