@@ -67,7 +67,8 @@ class _Call:
 class Sampler:
     """Samples and log-probs from the engines of `pool`, which hold the weights of `weights`.
 
-    Used by one thread at a time. stats: counters of the last `generate`.
+    Used by one thread at a time. It is one class of about 260 lines, since all its requests share the
+    counters and the retries. stats: counters of the last `generate`.
     """
 
     def __init__(

@@ -203,12 +203,11 @@ class _FusedLinearLoss(torch.autograd.Function):
                 hidden_grad[tokens] = _hidden_gradient(gradient_TV, weight_Vh).to(hidden_Th.dtype)
             if wants_weight:
                 weight_grad = _add_weight_gradient(weight_grad, gradient_TV, hidden_Th[tokens])
-        # no token
-        if wants_weight and weight_grad is None:
-            weight_grad = torch.zeros_like(weight_Vh)
         returned_grad = None
-        if main_grad is None and weight_grad is not None:
-            returned_grad = weight_grad.to(weight_Vh.dtype)
+        if wants_weight and main_grad is None:
+            # Without any token there is no gradient yet.
+            returned_grad = torch.zeros_like(weight_Vh) if weight_grad is None else weight_grad
+            returned_grad = returned_grad.to(weight_Vh.dtype)
         ctx.save_for_backward(hidden_grad, returned_grad)
         ctx.weight = weight_Vh if main_grad is not None else None
         ctx.reduce_group = (

@@ -24,6 +24,7 @@ from megasd.batch.batch import Batch
 from megasd.batch.build import build_batch, dataset_groups
 from megasd.config.schema import AlgorithmConfig, Config, engine_dtype
 from megasd.config.validate_rollout import needs_engine
+from megasd.data.prompts import PromptIterator
 from megasd.data.rollout_log import load_groups, rollout_path, save_groups
 from megasd.engine.sampler import Sampler, make_sampler
 from megasd.evaluation.estimators import summarise
@@ -90,7 +91,7 @@ class Orchestrator(contextlib.ExitStack):
             self.state.load_state_dict(state["memory"])
             self.first_step = state["step"]
         if config.rollout.replay_dir is not None:
-            self._check_replay()
+            check_replay(config, self.questions.prompts, first_step=self.first_step)
         if needs_engine(config):
             self._start_engine()
 
@@ -149,7 +150,7 @@ class Orchestrator(contextlib.ExitStack):
             with_context = [nll is not None and choice.random() < nll.context_fraction for _ in prompts]
             return dataset_groups(prompts, algorithm, questions.chat, with_context), {}
         if config.rollout.replay_dir is not None:
-            groups = self._replay(config.rollout.replay_dir, questions.prompts.next(), step)
+            groups = replayed_groups(config.rollout.replay_dir, questions.prompts.next(), step)
             return groups, group_metrics(groups)
         if algorithm.source == "mixed":
             groups, metrics, costs = self._mixed(step, algorithm, choice)
@@ -296,42 +297,44 @@ class Orchestrator(contextlib.ExitStack):
         save_groups(self.run_dir / "rollouts" / f"eval-step-{step:06d}.jsonl", groups)
         return summarise(groups, self._answer_of)
 
-    # ---- rollouts of an older run ----
 
-    def _check_replay(self) -> None:
-        """UserError unless each sampling step has its file, and the first file holds this run's prompts."""
-        config, prompts = self.config, self.questions.prompts
-        directory = config.rollout.replay_dir or ""
-        position, sampling = prompts.state_dict(), {}
-        for step in range(self.first_step, config.run.steps):
-            drawn = prompts.next()
-            if at(config.algorithm, step, config.run.steps).source != "dataset":
-                sampling[step] = drawn
-        prompts.load_state_dict(position)
-        for step in sampling:
-            path = rollout_path(Path(directory) / "rollouts", step)
-            if not path.is_file():
-                staged = (
-                    f" (step {step} samples: replay a run of the same algorithm.stages)"
-                    if config.algorithm.stages
-                    else ""
-                )
-                raise UserError(
-                    f"rollout.replay_dir: {path} is missing; lower run.steps={config.run.steps}{staged}"
-                )
-        for step, drawn in list(sampling.items())[:1]:
-            self._replay(directory, drawn, step)
+def check_replay(config: Config, prompts: PromptIterator, *, first_step: int) -> None:
+    """UserError unless each sampling step has its file, and the first file holds this run's prompts.
 
-    def _replay(self, directory: str, prompts: list[Prompt], step: int) -> list[Group]:
-        """The groups that an older run sampled in this step. UserError when they are of other prompts."""
+    prompts: the run's iterator, at the position of first_step; it is put back there.
+    """
+    directory = config.rollout.replay_dir or ""
+    position, sampling = prompts.state_dict(), {}
+    for step in range(first_step, config.run.steps):
+        drawn = prompts.next()
+        if at(config.algorithm, step, config.run.steps).source != "dataset":
+            sampling[step] = drawn
+    prompts.load_state_dict(position)
+    for step in sampling:
         path = rollout_path(Path(directory) / "rollouts", step)
-        groups = load_groups(path)
-        if [group.prompt.id for group in groups] != [prompt.id for prompt in prompts]:
-            raise UserError(
-                f"rollout.replay_dir: {path} holds other prompts than step {step} of this run; replay with"
-                " the same data.train and run.seed"
+        if not path.is_file():
+            staged = (
+                f" (step {step} samples: replay a run of the same algorithm.stages)"
+                if config.algorithm.stages
+                else ""
             )
-        return groups
+            raise UserError(
+                f"rollout.replay_dir: {path} is missing; lower run.steps={config.run.steps}{staged}"
+            )
+    for step, drawn in list(sampling.items())[:1]:
+        replayed_groups(directory, drawn, step)
+
+
+def replayed_groups(directory: str, prompts: list[Prompt], step: int) -> list[Group]:
+    """The groups that an older run sampled in this step. UserError when they are of other prompts."""
+    path = rollout_path(Path(directory) / "rollouts", step)
+    groups = load_groups(path)
+    if [group.prompt.id for group in groups] != [prompt.id for prompt in prompts]:
+        raise UserError(
+            f"rollout.replay_dir: {path} holds other prompts than step {step} of this run; replay with"
+            " the same data.train and run.seed"
+        )
+    return groups
 
 
 def check_transport(config: Config, device: str) -> None:

@@ -40,6 +40,9 @@ class Trainer(contextlib.ExitStack):
 
     actor: this rank's model. step: optimizer steps that are done (of batches; a batch may take several
     updates). link: how rank 0 and the other ranks act together.
+
+    It is one class of more than 250 lines on purpose: its public methods are the lines of the loop in
+    their order, and what they share (step, pushed version, unlogged metrics) is the run's own state.
     """
 
     def __init__(self, config: Config, preemption: PreemptionSignal) -> None:
