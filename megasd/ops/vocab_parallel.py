@@ -1,25 +1,29 @@
-"""Vocab-parallel log-probs: what a loss may know about logits that are split over the vocabulary.
+"""Vocab-parallel log-probs: a few numbers per token from logits that are split over the vocabulary.
 
-These are O(K) numbers per token, the same on every tensor-parallel rank.
+A loss reads only these log-probs, never the logits. They are O(K) numbers per token, the same on
+every tensor-parallel rank.
 
 T tokens, V local vocabulary slice, K top-k, A size of the support (K, 2K for a union), B buckets =
 A + 1 (A without a tail), R ranks.
 
 A support is a set of ids per token: the student's K most likely tokens (SDPO 2601.20802), the
-teacher's, both, or those of a record that was made earlier; everything else is one more bucket, the
-tail. A distribution over the support and the tail needs, from each rank, its scores at the ids and
-(max, sum of exp) of its other columns. So the forward is
+teacher's K most likely tokens, the union of both, or the ids of a teacher record that was made
+earlier. All other tokens form one more bucket, the tail. The selecting distribution is the one
+whose most likely tokens become the support. A rank contributes two things to a distribution over
+the support and the tail: the scores of its columns in the support, and the statistics (max, sum of
+exp) of its columns outside the support. These statistics are called the rest. The forward issues
 
     all_gather   of each rank's K first candidates of the selecting distribution, and the rest of
-                 its columns
-    all_reduce   of the other distribution's scores at the chosen ids, and the rest of its columns;
-                 the target's score
+                 that distribution
+    all_reduce   of the other distribution's scores at the chosen ids, and the rest of that
+                 distribution; the target's score
 
-where every word of the all_reduce has one rank that contributes and zeros elsewhere, so that the
-sum is exact. `support="full"` is the exact divergence over the whole vocabulary and needs less: 4
-words gathered, 4 reduced. The backward needs no collective: each rank writes the gradient of its
-own columns from the upstream gradient, which all ranks share because they hold the same outputs and
-go on to compute the same loss with scale 1. Never sum such a loss over tensor-parallel ranks.
+In the all_reduce, one rank contributes each word and all other ranks contribute zero, so the sum is
+exact. `support="full"` gives the exact divergence over the whole vocabulary and needs less: 4 words
+gathered, 4 reduced. The backward needs no collective: each rank writes the gradient of its own
+columns from the upstream gradient. The upstream gradient is the same on all ranks, because all
+ranks hold the same outputs and compute the same loss with scale 1. Never sum such a loss over
+tensor-parallel ranks.
 
 The gradient in closed form. With p the student, g_j the upstream gradient of bucket j's
 log-probability, h that of the target's, G = sum of g and c = -(G + h), the gradient in a score z_v
@@ -56,14 +60,14 @@ TAILS = ("bucket", "renormalise", "raw")
 class LogProbsSpec:
     """Which log-probs to compute.
 
-    beta, clip: those of ops/divergence_terms.py. Support "full" alone uses them: it sums the
-    divergence over the vocabulary shard by shard.
+    beta and clip have the meaning they have in ops/divergence_terms.py. Only support "full" uses
+    them: it sums the divergence over the vocabulary shard by shard.
     """
 
-    # the true vocabulary: padded columns take no part and get gradient zero
+    # The true vocabulary size. Padded columns take no part and get gradient zero.
     vocab_size: int
     support: str = "student"
-    # clipped to the vocabulary
+    # A top_k above vocab_size counts as vocab_size.
     top_k: int = 100
     tail: str = "bucket"
     beta: float = 0.5
@@ -90,15 +94,16 @@ class LogProbsSpec:
 
 @dataclass
 class TeacherRecord:
-    """A teacher's signal without its logits: 8K + 4 bytes a token. The tail is kept as it was
-    measured, never as 1 - sum.
+    """A teacher's top-k log-probabilities and tail, kept in place of the teacher's logits.
+
+    A record takes 8K + 4 bytes a token. The tail is kept as it was measured, never as 1 - sum.
     """
 
-    # int32, global; -1: empty
+    # Global token ids, int32. -1 marks an empty place.
     ids_TK: Tensor
-    # float32, nats
+    # Log-probabilities of the ids, float32, nats.
     logq_TK: Tensor
-    # float32, nats: log of the mass off the ids
+    # Log of the probability mass outside the ids, float32, nats.
     log_tail_T: Tensor
 
     def __getitem__(self, tokens: slice | Tensor) -> TeacherRecord:
@@ -107,21 +112,23 @@ class TeacherRecord:
 
 @dataclass
 class LogProbs:
-    """float32 (float64 for float64 logits), bitwise equal on all tensor-parallel ranks. None: not requested.
+    """The log-probs of T tokens, bitwise equal on all tensor-parallel ranks.
 
+    All values are float32 (float64 for float64 logits). A field is None if it was not requested.
     Differentiable: student_logq_TB, divergence_T, logp_T.
     """
 
-    # int64 global ids, -1 for an empty place (the second copy of a union, or of a record)
+    # int64 global ids of the support. -1 marks an empty place: the second copy of an id that both
+    # halves of a union have, or an empty place of a teacher record.
     ids_TA: Tensor | None = None
-    # log-probabilities (nats) of the support and, with tail "bucket", of all the rest
+    # Log-probabilities (nats) of the support and, with tail "bucket", of the tail.
     student_logq_TB: Tensor | None = None
     teacher_logq_TB: Tensor | None = None
-    # support "full"
+    # The divergence over the whole vocabulary, with support "full" only.
     divergence_T: Tensor | None = None
-    # of the targets
+    # The student's log-probabilities of the target tokens (nats).
     logp_T: Tensor | None = None
-    # of the student, nats
+    # The student's entropy (nats).
     entropy_T: Tensor | None = None
 
 
@@ -130,29 +137,34 @@ class _Rests(NamedTuple):
 
     max_TR: Tensor
     sum_TR: Tensor
-    # None: not requested
+    # None if the moment was not requested.
     moment_TR: Tensor | None
 
 
 @dataclass
 class _Side:
-    """One distribution: scores at the support, what is off the support on each rank, and the rank's
-    unselected candidates.
+    """One distribution: the student's or the teacher's scores, in the parts that `_buckets` reads.
+
+    The parts are the scores of the support, the statistics of each rank's other columns, and the
+    candidates that the ranks gathered but that were not selected.
     """
 
     values_TA: Tensor
     rests: _Rests
-    # scores of columns that are in nobody's rest
+    # Scores of the unselected candidates. They are in no rank's rest.
     extra_TC: Tensor
 
 
 @dataclass
 class _BucketState:
-    """What the gradient needs next to the logits: at most 8 A + 64 bytes a token in float32."""
+    """The tensors that the backward needs next to the logits, for every support but "full".
 
-    # int32 global
+    They take at most 8 A + 64 bytes a token in float32.
+    """
+
+    # Global ids of the support, int32.
     ids_TA: Tensor
-    # the student's, whatever the tail mode
+    # The student's log-probabilities with the tail as a bucket, whatever the tail mode.
     logp_TB: Tensor
     tail_max_T: Tensor
     tail_sum_T: Tensor
@@ -161,7 +173,11 @@ class _BucketState:
 
 @dataclass
 class _FullState:
-    """The same for support "full": global normalisers of both distributions, and the sum of w."""
+    """The tensors that the backward of support "full" needs next to the logits.
+
+    They are the global normalisers of both distributions, and the sum of w
+    (ops/divergence_terms.py) in total_T.
+    """
 
     student_max_T: Tensor
     student_logsum_T: Tensor
@@ -186,13 +202,13 @@ def _kernels(logits_TV: Tensor) -> ModuleType:
 
 
 def _local(ids: Tensor, shard: Shard) -> Tensor:
-    """int32 local columns of global ids, -1 for those of other ranks and for empty places."""
+    """int32 local columns of global ids; -1 for ids of other ranks and for empty places."""
     ids = ids.to(torch.int32) - shard.start
     return torch.where((ids >= 0) & (ids < shard.num_valid), ids, -1)
 
 
 def _all_gather(words_TC: Tensor, shard: Shard, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """[T, R, C]."""
+    """Gather words [T, C] of every rank into [T, R, C]."""
     if shard.size == 1:
         return words_TC[:, None]
     gathered = words_TC.new_empty(shard.size * words_TC.shape[0], words_TC.shape[1])
@@ -201,10 +217,12 @@ def _all_gather(words_TC: Tensor, shard: Shard, tp_group: dist.ProcessGroup | No
 
 
 def _merge(values_TRK: Tensor, ids_TRK: Tensor, columns: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """All ranks' candidates as [T, C], sorted by (value descending, id ascending): ties, which
-    rounded logits have at the k-th place of nearly every token, must fall alike whatever the number
-    of ranks. Each rank's are in that order and ranks own ascending ids, so a stable sort by value
-    does it, once the places are gone that a rank with fewer than K true columns could not fill.
+    """All ranks' candidates as [T, C], sorted by (value descending, id ascending).
+
+    Rounded logits have ties at the k-th place of nearly every token. The order makes the choice
+    between tied tokens the same for any number of ranks. The candidates of each rank are already in
+    this order and ranks own ascending ids, so a stable sort by value is enough. Places that a rank
+    with fewer than K true columns could not fill are removed before the sort.
     """
     size, k = values_TRK.shape[1:]
     values_TC, ids_TC = values_TRK.flatten(1), ids_TRK.flatten(1)
@@ -225,8 +243,10 @@ def _select(
     shard: Shard,
     tp_group: dist.ProcessGroup | None,
 ) -> list[tuple[Tensor, _Side]]:
-    """For each (logits, temperature): the k first ids of the whole vocabulary, their values and the
-    rest, of which `rest_words` of (max, sum, moment) are known. One all_gather for all of them.
+    """Select the k first ids of the whole vocabulary for each (logits, temperature) in `sides`.
+
+    Returns the ids and the distribution of each pair. `rest_words` says how many of the rest's
+    statistics (max, sum, moment), in this order, are gathered. One all_gather for all pairs.
     """
     wide = compute_dtype(sides[0][0])
     word = torch.int64 if wide == torch.float64 else torch.int32
@@ -260,8 +280,9 @@ def _select(
 
 
 def _union(first_TK: Tensor, second_TK: Tensor) -> Tensor:
-    """Ids of both, the second copy of an id replaced by -1: counted twice, its mass would be
-    missing from the tail.
+    """The ids of both supports side by side, with the second copy of an id replaced by -1.
+
+    If an id counted twice, its mass would be missing from the tail.
     """
     ids_TA, order_TA = torch.cat([first_TK, second_TK], dim=1).sort(dim=-1, stable=True)
     copy_TA = torch.zeros_like(ids_TA, dtype=torch.bool)
@@ -270,21 +291,24 @@ def _union(first_TK: Tensor, second_TK: Tensor) -> Tensor:
 
 
 class _Pack:
-    """Words of one all_reduce, each non-zero on one rank."""
+    """The words of one all_reduce; each word is non-zero on at most one rank."""
 
     def __init__(self, shard: Shard, tp_group: dist.ProcessGroup | None) -> None:
         self.shard, self.tp_group = shard, tp_group
         self.parts: list[Tensor] = []
 
     def add(self, words_TC: Tensor) -> int:
-        """Take in words [T, C]; gives their place in `parts`."""
+        """Add words [T, C] and return their place in `parts`."""
         self.parts.append(words_TC)
         return len(self.parts) - 1
 
     def add_side(
         self, logits_TV: Tensor, ids_TA: Tensor, temperature: float, *, moment: bool
     ) -> tuple[int, int]:
-        """Scores at the ids, and this rank's rest in its own places of [R, 2 or 3]."""
+        """Add the scores at the ids and this rank's rest; return the places of both in `parts`.
+
+        The rest stands in this rank's row of [R, 2], or of [R, 3] with the moment.
+        """
         kernels = _kernels(logits_TV)
         values_TA, rest = kernels.gather(
             logits_TV, _local(ids_TA, self.shard), num_valid=self.shard.num_valid, temperature=temperature
@@ -295,7 +319,7 @@ class _Pack:
         return self.add(values_TA), self.add(slots_TRC.flatten(1))
 
     def add_targets(self, logits_TV: Tensor, targets_T: Tensor, temperature: float) -> int:
-        """The scores of the targets, [T, 1]."""
+        """Add the scores of the targets, [T, 1], and return their place in `parts`."""
         local_T = _local(targets_T, self.shard)
         scores_T1 = (
             logits_TV.gather(1, local_T.clamp(min=0).long()[:, None]).to(compute_dtype(logits_TV))
@@ -304,7 +328,7 @@ class _Pack:
         return self.add(scores_T1.masked_fill_((local_T < 0)[:, None], 0.0))
 
     def reduce(self) -> None:
-        """Sum all parts over the ranks. One all_reduce; none on one rank."""
+        """Sum all parts over the ranks. One all_reduce; none if the group has one rank."""
         if self.parts and self.shard.size > 1:
             widths = [p.shape[1] for p in self.parts]
             packed = torch.cat(self.parts, dim=1)
@@ -321,10 +345,11 @@ class _Pack:
 
 
 def _buckets(side: _Side) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp_TB, top_T, logsum_T, tail_max_T, tail_sum_T): log-probabilities of the support and the
-    tail, B = A + 1, and the normaliser.
+    """Compute the log-probabilities of the support and the tail, and the normaliser.
 
-    The tail is the log-sum-exp of what was not chosen, never 1 - sum.
+    Returns (logp_TB, top_T, logsum_T, tail_max_T, tail_sum_T), B = A + 1. A log-probability is
+    (score - top) - logsum. The tail is the log-sum-exp of the scores that were not chosen, never
+    1 - sum.
     """
     rests, extra_TC = side.rests, side.extra_TC
     tail_max_T = torch.cat([rests.max_TR, extra_TC], dim=1).amax(-1)
@@ -340,8 +365,10 @@ def _buckets(side: _Side) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _entropy(side: _Side, logp_TB: Tensor, top_T: Tensor, logsum_T: Tensor) -> Tensor:
-    """-sum of p log p with log p = (score - top) - logsum, over the support, each rank's rest, and
-    the unselected candidates.
+    """The entropy of a distribution in nats, from the parts of a `_Side`.
+
+    It is -sum of p log p with log p = (score - top) - logsum, over the support, each rank's rest,
+    and the unselected candidates.
     """
 
     def over(scores_TC: Tensor) -> Tensor:
@@ -371,7 +398,7 @@ def _in_tail_mode(logp_TB: Tensor, tail: str) -> Tensor:
 
 
 def _logits(teacher: _Teacher) -> Tensor:
-    """The teacher's logits, where `_check` has seen that the support needs them and has them."""
+    """The teacher as logits; call it only after `_check`, for a support that needs the logits."""
     assert isinstance(teacher, Tensor)
     return teacher
 
@@ -383,7 +410,10 @@ def _choose(
     shard: Shard,
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, _Side | None, _Side | None]:
-    """(ids_TA, student side, teacher side): the support, and what its selection says of each distribution."""
+    """Choose the support; return (ids_TA, student side, teacher side).
+
+    A side is None if the selection did not gather that distribution.
+    """
     k, vocab_size = min(spec.top_k, spec.vocab_size), spec.vocab_size
     student = (student_TV, spec.temperature)
     if spec.support == "student":
@@ -412,13 +442,16 @@ def compute_logprobs(
     *,
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[LogProbs, _State]:
-    """The log-probs without autograd, and what `write_gradient_` needs. See vocab_parallel_logprobs."""
+    """Compute the log-probs without autograd, and the state that `write_gradient_` needs.
+
+    Arguments, errors and collectives are those of vocab_parallel_logprobs.
+    """
     _check(student_TV, teacher, spec)
     shard = shard_of(student_TV.shape[1], spec.vocab_size, tp_group)
     if spec.support == "full":
         return _read_full(student_TV, _logits(teacher), targets_T, spec, shard, tp_group)
     ids_TA, student_side, teacher_side = _choose(student_TV, teacher, spec, shard, tp_group)
-    # The other distribution on the support, and the targets.
+    # One all_reduce brings the distributions that the selection did not gather, and the targets.
     pack = _Pack(shard, tp_group)
     student_places = teacher_places = target_place = None
     if student_side is None:
@@ -514,8 +547,10 @@ def write_gradient_(
     tp_group: dist.ProcessGroup | None,
     out: Tensor | None = None,
 ) -> None:
-    """This rank's gradient from the gradients of the log-probs (None: zero), in place in the logits
-    or in `out`. No collective.
+    """Write this rank's gradient of the logits, from the gradients of the log-probs.
+
+    A gradient that is None counts as zero. The result goes in place into the logits, or into `out`.
+    No collective.
     """
     shard = shard_of(student_TV.shape[1], spec.vocab_size, tp_group)
     kernels = _kernels(student_TV)
@@ -564,8 +599,9 @@ def write_gradient_(
 def _bucket_gradient(
     logp_TB: Tensor, grad_TB: Tensor | None, target_T: Tensor, tail: str
 ) -> tuple[Tensor, Tensor]:
-    """(chosen_TA, tail_T): gradients in the scores at the support, and of the tail as a whole (the
-    formulas at the head of the file).
+    """The gradients in the scores of the support (chosen_TA) and in the tail as a whole (tail_T).
+
+    The formulas stand at the head of the file.
     """
     p_TB = logp_TB.exp()
     if grad_TB is None:
@@ -616,7 +652,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         in_place: bool,
     ) -> tuple[Tensor | None, ...]:
         logprobs, state = compute_logprobs(student_TV, teacher, targets_T, spec, tp_group=tp_group)
-        # elsewhere the teacher's logits need not outlive the forward
+        # For every support but "full" the teacher's logits may be freed after the forward.
         needed = teacher if spec.support == "full" else None
         ctx.save_for_backward(student_TV, needed, *(getattr(state, f.name) for f in fields(state)))
         ctx.spec, ctx.tp_group, ctx.in_place, ctx.done = spec, tp_group, in_place, False
@@ -668,8 +704,10 @@ def vocab_parallel_logprobs(
     tp_group: dist.ProcessGroup | None,
     in_place: bool = False,
 ) -> LogProbs:
-    """The log-probs that `spec` names, of logits [T, V] (bfloat16, float32 or float64); differentiable
-    in the student's logits alone.
+    """Compute the log-probs that `spec` names, from logits [T, V] split over the vocabulary.
+
+    The logits are bfloat16, float32 or float64. The log-probs are differentiable in the student's
+    logits alone.
 
     teacher: logits of the same slice, a TeacherRecord (support "record"), or None. targets_T: int64
     global ids whose log-probabilities are wanted. T is the same on every rank of tp_group (None:
