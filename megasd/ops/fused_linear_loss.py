@@ -1,15 +1,17 @@
-"""The output layer and the loss, fused: one walk over chunks of tokens, so that neither the logits
-nor their gradient ever exist as a whole.
+"""The output layer and the loss, fused: they run together, one chunk of tokens at a time.
 
-T tokens, h hidden, V local vocabulary slice. Per chunk: logits of student and teacher (float32,
-also out of bfloat16 operands), the log-probs of ops/vocab_parallel.py, the caller's loss on it, and
-at once the gradient of the logits, of the hidden states and of the weight. Four GEMMs (student,
-teacher, hidden gradient, weight gradient), as many as without fusion; peak memory does not depend
-on T.
+Neither the logits nor the gradient of the logits ever exist for all tokens at once, so the peak
+memory of the logits does not depend on T.
 
-The gradients are made in the forward, so every factor of the loss must be in it: token weights,
-normaliser, importance ratio. The backward only hands them over and insists on an upstream gradient
-of 1 where the weight's gradient has already gone into `main_grad`.
+T tokens, h hidden, V local vocabulary slice. For each chunk the forward computes the logits of
+student and teacher (float32, also from bfloat16 operands), the log-probs of ops/vocab_parallel.py
+and the caller's loss of these log-probs. It then computes at once the gradients of the logits, of
+the hidden states and of the weight. This takes four GEMMs (student, teacher, hidden gradient,
+weight gradient), as many as without fusion.
+
+The forward computes the gradients, so the caller's loss function must contain every factor of the
+loss: token weights, normaliser, importance ratio. The backward only returns these gradients. If the
+weight's gradient has already gone into `main_grad`, the upstream gradient must be 1.
 """
 
 from __future__ import annotations
@@ -26,17 +28,19 @@ from torch.autograd.function import once_differentiable
 from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec, TeacherRecord, compute_logprobs, write_gradient_
 from megasd.ops.vocab_shard import compute_dtype
 
-# (log-probs of a chunk, its tokens) -> (loss_T, sums to be added up); loss_T is differentiable in the
-# log-probs and has every weight in it.
+# (log-probs of a chunk, slice of the chunk's tokens) -> (loss_T, sums by name). loss_T is
+# differentiable in the log-probs and contains every weight. The sums of all chunks are added up.
 LossFunction = Callable[[LogProbs, slice], tuple[Tensor, dict[str, Tensor]]]
-# rows of a bfloat16 weight that are widened at a time where the BLAS has no float32 output (CPU)
+# The BLAS of a CPU has no float32 output for bfloat16 operands. This many rows of a bfloat16 weight
+# are widened to float32 at a time.
 _WEIGHT_ROWS = 8192
 
 
 @dataclass
 class TeacherHead:
-    """The teacher as final hidden states [T, h] and its own slice [V, h] of the output layer.
-    Neither gets a gradient.
+    """A teacher as final hidden states [T, h] and the local slice [V, h] of the teacher's output layer.
+
+    Neither tensor gets a gradient.
     """
 
     hidden_Th: Tensor
@@ -47,8 +51,10 @@ TeacherSource = TeacherHead | TeacherRecord | None
 
 
 def chunk_tokens(memory_bytes: int, weight_Vh: Tensor, teacher: TeacherSource) -> int:
-    """Tokens per chunk whose logits (float32, and a half-precision copy of their gradient on a GPU)
-    fit into `memory_bytes`; at least 1.
+    """The number of tokens per chunk whose logits fit into `memory_bytes`; at least 1.
+
+    Counted are the logits of student and teacher (float32) and, on a GPU, a half-precision copy of
+    the gradient of the student's logits.
     """
     columns, wide = weight_Vh.shape[0], compute_dtype(weight_Vh).itemsize
     words = wide * (1 + isinstance(teacher, TeacherHead)) + (
@@ -63,8 +69,9 @@ def _narrow_gradient(weight_Vh: Tensor) -> bool:
 
 
 def _project(hidden_Th: Tensor, weight_Vh: Tensor, out_TV: Tensor) -> Tensor:
-    """out = hidden weight^T in compute precision: logits rounded to bfloat16 would cost 4 to 19
-    percent of a small gradient.
+    """Compute out = hidden weight^T, the logits, in compute precision.
+
+    Logits rounded to bfloat16 would cost 4 to 19 percent of a small gradient.
     """
     if hidden_Th.dtype == out_TV.dtype:
         return torch.mm(hidden_Th, weight_Vh.t(), out=out_TV)
@@ -78,7 +85,7 @@ def _project(hidden_Th: Tensor, weight_Vh: Tensor, out_TV: Tensor) -> Tensor:
 
 
 def _hidden_gradient(gradient_TV: Tensor, weight_Vh: Tensor) -> Tensor:
-    """[T, h] in compute precision."""
+    """The gradient of the hidden states, [T, h] in compute precision."""
     if gradient_TV.dtype == weight_Vh.dtype:
         wide = compute_dtype(weight_Vh)
         return (
@@ -94,7 +101,10 @@ def _hidden_gradient(gradient_TV: Tensor, weight_Vh: Tensor) -> Tensor:
 
 
 def _add_weight_gradient(total_Vh: Tensor | None, gradient_TV: Tensor, hidden_Th: Tensor) -> Tensor:
-    """total + gradient^T hidden, in place in the total; in compute precision when there is none yet."""
+    """Add gradient^T hidden to the total in place; without a total, return a new one.
+
+    A new total has compute precision.
+    """
     if gradient_TV.dtype != hidden_Th.dtype:
         hidden_Th = hidden_Th.to(gradient_TV.dtype)
     if total_Vh is None:
@@ -143,7 +153,7 @@ def _check(hidden_Th: Tensor, weight_Vh: Tensor, targets_T: Tensor | None, teach
 
 
 class _Buffers:
-    """The chunk's logits and the gradient of them, used again by every chunk."""
+    """Memory for the logits of a chunk and for the gradient of these logits; all chunks use it."""
 
     def __init__(self, weight_Vh: Tensor, teacher: TeacherSource, tokens: int, *, gradient: bool) -> None:
         shape, wide = (tokens, weight_Vh.shape[0]), compute_dtype(weight_Vh)
@@ -205,7 +215,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                 weight_grad = _add_weight_gradient(weight_grad, gradient_TV, hidden_Th[tokens])
         returned_grad = None
         if wants_weight and main_grad is None:
-            # Without any token there is no gradient yet.
+            # A batch without tokens has made no gradient: return zeros.
             returned_grad = torch.zeros_like(weight_Vh) if weight_grad is None else weight_grad
             returned_grad = returned_grad.to(weight_Vh.dtype)
         ctx.save_for_backward(hidden_grad, returned_grad)
@@ -231,7 +241,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         else:
             weight_grad = None if weight_grad is None else weight_grad.mul_(grad)
         if hidden_grad is not None:
-            # ours alone: the backward runs once
+            # The backward runs once and nothing else holds hidden_grad, so it may be changed in place.
             hidden_grad.mul_(grad)
             if ctx.reduce_group is not None:
                 dist.all_reduce(hidden_grad, group=ctx.reduce_group)
@@ -241,8 +251,10 @@ class _FusedLinearLoss(torch.autograd.Function):
 def _differentiate(
     loss_fn: LossFunction, logprobs: LogProbs, tokens: slice, sums: dict[str, Tensor], train: bool
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None] | None]:
-    """The caller's loss of a chunk and its gradients in (student_logq_TB, divergence_T, logp_T):
-    O(K) work, the same on all ranks.
+    """Compute the caller's loss of a chunk and the gradients of this loss in the log-probs.
+
+    The gradients are those in (student_logq_TB, divergence_T, logp_T), None without `train`. The
+    loss function's sums are added to `sums`. O(K) work, the same on all ranks.
     """
     names = ("student_logq_TB", "divergence_T", "logp_T")
     with torch.set_grad_enabled(train):
@@ -272,19 +284,19 @@ def _expect_one(grad: Tensor) -> None:
         " into the loss function"
     )
     if grad.is_cuda:
-        # no synchronisation
+        # The assertion runs on the GPU, so the host does not wait.
         torch._assert_async(grad == 1, message)
     elif grad != 1:
         raise RuntimeError(message)
 
 
 def _placeholder(weight: Tensor) -> Tensor:
-    """What autograd gets for a weight whose gradient is in main_grad: Megatron's convention
-    (core/tensor_parallel/layers.py, 0.16.1).
+    """A gradient for autograd that stands in for a weight's gradient that is already in main_grad.
 
-    The hook of Megatron's DDP then fires, which starts the reduction of the bucket, and skips the
-    addition. `zero_out_wgrad` marks a weight with a second use (tied embeddings), whose other
-    gradient must be added: zeros then.
+    This is Megatron's convention (core/tensor_parallel/layers.py, 0.16.1). The hook of Megatron's
+    DDP fires when autograd gets the placeholder: it starts the reduction of the bucket, and it does
+    not add the placeholder. `zero_out_wgrad` marks a weight with a second use (tied embeddings).
+    Autograd adds the gradient of the second use to the placeholder, so the placeholder is zeros.
     """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's attribute
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
@@ -303,19 +315,22 @@ def fused_linear_loss(
     memory_bytes: int,
     reduce_hidden_grad: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, sums): the scalar sum over tokens of loss_fn's losses (float32; float64 for float64
-    weights), and loss_fn's sums over chunks.
+    """Compute logits, log-probs, loss and gradients, one chunk of tokens at a time.
 
-    hidden_Th [T, h] and weight_Vh [V, h] in one dtype; targets_T int64 global ids. T must be the
-    same on all ranks of tp_group; the loss is. Gradients: of hidden_Th, and of weight_Vh, into
-    weight_Vh.main_grad where it has one (then the upstream gradient must be 1, else RuntimeError)
-    and by autograd elsewhere. Nothing reaches the teacher. Under no_grad nothing is accumulated.
-    The backward runs once. memory_bytes: budget of the chunk's logits. A step's token weights must
-    be in loss_fn.
+    Returns (loss, sums): the scalar sum over tokens of loss_fn's losses (float32; float64 for
+    float64 weights), and loss_fn's sums added up over the chunks.
+
+    hidden_Th [T, h] and weight_Vh [V, h] have one dtype; targets_T are int64 global ids. T must be
+    the same on all ranks of tp_group; the loss then is the same too. hidden_Th and weight_Vh get
+    gradients, the teacher gets none. If weight_Vh has a main_grad, the forward adds the weight's
+    gradient to it, and the upstream gradient must be 1 (else RuntimeError). If not, autograd gets
+    the weight's gradient. Under no_grad nothing is accumulated. The backward runs once.
+    memory_bytes: budget of the chunk's logits. A step's token weights must be in loss_fn.
+    ValueError for shapes or dtypes that do not fit together.
 
     Collectives: those of the log-probs once per chunk, and in the backward one all_reduce of the
-    hidden gradient over tp_group, which reduce_hidden_grad=False leaves to the caller (sequence
-    parallelism: the reduce-scatter of the gather before it).
+    hidden gradient over tp_group. With reduce_hidden_grad=False the caller does this reduction
+    instead (sequence parallelism: the reduce-scatter that belongs to the gather before this call).
     """
     _check(hidden_Th, weight_Vh, targets_T, teacher)
     if isinstance(teacher, TeacherHead):
@@ -349,8 +364,9 @@ def fused_linear_logprobs(
     tp_group: dist.ProcessGroup | None,
     memory_bytes: int,
 ) -> LogProbs:
-    """The log-probs of all tokens, without gradient, chunk by chunk. Collectives: those of the
-    log-probs once per chunk.
+    """Compute the log-probs of all tokens from hidden states, chunk by chunk, without gradient.
+
+    Arguments are those of fused_linear_loss. Collectives: those of the log-probs once per chunk.
     """
     _check(hidden_Th, weight_Vh, targets_T, teacher)
     size = min(chunk_tokens(memory_bytes, weight_Vh, teacher), max(1, hidden_Th.shape[0]))
@@ -386,7 +402,8 @@ def fused_linear_teacher_record(
     tp_group: dist.ProcessGroup | None,
     memory_bytes: int,
 ) -> TeacherRecord:
-    """A teacher's record (its k most likely tokens and the tail) straight from its hidden states.
+    """Compute a teacher's record (the k most likely tokens and the tail) from its hidden states.
+
     Collectives: one all_gather per chunk.
     """
     spec = LogProbsSpec(vocab_size=vocab_size, support="student", top_k=k, temperature=temperature)

@@ -1,7 +1,7 @@
-"""Which columns of the vocabulary a tensor-parallel rank owns, and softmax statistics of a set of columns.
+"""The slice of the vocabulary that a tensor-parallel rank owns, and softmax statistics of columns.
 
-T tokens, V local vocabulary slice. Rank r of a group of n owns the columns [r * V, (r + 1) * V);
-those at or past `vocab_size` are padding.
+T tokens, V local vocabulary slice. Rank r of a group of n owns the columns [r * V, (r + 1) * V).
+Columns at or past `vocab_size` are padding.
 """
 
 from __future__ import annotations
@@ -15,21 +15,27 @@ from torch import Tensor
 
 
 class Rest(NamedTuple):
-    """Statistics of the columns of a row that are not chosen, [T] each: maximum and sums apart,
-    since one rounded log-sum-exp would err by eps * |score|.
+    """Softmax statistics of the columns that are not chosen, [T] each.
+
+    The maximum and the sums are kept apart, since one rounded log-sum-exp would err by
+    eps * |score|.
     """
 
-    # largest score, -inf when there is none
+    # The largest score, or -inf if every column is chosen.
     max_T: Tensor
-    # sum of exp(score - max), 0 when there is none
+    # The sum of exp(score - max), or 0 if every column is chosen.
     sum_T: Tensor
-    # sum of exp(score - max) * (score - max), 0 when there is none
+    # The sum of exp(score - max) * (score - max), or 0 if every column is chosen.
     moment_T: Tensor
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank, group size, first global id and number of true (unpadded) columns of this rank's slice."""
+    """The slice of the vocabulary that a rank owns.
+
+    Its fields are the rank, the size of the group, the slice's first global id and the slice's
+    number of true (unpadded) columns.
+    """
 
     rank: int
     size: int
@@ -38,7 +44,10 @@ class Shard:
 
 
 def shard_of(local_columns: int, vocab_size: int, tp_group: dist.ProcessGroup | None) -> Shard:
-    """The slice this rank owns; ValueError when the slices together are narrower than the vocabulary."""
+    """The slice that this rank owns; tp_group None means one rank.
+
+    ValueError when the slices of all ranks together are narrower than the vocabulary.
+    """
     rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
     if local_columns * size < vocab_size:
         raise ValueError(
@@ -50,10 +59,10 @@ def shard_of(local_columns: int, vocab_size: int, tp_group: dist.ProcessGroup | 
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 stays, everything else is computed in float32."""
+    """The dtype to compute in: float64 for a float64 tensor, float32 for every other dtype."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def finite(max_T: Tensor) -> Tensor:
-    """A row maximum that may be subtracted: 0 in place of -inf."""
+    """Row maxima that can be subtracted without making NaN: -inf becomes 0."""
     return torch.where(max_T == -torch.inf, torch.zeros_like(max_T), max_T)
