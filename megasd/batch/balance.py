@@ -1,24 +1,26 @@
-"""Which data-parallel rank computes which samples, and in which microbatches. Plain Python: every
-rank works it out for itself.
+"""Assign the samples of a step to data-parallel ranks and to microbatches.
 
-`by_count`: a fixed number of samples a microbatch, dealt by length. `by_tokens`: a token budget;
-pack first, distribute second:
+Plain Python. Every rank computes the same assignment; the ranks exchange no messages.
 
-1. Microbatches. A packed one takes the sum of its lengths, a padded one its longest length for each
-   sample; neither exceeds the budget.
-   Packed: the fewest are found by first-fit in falling length, their number is made a multiple of
-   the ranks, and the samples are spread over that many so that the costs come out even (greedy,
-   costliest first). Padded: neighbours in length share one, cut so that padding is the least; the
-   costliest are cut in two until their number is a multiple of the ranks.
-2. Ranks. The microbatches are put on ranks by the balanced largest-differencing method (Karmarkar
-   and Karp; equal numbers: Michiels et al.
-   2003): blocks of one microbatch a rank, the two widest spreads joined against each other until one is left.
-3. Samples move or change places between the costliest and the cheapest rank while that evens them
-   out and the budget holds (packed).
-4. Is a rank still above the mean by more than `GOAL`, one more microbatch a rank is opened, and so
-   on; the best is taken.
+`by_count` puts a fixed number of samples into a microbatch and assigns them to ranks by length.
+`by_tokens` keeps every microbatch within a token budget. It works in four steps:
 
-Equal inputs give equal parts: ties fall by index. No rank asks another.
+1. Make microbatches. A packed microbatch takes the sum of its samples' lengths. A padded
+   microbatch takes the longest length once for each sample. Neither exceeds the budget.
+   Packed: first-fit in falling length finds the smallest number of microbatches. That number is
+   rounded up to a multiple of the ranks, and the samples are spread over so many microbatches that
+   the costs come out even (greedy, costliest first). Padded: samples of similar length form a
+   microbatch, cut so that padding is the least. The costliest microbatches are then cut in two
+   until their number is a multiple of the ranks.
+2. Put microbatches on ranks by the balanced largest-differencing method (Karmarkar and Karp; equal
+   numbers: Michiels et al. 2003). Each block has one microbatch for each rank. The two blocks with
+   the widest spread are joined, costliest with cheapest, until one block is left.
+3. Even out (packed only). Samples move, or two samples change places, between the costliest and the
+   cheapest rank while that brings the two costs closer and the budget holds.
+4. Try more microbatches. If the costliest rank is still above `GOAL` times the mean, all steps
+   run again with one more microbatch a rank, at most `MORE` times. The best result is taken.
+
+Equal inputs give equal parts: the lower index wins a tie.
 """
 
 from __future__ import annotations
@@ -29,36 +31,40 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# largest cost of a rank over the mean at which no more microbatches are opened
+# If the cost of the costliest rank over the mean is at most this, no more microbatches are opened.
 GOAL = 1.02
-# by which another microbatch a rank has to better that
+# One more microbatch a rank is accepted only if it lowers that ratio by more than this.
 STEP = 0.005
-# of the budget, in tokens: what a padded microbatch must save in padding to be worth its launch
+# A further padded microbatch must save this share of the token budget in padding. If it saves
+# less, its launch costs more than the padding.
 FEE = 1 / 32
-# microbatches a rank that are tried beyond the fewest
+# So many microbatches a rank are tried beyond the smallest number that fits.
 MORE = 8
-# samples moved at most
+# `_even_out` moves at most so many samples.
 MOVES = 200
 
 
 @dataclass
 class Part:
-    """What one data-parallel rank is given."""
+    """The samples of one data-parallel rank."""
 
-    # samples that need a forward, as many microbatches on every rank; an empty one is filler
+    # The samples that need a forward. Every rank has the same number of microbatches; an empty
+    # microbatch is filler.
     microbatches: list[list[int]]
-    # samples of weight zero: counted, not computed
+    # Samples of weight zero. They are counted and not computed.
     idle: list[int] = field(default_factory=list)
 
     @property
     def samples(self) -> list[int]:
-        """All samples of the rank, those that are computed first."""
+        """All samples of the rank: first the computed samples, then the idle samples."""
         return [i for one in self.microbatches for i in one] + self.idle
 
 
 def by_count(lengths: Sequence[int], active: Sequence[bool], ranks: int, size: int) -> list[Part]:
-    """`size` samples a microbatch. Long samples first, dealt there and back (0 1 2 2 1 0 0 ...),
-    the inactive after the active.
+    """Make one part a rank with `size` samples in each microbatch.
+
+    The samples go to the ranks in falling length and in the order 0 1 2 2 1 0 0 ... Inactive
+    samples come after active samples.
     """
     order = sorted(range(len(lengths)), key=lambda i: (not active[i], -lengths[i], i))
     mine = [[i for k, i in enumerate(order) if _dealt_to(k, ranks) == rank] for rank in range(ranks)]
@@ -71,28 +77,27 @@ def by_count(lengths: Sequence[int], active: Sequence[bool], ranks: int, size: i
 
 
 def chunks(samples: Sequence[int], size: int, count: int) -> list[list[int]]:
-    """`count` microbatches of `size` samples in order; empty ones where the samples have run out."""
+    """Cut the samples in order into `count` microbatches of `size`; the last may be empty."""
     return [list(samples[first : first + size]) for first in range(0, count * size, size)]
 
 
 def _dealt_to(k: int, ranks: int) -> int:
-    """Boustrophedon: balances lengths sorted in falling order."""
+    """The rank of the k-th sample, back and forth, which balances lengths in falling order."""
     lap, place = divmod(k, ranks)
     return place if lap % 2 == 0 else ranks - 1 - place
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is known of the samples before they are computed; sequences by sample."""
+    """Lengths and costs of the samples, known before they are computed; one entry a sample."""
 
-    # padded length of the student's sequence
+    # The padded length of the student's sequence.
     tokens: Sequence[int]
-    # FLOPs of the passes over it
+    # FLOPs of the forward and backward over the student's sequence.
     cost: Sequence[float]
-    # FLOPs of passes over other sequences of the sample (the teacher's), which get microbatches of
-    # their own
+    # FLOPs of the forwards over the sample's teacher sequences. They get their own microbatches.
     other: Sequence[float]
-    # tokens of a microbatch
+    # The largest number of tokens in a microbatch.
     budget: int
     packing: bool
 
@@ -106,15 +111,19 @@ class Workload:
 
 
 def bin_cost(cost: Sequence[float], samples: Sequence[int], *, packing: bool) -> float:
-    """Of a microbatch: packed, the sum; padded, each sample costs what the costliest does."""
+    """The cost of a microbatch.
+
+    Packed: the sum of its samples' costs. Padded: every sample costs as much as the costliest.
+    """
     if packing:
         return sum(cost[i] for i in samples)
     return max((cost[i] for i in samples), default=0.0) * len(samples)
 
 
 def pack(tokens: Sequence[int], samples: Sequence[int], budget: int, *, packing: bool) -> list[list[int]]:
-    """The given samples in few microbatches within `budget`; a longer one is alone in its own.
-    tokens: padded length of every sample.
+    """Put the given samples into few microbatches within `budget`.
+
+    A sample longer than the budget gets a microbatch alone. tokens: padded length of every sample.
     """
     order = sorted(samples, key=lambda i: (-tokens[i], i))
     if not packing:
@@ -133,16 +142,17 @@ def pack(tokens: Sequence[int], samples: Sequence[int], budget: int, *, packing:
 
 
 def _neighbours(tokens: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
-    """Samples in falling length, cut where the tokens computed, with a fee of `FEE` of the budget
-    for each microbatch, are the fewest.
+    """Cut samples in falling length into padded microbatches at the lowest price.
+
+    The price is the computed tokens, and `FEE` of the budget for each microbatch.
     """
-    # of the first n samples; where the last microbatch of them begins
+    # For the first n samples: the lowest price, and the start of their last microbatch.
     price, first = [0.0], [0]
     for end in range(1, len(order) + 1):
         best, at = math.inf, end - 1
         for start in range(end - 1, -1, -1):
             taken = tokens[order[start]] * (end - start)
-            # grows as the microbatch reaches back to longer samples
+            # `taken` only grows as the microbatch reaches back to longer samples.
             if taken > budget and start < end - 1:
                 break
             if price[start] + taken < best:
@@ -158,16 +168,17 @@ def _neighbours(tokens: Sequence[int], order: Sequence[int], budget: int) -> lis
 
 
 def by_tokens(work: Workload, active: Sequence[bool], ranks: int, *, least: int = 1) -> list[Part]:
-    """One part a rank, with equal numbers of microbatches, costs balanced.
+    """Make one part a rank with equal numbers of microbatches and balanced costs.
 
-    least: microbatches a rank at least, as long as there are samples for them (a pipeline of n
-    stages idles with fewer than n). Every rank gets a sample when there are as many samples as
+    least: every rank gets at least so many microbatches if there are enough samples (a pipeline of
+    n stages idles with fewer than n). Every rank gets a sample if there are as many samples as
     ranks.
     """
     samples = [i for i in range(len(work.tokens)) if active[i]]
     tight = pack(work.tokens, samples, work.budget, packing=work.packing)
     fewest = max(-(-len(tight) // ranks), min(least, -(-len(samples) // ranks)), 1)
-    # cost of the costliest rank over the mean, and microbatches by rank, of the best count so far
+    # The best result so far: the cost of the costliest rank over the mean, and the microbatches by
+    # rank.
     best_worst, best = math.inf, [tight]
     for count in range(fewest, fewest + MORE + 1):
         bins = _spread(work, samples, count * ranks) if work.packing else None
@@ -185,15 +196,16 @@ def by_tokens(work: Workload, active: Sequence[bool], ranks: int, *, least: int 
 
 
 def _spread(work: Workload, samples: Sequence[int], count: int) -> list[list[int]] | None:
-    """`count` microbatches of even cost: the costliest sample goes to the cheapest microbatch with
-    room. None where one finds no room.
+    """Spread the samples over `count` microbatches of even cost; None if a sample finds no room.
+
+    In falling cost, each sample goes to the cheapest microbatch that has room for it.
     """
     bins: list[list[int]] = [[] for _ in range(count)]
     room = [work.budget] * count
     heap = [(0.0, k) for k in range(count)]
     for i in sorted(samples, key=lambda i: (-work.total(i), i)):
         full = []
-        # an empty one takes any sample
+        # An empty microbatch takes any sample, even one longer than the budget.
         while heap and bins[heap[0][1]] and room[heap[0][1]] < work.tokens[i]:
             full.append(heapq.heappop(heap))
         if not heap:
@@ -207,8 +219,10 @@ def _spread(work: Workload, samples: Sequence[int], count: int) -> list[list[int
 
 
 def _split(work: Workload, bins: list[list[int]], count: int) -> list[list[int]]:
-    """`count` microbatches: the costliest of several samples is cut in two until there are enough,
-    then empty ones are added.
+    """Bring the number of microbatches up to `count`.
+
+    The costliest microbatch with several samples is cut in two again and again. If no microbatch
+    can be cut, empty microbatches are added.
     """
     bins = [list(one) for one in bins if one]
     while len(bins) < count:
@@ -221,7 +235,7 @@ def _split(work: Workload, bins: list[list[int]], count: int) -> list[list[int]]
 
 
 def _halves(work: Workload, one: list[int]) -> list[list[int]]:
-    # neighbours in length stay together
+    # In a padded microbatch, samples of similar length stay together.
     if not work.packing:
         order = sorted(one, key=lambda i: (-work.tokens[i], i))
         return [order[: len(order) // 2], order[len(order) // 2 :]]
@@ -235,7 +249,7 @@ def _halves(work: Workload, one: list[int]) -> list[list[int]]:
 
 
 def _difference(bins: list[list[int]], costs: list[float], ranks: int) -> list[list[list[int]]]:
-    """Rank -> its microbatches, len(bins) / ranks each. Balanced largest differencing."""
+    """Rank -> len(bins) / ranks microbatches, by balanced largest differencing."""
     order = sorted(range(len(bins)), key=lambda k: (-costs[k], k))
     heap = []
     for first in range(0, len(order), ranks):
@@ -257,7 +271,10 @@ def _difference(bins: list[list[int]], costs: list[float], ranks: int) -> list[l
 
 
 def _even_out(work: Workload, dealt: list[list[list[int]]]) -> None:
-    """Move samples, or let two change places, from the costliest rank to the cheapest, in place."""
+    """Even out the costliest and the cheapest rank, again and again; changes `dealt` in place.
+
+    A sample moves from the costliest rank to the cheapest, or two samples change places.
+    """
     loads = [sum(work.of(one) for one in rank) for rank in dealt]
     mean = sum(loads) / len(loads)
     for _ in range(MOVES):
@@ -284,16 +301,19 @@ def _even_out(work: Workload, dealt: list[list[list[int]]]) -> None:
 def _exchange(
     work: Workload, high: list[list[int]], low: list[list[int]], gap: float
 ) -> tuple[tuple[list[int], int], tuple[list[int], int | None]] | None:
-    """The sample of `high` that goes to a microbatch of `low`, and the one that comes back (None:
-    none), nearest to half the gap.
+    """Choose the sample that moves from `high` to `low`, and the sample that comes back.
+
+    Their difference in cost is the nearest to half the gap. Returns ((source microbatch, sample),
+    (target microbatch, sample or None if no sample comes back)), or None if no exchange helps.
     """
     used = {id(one): sum(work.tokens[i] for i in one) for one in (*high, *low)}
-    # cost of what comes back, sample, its microbatch; nothing comes back: each microbatch of `low` once
+    # (cost of the sample that comes back, sample, microbatch of `low`). The cost 0 and the sample
+    # -1 mean that no sample comes back.
     back: list[tuple[float, int, list[int]]] = [(0.0, -1, one) for one in low]
     back += [(work.total(j), j, one) for one in low for j in one]
     back.sort(key=lambda entry: entry[:2])
     costs = [entry[0] for entry in back]
-    # how far from half the gap; an exchange must lower the larger of the two
+    # The distance from half the gap. An exchange must lower the larger of the two ranks' costs.
     best, chosen = gap * 0.499, None
     for source in high:
         for i in source:
@@ -310,7 +330,7 @@ def _exchange(
 
 
 def _with_idle(dealt: list[list[list[int]]], idle: list[int]) -> list[Part]:
-    """Inactive samples go one by one to the rank that has the fewest samples, so that none stays without."""
+    """Give each inactive sample to the rank with the fewest samples, so that no rank is empty."""
     parts = [Part(one) for one in dealt]
     heap = [(len(part.samples), rank) for rank, part in enumerate(parts)]
     heapq.heapify(heap)
@@ -322,7 +342,7 @@ def _with_idle(dealt: list[list[list[int]]], idle: list[int]) -> list[Part]:
 
 
 def computed_tokens(tokens: Sequence[int], microbatches: Sequence[Sequence[int]], *, packing: bool) -> int:
-    """Tokens that pass through the layers, padding included; filler, a token or two, is left out."""
+    """The number of tokens that pass through the layers, with padding and without filler."""
     if packing:
         return sum(tokens[i] for one in microbatches for i in one)
     return sum(max(tokens[i] for i in one) * len(one) for one in microbatches if one)

@@ -1,8 +1,7 @@
-"""A step's samples as flat tensors with named streams.
+"""The samples of a step as flat tensors with named streams.
 
-The two halves of a step meet here: batch/build.py makes a Batch from groups in plain Python, on rank
-0; every rank then works on its tensors. N samples, R response tokens of all samples one after the
-other, C teacher contexts.
+batch/build.py makes a Batch from groups in plain Python, on rank 0; every rank then works on the
+tensors. N samples, R response tokens of all samples one after the other, C teacher contexts.
 """
 
 from __future__ import annotations
@@ -17,35 +16,36 @@ TERMS = ("distill", "policy_gradient", "nll")
 
 @dataclass
 class Batch:
-    """N samples on the CPU, the samples of a question next to each other.
+    """N samples on the CPU, with the samples of a question next to each other.
 
-    Every rank holds the whole batch of a step and takes its part of it (batch/shard.py).
+    Every rank holds the whole batch of a step and selects the samples of its rank plan
+    (batch/shard.py).
     """
 
-    # int64, prompts one after the other
+    # int64: the prompts of all samples, one after the other.
     prompt_ids: Tensor
-    # int64 [N]
+    # int64 [N]: tokens of each prompt.
     prompt_lens: Tensor
-    # int64, the teacher prompts of sample 0, of sample 1, ...
+    # int64: the teacher prompts of sample 0, of sample 1, ...
     context_ids: Tensor
-    # int64 [N, C]; column 0: the teacher's prompt, other columns: the prompts that it is contrasted
-    # with; 0: the sample has no such prompt
+    # int64 [N, C]: tokens of each teacher prompt. Column 0 is the teacher's prompt; the other
+    # columns are the contrasting prompts. 0 means that the sample has no such prompt.
     context_lens: Tensor
-    # int64 [R]
+    # int64 [R]: the response tokens of all samples.
     response_ids: Tensor
-    # int64 [N], each at least 1
+    # int64 [N]: tokens of each response, at least 1.
     response_lens: Tensor
-    # float64 [N], raw (not normalised) weight of the sample's question
+    # float64 [N]: the raw (not normalised) weight of the sample's question.
     question_weight: Tensor
-    # int64 [N], samples of the sample's question in the whole batch
+    # int64 [N]: how many samples the sample's question has in the whole batch.
     question_size: Tensor
-    # bool [N], False where the verifier gave no verdict
+    # bool [N]: False where the verifier gave no verdict.
     scored: Tensor
-    # bool [N], judged right; given empty, it becomes False for all samples
+    # bool [N]: the sample was judged right. An empty tensor becomes False for all samples.
     right: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    # term -> bool [N], samples that take part in it; see `mask`
+    # term -> bool [N]: the samples that take part in the term; see `mask`.
     masks: dict[str, Tensor] = field(default_factory=dict)
-    # float32 [R] each: "rollout_logp", "advantage"
+    # name ("rollout_logp", "advantage") -> float32 [R].
     streams: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,19 +91,19 @@ class Batch:
         return self.masks.get(term, defaults[term])
 
     def context_parts(self, context: int) -> list[Tensor]:
-        """The prompt ids of one column of teacher contexts by sample; empty where a sample has none."""
+        """The prompt ids of one context column by sample; empty if a sample has no such prompt."""
         columns = self.context_lens.shape[1]
         return list(self.context_ids.split(self.context_lens.flatten().tolist()))[context::columns]
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Flat dict for `broadcast_tensors`; the inverse of `from_tensors`."""
+        """The batch as a flat dict for `broadcast_tensors`; the inverse of `from_tensors`."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("streams", "masks")}
         named |= {f"stream:{name}": stream for name, stream in self.streams.items()}
         return named | {f"mask:{name}": mask for name, mask in self.masks.items()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Batch:
-        """The inverse of `to_tensors`."""
+        """Make a batch from the dict of `to_tensors`."""
         streams = {
             name.removeprefix("stream:"): t for name, t in tensors.items() if name.startswith("stream:")
         }
@@ -113,7 +113,7 @@ class Batch:
         )
 
     def select(self, indices: list[int]) -> Batch:
-        """The given samples, in that order."""
+        """A batch of the given samples, in the order of `indices`."""
         index = torch.tensor(indices, dtype=torch.int64)
 
         def ragged(values: Tensor, lens: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Batch:
         )
 
     def parts(self, count: int) -> list[Batch]:
-        """`count` minibatches of whole questions in order, with nearly equal numbers of questions."""
+        """Cut the batch into `count` minibatches of nearly equal numbers of whole questions."""
         if count == 1:
             return [self]
         questions, start = [], 0

@@ -1,4 +1,4 @@
-"""From scored groups to the batch of a step: plain Python over groups becomes flat tensors."""
+"""Build the batch of a step: scored groups in plain Python become flat tensors."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from megasd.types import Group, Message, Prompt, Sample, TeacherContext, UserErr
 
 
 class PromptEncoder(Protocol):
-    """What build_batch needs of data/chat.py: Chat."""
+    """The part of data/chat.py's Chat that build_batch needs."""
 
     def encode_prompt(self, messages: list[Message], *, enable_thinking: bool | None = None) -> list[int]:
-        """The token ids of the messages and of the opening of an answer."""
+        """The token ids of the messages, with the opening of an answer."""
         ...
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """What Python over groups says about each sample, in the order of the batch."""
+    """Python values of each sample, in the order of the batch."""
 
-    # raw weight of the sample's question
+    # The raw weight of each sample's question.
     question_weights: list[float]
     advantages: list[float]
-    # ids of the teacher's prompt, then of the contrasting ones; empty without a teacher
+    # For each sample: the ids of the teacher's prompt, then of the contrasting prompts. The list is
+    # empty if the sample has no teacher.
     contexts: list[list[list[int]]]
-    # contexts that were left out because the teacher's sequence would be too long
+    # The number of contexts left out because the teacher's sequence would be too long.
     num_too_long: int
 
 
@@ -51,11 +52,12 @@ def build_batch(
     room: int,
     answer_of: Callable[[str], str | None],
 ) -> tuple[Batch, dict[str, float]]:
-    """Scored groups -> the batch of a step, and metrics of it.
+    """Make the batch of a step from scored groups, and metrics of the batch.
 
-    room: rollout.max_response_tokens. answer_of: how the verifier reads an answer (CEPO). If a
-    teacher sequence is longer than `max_length` tokens, its sample has no teacher (a contrast: is
-    left out); the metric "untaught_too_long" counts them.
+    room: rollout.max_response_tokens. answer_of: how the verifier reads an answer (CEPO). If the
+    sequence under the teacher's prompt is longer than `max_length` tokens, the sample has no
+    teacher. If the sequence under a contrasting prompt is too long, that prompt is left out. The
+    metric "untaught_too_long" counts both.
     """
     found = _columns(groups, algorithm, chat, state, step, max_length, room, answer_of)
     samples = [sample for group in groups for sample in group.samples]
@@ -138,7 +140,10 @@ def _advantages(
 
 
 class _ContextEncoder:
-    """Teacher contexts to token ids. Each text is encoded once: the failures of a group share one."""
+    """Turn teacher contexts into token ids.
+
+    Each text is encoded once, since the wrong samples of a group often have the same context.
+    """
 
     def __init__(self, algorithm: AlgorithmConfig, chat: PromptEncoder, max_length: int) -> None:
         self.thinking = algorithm.teacher.thinking if algorithm.teacher is not None else None
@@ -146,8 +151,10 @@ class _ContextEncoder:
         self.known: dict[str, list[int]] = {}
 
     def encode(self, contexts: list[TeacherContext], sample: Sample) -> list[list[int]]:
-        """Ids of the teacher's prompt and of the contrasting ones; [] for one that is too long with
-        the response. Without the teacher's prompt the whole list is empty.
+        """The ids of the teacher's prompt and of the contrasting prompts.
+
+        A prompt that is too long together with the response becomes []. If the teacher's prompt
+        is too long, the whole list is empty.
         """
         found = []
         for context in contexts:
@@ -178,12 +185,12 @@ def sample_masks(batch: Batch, groups: list[Group], algorithm: AlgorithmConfig) 
 
 
 def _first_tokens(batch: Batch, stream: str) -> Tensor:
-    """[N]: a stream that is the same for all tokens of a sample."""
+    """[N]: the first token's value of a stream that is constant over each sample."""
     return batch.streams[stream][batch.response_lens.cumsum(0) - batch.response_lens]
 
 
 def _longest_wrong(groups: list[Group]) -> Tensor:
-    """bool [N]: the longest wrong sample of each group, the first of equals (SSOPD 2605.17497)."""
+    """bool [N]: the longest wrong sample of each group (SSOPD 2605.17497); ties take the first."""
     chosen = []
     for group in groups:
         wrong = [i for i, s in enumerate(group.samples) if s.verdict is Verdict.WRONG]
@@ -192,15 +199,16 @@ def _longest_wrong(groups: list[Group]) -> Tensor:
     return torch.tensor(chosen)
 
 
-# distill.samples -> bool [N], of the samples that have a teacher. A sample whose verifier failed
-# counts as not right.
+# distill.samples -> bool [N]: which samples with a teacher are distilled. A sample whose verifier
+# failed counts as not right.
 DISTILLED_SAMPLES: dict[str, Callable[[Batch, list[Group]], Tensor]] = {
     "taught": lambda batch, groups: torch.ones_like(batch.scored),
     "wrong": lambda batch, groups: ~batch.right,
     "longest_wrong": lambda batch, groups: _longest_wrong(groups),
     "positive": lambda batch, groups: _first_tokens(batch, "advantage") > 0,
 }
-# policy_gradient.samples -> bool [N]; the second argument: the samples that distillation takes
+# policy_gradient.samples -> bool [N]: which samples are rewarded. The second argument is the mask
+# of the samples that are distilled.
 REWARDED_SAMPLES: dict[str, Callable[[Batch, Tensor], Tensor]] = {
     "scored": lambda batch, distilled: batch.scored,
     "undistilled": lambda batch, distilled: batch.scored & ~distilled,
@@ -212,10 +220,10 @@ REWARDED_SAMPLES: dict[str, Callable[[Batch, Tensor], Tensor]] = {
 def dataset_groups(
     prompts: list[Prompt], algorithm: AlgorithmConfig, chat: Chat, with_context: list[bool]
 ) -> list[Group]:
-    """One sample a row: its response is the row's own solution.
+    """Make one group of one sample for each row, with the row's own solution as response.
 
-    Where `with_context` is True, the prompt shows the solution too (nll.template). UserError for a
-    row without a solution.
+    If `with_context` is True, the prompt shows the solution too (nll.template). UserError for a row
+    without a solution.
     """
     groups, template = [], DEFAULT_TEMPLATE if algorithm.nll is None else algorithm.nll.template
     for prompt, context in zip(prompts, with_context, strict=True):
@@ -236,7 +244,7 @@ def dataset_groups(
                         index=0,
                         prompt_ids=chat.encode_prompt(messages),
                         response_ids=response,
-                        # no engine sampled it
+                        # No engine sampled this response.
                         response_logps=[],
                         text=prompt.solution,
                         finish_reason="stop",
@@ -250,7 +258,7 @@ def dataset_groups(
 
 
 def _rollout_logps(sample: Sample) -> Tensor:
-    """NaN for a response that no engine sampled."""
+    """The engine's log-probs of the response; NaN if no engine sampled the response."""
     return torch.tensor(
         sample.response_logps or [float("nan")] * len(sample.response_ids), dtype=torch.float32
     )

@@ -1,10 +1,12 @@
-"""The microbatches of a rank as the tensors that Megatron's schedules run; which samples share one
-is balance.py's matter.
+"""Make the tensors of a rank's microbatches, which Megatron's schedules run.
+
+balance.py decides which samples form a microbatch.
 
 b rows, s padded length, t packed tokens, T response tokens of one microbatch that this
-context-parallel rank holds. A sequence is a prompt and the response: the student's prompt, or one
-of the sample's teacher contexts. The response is the same tail of all of them, and `response_index`
-names its tokens in each, so a teacher's hidden state can never meet another token than its own.
+context-parallel rank holds. A sequence is a prompt and the response. The prompt is the student's
+prompt, or one of the sample's teacher contexts. All sequences of a sample end with the same
+response, and `response_index` names each response token in each sequence. So student and teacher
+are always compared on the same token.
 """
 
 from __future__ import annotations
@@ -19,28 +21,29 @@ from megasd.batch.batch import Batch
 
 @dataclass
 class Microbatch:
-    """What one forward reads on one context-parallel rank."""
+    """The input of one forward on one context-parallel rank."""
 
-    # int64 [b, s / cp] padded, or [1, t / cp] packed
+    # int64 [b, s / cp] padded, or [1, t / cp] packed: token ids.
     tokens: Tensor
-    # int64, like tokens
+    # int64, the shape of tokens: the position of each token in the padded sequence.
     position_ids: Tensor
-    # int32 [b + 1] for packed microbatches: global (all context ranks) padded lengths
+    # int32 [b + 1]: cumulative padded lengths over all context ranks; None if padded, not packed.
     cu_seqlens: Tensor | None
     max_seqlen: int
-    # int64 [T]: rows of hidden [s * b, h] whose logits predict a response token
+    # int64 [T]: the rows of hidden [s * b, h] whose logits predict a response token.
     rows: Tensor
-    # int64 [T]: the predicted token, an index into the local batch's response_ids and streams
+    # int64 [T]: the predicted token, as an index into the local batch's response_ids and streams.
     response_index: Tensor
-    # bool [T]: all True, or one False where there is nothing to predict (a rank must not run with T
-    # = 0)
+    # bool [T]: all True; in filler a single False, since a rank must not run with T = 0.
     valid: Tensor
-    # the latter, known without asking the device
+    # True if there is nothing to predict. It is a Python value, so that reading it does not wait
+    # for the device.
     is_filler: bool
 
     def to(self, device: torch.device) -> Microbatch:
-        """A copy on the device. To a GPU from pinned memory, so that nobody waits for it; on the
-        CPU itself.
+        """A copy on the device; on the CPU the microbatch itself.
+
+        The copy to a GPU starts from pinned memory, so that the CPU does not wait for it.
         """
         if device.type == "cpu":
             return self
@@ -70,12 +73,13 @@ def make_microbatches(
     multiple: int = 1,
     pad_id: int = 0,
 ) -> list[Microbatch]:
-    """One microbatch of each group of samples of the local batch; an empty group gives filler of weight zero.
+    """Make one microbatch of each group of samples; an empty group gives filler of weight zero.
 
-    context: None for the student's prompts, 0 for the teacher's, k for the k-th that it is contrasted with.
-    Sequences are right-padded to a multiple of `multiple` (2 * cp_size under context parallelism,
-    times TP under sequence parallelism), each on its own when packed. Causal attention never lets a
-    real token see the padding.
+    groups: indices into the local batch. context: None for the student's prompts, 0 for the
+    teacher's prompts, k for the k-th contrasting prompts. Sequences are right-padded to a multiple
+    of `multiple` (2 * cp_size under context parallelism, times TP under sequence parallelism). If
+    packed, each sequence is padded on its own. Causal attention never lets a real token see the
+    padding. ValueError if a requested sample has no such prompt.
     """
     prompt_parts = (
         batch.prompt_ids.split(batch.prompt_lens.tolist())
@@ -89,7 +93,7 @@ def make_microbatches(
     microbatches = []
     for chosen in groups:
         samples = [(prompt_parts[i], response_parts[i], response_starts[i]) for i in chosen]
-        # two tokens stand in for nothing
+        # Filler has two tokens, since a microbatch must not be empty.
         filler = [(response_parts[0][:1], response_parts[0][:1], 0)]
         microbatches.append(
             _microbatch(
@@ -115,9 +119,10 @@ def _microbatch(
     pad_id: int,
     is_filler: bool,
 ) -> Microbatch:
-    """samples: prompt ids, response ids, and the place of the response in the batch's response_ids.
+    """Make one microbatch of the given samples.
 
-    A microbatch none of whose response tokens lies on this context-parallel rank is filler too.
+    samples: (prompt ids, response ids, start of the response in the batch's response_ids). If no
+    response token lies on this context-parallel rank, the microbatch is filler too.
     """
     sequences = [torch.cat([prompt, response]) for prompt, response, _ in samples]
     lengths = [-(-len(s) // multiple) * multiple for s in sequences]
@@ -159,7 +164,10 @@ def _microbatch(
 
 
 def _held_positions(length: int, cp_rank: int, cp_size: int) -> Tensor:
-    """Positions of a padded sequence that this context-parallel rank holds: chunks r and 2*cp-1-r of 2*cp."""
+    """The positions of a padded sequence that this context-parallel rank holds.
+
+    Rank r holds the chunks r and 2*cp-1-r of 2*cp chunks.
+    """
     if cp_size == 1:
         return torch.arange(length)
     chunk = length // (2 * cp_size)

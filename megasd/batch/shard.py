@@ -1,7 +1,7 @@
-"""Which samples each data-parallel rank computes, in which microbatches, and what that costs.
+"""Plan which samples each data-parallel rank computes, in which microbatches, at which cost.
 
-No collective: every rank holds the whole batch of the step, works out the plans of all ranks from it
-and takes its own.
+No collective: every rank holds the whole batch of the step, computes the plans of all ranks and
+uses the plan of its own rank.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megasd.weights.hf_files import read_hf_config
 
 @dataclass(frozen=True)
 class Costs:
-    """What a sequence costs in FLOPs, and what it is padded to."""
+    """The cost of a sequence in FLOPs, and its padded length."""
 
-    # config.json
+    # The student's config.json.
     student: Mapping[str, Any]
-    # config.json for each forward of the teacher
+    # One config.json for each forward of the teacher.
     teachers: list[Mapping[str, Any]]
     actor: ActorConfig
-    # tokens; validate_actor.sequence_multiple
+    # Sequences are padded to a multiple of so many tokens (validate_actor.sequence_multiple).
     multiple: int
 
     def padded(self, length: int) -> int:
@@ -39,48 +39,55 @@ class Costs:
         return -(-length // self.multiple) * self.multiple
 
     def of_student(self, length: int, predicted: int) -> float:
-        """Forward and backward, which is twice the forward."""
+        """FLOPs of the student's forward and backward; the backward is twice the forward."""
         return 3 * forward_flops(self.student, length, predicted)
 
     def of_recompute(self, length: int) -> float:
-        """What actor.recompute_granularity computes again."""
+        """FLOPs that actor.recompute_granularity computes again."""
         return recompute_flops(self.student, length, self.actor)
 
     def of_teacher(self, length: int, predicted: int) -> float:
-        """All forwards of the teacher over a sequence."""
+        """FLOPs of all forwards of the teacher over a sequence."""
         return sum(forward_flops(hf, length, predicted) for hf in self.teachers)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The sequences of the student or of one teacher context, by sample of the whole batch."""
+    """The sequences of the student or of one teacher context, one a sample of the whole batch."""
 
-    # whether a forward runs over it
+    # Whether a forward runs over the sequence.
     requested: list[bool]
-    # tokens
+    # Tokens without padding.
     lengths: list[int]
-    # tokens, with padding
+    # Tokens with padding.
     padded: list[int]
-    # FLOPs without padding
+    # FLOPs without padding; 0 if the sequence is not requested.
     flops: list[float]
-    # FLOPs with padding and recomputation; 0 where it is not requested
+    # FLOPs with padding and recomputation; 0 if the sequence is not requested.
     cost: list[float]
 
 
 @dataclass
 class RankPlan:
-    """A rank's samples (indices into the whole batch) and its microbatches (indices into those)."""
+    """The samples and microbatches of one data-parallel rank.
+
+    samples: indices into the whole batch. microbatches: indices into `samples`.
+    """
 
     samples: list[int]
     microbatches: list[list[int]]
-    # the same for each teacher context that is read
+    # The microbatches of each teacher context that is read.
     teacher_microbatches: list[list[list[int]]]
-    # of all ranks together, the same on each; see `_metrics`
+    # Metrics over all ranks, equal on every rank; see `_metrics`.
     metrics: dict[str, float]
 
 
 def make_costs(config: Config, student: Mapping[str, Any], passes: int) -> Costs:
-    """student: its config.json; passes: forwards of the teacher over a sequence, 0 without one."""
+    """Read the model configs that the costs of a sequence depend on.
+
+    student: the student's config.json. passes: forwards of the teacher over a sequence, 0 without
+    a teacher.
+    """
     teacher, path = config.algorithm.teacher, None
     if passes and teacher is not None and teacher.weights == "separate":
         path = teacher.model_path
@@ -89,20 +96,21 @@ def make_costs(config: Config, student: Mapping[str, Any], passes: int) -> Costs
 
 
 def contexts_read(algorithm: AlgorithmConfig, columns: int) -> int:
-    """How many of a batch's teacher contexts are run.
+    """How many of a batch's teacher contexts the teacher's forward runs over.
 
-    None without a term that reads the teacher; the first alone for distillation; else all.
+    0 if no term reads the teacher. All `columns` if a credit or a token weight reads the teacher's
+    log-probs. Otherwise 1, since plain distillation reads the first context alone.
     """
     term, pg = algorithm.distill, algorithm.policy_gradient
     credit = pg.credit if pg is not None else None
-    # a stage without them, or a credit that has faded out
+    # A stage may have no such term, and a credit may have faded out.
     if algorithm.teacher is None or (term is None and credit is None):
         return 0
     return columns if reads_teacher_logprobs(algorithm) else 1
 
 
 def teacher_samples(batch: Batch, algorithm: AlgorithmConfig, active: Tensor, context: int) -> Tensor:
-    """bool [N]: active samples that have the context, and whose teacher some term reads."""
+    """bool [N]: active samples that have the context and whose teacher is read by some term."""
     requested, pg = torch.zeros(len(batch), dtype=torch.bool), algorithm.policy_gradient
     if algorithm.distill is not None:
         requested |= batch.mask("distill") & (batch.question_weight > 0)
@@ -187,8 +195,10 @@ def _sequences(
 def _teacher_microbatches(
     parts: list[balance.Part], teacher: Sequences, actor: ActorConfig
 ) -> list[list[list[int]]]:
-    """Rank -> microbatches of its samples that are requested: packed again, since a context has
-    another length; as many on every rank.
+    """Rank -> microbatches of the rank's samples for which the teacher is requested.
+
+    The samples are packed again, since a teacher sequence has another length than the student's.
+    Every rank has the same number of microbatches.
     """
     requested = [[i for one in part.microbatches for i in one if teacher.requested[i]] for part in parts]
     budget = actor.max_tokens_per_microbatch
@@ -206,11 +216,13 @@ def _metrics(
     packed: list[list[list[list[int]]]],
     costs: Costs,
 ) -> dict[str, float]:
-    """microbatches: of a rank; padding_share, teacher_padding_share: tokens computed that are
-    padding over tokens computed; flops_balance: FLOPs (padding and recomputation included) of the
-    costliest rank over their mean; over_budget: microbatches above the budget, each a single
-    sample; student_tflops (forward and backward), recompute_tflops, teacher_tflops: of the tokens
-    without padding.
+    """Metrics of the plans over all ranks.
+
+    microbatches: the student's microbatches of one rank. padding_share, teacher_padding_share:
+    computed tokens that are padding over computed tokens. flops_balance: FLOPs (padding and
+    recomputation included) of the costliest rank over the mean of the ranks. over_budget:
+    microbatches above the budget, each a single sample. student_tflops (forward and backward),
+    recompute_tflops, teacher_tflops: TFLOPs of the tokens without padding.
     """
     packing, budget = costs.actor.packing, costs.actor.max_tokens_per_microbatch
     ranks = [part.microbatches for part in parts]
@@ -249,7 +261,7 @@ def _metrics(
 
 
 def _tokens(sequences: Sequences, dealt: list[list[list[int]]], *, packing: bool) -> tuple[int, int]:
-    """(real, computed) over all ranks."""
+    """(real tokens, computed tokens) over all ranks; computed tokens include padding."""
     real = sum(n for n, a in zip(sequences.lengths, sequences.requested, strict=True) if a)
     return real, sum(balance.computed_tokens(sequences.padded, rank, packing=packing) for rank in dealt)
 
