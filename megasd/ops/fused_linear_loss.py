@@ -38,7 +38,7 @@ _WEIGHT_ROWS = 8192
 
 @dataclass
 class TeacherHead:
-    """A teacher as final hidden states [T, h] and the local slice [V, h] of the teacher's output layer.
+    """A teacher as final hidden states [T, h] and a local slice [V, h] of its output layer.
 
     Neither tensor gets a gradient.
     """
@@ -53,8 +53,8 @@ TeacherSource = TeacherHead | TeacherRecord | None
 def chunk_tokens(memory_bytes: int, weight_Vh: Tensor, teacher: TeacherSource) -> int:
     """The number of tokens per chunk whose logits fit into `memory_bytes`; at least 1.
 
-    Counted are the logits of student and teacher (float32) and, on a GPU, a half-precision copy of
-    the gradient of the student's logits.
+    The budget covers the logits of student and teacher (float32) and, on a GPU, a half-precision
+    copy of the gradient of the student's logits.
     """
     columns, wide = weight_Vh.shape[0], compute_dtype(weight_Vh).itemsize
     words = wide * (1 + isinstance(teacher, TeacherHead)) + (
@@ -241,7 +241,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         else:
             weight_grad = None if weight_grad is None else weight_grad.mul_(grad)
         if hidden_grad is not None:
-            # The backward runs once and nothing else holds hidden_grad, so it may be changed in place.
+            # hidden_grad may be changed in place: the backward runs once.
             hidden_grad.mul_(grad)
             if ctx.reduce_group is not None:
                 dist.all_reduce(hidden_grad, group=ctx.reduce_group)

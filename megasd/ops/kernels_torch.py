@@ -1,9 +1,11 @@
-"""Passes over this rank's slice of the logits: no process group, no autograd. kernels_triton.py is
-the same contract on a GPU.
+"""Torch kernels that read this rank's slice of the logits; kernels_triton.py has them for a GPU.
 
-T tokens, V local columns of which the first `num_valid` are true and the rest padding, K top-k, A
+The functions use no process group and no autograd. kernels_triton.py has functions of the same
+names, arguments and results.
+
+T tokens, V local columns of which the first `num_valid` are true and the others padding, K top-k, A
 size of the support. A score is logit / temperature, in float32 (float64 for float64 logits). Every
-pass walks over blocks of rows that fit a core's cache, so its temporaries do not grow with T.
+kernel walks over blocks of rows that fit a core's cache, so its temporaries do not grow with T.
 """
 
 from __future__ import annotations
@@ -16,18 +18,20 @@ from torch import Tensor
 from megasd.ops.divergence_terms import SCRATCH, divergence_terms
 from megasd.ops.vocab_shard import Rest, compute_dtype, finite
 
-# Elements of a block of rows, per buffer: large enough to pay for the calls, small enough for a core's cache.
+# The elements of a block of rows, per buffer, and the most rows of a block. A block is large enough
+# to pay for the calls and small enough for a core's cache.
 _BLOCK, _FULL_BLOCK, _BLOCK_ROWS = 1 << 19, 1 << 17, 512
-# (max_T, logsum_T) of a whole row: log p = (score - max) - logsum
+# A Norm is (max_T, logsum_T) of whole rows of the vocabulary: log p = (score - max) - logsum.
 Norm = tuple[Tensor, Tensor]
 
 
 def _blocks(
     logits_TV: Tensor, num_valid: int, buffers: int, elements: int = _BLOCK
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, [buffers, rows, num_valid] scratch): the same memory for every block. Allocations of
-    this size go back to the system when freed, and fetching them again would cost more than the
-    arithmetic.
+    """Yield blocks of rows as (slice of the rows, scratch memory [buffers, rows, num_valid]).
+
+    Every block gets the same memory. Allocations of this size go back to the system when they are
+    freed, and fetching them again would cost more than the arithmetic.
     """
     rows = min(max(1, elements // max(1, num_valid)), _BLOCK_ROWS, max(1, logits_TV.shape[0]))
     scratch = logits_TV.new_empty(buffers, rows, num_valid, dtype=compute_dtype(logits_TV))
@@ -36,8 +40,9 @@ def _blocks(
 
 
 def _scores(logits_TV: Tensor, temperature: float, out_TV: Tensor) -> Tensor:
-    """The true columns in compute precision; a view of the logits where nothing is to be done, else
-    in out_TV.
+    """The scores of the true columns, in compute precision.
+
+    If the logits are the scores already, the result is a view of them; if not, it lies in out_TV.
     """
     logits_TV = logits_TV[:, : out_TV.shape[1]]
     if temperature == 1.0 and logits_TV.dtype == out_TV.dtype:
@@ -49,7 +54,10 @@ def _scores(logits_TV: Tensor, temperature: float, out_TV: Tensor) -> Tensor:
 def _rest(
     scores_TV: Tensor, rows_C: Tensor, columns_C: Tensor, shifted_TV: Tensor, weight_TV: Tensor
 ) -> Rest:
-    """Statistics of all columns but the named cells. shifted_TV may be scores_TV itself."""
+    """Statistics of all columns, without the cells (rows_C, columns_C).
+
+    shifted_TV and weight_TV are scratch memory. shifted_TV may be scores_TV itself.
+    """
     if scores_TV.shape[1] == 0:
         nothing = scores_TV.new_zeros(scores_TV.shape[0])
         return Rest(nothing - torch.inf, nothing, nothing)
@@ -58,24 +66,25 @@ def _rest(
     max_T = shifted_TV.amax(-1)
     shifted_TV.sub_(finite(max_T)[:, None])
     torch.exp(shifted_TV, out=weight_TV)
-    # 0 * -inf is NaN
+    # The named cells are -inf with weight 0, and 0 * -inf is NaN.
     shifted_TV[rows_C, columns_C] = 0.0
     sum_T, moment_T = weight_TV.sum(-1), shifted_TV.mul_(weight_TV).sum(-1)
-    # columns at -inf that were not chosen
+    # Other columns may have the score -inf too. They make NaN and must count as 0.
     if moment_T.isnan().any():
         moment_T = torch.where(weight_TV > 0, shifted_TV, 0.0).sum(-1)
     return Rest(max_T, sum_T, moment_T)
 
 
 def _first(scores_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values, columns) of the k first columns in the total order (score descending, column ascending).
+    """(values, columns) of the k first columns, ordered by score descending, then column ascending.
 
-    The k-th largest of the maxima of groups of columns bounds the k-th largest score from below, so
-    only groups that reach the bound are looked into: one read of the row, and a sort of little more
-    than k numbers. Exact whatever the ties.
+    The columns are divided into groups. The k-th largest maximum of a group bounds the k-th largest
+    score from below, so only groups whose maximum reaches the bound can hold a result. This takes
+    one read of the row and a sort of little more than k numbers. The result is exact, also with
+    ties.
     """
     num_rows, columns = scores_TV.shape
-    # columns per group
+    # The number of columns per group.
     depth = columns // (8 * k)
     if depth < 2:
         values_TV, order_TV = scores_TV.sort(dim=-1, descending=True, stable=True)
@@ -84,12 +93,12 @@ def _first(scores_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups_TGD = scores_TV[:, :grouped].unflatten(1, (-1, depth))
     maxima_TG = groups_TGD.amax(-1)
     bound_T = maxima_TG.topk(k, dim=-1, sorted=False).values.amin(-1)
-    # not <: a NaN stays a candidate
+    # The comparison is "not <" instead of ">=", so that a NaN stays a candidate.
     row_P, group_P = (maxima_TG < bound_T[:, None]).logical_not_().nonzero(as_tuple=True)
     member_PD = groups_TGD[row_P, group_P]
     pair_C, place_C = (member_PD < bound_T[row_P, None]).logical_not_().nonzero(as_tuple=True)
     row_C, column_C, value_C = row_P[pair_C], group_P[pair_C] * depth + place_C, member_PD[pair_C, place_C]
-    # the columns of no whole group come last in each row
+    # Columns after the last whole group are candidates too. They come last in each row.
     if grouped < columns:
         row_L, place_L = (scores_TV[:, grouped:] < bound_T[:, None]).logical_not_().nonzero(as_tuple=True)
         row_C, order_C = torch.cat([row_C, row_L]).sort(stable=True)
@@ -105,10 +114,10 @@ def _first(scores_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> tuple[Tensor, Tensor, Rest]:
-    """(values_TK, ids_TK, rest): the k first true columns in the total order (score descending, id
-    ascending) and what is left.
+    """Select the k first true columns of each token, by score descending, then id ascending.
 
-    values are scores, ids int32 local columns. ValueError unless 1 <= k <= num_valid.
+    Returns (values_TK, ids_TK, rest). values are scores, ids int32 local columns, rest the
+    statistics of the true columns that were not selected. ValueError unless 1 <= k <= num_valid.
     """
     if not 1 <= k <= num_valid:
         raise ValueError(f"k must lie in [1, {num_valid}], got {k}")
@@ -126,11 +135,10 @@ def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> 
 
 
 def gather(logits_TV: Tensor, ids_TA: Tensor, *, num_valid: int, temperature: float) -> tuple[Tensor, Rest]:
-    """(values_TA, rest): scores of the chosen columns, and statistics of the true columns that were
-    not chosen.
+    """Read the scores of the chosen columns, and statistics of the other true columns.
 
-    ids_TA: int32 local columns, -1 for one that is not on this rank (its value is 0); distinct
-    apart from -1; A may be 0.
+    Returns (values_TA, rest). ids_TA: int32 local columns, or -1 for an id that is not on this
+    rank, which gets the value 0. The ids of a token are distinct apart from -1; A may be 0.
     """
     values_TA = logits_TV.new_zeros(ids_TA.shape, dtype=compute_dtype(logits_TV))
     rest = Rest(*(values_TA.new_empty(logits_TV.shape[0]) for _ in Rest._fields))
@@ -155,11 +163,11 @@ def gradient_(
     temperature: float,
     out: Tensor | None = None,
 ) -> None:
-    """Write scale * exp(score - ref) for every true column that is not in ids_TA, chosen_TA at
-    ids_TA, 0 in padded columns.
+    """Write the gradient of the logits for a support and its tail.
 
-    In place in the logits, or in `out` ([T, V] of any dtype). ref_T is finite and not below any
-    unchosen score.
+    The gradient is chosen_TA at ids_TA, scale * exp(score - ref) in every other true column, and 0
+    in padded columns. It goes in place into the logits, or into `out` ([T, V] of any dtype). ref_T
+    is finite and not below any unchosen score.
     """
     out = logits_TV if out is None else out
     for block, (gradient_TV,) in _blocks(logits_TV, num_valid, 1):
@@ -193,8 +201,9 @@ def full_sums(
     temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """[T, 3]: sums over the true columns of phi and w (ops/divergence_terms.py) and of p log p, the
-    student's.
+    """Sum phi, w and p log p over the true columns, [T, 3].
+
+    phi and w are those of ops/divergence_terms.py; p is the student.
     """
     sums_T3 = student_TV.new_empty(student_TV.shape[0], 3, dtype=compute_dtype(student_TV))
     for block, buffers in _blocks(student_TV, num_valid, 2 + SCRATCH, _FULL_BLOCK):
@@ -225,8 +234,10 @@ def full_gradient_(
     teacher_temperature: float,
     out: Tensor | None = None,
 ) -> None:
-    """Write upstream * w + coefficient * p for the true columns, 0 in padded ones; in place in the
-    student's logits, or in `out`.
+    """Write the gradient of the student's logits for the divergence over the whole vocabulary.
+
+    The gradient is upstream * w + coefficient * p in true columns (w of ops/divergence_terms.py, p
+    the student) and 0 in padded columns. It goes in place into the student's logits, or into `out`.
     """
     out = student_TV if out is None else out
     for block, buffers in _blocks(student_TV, num_valid, 2 + SCRATCH, _FULL_BLOCK):
