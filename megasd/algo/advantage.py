@@ -1,7 +1,7 @@
-"""Rewards of the samples of one group, shaped, and their advantages.
+"""Shape the rewards of one group's samples and compute their advantages.
 
-A sample without a verdict (error, timeout) has the reward None: it gets the advantage 0 and enters
-no statistic. `ADVANTAGES` names the rules.
+A sample without a verdict (error, timeout) has the reward None. It gets the advantage 0 and enters
+no statistic. `ADVANTAGES` lists the rules by name.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from megasd.config.schema import AlgorithmConfig, PolicyGradientTerm
 from megasd.types import Group, Sample, Verdict
 
-# of the samples of a group; None without a verdict
+# The rewards of a group's samples; None for a sample without a verdict.
 Rewards = Sequence[float | None]
 
 _EPSILON = 1e-6
-# EGRSD (2605.13255): before this many steps the advantage is r - 0.5
+# EGRSD (2605.13255): before this many steps the advantage is r - 0.5.
 _WHITENED_FROM = 10
 # The smallest deviation that rewards are divided by. UNSURE, not in the paper: without it, the first
 # success after many failures would outweigh all other rewards.
@@ -28,7 +28,7 @@ _LEAST_DEVIATION = 0.1
 def overlong_penalty(length: int, *, room: int, buffer: int, penalty: float) -> float:
     """min(-(length - (room - buffer)) / buffer * penalty, 0), lengths in tokens (DAPO 2503.14476).
 
-    With buffer 0 there is no penalty.
+    If buffer is 0, there is no penalty.
 
     overlong_penalty(18432, room=20480, buffer=4096, penalty=1.0) == -0.5
     """
@@ -36,10 +36,10 @@ def overlong_penalty(length: int, *, room: int, buffer: int, penalty: float) -> 
 
 
 def shaped_rewards(group: Group, algorithm: AlgorithmConfig, *, room: int) -> list[float | None]:
-    """rewards_G: the verifier's score where it gives one (ROPD 2605.07396), else 1[right]; None
-    without a verdict.
+    """rewards_G: the shaped reward of each sample; None for a sample without a verdict.
 
-    The reward of a right sample is multiplied by 1 + length_bonus (1 - length / room) (EGRSD
+    The reward is the verifier's score if there is a score (ROPD 2605.07396), else 1[right]. The
+    reward of a right sample is multiplied by 1 + length_bonus (1 - length / room) (EGRSD
     2605.13255); then the overlong penalty is added. room: rollout.max_response_tokens. ValueError
     for a sample that was never scored.
     """
@@ -67,16 +67,16 @@ def _shaped(sample: Sample, algorithm: AlgorithmConfig, room: int) -> float:
 
 @dataclass
 class Whitener:
-    """Running mean and deviation of all rewards of earlier steps (Welford), for one response a
-    question (EGRSD 2605.13255).
+    """The running mean and deviation of all rewards of earlier steps (Welford).
 
-    Rewards of a step wait in `pending` until `step`, so that the order of groups does not matter. UNSURE
-    whether the paper's moments hold the current step's too.
+    It gives advantages with one response a question (EGRSD 2605.13255). Rewards of a step wait in
+    `pending` until `step` is called, so that the order of groups does not matter. UNSURE whether
+    the paper's moments also contain the rewards of the current step.
     """
 
     count: int = 0
     mean: float = 0.0
-    # sum of squared distances from the mean
+    # The sum of squared distances from the mean.
     squares: float = 0.0
     steps: int = 0
     pending: list[float] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Whitener:
         return [0.0 if r is None else (r - self.mean) / deviation for r in rewards_G]
 
     def step(self) -> None:
-        """The step is over: its rewards enter the moments."""
+        """End a step: its rewards enter the moments."""
         for reward in self.pending:
             self.count += 1
             distance = reward - self.mean
@@ -102,18 +102,19 @@ class Whitener:
         self.pending, self.steps = [], self.steps + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values."""
+        """The state as plain JSON-able values."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict."""
+        """Restore the state that `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, list(value) if name == "pending" else value)
 
 
 def _centred(rewards_G: Rewards) -> tuple[list[float], float]:
-    """Rewards minus their mean (0.0 where there is no verdict) and their sample standard deviation.
-    A lone reward: mean 0, deviation 1.
+    """Rewards minus their mean, and their sample standard deviation.
+
+    The entry of a sample without a verdict is 0.0. A lone reward: mean 0, deviation 1.
     """
     scored = [r for r in rewards_G if r is not None]
     if len(scored) < 2:
@@ -124,8 +125,9 @@ def _centred(rewards_G: Rewards) -> tuple[list[float], float]:
 
 
 def group_mean(rewards_G: Rewards) -> list[float]:
-    """R - mean (Dr. GRPO 2503.20783; the GRPO baseline of SDPO). A lone scored sample keeps its
-    reward, as in verl: it has no baseline.
+    """R - mean (Dr. GRPO 2503.20783; the GRPO baseline of SDPO).
+
+    A lone scored sample keeps its reward, as in verl: it has no baseline.
 
     group_mean([1.0, 0.0, None]) == [0.5, -0.5, 0.0]
     """
@@ -150,9 +152,9 @@ def none(rewards_G: Rewards) -> list[float]:
 class AdvantageRule:
     """A row of `ADVANTAGES`."""
 
-    # (rewards of a group, moments of earlier steps) -> advantages
+    # (rewards of a group, moments of earlier steps) -> advantages.
     of_group: Callable[[Rewards, Whitener], list[float]]
-    # it reads and feeds the moments, which then belong to the state of the run
+    # The rule reads and feeds the moments, which then belong to the state of the run.
     reads_moments: bool = False
 
 
@@ -170,9 +172,10 @@ def advantages(
     rewards_G: Rewards,
     whitener: Whitener | None = None,
 ) -> list[float]:
-    """advantages_G of a group's rewards by term.advantage. "whitened" reads and feeds the whitener.
+    """advantages_G: the advantages of a group by the rule that term.advantage names.
 
-    ValueError for an unknown name, a whitener that is missing, and rewards that are not one per sample.
+    "whitened" reads and feeds the whitener. ValueError for an unknown rule, for a missing whitener,
+    and if there is not one reward per sample.
     """
     if len(rewards_G) != len(group.samples):
         raise ValueError(

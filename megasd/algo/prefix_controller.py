@@ -1,21 +1,21 @@
 """A controller that learns how much of the solution the teacher reads (ATESD 2605.11458).
 
-A decision is a share alpha of the solution's lines, drawn from Beta(a, b), (a, b) = 1 +
-softplus(MLP(state)). It holds for HOLD steps. LOOK_AHEAD steps after it was made, its reward is
-known: the falls of the student's loss, with g = DISCOUNT,
+A decision is a fraction alpha of the solution's lines, drawn from Beta(a, b), (a, b) = 1 +
+softplus(MLP(state)). A decision holds for HOLD steps. LOOK_AHEAD steps after the decision, the
+controller knows its reward: the falls of the student's loss, with g = DISCOUNT,
 
     R = sum_{i=1..L} g^(i-1) max(0, loss_{i-1} - loss_i)
 
 where loss_0 is the loss of the step before the decision. The paper adds a tenth of the teacher's
 log-prob of the reference, which is left out here: it would cost a pass over the references. BATCH
-decisions with a reward make one step of REINFORCE with R whitened over them; entropy of the Beta
-above MAX_ENTROPY is penalised. The first HOLD steps have the configured share. Nothing is learned
-from that share, since it was not drawn.
+decisions with a reward make one step of REINFORCE with R whitened over them. If the entropy of the
+Beta is above MAX_ENTROPY, the excess is penalised. The first HOLD steps have the configured
+fraction. Nothing is learned from that fraction, since it was not drawn.
 
 UNSURE: every constant below, the optimiser (plain gradient descent), and what the state's mismatch,
 probe and confidence are; the paper's code is not released. Here mismatch is the mean divergence and
-confidence exp of the mean log-prob of the sampled tokens. One alpha for a whole batch, as the paper
-has it. Torch (on the CPU, float64) is imported when a controller is made, not with this file.
+confidence exp of the mean log-prob of the sampled tokens. A whole batch has a single alpha, as in
+the paper. Torch (on the CPU, float64) is imported when a controller is made, not with this file.
 """
 
 from __future__ import annotations
@@ -29,63 +29,66 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-# H, steps that a decision holds for
+# H: a decision holds for so many steps.
 HOLD = 2
-# L, steps after which its reward is known
+# L: so many steps after a decision, its reward is known.
 LOOK_AHEAD = 6
-# g
+# g, the discount of later falls of the loss.
 DISCOUNT = 0.9
-# units of the MLP's one hidden layer
+# The units of the MLP's single hidden layer.
 HIDDEN = 16
-# decisions of one controller update
+# So many decisions make one update of the controller.
 BATCH = 4
 LEARNING_RATE = 0.05
-# nats; the highest entropy of a Beta is that of Beta(1, 1), 0
+# In nats. The highest entropy of a Beta is 0, the entropy of Beta(1, 1).
 MAX_ENTROPY = -0.2
 ENTROPY_WEIGHT = 1.0
-# share of a new step in the averages of the state
+# The weight of a new step in the averages of the state.
 AVERAGE_RATE = 0.2
-# length of a run (steps) where it is not known, for the feature "progress"
+# The feature "progress" assumes so many steps if the length of the run is not known.
 HORIZON = 100
 FEATURES = ("progress", "fraction", "loss", "divergence", "confidence")
 
 
 class PrefixController:
-    """The share of the solution to show, `fraction`, learned from the metrics of each step.
+    """Learns `fraction`, how much of the solution to show, from the metrics of each step.
 
-    The same seed and metrics give the same shares.
+    The same seed and metrics give the same fractions.
 
     controller = PrefixController(seed=1, start=0.5, steps=100)
     controller.observe({"loss": 0.31, "divergence": 0.31, "logp": -0.4}); controller.fraction
     """
 
     def __init__(self, *, seed: int, start: float, steps: int | None = None) -> None:
-        """start: the share of the first steps, in [0, 1]. steps: length of the run, for "progress"."""
+        """Make a controller that has not decided yet.
+
+        start: the fraction of the first steps, in [0, 1]. steps: length of the run, for "progress".
+        """
         import torch
 
         self.seed, self.fraction, self.horizon = seed, start, steps or HORIZON
         self.step, self.decisions, self.updates, self.reward = 0, 0, 0, 0.0
         self.averages: dict[str, float] = {}
-        # loss of the last step
+        # The loss of the last step.
         self.loss: float | None = None
-        # decisions whose reward is not known yet
+        # The decisions whose reward is not known yet.
         self.open: list[dict[str, Any]] = []
-        # decisions with a reward, for the next update
+        # The decisions with a reward, which wait for the next update.
         self.judged: list[dict[str, Any]] = []
         draw = torch.Generator().manual_seed(seed)
         size = len(FEATURES)
         self.weights: list[Tensor] = [
             torch.randn(size, HIDDEN, generator=draw, dtype=torch.float64) / math.sqrt(size),
             torch.zeros(HIDDEN, dtype=torch.float64),
-            # the first draws come from one Beta around 0.5, whatever the state
+            # With zeros the first draws come from the same Beta around 0.5 in every state.
             torch.zeros(HIDDEN, 2, dtype=torch.float64),
             torch.zeros(2, dtype=torch.float64),
         ]
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Take in the metrics of a step: "loss", and "divergence" and "logp" where there are any.
+        """Take in the metrics of a step: "loss", and "divergence" and "logp" if they are there.
 
-        ValueError without a finite loss.
+        ValueError if there is no finite loss.
         """
         loss = metrics.get("loss", math.nan)
         if not math.isfinite(loss):
@@ -111,7 +114,7 @@ class PrefixController:
         return a, b
 
     def metrics(self) -> dict[str, float]:
-        """The share in use, the mean of the present Beta, updates made, mean reward of the last one."""
+        """The fraction, the mean of the Beta, the updates, the mean reward of the last update."""
         a, b = self.beta()
         return {
             "fraction": self.fraction,
@@ -121,14 +124,14 @@ class PrefixController:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values."""
+        """The state as plain JSON-able values."""
         names = ("fraction", "step", "decisions", "updates", "reward", "averages", "loss", "open", "judged")
         return deepcopy({name: getattr(self, name) for name in names}) | {
             "weights": [w.tolist() for w in self.weights]
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict; seed, start and steps stay those of the constructor."""
+        """Restore the state of `state_dict`; seed, start and steps stay as the constructor set."""
         import torch
 
         for name, value in deepcopy(dict(state)).items():
@@ -162,7 +165,7 @@ class PrefixController:
         return 1.0 + torch.nn.functional.softplus(torch.tanh(states_BF @ w1 + b1) @ w2 + b2)
 
     def _learn(self, decisions: list[dict[str, Any]]) -> None:
-        """One step of REINFORCE."""
+        """Make one step of REINFORCE with the given decisions."""
         import torch
         from torch.distributions import Beta
 

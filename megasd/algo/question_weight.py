@@ -1,12 +1,11 @@
-"""Question weights from pass rates: how much a question teaches, judged by how often it was solved.
+"""Compute the weight of a question from its pass rate.
 
 The weights are raw: loss/normalise.py divides them by the mean that question_weight.normaliser
-names, so a constant factor has an effect with normaliser=none alone. A question that no verifier
-could score has no pass rate (None) and the weight 0, except where all questions have the same
-weight.
+names. So a constant factor has an effect only with normaliser=none. A question that no verifier
+could score has no pass rate (None). Its weight is 0, except if all questions have the same weight.
 
-`QUESTION_WEIGHTS` names the rules; config/variants.py, QUESTION_WEIGHT_TRAITS, says what other
-files ask of one.
+`QUESTION_WEIGHTS` lists the rules by name. QUESTION_WEIGHT_TRAITS in config/variants.py holds
+the properties of a rule that other files read.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from megasd.config.schema import QuestionWeightConfig
 from megasd.config.variants import QUESTION_WEIGHT_TRAITS
 
 QuestionWeight = Callable[[float | None], float]
-# (a known pass rate in [0, 1], the constants) -> the weight without config.scale
+# (a known pass rate in [0, 1], the constants) -> the weight without config.scale.
 WeightRule = Callable[[float, QuestionWeightConfig], float]
 # A smaller weight counts as 0: an averaged rate comes ever closer to 0 or 1, and loss/normalise.py
 # adds weights up on a grid.
@@ -26,13 +25,14 @@ LEAST = 2.0**-30
 
 
 def none(pass_rate: float, config: QuestionWeightConfig) -> float:
-    """1: all questions weigh the same."""
+    """1: all questions have the same weight."""
     return 1.0
 
 
 def sqrt_pq(pass_rate: float, config: QuestionWeightConfig) -> float:
-    """sqrt(p (1 - p)): the residual question-level scale of group-normalised GRPO (SC-SDPO
-    2605.27765, alpha = 1/2).
+    """sqrt(p (1 - p)) (SC-SDPO 2605.27765, alpha = 1/2).
+
+    This is the residual question-level scale of group-normalised GRPO.
     """
     return math.sqrt(pass_rate * (1.0 - pass_rate))
 
@@ -70,8 +70,8 @@ QUESTION_WEIGHTS: dict[str, WeightRule] = {
 def question_weight(config: QuestionWeightConfig) -> QuestionWeight:
     """The raw weight of a question as a function of its pass rate (None: not known).
 
-    config.scale is in it; a weight below 2^-30 is 0. ValueError for an unknown kind, and, from the
-    function, for a rate outside [0, 1].
+    The weight includes config.scale; a weight below 2^-30 becomes 0. ValueError for an unknown
+    kind. The returned function raises ValueError for a rate outside [0, 1].
     """
     if config.kind not in QUESTION_WEIGHTS:
         raise ValueError(

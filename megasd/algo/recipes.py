@@ -1,10 +1,11 @@
-"""One constant per paper: which terms, teacher, question weight and source make the method.
+"""The recipes: each constant holds the terms, teacher, weight and source of a paper's method.
 
     megasd train run.yaml algorithm.recipe=grpo
 
-A paper made of existing pieces is one more constant here, and one file in configs/algo, which holds
-what is not the algorithm's (sampling, learning rate, batch). Every key of a row can be overridden.
-Constants are the papers'; where a paper leaves one open, the file in configs/algo says UNSURE.
+To add a paper made of existing pieces, add a constant here and a file in configs/algo. The file
+holds the settings that do not belong to the algorithm (sampling, learning rate, batch). Every key
+of a row can be overridden. Constants come from the papers. If a paper leaves a constant open, the
+file in configs/algo says UNSURE.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from megasd.config.schema import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method as values: its name is row.recipe."""
+    """A method as values; the name of the method is row.recipe."""
 
-    # its arXiv id; "-" without a paper
+    # The arXiv id of the paper; "-" without a paper.
     paper: str
-    # one line for `megasd recipes`
+    # A line that `megasd recipes` prints.
     about: str
-    # the section `algorithm` of a config
+    # The section `algorithm` of a config.
     row: AlgorithmConfig
 
 
@@ -44,7 +45,7 @@ SFT = Recipe(
     ),
 )
 
-# SSD (2604.01193): the same on samples of the start model, right or wrong. With
+# SSD (2604.01193): SFT's loss on samples of the start model, right or wrong. With
 # rollout.frozen_policy=true all samples come from the start model.
 SSD = Recipe(
     paper="2604.01193",
@@ -156,7 +157,7 @@ PACED = Recipe(
     ),
 )
 
-# The same weights on SDPO: the PACED arm of SC-SDPO.
+# SDPO with PACED_WEIGHT: the PACED arm of SC-SDPO.
 SDPO_PACED = Recipe(
     paper="2605.27765",
     about="sdpo, questions weighted by p (1 - p) of the start model",
@@ -453,7 +454,7 @@ DRIFT = Recipe(
     ),
 )
 
-# All recipes of this file by name, in the order in which they stand here and `megasd recipes` lists them.
+# All recipes of this file by name, in the order of this file. `megasd recipes` keeps that order.
 CATALOGUE: dict[str, Recipe] = {
     one.row.recipe: one for one in list(globals().values()) if isinstance(one, Recipe)
 }

@@ -1,13 +1,13 @@
-"""The algorithm as it stands at one step: the stages that have begun, and numbers that change with time.
+"""The algorithm at one step: stages that have begun are applied, and schedules are evaluated.
 
 A stage is a text of algorithm.stages, "START: key=value key=value". START is a step, counted from 0,
-or a share of run.steps in percent; the keys are those of the section `algorithm`. Later stages add
-to earlier ones. A shell's rules split the values, so quote a value with spaces.
+or a percentage of run.steps. The keys are keys of the section `algorithm`. Later stages add to
+earlier stages. The text is split as a shell would split it, so quote a value with spaces.
 
     # forward KL on references, then reverse KL on samples (PACED 2603.11178)
     stages: ["50%: source=rollout distill.beta=1.0"]
 
-Two numbers change with the step of the run, whatever stage it is in: credit.lam falls to lam_end
+Two numbers change with the step of the run, in every stage: credit.lam falls to lam_end
 over lam_steps (RLSD 2604.03128); distill.coefficient rises over warmup_steps and falls from
 decay_from on over decay_steps (SDPG's trapezoid).
 """
@@ -28,7 +28,8 @@ from megasd.config.validate_parallel import data_parallel_size, default_world_si
 from megasd.config.variants import CONTEXT_TRAITS, CREDIT_TRAITS
 
 STAGE = re.compile(r"\s*(\d+(?:\.\d+)?)(%?)\s*:(.*)", re.DOTALL)
-# Fields of algorithm.teacher that are built once, before the first step: no stage can change them.
+# The run builds these parts of algorithm.teacher once, before the first step, so no stage can
+# change these fields.
 BUILT_ONCE = (
     "weights",
     "ema_rate",
@@ -40,33 +41,33 @@ BUILT_ONCE = (
     "adaptive_prefix",
 )
 
-# Algorithms by (start, number of stages): reading a stage takes milliseconds, and every step needs
-# several.
+# Cache: (start, number of stages) -> algorithm. Reading a stage takes milliseconds, and every step
+# reads several stages.
 _known: dict[tuple[str, int], AlgorithmConfig] = {}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One text of algorithm.stages, read."""
+    """One parsed text of algorithm.stages."""
 
-    # its key, for error messages
+    # The stage's config key, for error messages.
     where: str
-    # a step; with is_share, percent of the run
+    # The step at which the stage begins; if is_share, a percentage of the run.
     start: float
     is_share: bool
     changes: list[str]
 
     def first_step(self, steps: int) -> int:
-        """The first step of a run of `steps` that is in it."""
+        """The step at which the stage begins in a run of `steps` steps."""
         return math.ceil(self.start * steps / 100 - 1e-9) if self.is_share else int(self.start)
 
 
 def at(algorithm: AlgorithmConfig, step: int, steps: int) -> AlgorithmConfig:
-    """The algorithm of a step (from 0) of a run of `steps`: stages applied, credit.lam and
-    distill.coefficient as they are then.
+    """The algorithm of a step (counted from 0) of a run of `steps` steps.
 
-    The first step of a warm-up has 1 / warmup_steps of the coefficient, not 0, as with the learning
-    rate. ConfigError for a bad stage.
+    The stages that have begun are applied. credit.lam and distill.coefficient have their values at
+    this step. The first step of a warm-up has 1 / warmup_steps of the coefficient, not 0, as with
+    the learning rate. ConfigError for a bad stage.
     """
     begun = takewhile(lambda stage: stage.first_step(steps) <= step, _stages(algorithm))
     algorithm = _after(algorithm, sum(1 for _ in begun))
@@ -75,7 +76,7 @@ def at(algorithm: AlgorithmConfig, step: int, steps: int) -> AlgorithmConfig:
         algorithm = replace(algorithm, distill=replace(term, coefficient=_coefficient(term, step)))
     if pg is not None and pg.credit is not None and pg.credit.lam_end is not None:
         lam = _lam(pg.credit, step)
-        # such a credit leaves the advantage alone, and the teacher need not run
+        # A credit that vanishes at lam=0 leaves the advantage alone, and the teacher need not run.
         gone = lam == 0.0 and CREDIT_TRAITS[pg.credit.kind].vanishes_at_lam_0
         algorithm = replace(
             algorithm, policy_gradient=replace(pg, credit=None if gone else replace(pg.credit, lam=lam))
@@ -84,15 +85,17 @@ def at(algorithm: AlgorithmConfig, step: int, steps: int) -> AlgorithmConfig:
 
 
 def variants(algorithm: AlgorithmConfig) -> list[AlgorithmConfig]:
-    """The algorithm before its first stage, in its first one, and so on; scheduled numbers as
-    configured. ConfigError for a bad stage.
+    """The algorithm before the first stage, in the first stage, and so on.
+
+    Scheduled numbers have their configured values. ConfigError for a bad stage.
     """
     return [_after(algorithm, count) for count in range(len(algorithm.stages) + 1)]
 
 
 def reads_solutions(algorithm: AlgorithmConfig) -> bool:
-    """Whether every training row must bring a solution, in some stage. teacher.fallback=solution
-    does without where a row has none.
+    """Whether some stage needs a solution in every training row.
+
+    teacher.fallback=solution does not count: it also works with rows that have no solution.
     """
     stages = variants(algorithm)
     learned = any(one.source != "rollout" for one in stages)
@@ -102,10 +105,11 @@ def reads_solutions(algorithm: AlgorithmConfig) -> bool:
 
 
 def check_stages(config: Config, world_size: int | None = None) -> None:
-    """Refuse stages that cannot be read, are out of order, never begin in run.steps, or cannot run
-    on `world_size` ranks (None: the number that `megasd train` starts).
+    """Raise ConfigError for stages that cannot run.
 
-    The algorithm of the start must pass the same checks. Raises ConfigError.
+    A stage is refused if it cannot be read, is out of order, never begins within run.steps, or
+    cannot run on `world_size` ranks (None: the number that `megasd train` starts). The algorithm
+    before the first stage must pass the same checks.
     """
     algorithm, steps = config.algorithm, config.run.steps
     stages, found, last = _stages(algorithm), variants(algorithm), 0
@@ -138,12 +142,12 @@ def check_stages(config: Config, world_size: int | None = None) -> None:
 
 
 def averages(algorithm: AlgorithmConfig) -> bool:
-    """Whether question weights go by pass rates averaged over visits."""
+    """Whether question weights come from pass rates averaged over visits."""
     return algorithm.question_weight.kind != "none" and algorithm.question_weight.pass_rate == "ema"
 
 
 def _check_built(where: str, start: AlgorithmConfig, before: AlgorithmConfig, after: AlgorithmConfig) -> None:
-    """Refuse a stage that changes a part which the run builds once, from the algorithm of the start."""
+    """Refuse a stage that changes a part which the run builds once, before the first step."""
     if after.teacher is not None:
         if start.teacher is None:
             raise ConfigError(

@@ -1,11 +1,14 @@
-"""What rank 0 remembers between steps: pass rates by question, earlier successes, moments of
-rewards, the controller of teacher.adaptive_prefix.
+"""The state of the algorithm that rank 0 keeps between steps.
+
+It holds pass rates by question, earlier right samples, moments of rewards, and the controller of
+teacher.adaptive_prefix.
 
     state = AlgorithmState(config.algorithm, seed=1, steps=100)
     state.pass_rate(group, algorithm.question_weight)
     state.observe(groups); state.after_step(metrics)
 
-Only what some stage of the algorithm reads is kept. Plain Python; the controller imports torch.
+A part is kept only if some stage of the algorithm reads it. Plain Python; the controller imports
+torch.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class AlgorithmState:
-    """The memory of a run.
+    """The algorithm's state of a run between steps.
 
     seed       run.seed
     averaged   prompt id -> pass rate averaged over visits; None where no stage reads it
@@ -36,7 +39,10 @@ class AlgorithmState:
     """
 
     def __init__(self, algorithm: AlgorithmConfig, *, seed: int, steps: int | None = None) -> None:
-        """algorithm: as configured, stages included. steps: length of the run, for the controller."""
+        """Start with an empty state.
+
+        algorithm: as configured, stages included. steps: length of the run, for the controller.
+        """
         self.algorithm, self.seed = algorithm, seed
         stages = variants(algorithm)
         teachers = [one.teacher for one in stages if one.teacher is not None]
@@ -65,18 +71,20 @@ class AlgorithmState:
         return self.frozen is not None
 
     def set_frozen(self, rates: Mapping[str, float | None]) -> None:
-        """The start model's pass rates by prompt id, None where no verifier could score (PACED
-        2603.11178).
+        """Set the start model's pass rates by prompt id (PACED 2603.11178).
+
+        The rate is None if no verifier could score the question.
         """
         self.frozen = dict(rates)
 
     def pass_rate(self, group: Group, weight: QuestionWeightConfig | None = None) -> float | None:
-        """The pass rate in [0, 1] that decides the question's weight; None where it is not known.
+        """The pass rate in [0, 1] that decides the question's weight; None if it is not known.
 
-        weight: the section question_weight of this step; None: as configured. Its pass_rate names
-        the rate. step: that of these samples. frozen: the row's own, else that of set_frozen. ema:
-        the average over earlier visits and this one; an unscored visit leaves it as it is. The call
-        changes nothing.
+        weight: the section question_weight of this step; None means as configured.
+        weight.pass_rate names the rate. "step" is the pass rate of these samples. "frozen" is the
+        rate in the row, else the rate given to set_frozen. "ema" is the average over earlier
+        visits and this visit; an unscored visit does not change the average. The call changes
+        nothing.
         """
         weight = weight or self.algorithm.question_weight
         if weight.kind == "none" or weight.pass_rate == "step":
@@ -86,10 +94,10 @@ class AlgorithmState:
         return self._average(group, weight.ema_rate)
 
     def dataset_mean(self, prompts: Iterable[Prompt]) -> float | None:
-        """Mean raw weight of all training rows by their frozen rates (PACED arm of SC-SDPO
-        2605.27765); None unless normaliser=dataset.
+        """The mean raw weight of all training rows by their frozen rates.
 
-        UserError where it is 0: nothing would be learned.
+        It belongs to the PACED arm of SC-SDPO (2605.27765). None unless normaliser=dataset.
+        UserError if the mean is 0, since nothing would be learned.
         """
         config = self.algorithm.question_weight
         if config.kind == "none" or config.normaliser != "dataset":
@@ -123,13 +131,17 @@ class AlgorithmState:
 
     @property
     def prefix_fraction(self) -> float | None:
-        """Share of the solution that the controller shows in this step (ATESD 2605.11458); None
-        without a controller. A run has one in all steps or in none (check_stages).
+        """The fraction of the solution that the controller shows in this step (ATESD 2605.11458).
+
+        None without a controller. A run has a controller in all steps or in none (check_stages).
         """
         return None if self.exposure is None else self.exposure.fraction
 
     def observe(self, groups: list[Group]) -> dict[str, float]:
-        """The step's scored groups, after its batch was built; call it once a step. Figures for the log."""
+        """Take in the step's scored groups and return metrics for the log.
+
+        Call it once a step, after the batch of the step was built.
+        """
         metrics: dict[str, float] = {}
         if self.averaged is not None:
             for group in groups:
@@ -157,13 +169,13 @@ class AlgorithmState:
             self.exposure.observe(metrics)
 
     def _ema_rate(self) -> float:
-        """The rate of the stages that average; they have the same (check_stages)."""
+        """The ema_rate of the stages that average; it is equal in all of them (check_stages)."""
         return next(one.question_weight.ema_rate for one in variants(self.algorithm) if averages(one))
 
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values."""
+        """The state as plain JSON-able values."""
         parts = {"whitener": self.whitener, "exposure": self.exposure}
         state = {name: None if part is None else part.state_dict() for name, part in parts.items()}
         return state | {
@@ -172,9 +184,10 @@ class AlgorithmState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict.
+        """Restore the state that `state_dict` returned.
 
-        A part that the run's algorithm does not read is left out; a part that is new starts empty.
+        A part that the run's algorithm does not read is ignored. A part that the state lacks stays
+        empty.
         """
         self.frozen = state["frozen"]
         for name in ("averaged", "buffer"):

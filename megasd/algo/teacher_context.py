@@ -1,25 +1,27 @@
-"""Teacher contexts: the messages that the teacher of each sample reads, in place of the student's prompt.
+"""Make teacher contexts: the messages that a sample's teacher reads in place of the prompt.
 
 The last user turn of the teacher's messages holds privileged text. Where the text comes from
 (algorithm.teacher.context):
 
     first_success     right samples of the group in their order, without the sample itself, as SDPO
-                      was released (2601.20802, 2): the only success of a group has no teacher,
-                      every failure shares the first success, and without a success no sample of the
-                      group has a teacher
-    random_success    the same, drawn per sample
-    shortest_success  the same, fewest response tokens first (SSOPD 2605.17497)
+                      was released (2601.20802, 2): the only right sample of a group has no teacher,
+                      every wrong sample gets the first right sample, and if no sample is right, no
+                      sample of the group has a teacher
+    random_success    as first_success, but drawn at random for each sample
+    shortest_success  as first_success, but fewest response tokens first (SSOPD 2605.17497)
     solution          the reference solution of the row (OPSD 2601.18734)
-    answer            its final answer alone (RLSD 2604.03128)
+    answer            the final answer of the row alone (RLSD 2604.03128)
     prefix            the first lines of the solution, and the answer in a box (ATESD 2605.11458)
     prompt            no text: the question as it is, perhaps after a system turn (OPCD 2602.12275;
                       a separate teacher)
 
-`CONTEXTS` names them; config/variants.py, CONTEXT_TRAITS, says what other files ask of one.
+`CONTEXTS` lists them by name. CONTEXT_TRAITS in config/variants.py holds the properties of a
+context that other files read.
 
-`contrast` adds contexts with the same turn around the text of wrong samples (RLCSD 2606.11709) or
-around the answer of one (CEPO 2605.19436): in the difference of two teachers the template cancels.
-The first teacher never reads the student's own failed attempt (SDPO: that costs diversity).
+`contrast` adds contrasting contexts: the same turn around the text of wrong samples (RLCSD
+2606.11709) or around the answer of one wrong sample (CEPO 2605.19436). In the difference of two
+teachers the template cancels. The first teacher never reads the student's own failed attempt (SDPO:
+that costs diversity).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from megasd.types import Group, Message, Prompt, Sample, TeacherContext, UserErr
 
 PLACEHOLDER = re.compile(r"\{(prompt|solution)\}")
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
-# between demonstrations
+# The text between two demonstrations.
 ANOTHER = "\n\nAnother correct solution:\n\n"
 FEEDBACK = "\n\nFeedback on an earlier attempt that failed:\n\n"
 VERDICTS = {
@@ -44,13 +46,14 @@ VERDICTS = {
     Verdict.WRONG: "The answer that follows is incorrect.",
 }
 
-# privileged text, and where it came from
+# (privileged text, where the text came from).
 Text = tuple[str, str]
 
 
 def check_template(template: str) -> None:
-    """Raise UserError unless {prompt} and {solution} each occur once; other braces are plain text,
-    so LaTeX needs no escapes.
+    """Raise UserError unless {prompt} and {solution} each occur once in the template.
+
+    Other braces are plain text, so LaTeX needs no escapes.
     """
     found = sorted(PLACEHOLDER.findall(template))
     if found != ["prompt", "solution"]:
@@ -63,8 +66,9 @@ def check_template(template: str) -> None:
 def with_solution(
     messages: list[Message], solution: str, *, template: str = DEFAULT_TEMPLATE
 ) -> list[Message]:
-    """The messages with their last user turn put into `template`; earlier turns are kept and
-    nothing is changed in place.
+    """The messages with the last user turn and the solution put into `template`.
+
+    Earlier turns are kept. Nothing is changed in place.
 
     with_solution([{"role": "user", "content": "7+8="}], "15", template="{prompt}
     ({solution})")[-1]["content"] == "7+8= (15)"
@@ -74,22 +78,25 @@ def with_solution(
 
 
 def without_thinking(text: str) -> str:
-    """The text without <think>...</think> blocks; without an opening tag (a template may have
-    written it) all up to </think> goes.
+    """The text without <think>...</think> blocks.
+
+    If the opening tag is missing (a template may have written it), everything up to </think> is
+    removed.
     """
     text = THINKING.sub("", text)
     return text.rpartition("</think>")[2].strip()
 
 
 def solution_prefix(solution: str, answer: str, fraction: float) -> str:
-    """The first floor(fraction * m) of a solution's m lines that are not blank, and the boxed
-    answer; all of them: the solution as it is.
+    """The first floor(fraction * m) of a solution's m non-blank lines, and the boxed answer.
+
+    If that is all m lines, the solution is returned as it is.
 
     solution_prefix("7+8\\n= 10+5\\n= 15", "15", 0.5) == "7+8\\n\\boxed{15}"
     """
     lines = solution.splitlines()
     filled = [k for k, line in enumerate(lines) if line.strip()]
-    # 0.29 * 100 is a little less than 29
+    # 0.29 * 100 is a little less than 29, and floor would give 28.
     count = math.floor(fraction * len(filled) + 1e-9)
     if count >= len(filled):
         return solution
@@ -97,8 +104,9 @@ def solution_prefix(solution: str, answer: str, fraction: float) -> str:
 
 
 def final_answer(text: str) -> str:
-    """What a response ends on: its last \\boxed{...} if that closes, else its last <answer>, else
-    its last line, "" without one.
+    """The final answer in a response.
+
+    It is the last \\boxed{...} if that closes, else the last <answer>, else the last line, else "".
     """
     text = without_thinking(text)
     start, depth = text.rfind("\\boxed{"), 0
@@ -120,14 +128,15 @@ def teacher_contexts(
     buffer: Mapping[str, str] | None = None,
     answer_of: Callable[[str], str | None] = final_answer,
 ) -> list[list[TeacherContext]]:
-    """For each sample of the group: its teacher's context, then those that it is contrasted with.
+    """For each sample of the group: the teacher's context, then the contrasting contexts.
 
     A sample has a teacher if it has a demonstration or feedback; else its list is empty. Only a
-    sample judged RIGHT demonstrates, only one judged WRONG contrasts; a sample whose verifier failed
-    (ERROR, TIMEOUT) has a teacher like a wrong one. No text is shortened: the caller drops contexts
-    that are too long. `seed` decides every draw. `prefix_fraction` replaces the config's. `buffer`:
-    prompt id -> text of an earlier right sample. `answer_of` reads a wrong sample's answer (CEPO).
-    UserError: a row without the solution that the config reads; an unknown context.
+    sample judged RIGHT demonstrates. Only a sample judged WRONG contrasts. A sample whose verifier
+    failed (ERROR, TIMEOUT) has a teacher as a wrong sample has. No text is shortened: the caller
+    drops contexts that are too long. `seed` decides every draw. `prefix_fraction` replaces
+    teacher.prefix_fraction. `buffer`: prompt id -> text of an earlier right sample. `answer_of`
+    reads a wrong sample's answer (CEPO). UserError: a row without the solution that the config
+    reads; an unknown context.
     """
     if teacher.context not in CONTEXTS:
         raise UserError(
@@ -153,28 +162,28 @@ def teacher_contexts(
 
 @dataclass(frozen=True)
 class ContextRequest:
-    """One sample, and what its teacher may be shown."""
+    """One sample, and the material that its teacher may be shown."""
 
     group: Group
     sample: Sample
-    # the group, without the sample where teacher.exclude_self says so
+    # The samples of the group; with teacher.exclude_self, without the sample itself.
     siblings: list[Sample]
     teacher: TeacherConfig
-    # the share of the solution that context=prefix shows
+    # The fraction of the solution that context=prefix shows.
     prefix_fraction: float
-    # prompt id -> text of a right sample of an earlier step
+    # prompt id -> text of a right sample of an earlier step.
     buffer: Mapping[str, str]
-    # reads the answer of a wrong sample
+    # Reads the answer in the text of a wrong sample.
     answer_of: Callable[[str], str | None]
-    # the sample's own draws
+    # The random numbers of this sample.
     draw: random.Random
 
     def text_of(self, response: str) -> str:
-        """A response as it is shown."""
+        """The text of a response as the teacher is shown it."""
         return without_thinking(response) if self.teacher.strip_thinking else response
 
 
-# (samples, count, draws of the sample) -> up to `count` of them
+# (samples, count, random numbers of the sample) -> up to `count` of the samples.
 Choose = Callable[[list[Sample], int, random.Random], list[Sample]]
 
 
@@ -194,14 +203,14 @@ def _shortest(samples: list[Sample], count: int, draw: random.Random) -> list[Sa
 class Context:
     """A row of `CONTEXTS`."""
 
-    # the text that the first teacher is shown; None: there is none for this sample
+    # The text that the first teacher is shown; None if there is no text for this sample.
     text: Callable[[ContextRequest], Text | None]
-    # which samples are shown, and contrasted with, where there are more than wanted
+    # Chooses the samples to show, and the contrasting samples, if there are more than wanted.
     choose: Choose = _first
 
 
 def _success(request: ContextRequest) -> Text | None:
-    """Right siblings, else what teacher.fallback names."""
+    """Right siblings; if there are none, the text that teacher.fallback names."""
     teacher, prompt = request.teacher, request.group.prompt
     right = [sample for sample in request.siblings if sample.verdict is Verdict.RIGHT]
     chosen = CONTEXTS[teacher.context].choose(right, teacher.num_demonstrations, request.draw)
@@ -245,7 +254,10 @@ CONTEXTS: dict[str, Context] = {
 
 
 def _failures(request: ContextRequest) -> list[Text]:
-    """Wrong siblings. UNSURE which of more than K (RLCSD): chosen as the demonstration is."""
+    """Wrong siblings, at most K = teacher.num_contrasts (RLCSD).
+
+    UNSURE which K of more siblings: they are chosen as the demonstration is.
+    """
     wrong = [sample for sample in request.siblings if sample.verdict is Verdict.WRONG]
     teacher = request.teacher
     chosen = CONTEXTS[teacher.context].choose(wrong, teacher.num_contrasts, request.draw)
@@ -253,7 +265,7 @@ def _failures(request: ContextRequest) -> list[Text]:
 
 
 def _wrong_answer(request: ContextRequest) -> list[Text]:
-    """One answer for the group, the sample itself included: its worst (CEPO)."""
+    """The answer of the worst wrong sample of the group, the sample itself included (CEPO)."""
     group = request.group
     wrong = sorted((s for s in group.samples if s.verdict is Verdict.WRONG), key=lambda s: s.score or 0.0)
     for sample in wrong:
@@ -263,7 +275,7 @@ def _wrong_answer(request: ContextRequest) -> list[Text]:
     return []
 
 
-# teacher.contrast -> the texts of the contexts that the first one is compared with
+# teacher.contrast -> the texts of the contrasting contexts.
 CONTRASTS: dict[str, Callable[[ContextRequest], list[Text]]] = {
     "none": lambda request: [],
     "failures": _failures,
@@ -272,7 +284,7 @@ CONTRASTS: dict[str, Callable[[ContextRequest], list[Text]]] = {
 
 
 def _contexts(request: ContextRequest) -> list[TeacherContext]:
-    """The contexts of one sample; empty where it has no teacher."""
+    """The contexts of one sample; empty if the sample has no teacher."""
     teacher, sample, prompt = request.teacher, request.sample, request.group.prompt
     shown = CONTEXTS[teacher.context].text(request)
     reads_feedback = teacher.feedback == "always" or (teacher.feedback != "never" and shown is None)
@@ -309,9 +321,10 @@ def _context(
 
 
 def _fill(template: str, question: str, solution: str | None, feedback: str = "") -> str:
-    """The template in one pass: braces inside the texts stay as they are. Feedback follows the
-    solution; without a solution its part of the template (up to the question, or from it on) gives
-    way to the feedback, and the instruction at the end stays.
+    """Fill the template in one pass, so that braces inside the texts stay as they are.
+
+    Feedback follows the solution. Without a solution, the feedback replaces the solution's part of
+    the template (up to the question, or from the question on). The instruction at the end stays.
     """
     head, first, middle, _, tail = PLACEHOLDER.split(template)
     block = f"{FEEDBACK}{feedback}" if feedback else ""
@@ -327,7 +340,11 @@ def _with_question(messages: list[Message], write: Callable[[str], str]) -> list
 
 
 def _with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """A first system turn; templates take but one, so a row's own is kept at its head."""
+    """The messages with `system` in the first system turn.
+
+    Chat templates take a single system turn. If the row has a system turn, its text is kept and
+    `system` follows it.
+    """
     if system is None:
         return messages
     if messages[0]["role"] == "system":

@@ -93,7 +93,7 @@ class Workload:
 
     # The padded length of the student's sequence.
     tokens: Sequence[int]
-    # FLOPs of the forward and backward over the student's sequence.
+    # FLOPs of forward, backward and recomputation over the student's sequence.
     cost: Sequence[float]
     # FLOPs of the forwards over the sample's teacher sequences. They get their own microbatches.
     other: Sequence[float]

@@ -1,5 +1,6 @@
-"""What the actor's keys for speed and precision may be together, with TransformerEngine, and with
-the model. Stdlib only.
+"""Check the actor's keys for speed and precision together.
+
+The checks cover the keys among themselves, with TransformerEngine, and with the model. Stdlib only.
 
 Sources: transformer_config.py, distributed_data_parallel.py and fp8_utils.py of megatron-core
 0.16.1; TransformerEngine 2.9's assert_dim_for_fp8_exec (rows in 8, columns in 16; the backward's
@@ -15,27 +16,30 @@ from typing import Any
 
 from megasd.config.schema import ActorConfig, Config, ConfigError
 
-# of every dimension of an FP8 matrix product
+# Every dimension of an FP8 matrix product must be a multiple of this.
 FP8_ALIGNMENT = 16
-# of the recipe "blockwise"; what sequence-parallel ranks gather must be whole blocks
+# The block size of the FP8 recipe "blockwise". Sequence-parallel ranks must gather whole blocks.
 BLOCK = 128
-# Megatron's names that mean something here: models without latent attention, grouped GEMM and
-# shared experts, norms fused into the linear layers (and where they are not, without
-# TransformerEngine, Megatron 0.16.1 fails with a NameError).
+# The modules of Megatron that can be recomputed here. The models have no latent attention, no
+# grouped GEMM and no shared experts, and their norms are fused into the linear layers. (Without
+# TransformerEngine the norms are not fused, and Megatron 0.16.1 fails with a NameError.)
 RECOMPUTE_MODULES = ("core_attn", "mlp", "moe")
 
 
 def has_fixed_shape(actor: ActorConfig) -> bool:
-    """Whether every microbatch must have the same rows and tokens: CUDA graphs are replayed,
-    userbuffers are allocated for one shape.
+    """Whether every microbatch must have the same number of rows and tokens.
+
+    CUDA graphs are replayed with a fixed shape, and userbuffers are allocated for a fixed shape.
     """
     return actor.cuda_graph or actor.tp_comm_overlap
 
 
 def sequence_multiple(config: Config) -> int:
-    """What a sequence is padded to (tokens): two chunks a context-parallel rank, a whole share of
-    each for each sequence-parallel rank, in FP8 shares of whole 16 tokens (of whole 128 where
-    block-scaled shares are gathered); the longest sequence where shapes are fixed.
+    """The number of tokens to whose multiples sequences are padded.
+
+    Each context-parallel rank holds two chunks, and each sequence-parallel rank an equal part of
+    them. In FP8, a part has a multiple of 16 tokens (of 128 if block-scaled parts are gathered).
+    If shapes are fixed, the result is the longest sequence, rounded up.
     """
     actor, share = config.actor, 1
     if actor.fp8 is not None:
@@ -52,8 +56,10 @@ def sequence_multiple(config: Config) -> int:
 
 
 def check_machine(actor: ActorConfig) -> None:
-    """Refuse what needs TransformerEngine on a machine that trains without it, and what it cannot
-    do where it trains. ConfigError.
+    """Raise ConfigError for keys that do not fit this machine's TransformerEngine.
+
+    If TransformerEngine is not installed, keys that need it are refused. If it is installed, keys
+    that it cannot handle are refused.
     """
     if find_spec("transformer_engine") is not None:
         if actor.packing and actor.dtype == "float32":
@@ -81,8 +87,9 @@ def check_machine(actor: ActorConfig) -> None:
 
 
 def check_actor(config: Config) -> None:
-    """Refuse values that Megatron or TransformerEngine would refuse later, or read wrongly. No file
-    is looked at. ConfigError.
+    """Raise ConfigError for values that Megatron or TransformerEngine would refuse or misread.
+
+    The check reads no file.
     """
     actor = config.actor
     _check_fp8(actor)
@@ -187,8 +194,9 @@ def _check_fixed_shape(config: Config) -> None:
 
 
 def check_sizes(config: Config, model: Mapping[str, Any], where: str) -> None:
-    """Refuse a model whose layers or matrices do not fit the actor's keys. `model`: its
-    config.json; `where`: for the message.
+    """Refuse a model whose layers or matrices do not fit the actor's keys.
+
+    `model`: the model's config.json. `where`: a name of the model for the error message.
     """
     actor, is_moe = config.actor, bool(model.get("num_experts"))
     stage = model["num_hidden_layers"] // actor.pipeline_model_parallel_size
@@ -235,7 +243,7 @@ def _check_bf16_layers(actor: ActorConfig, layers: int, stage: int, where: str) 
 
 
 def _check_alignment(actor: ActorConfig, model: Mapping[str, Any], where: str) -> None:
-    """Every FP8 matrix: both its sides on each rank."""
+    """Check that both sides of every FP8 matrix on each rank are aligned."""
     tensor, hidden, heads = (
         actor.tensor_model_parallel_size,
         model.get("hidden_size"),

@@ -1,4 +1,4 @@
-"""What the rest of megasd asks of a variant of the algorithm: one row of traits for each name.
+"""The traits of the algorithm's variants: one row of traits for each name.
 
 The schema names the variants of a field (`CreditConfig.kind`); a table of functions computes them
 (`loss/credit.py: CREDITS`). The tables here say what a variant reads, adds or needs, so that no
@@ -20,13 +20,13 @@ from megasd.config.schema import AlgorithmConfig, QuestionWeightConfig
 
 @dataclass(frozen=True)
 class DivergenceTraits:
-    """Of `distill.divergence`. The functions: loss/divergence.py."""
+    """The traits of a `distill.divergence`. loss/divergence.py holds the functions."""
 
-    # ops/ computes it over the whole vocabulary, so that distill.support=full can have it
+    # ops/ computes the divergence over the whole vocabulary, so distill.support=full can use it.
     has_full_kernel: bool = False
-    # it is defined only for buckets that sum to one, which those of distill.tail=raw do not
+    # It is defined only for buckets that sum to one. The buckets of distill.tail=raw do not.
     needs_normalised_buckets: bool = True
-    # it is a sum of summands, which distill.pointwise_clip bounds one by one
+    # It is a sum whose summands distill.pointwise_clip bounds one by one.
     takes_pointwise_clip: bool = False
 
 
@@ -40,19 +40,21 @@ DIVERGENCE_TRAITS: dict[str, DivergenceTraits] = {
 
 @dataclass(frozen=True)
 class CreditTraits:
-    """Of `policy_gradient.credit.kind`. The functions: loss/credit.py."""
+    """The traits of a `policy_gradient.credit.kind`. loss/credit.py holds the functions."""
 
-    # it adds to the advantage, so that a token of advantage 0 may learn; else it multiplies it
+    # The credit adds to the advantage, so that a token of advantage 0 may learn. If False, it
+    # multiplies the advantage.
     adds_to_advantage: bool = False
-    # it reads teacher.contrast, the contexts that the first one is compared with
+    # The credit reads the contrasting contexts of teacher.contrast.
     reads_contrast: bool = False
-    # it reads the student's own log-probs from before the step
+    # The credit reads the student's log-probs from before the step.
     needs_old_logp: bool = False
-    # it has a gate on the teacher's entropy, which is built before the first step
+    # The credit has a gate on the teacher's entropy. The gate is built before the first step.
     has_gate: bool = False
-    # with lam=0 it leaves the advantage alone, and the teacher need not run
+    # With lam=0 the credit leaves the advantage alone, and the teacher need not run.
     vanishes_at_lam_0: bool = False
-    # it moves tokens into a second policy gradient with advantages and a weight of their own
+    # The credit moves some tokens into a second policy gradient, which has its own advantages and
+    # weight.
     adds_second_path: bool = False
 
 
@@ -70,11 +72,11 @@ CREDIT_TRAITS: dict[str, CreditTraits] = {
 
 @dataclass(frozen=True)
 class SurrogateTraits:
-    """Of `policy_gradient.surrogate`. The functions: loss/policy_gradient.py."""
+    """The traits of a `policy_gradient.surrogate`. loss/policy_gradient.py holds the functions."""
 
-    # policy_gradient.dual_clip bounds its loss at negative advantages
+    # policy_gradient.dual_clip bounds the surrogate's loss at negative advantages.
     takes_dual_clip: bool = False
-    # its ratio is that of the whole response
+    # The surrogate's ratio is the ratio of the whole response.
     reads_sequence_ratio: bool = False
 
 
@@ -89,11 +91,12 @@ SURROGATE_TRAITS: dict[str, SurrogateTraits] = {
 
 @dataclass(frozen=True)
 class TokenWeightTraits:
-    """Of `distill.token_weight`. The functions: loss/token_weights.py."""
+    """The traits of a `distill.token_weight`. loss/token_weights.py holds the functions."""
 
-    # it reads the teacher's entropy of every token, under the first context
+    # The token weight reads the teacher's entropy at every token, under the first context.
     reads_teacher_entropy: bool = False
-    # it reads the divergence of every token from before the step: one more forward of the student
+    # The token weight reads the divergence at every token from before the step, which takes one
+    # more forward of the student.
     reads_divergence: bool = False
 
 
@@ -106,13 +109,13 @@ TOKEN_WEIGHT_TRAITS: dict[str, TokenWeightTraits] = {
 
 @dataclass(frozen=True)
 class ContextTraits:
-    """Of `teacher.context`. The functions: algo/teacher_context.py."""
+    """The traits of a `teacher.context`. algo/teacher_context.py holds the functions."""
 
-    # it shows right samples of the group
+    # The context shows right samples of the group.
     shows_siblings: bool = False
-    # it shows the row's solution or a part of it, so that every row must have one
+    # The context shows the row's solution or a part of it, so every row must have a solution.
     shows_solution: bool = False
-    # it shows nothing: the teacher reads the student's question
+    # The context shows no privileged text: the teacher reads the student's question.
     shows_nothing: bool = False
 
 
@@ -129,11 +132,11 @@ CONTEXT_TRAITS: dict[str, ContextTraits] = {
 
 @dataclass(frozen=True)
 class QuestionWeightTraits:
-    """Of `question_weight.kind`. The functions: algo/question_weight.py."""
+    """The traits of a `question_weight.kind`. algo/question_weight.py holds the functions."""
 
-    # with these constants, a question of pass rate 0 or 1 has the weight 0
+    # (constants) -> whether a question of pass rate 0 or 1 has the weight 0.
     is_zero_at_0_and_1: Callable[[QuestionWeightConfig], bool] = lambda config: False
-    # with these constants, all questions have the same weight, those without a pass rate too
+    # (constants) -> whether all questions, even without a pass rate, have the same weight.
     is_constant: Callable[[QuestionWeightConfig], bool] = lambda config: False
 
 
@@ -151,25 +154,25 @@ QUESTION_WEIGHT_TRAITS: dict[str, QuestionWeightTraits] = {
 
 
 def credit_traits(algorithm: AlgorithmConfig) -> CreditTraits:
-    """Those of the algorithm's credit; all False without a credit."""
+    """The traits of the algorithm's credit; all False without a credit."""
     term = algorithm.policy_gradient
     return CreditTraits() if term is None or term.credit is None else CREDIT_TRAITS[term.credit.kind]
 
 
 def token_weight_traits(algorithm: AlgorithmConfig) -> TokenWeightTraits:
-    """Those of the distillation's token weight; all False without distillation."""
+    """The traits of the distillation's token weight; all False without distillation."""
     term = algorithm.distill
     return TokenWeightTraits() if term is None else TOKEN_WEIGHT_TRAITS[term.token_weight]
 
 
 def surrogate_traits(algorithm: AlgorithmConfig) -> SurrogateTraits:
-    """Those of the policy gradient's surrogate; all False without a policy gradient."""
+    """The traits of the policy gradient's surrogate; all False without a policy gradient."""
     term = algorithm.policy_gradient
     return SurrogateTraits() if term is None else SURROGATE_TRAITS[term.surrogate]
 
 
 def reads_teacher_logprobs(algorithm: AlgorithmConfig) -> bool:
-    """Whether a credit, or a token weight, reads what the teacher says about the sampled tokens."""
+    """Whether a credit or a token weight reads the teacher's log-probs of the sampled tokens."""
     term = algorithm.policy_gradient
     has_credit = term is not None and term.credit is not None
     return has_credit or token_weight_traits(algorithm).reads_teacher_entropy
