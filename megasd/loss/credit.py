@@ -1,8 +1,8 @@
 """How a teacher's log-probabilities of the sampled tokens change each token's advantage.
 
-R response tokens of all samples of this rank, T of some of them, C contexts that the teacher is
-contrasted with. All arguments are constants (detached), all results too. A: the advantage; u (also
-d): log T(y) - log S(y), teacher minus student, nats.
+R response tokens of all samples of this rank, T tokens out of these R, C contexts that the teacher
+is contrasted with. All arguments and all results are constants (detached). A: the advantage; u
+(also d): log T(y) - log S(y), teacher minus student, nats.
 
     rlsd       A (1 + lam (clip(exp(sign(A) d)) - 1))     RLSD 2604.03128
     cepo       the same with d = log T+ - log T-          CEPO 2605.19436
@@ -13,9 +13,10 @@ d): log T(y) - log S(y), teacher minus student, nats.
     return     A + whitened sums of u to the end          MiniLLM 2306.08543; sequence_stats
     margin     A + u, shifted by response                 Uni-OPD 2605.03677; sequence_stats
 
-`CREDITS` names them. Each has two parts: `prepare` runs once a minibatch, before the student's
-pass, on whole responses; `apply` runs on the tokens of a microbatch, elementwise, when the
-student's log-probs are known. What other files ask of a credit: config/variants.py, CREDIT_TRAITS.
+`CREDITS` has a row for each of these credits. A row has two functions. `prepare` runs once a
+minibatch, on whole responses, before the student's forward. `apply` runs on the tokens of a
+microbatch, elementwise, when the student's log-probs are known. CREDIT_TRAITS in config/variants.py
+says what the other files need to know about a credit.
 """
 
 from __future__ import annotations
@@ -36,48 +37,56 @@ _LOG_RATIO = 20.0
 
 
 def _factor(advantages_T: Tensor, log_ratio_T: Tensor, clip: float) -> Tensor:
-    """exp(sign(A) log-ratio) within [1 - clip, 1 + clip]; 1 where either is 0."""
+    """exp(sign(A) log-ratio), clipped to [1 - clip, 1 + clip]; 1 where A or the log-ratio is 0."""
     signed_T = advantages_T.sign() * log_ratio_T.clamp(-_LOG_RATIO, _LOG_RATIO)
     return signed_T.exp().clamp(1 - clip, 1 + clip)
 
 
 @torch.no_grad()
 def rlsd(advantages_T: Tensor, d_T: Tensor, *, lam: Tensor | float, clip: float) -> Tensor:
-    """Credit by direction: of a good response the tokens that the teacher likes gain, of a bad one
-    those that it dislikes lose more.
+    """Credit by direction: scale each advantage by how much the teacher agrees with it.
 
-    Written with lam times (factor - 1), so that lam 0, or a teacher equal to the student, leaves
-    the advantages as they are, bit for bit. clip in [0, 1]: no advantage changes its sign.
+    In a good response, tokens that the teacher likes gain. In a bad response, tokens that the
+    teacher dislikes lose more. The formula has lam times (factor - 1), so that lam 0, or a teacher
+    equal to the student, leaves the advantages as they are, bit for bit. With clip in [0, 1] no
+    advantage changes its sign.
     """
     return advantages_T * (1 + lam * (_factor(advantages_T, d_T, clip) - 1))
 
 
 @torch.no_grad()
 def phi(u_T: Tensor) -> Tensor:
-    """(softplus(u) - log 2) / 2, the advantage that descends a Jensen-Shannon divergence: at least
-    -0.3466, 0 (exactly) at u = 0.
+    """(softplus(u) - log 2) / 2, the advantage that descends a Jensen-Shannon divergence.
+
+    It is at least -0.3466, and exactly 0 at u = 0.
     """
     return 0.5 * (u_T.clamp(min=0) + torch.log1p(0.5 * torch.expm1(-u_T.abs())))
 
 
 @torch.no_grad()
 def antisd(advantages_T: Tensor, u_T: Tensor, *, lam: Tensor | float) -> Tensor:
-    """Ascent instead of descent: a token that the teacher's hint makes likely is credited less.
-    lam: 0 where the gate is shut.
+    """Give less credit to a token that the teacher's hint makes likely (ascent, not descent).
+
+    lam is 0 where the entropy gate is shut.
     """
     return advantages_T - lam * phi(u_T)
 
 
 @torch.no_grad()
 def egrsd(advantages_T: Tensor, u_T: Tensor, om_T: Tensor, *, clip: float) -> Tensor:
-    """As RLSD with lam 1, times om (sequence_stats.entropy_discount): less where the teacher is unsure."""
+    """RLSD with lam 1, times a discount om, which is lower where the teacher is unsure.
+
+    sequence_stats.entropy_discount computes om.
+    """
     return advantages_T * _factor(advantages_T, u_T, clip) * om_T
 
 
 @torch.no_grad()
 def contrast(teacher_logp_T: Tensor, contrast_logp_CT: Tensor, present_CT: Tensor) -> Tensor:
-    """e_T = log T+ - log(mean over the contexts present of T-), nats. present_CT: bool; 0 where no
-    context is present (or C is 0).
+    """e_T = log T+ - log(mean of T- over the contexts that are present), in nats.
+
+    T+ is the teacher's probability of a token, T- the probability in a contrasting context.
+    present_CT: bool. e is 0 where no context is present (or C is 0).
     """
     count_T = present_CT.sum(0)
     if not len(present_CT):
@@ -93,11 +102,12 @@ def contrast(teacher_logp_T: Tensor, contrast_logp_CT: Tensor, present_CT: Tenso
 def rlcsd(
     advantages_T: Tensor, e_T: Tensor, *, lam: float, tau: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """(second_T, second_mask_T): advantages with the residual r = lam tanh(e / tau), and the tokens
-    of the second path, |r| > threshold.
+    """Add the residual r = lam tanh(e / tau) to the advantages of tokens with |r| > threshold.
 
-    The sign is kept: what would cross 0 becomes 0, and an advantage of 0 stays 0. Off the second
-    path second_T is the advantage itself.
+    Returns (second_T, second_mask_T). second_mask_T marks the tokens with |r| > threshold, which
+    form the second path; second_T are the new advantages. Each keeps its sign: an advantage that
+    would cross 0 becomes 0, and an advantage of 0 stays 0. Off the second path second_T is the
+    advantage itself.
     """
     residual_T = lam * torch.tanh(e_T / tau)
     second_mask_T = residual_T.abs() > threshold
@@ -106,29 +116,30 @@ def rlcsd(
     return torch.where(second_mask_T, kept_T, advantages_T), second_mask_T
 
 
-# ---- what a credit is given, and gives ----
+# ---- the arguments and results of a credit ----
 
 
 @dataclass(frozen=True)
 class CreditBatch:
-    """A minibatch of this rank before the student's pass: what `prepare` may read."""
+    """The input of `prepare`: a minibatch of this rank, before the student's forward."""
 
     config: CreditConfig
-    # [R] each, on the actor's device: "advantage", "distilled"; on stages with logits "teacher_logp",
-    # "teacher_entropy", "contrast_logp" [C, R], "contrast_present" [C, R] and, for a credit that
-    # needs it, "old_logp"
+    # Values by response token, [R] each, on the actor's device: "advantage" and "distilled".
+    # Pipeline stages with logits also have "teacher_logp", "teacher_entropy",
+    # "contrast_logp" [C, R], "contrast_present" [C, R] and, for a credit that needs it, "old_logp".
     streams: Mapping[str, Tensor]
-    # bool [R], on the CPU: tokens of the policy gradient that have a teacher
+    # Bool [R], on the CPU: the tokens of the policy gradient that have a teacher.
     distilled_R: Tensor
-    # int64 [N]: tokens of each response
+    # Int64 [N]: the number of tokens of each response.
     lens_N: Tensor
-    # bool [N] each: judged right; judged at all
+    # Bool [N] each: whether a response was judged right, and whether it was judged at all.
     right_N: Tensor
     scored_N: Tensor
-    # Takes the batch's median teacher entropy, None on a pipeline stage that sees no logits. Gives
-    # whether the entropy gate is open, and that median. Every rank must call it.
+    # This function takes the batch's median teacher entropy, or None on a pipeline stage that sees
+    # no logits. It returns whether the entropy gate is open, and the median. Every rank must call
+    # it.
     observe: Callable[[float | None], tuple[bool, float]]
-    # data parallel without context parallel; every rank must call what reduces over it
+    # The data-parallel group without context parallel. Every rank takes part in its collectives.
     dp_group: dist.ProcessGroup | None
 
     @property
@@ -139,44 +150,44 @@ class CreditBatch:
 
 @dataclass(frozen=True)
 class PreparedCredit:
-    """What `prepare` makes: streams that are added or replaced, and metrics."""
+    """The result of `prepare`: streams that are added or replaced, and metrics."""
 
-    # [R] each, on the actor's device
+    # Values by response token, [R] each, on the actor's device.
     streams: dict[str, Tensor] = field(default_factory=dict)
-    # bool [R] on the CPU: tokens that leave the first policy gradient for the second one; their
-    # advantages are the stream "second_advantage". None: the credit has no second path.
+    # Bool [R] on the CPU: the tokens that leave the first policy gradient for the second one. The
+    # stream "second_advantage" has their advantages. None: the credit has no second path.
     second_path_R: Tensor | None = None
-    # the same on all ranks
+    # Metrics by name, the same on all ranks.
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CreditTokens:
-    """Some tokens with the student's log-probs: what `apply` may read."""
+    """The input of `apply`: the tokens of a microbatch, when the student's log-probs are known."""
 
-    # before the credit
+    # The advantages before the credit.
     advantages_T: Tensor
-    # log T(y) - log S(y), nats; 0 for tokens without a teacher
+    # log T(y) - log S(y), nats; 0 for tokens without a teacher.
     log_ratio_T: Tensor
-    # bool: tokens that have a teacher
+    # Bool: the tokens that have a teacher.
     distilled_T: Tensor
-    # the batch's, the teacher's and those of `prepare`
+    # The streams of the batch, of the teacher and of `prepare`.
     streams_T: Mapping[str, Tensor]
 
 
-# advantages [T], and values [T] for metrics by name
+# The result of `apply`: advantages [T], and values [T] for metrics by name.
 Applied = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Credit:
-    """A row of `CREDITS`."""
+    """A row of `CREDITS`: the two functions that compute a credit."""
 
     apply: Callable[[CreditTokens, CreditConfig], Applied]
     prepare: Callable[[CreditBatch], PreparedCredit] = lambda batch: PreparedCredit()
 
 
-# ---- before the student's pass ----
+# ---- before the student's forward ----
 
 
 def _prepare_rlcsd(batch: CreditBatch) -> PreparedCredit:
@@ -199,14 +210,14 @@ def _prepare_cepo(batch: CreditBatch) -> PreparedCredit:
     return PreparedCredit(
         {
             "contrasted": streams["contrast_present"].any(0),
-            # log-prob under the mean of the contrasting teachers, of which CEPO has one
+            # The log-prob under the mean of the contrasting contexts. CEPO has one such context.
             "contrast_logp": streams["teacher_logp"] - gap_R,
         }
     )
 
 
 def _prepare_antisd(batch: CreditBatch) -> PreparedCredit:
-    """Collectives: those of `median` and of `observe`."""
+    """Set the entropy gate of this step. Collectives: those of `median` and of `observe`."""
     median = None
     if batch.has_logits:
         entropy_R = batch.streams["teacher_entropy"].cpu()
@@ -233,7 +244,7 @@ def _prepare_egrsd(batch: CreditBatch) -> PreparedCredit:
 
 
 def _log_ratio(batch: CreditBatch) -> Tensor:
-    """[R] on the CPU: log T(y) - log S(y) with the student of before the step; 0 without a teacher."""
+    """log T(y) - log S(y) of the student before the step, [R] on the CPU; 0 without a teacher."""
     streams = batch.streams
     ratio_R = torch.where(streams["distilled"], streams["teacher_logp"] - streams["old_logp"], 0.0)
     return ratio_R.cpu()
@@ -276,12 +287,12 @@ def _prepare_margin(batch: CreditBatch) -> PreparedCredit:
 
 
 def _unchanged(tokens: CreditTokens, credit: CreditConfig) -> Applied:
-    """For a credit that `prepare` has already put into the advantages."""
+    """Return the advantages as they are: `prepare` has already put the credit into them."""
     return tokens.advantages_T, {}
 
 
 def _clipped(tokens: CreditTokens, log_ratio_T: Tensor, clip: float) -> Tensor:
-    """bool [T]: tokens whose factor leaves [1 - clip, 1 + clip]."""
+    """Bool [T]: the tokens whose factor lies outside [1 - clip, 1 + clip]."""
     factor_T = (tokens.advantages_T.sign() * log_ratio_T).exp()
     return ((factor_T - 1).abs() > clip) & tokens.distilled_T & (tokens.advantages_T != 0)
 
@@ -292,7 +303,7 @@ def _apply_rlsd(tokens: CreditTokens, credit: CreditConfig) -> Applied:
 
 
 def _apply_cepo(tokens: CreditTokens, credit: CreditConfig) -> Applied:
-    """RLSD on the gap of two teachers, and on the plain log-ratio where only the first has a context."""
+    """RLSD on the gap log T+ - log T-, or on the log-ratio where T- has no context."""
     gap_T = tokens.streams_T["teacher_logp"] - tokens.streams_T["contrast_logp"]
     has_both_T = tokens.streams_T["contrasted"] & tokens.distilled_T
     d_T = torch.where(has_both_T, gap_T.to(tokens.log_ratio_T.dtype), tokens.log_ratio_T)

@@ -1,20 +1,23 @@
-"""The passes of kernels_torch.py as Triton kernels for Hopper: same functions, same meaning, one
-read of the logits from HBM.
+"""The functions of kernels_torch.py as Triton kernels for Hopper.
 
-T tokens, V local columns of which the first `num_valid` are true and the rest padding, K top-k, A
+Each function reads the logits from HBM once.
+
+T tokens, V local columns of which the first `num_valid` are true and the others padding, K top-k, A
 size of the support. Logits in bfloat16, float16 or float32 with contiguous columns; every number is
 computed in float32. A score is logit * (1 / temperature), as torch divides by a number on CUDA: at
 most 1.5 ulp from the exact quotient, and equal to it when the temperature is a power of two.
 
-select. A program owns a row. One pass keeps softmax statistics (max, sum, moment) of GROUPS groups
-of columns in registers, so the only columns that are read twice are those of the few groups whose
-maximum reaches a lower bound of the k-th largest score; they are hot in L2. The bound comes from
-bisecting int32 order keys of the group maxima (k groups reach it, so k scores do). Columns that
-reach it are candidates; a candidate's rank among them, by counting, is its place in the output.
-What is not chosen is summed where it is met: nothing is ever subtracted. More than CAP candidates
-(mass ties, fewer than k finite groups) take an exact bisection over the whole row instead.
+The kernel of `select`: a program owns a row. One pass keeps softmax statistics (max, sum, moment)
+of GROUPS groups of columns in registers, so the only columns that are read twice are those of the
+few groups whose maximum reaches a lower bound of the k-th largest score; they are hot in L2. The
+bound comes from bisecting int32 order keys of the group maxima (k groups reach it, so k scores do).
+Columns that reach it are candidates; a candidate's rank among them, by counting, is its place in
+the output. Columns that are not chosen are summed where they are met: nothing is ever subtracted.
+If there are more than CAP candidates (mass ties, fewer than k finite groups), the program bisects
+the keys of the whole row instead, which is exact.
 
-A NaN logit ranks above everything and makes its row's rest or values NaN. Columns at -inf add nothing.
+A NaN logit ranks above everything and makes its row's rest or values NaN. Columns at -inf add
+nothing.
 """
 
 from __future__ import annotations
@@ -27,15 +30,15 @@ from torch import Tensor
 
 from megasd.ops.vocab_shard import Rest
 
-# (max_T, logsum_T) of a whole row: log p = (score - max) - logsum
+# A Norm is (max_T, logsum_T) of whole rows of the vocabulary: log p = (score - max) - logsum.
 Norm = tuple[Tensor, Tensor]
-# maximum of no columns: finite, so that a difference of two is no NaN
+# The maximum of an empty set of columns. It is finite, so that a difference of two is not NaN.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _KEY_OF_MINUS_INF = tl.constexpr(-0x7F800000)
 _KEY_OF_NAN = tl.constexpr(0x7FFFFFFF)
-# below every packed candidate
+# A value below every packed candidate.
 _NOTHING = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
-# exp of it is 0, times it is 0: stands for -inf where -inf * 0 would be NaN
+# This value stands for -inf where -inf * 0 would be NaN: exp of it is 0, and 0 times it is 0.
 _GONE = tl.constexpr(-200.0)
 _LOG_ZERO = tl.constexpr(-1e30)
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
@@ -46,7 +49,7 @@ _NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def _order_key(score):
-    """int32 in the order of the scores; -0 and +0 share a key, NaN has the highest."""
+    """An int32 key in the order of the scores; -0 and +0 share a key, NaN has the highest."""
     bits = score.to(tl.int32, bitcast=True)
     # sign and magnitude to two's complement
     key = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
@@ -60,7 +63,7 @@ def _score_of(key):
 
 @triton.jit
 def _packed(key, column):
-    """int64 in the total order: score descending, column ascending."""
+    """An int64 in the total order: score descending, column ascending."""
     return (key.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
 
 
@@ -120,7 +123,10 @@ def _log1p_negative(z, DEEP: tl.constexpr):
 
 @triton.jit
 def _terms(a, b, beta, clip, END: tl.constexpr, CLIPPED: tl.constexpr, DEEP: tl.constexpr):
-    """(phi, w, p, log p, finite) of ops/divergence_terms.py. END: 0 or 1 when beta is that end, else -1."""
+    """(phi, w, p, log p, finite) of ops/divergence_terms.py.
+
+    END: beta if beta is 0 or 1, else -1.
+    """
     student_empty, teacher_empty = a == float("-inf"), b == float("-inf")
     a = tl.maximum(a, _LOG_ZERO, propagate_nan=_NAN)
     b = tl.maximum(b, _LOG_ZERO, propagate_nan=_NAN)
@@ -170,7 +176,10 @@ def _terms(a, b, beta, clip, END: tl.constexpr, CLIPPED: tl.constexpr, DEEP: tl.
 
 @triton.jit
 def _fold(raw, inverse, max_, sum_, moment):
-    """Add the columns [lanes, WIDTH] of float32 logits (-inf: none) to the statistics of each lane."""
+    """Add columns [lanes, WIDTH] of float32 logits to the statistics of each lane.
+
+    -inf stands for a column that does not exist.
+    """
     top = tl.maximum(max_, tl.max(raw, 1) * inverse)
     shift = tl.maximum(raw * inverse - top[:, None], _GONE, propagate_nan=_NAN)
     weight = _exp(shift)
@@ -350,16 +359,17 @@ def _select_kernel(
                 tl.store(candidates + to, _packed(score_key, column), mask=hit & (to < CAP))
                 found += tl.max(ends, 0)
 
-        # Too many: the exact k-th key of the row, then all above it and the first of those at it.
+        # Too many candidates: find the exact k-th key of the row, then take all columns above the
+        # key and the first columns at the key.
         if found > CAP:
             max_ = tl.full([GROUPS], _LOWEST, tl.float32)
             sum_, moment = tl.zeros([GROUPS], tl.float32), tl.zeros([GROUPS], tl.float32)
             lane_max = tl.full([LANES], _LOWEST, tl.float32)
             lane_sum, lane_moment = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
             high, above = _KEY_OF_NAN, 0
-            # candidates are written over
+            # The list of candidates is written again from its start.
             tl.debug_barrier()
-            # a tie at the bound is the likely cause: ask that first
+            # A tie at the bound is the likely cause, so it is tested first.
             middle = low + 1
             while low < high:
                 count = _count(logits, num_valid, inverse, middle, GROUPS, WIDTH)
@@ -367,7 +377,7 @@ def _select_kernel(
                 low = tl.where(count >= k, middle, low)
                 high = tl.where(count >= k, high, middle - 1)
                 middle = _middle(low, high)
-            # so far above the key, and at it
+            # The numbers of columns above the key and at the key so far.
             more, equal = 0, 0
             for start in range(0, num_valid, LANES * WIDTH):
                 column = start + lane[:, None] * WIDTH + within
@@ -638,7 +648,10 @@ def select_sizes(k: int) -> dict[str, int]:
 
 
 def gather_sizes() -> dict[str, int]:
-    """A tile of 16 kB in float32: 64 bytes per thread under way, and as many again ahead, at 80 registers."""
+    """Compile-time sizes of the gather kernel: a tile of 16 kB in float32.
+
+    64 bytes per thread are under way, and as many again prefetched, at 80 registers.
+    """
     return {"GROUPS": 1024, "WIDTH": 4, "LANES": 256, "num_warps": 8}
 
 
@@ -655,12 +668,12 @@ def full_sizes() -> dict[str, int]:
 
 
 def full_modes(beta: float, clip: float | None) -> dict[str, int | bool]:
-    """Compile-time shape of the divergence. DEEP: log1p may be asked below -0.5."""
+    """Compile-time shape of the divergence. DEEP: log1p may get arguments below -0.5."""
     return {"END": int(beta) if beta in (0.0, 1.0) else -1, "CLIPPED": clip is not None, "DEEP": beta != 0.5}
 
 
 def _num_programs(logits_TV: Tensor, per_multiprocessor: int) -> int:
-    """Programs that walk over the rows. Few enough that their scratch is small and stays in L2."""
+    """The number of programs that walk over the rows: so few that their scratch stays in L2."""
     # Triton's interpreter
     if not logits_TV.is_cuda:
         return min(logits_TV.shape[0], 3)
@@ -692,15 +705,15 @@ def _words(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-# The passes ---------------------------------------------------------------------------------------
+# The functions ------------------------------------------------------------------------------------
 
 
 def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> tuple[Tensor, Tensor, Rest]:
-    """(values_TK, ids_TK, rest): the k first true columns in the total order (score descending, id
-    ascending) and what is left.
+    """Select the k first true columns of each token, by score descending, then id ascending.
 
-    values are scores (float32), ids int32 local columns. ValueError unless 1 <= k <= num_valid. Any
-    k is exact; meant for k <= 1024.
+    Returns (values_TK, ids_TK, rest). values are scores (float32), ids int32 local columns, rest
+    the statistics of the true columns that were not selected. ValueError unless 1 <= k <=
+    num_valid. The result is exact for any k; the kernel is made for k <= 1024.
     """
     if not 1 <= k <= num_valid:
         raise ValueError(f"k must lie in [1, {num_valid}], got {k}")
@@ -711,7 +724,8 @@ def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> 
     rest_3T = torch.empty(3, num_rows, dtype=torch.float32, device=device)
     if num_rows:
         sizes = select_sizes(k)
-        # Several waves of programs: how many are resident depends on the registers that the compiler took.
+        # Several waves of programs run: the registers that the compiler took decide how many programs
+        # are resident.
         # the padding of the last tile of the count
         programs, room = _num_programs(logits_TV, 12), max(k, sizes["CAP"]) + 16
         candidates = torch.empty(programs, room, dtype=torch.int64, device=device)
@@ -736,11 +750,10 @@ def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> 
 
 
 def gather(logits_TV: Tensor, ids_TA: Tensor, *, num_valid: int, temperature: float) -> tuple[Tensor, Rest]:
-    """(values_TA, rest): scores of the chosen columns, and statistics of the true columns that were
-    not chosen.
+    """Read the scores of the chosen columns, and statistics of the other true columns.
 
-    ids_TA: int32 local columns, -1 for one that is not on this rank (its value is 0); distinct
-    apart from -1; A may be 0.
+    Returns (values_TA, rest). ids_TA: int32 local columns, or -1 for an id that is not on this
+    rank, which gets the value 0. The ids of a token are distinct apart from -1; A may be 0.
     """
     _check(logits=logits_TV)
     (num_rows, num_ids), device = ids_TA.shape, logits_TV.device
@@ -750,7 +763,7 @@ def gather(logits_TV: Tensor, ids_TA: Tensor, *, num_valid: int, temperature: fl
     if num_rows:
         sizes = gather_sizes()
         programs, num_words = _num_programs(logits_TV, 3), triton.cdiv(max(num_valid, 1), 32)
-        # a bit per column; rows leave it as they found it
+        # marks holds a bit per column. Each row clears the bits that it has set.
         marks = torch.zeros(programs, num_words, dtype=torch.int32, device=device)
         with torch.cuda.device_of(logits_TV):
             _gather_kernel[(programs,)](
@@ -782,11 +795,11 @@ def gradient_(
     temperature: float,
     out: Tensor | None = None,
 ) -> None:
-    """Write scale * exp(score - ref) for every true column that is not in ids_TA, chosen_TA at
-    ids_TA, 0 in padded columns.
+    """Write the gradient of the logits for a support and its tail.
 
-    In place in the logits, or in `out` ([T, V] in bfloat16, float16 or float32). ref_T is finite
-    and not below any unchosen score.
+    The gradient is chosen_TA at ids_TA, scale * exp(score - ref) in every other true column, and 0
+    in padded columns. It goes in place into the logits, or into `out` ([T, V] in bfloat16, float16
+    or float32). ref_T is finite and not below any unchosen score.
     """
     out = logits_TV if out is None else out
     _check(logits=logits_TV, out=out)
@@ -823,8 +836,9 @@ def full_sums(
     temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """[T, 3]: sums over the true columns of phi and w (ops/divergence_terms.py) and of p log p, the
-    student's.
+    """Sum phi, w and p log p over the true columns, [T, 3].
+
+    phi and w are those of ops/divergence_terms.py; p is the student.
     """
     _check(student=student_TV, teacher=teacher_TV)
     sums_T3 = torch.empty(student_TV.shape[0], 3, dtype=torch.float32, device=student_TV.device)
@@ -863,8 +877,10 @@ def full_gradient_(
     teacher_temperature: float,
     out: Tensor | None = None,
 ) -> None:
-    """Write upstream * w + coefficient * p for the true columns, 0 in padded ones; in place in the
-    student's logits, or in `out`.
+    """Write the gradient of the student's logits for the divergence over the whole vocabulary.
+
+    The gradient is upstream * w + coefficient * p in true columns (w of ops/divergence_terms.py, p
+    the student) and 0 in padded columns. It goes in place into the student's logits, or into `out`.
     """
     out = student_TV if out is None else out
     _check(student=student_TV, teacher=teacher_TV, out=out)
