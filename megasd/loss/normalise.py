@@ -1,6 +1,6 @@
-"""Weights of tokens with which the plain sum over microbatches and ranks is the loss of a step.
+"""Token weights that make the plain sum over microbatches and ranks the loss of a step.
 
-N samples of this rank, R response tokens of all N samples one after the other, T response tokens of
+N samples of this rank, R response tokens of all N samples one after another, T response tokens of
 one microbatch. Sums over ranks are exact (loss/exact_sum.py), so the weights do not depend on the
 layout.
 """
@@ -32,23 +32,23 @@ WEIGHT_BITS = 44
 class Normaliser:
     """Global counts of one step for one loss term, and the mean weight of its questions."""
 
-    # what question weights are divided by; 0.0 when no question is informative (weight > 0)
+    # Question weights are divided by this mean. It is 0.0 when no question is informative.
     mean_weight: float
-    # informative questions: those of weight > 0
+    # The number of informative questions: questions of weight > 0.
     num_questions: int
     num_all_questions: int
-    # all samples of the batch
+    # The number of all samples of the batch.
     num_samples: int
-    # samples with a token in the term's mask
+    # The number of samples with a token in the term's mask.
     num_taking_part: int
-    # tokens in the term's mask
+    # The number of tokens in the term's mask.
     num_tokens: int
-    # tokens in the mask of some term
+    # The number of tokens in the mask of at least one term.
     num_tokens_of_terms: int
 
 
 def _of_samples(mask_R: Tensor, response_lens_N: Tensor) -> Tensor:
-    """int64 [N]: tokens of each response that are in the mask."""
+    """Int64 [N]: the number of tokens of each response that are in the mask."""
     owner_R = torch.arange(len(response_lens_N), device=mask_R.device).repeat_interleave(response_lens_N)
     return torch.zeros_like(response_lens_N).index_add_(0, owner_R, mask_R.to(response_lens_N.dtype))
 
@@ -68,8 +68,8 @@ def _check(question_weight_N: Tensor, mask_R: Tensor, response_lens_N: Tensor) -
 
 def _check_weights(weight_N: Tensor) -> None:
     if not ((weight_N == 0) | (weight_N >= MIN_WEIGHT)).all():
-        # A smaller weight would vanish in the quantum of the sum. Only ratios of weights count, so a
-        # rule can be scaled.
+        # A smaller weight would vanish in the quantum of the sum. Only ratios of weights count, so
+        # the user can scale the rule that makes the weights.
         raise ValueError(
             f"question weights must be 0 or at least 2^-30, got {weight_N.min().item()}; multiply the rule by"
             " a constant"
@@ -86,21 +86,23 @@ def global_normalisers(
     dataset_mean: float | None = None,
     dp_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Normaliser]:
-    """Loss term -> its normaliser over the data-parallel group, bit for bit the same on every rank,
-    whichever rank holds which sample.
+    """Compute the normaliser of each loss term over the data-parallel group.
+
+    The result is bit for bit the same on every rank and for every assignment of samples to ranks.
 
     Each sample of a question of n samples brings w / n, 1[w > 0] / n and 1 / n, so the sums are
-    over unique questions although a question's samples may lie on several ranks. normaliser: what
-    weights are divided by. "informative": their mean over the questions with w > 0 of the batch
-    (SC-SDPO 2605.27765, eq. 16); "batch": over all its questions; "dataset": dataset_mean, the mean
-    over the training rows (PACED 2603.11178 as SC-SDPO ran it); "none": 1. weights: term -> [N] raw
+    over unique questions although a question's samples may lie on several ranks. normaliser: the
+    divisor of the weights. "informative": the mean weight of the batch's questions with w > 0
+    (SC-SDPO 2605.27765, eq. 16); "batch": the mean weight of all the batch's questions; "dataset":
+    dataset_mean, the mean over the training rows (PACED 2603.11178 as SC-SDPO ran it); "none": 1.
+    weights: term -> [N] raw
     weights of the samples' questions in that term, 0 or at least 2^-30. question_size_N: number of
     the question's samples in the WHOLE batch. masks: term -> bool [R], response tokens that take
     part in it; the same terms on every rank. dp_group: data parallel WITHOUT context parallel,
-    since context-parallel ranks hold the same samples; every rank must call, one without samples
-    too. One all_reduce of 5 + 8 len(masks) int64; none when dp_group is None or has one rank.
-    ValueError: names, shapes or weights that are not as said, and, on all ranks alike, question
-    sizes that do not fit the samples.
+    since context-parallel ranks hold the same samples; every rank must call, also a rank without
+    samples. One all_reduce of 5 + 8 len(masks) int64; none when dp_group is None or has one rank.
+    ValueError for names, shapes or weights that are not as described here and, on all ranks alike,
+    for question sizes that do not fit the samples.
     """
     if normaliser not in NORMALISERS:
         raise ValueError(f"normaliser must be one of {', '.join(NORMALISERS)}, got {normaliser!r}")
@@ -138,8 +140,10 @@ def _normaliser(
     normaliser: str,
     dataset_mean: float | None,
 ) -> Normaliser:
-    """From reduced words. of_batch [2]: samples, tokens of terms; of_term [8]: weight (3), questions
-    with a weight (3), samples that take part, tokens.
+    """Make the normaliser of one term from words that are summed over the ranks.
+
+    of_batch [2]: samples, tokens of terms; of_term [8]: weight (3), questions with a weight (3),
+    samples that take part, tokens.
     """
     questions = _count(of_term[3:6])
     num_samples, num_tokens_of_terms = of_batch.tolist()
@@ -165,7 +169,7 @@ def _normaliser(
 
 
 def _count(words: Tensor) -> int:
-    """The number of questions whose samples brought 1 / n each."""
+    """The number of questions, from words to which each of a question's n samples added 1 / n."""
     value = exact_value(words)
     if not abs(value - round(value if math.isfinite(value) else 0.0)) <= 1e-6:
         raise ValueError(f"{value} questions in the batch: question sizes do not fit the samples")
@@ -181,19 +185,20 @@ def term_weights(
     aggregation: str,
     room: int = 1,
 ) -> Tensor:
-    """weight_R float64: the factor of each response token's loss, such that the plain sum over all
-    ranks is the loss of the step.
+    """Compute weight_R (float64), the factor of each response token's loss.
 
-    With w the question's weight over normaliser.mean_weight, 0 for tokens outside mask_R (bool
-    [R]), and n_i the tokens of a response that take part: "sequence_mean": w / (B n_i), B all
-    samples of the batch, those outside the mask included (released SDPO 2601.20802; SC-SDPO keeps
-    that denominator); "sequence_mean_taking_part": w / (samples with a token in the mask * n_i);
-    "token_mean": w / (tokens in the mask, over the whole batch; DAPO 2503.14476); "sequence_sum": w
-    / (B room), room a constant such as the longest response's tokens (Dr. GRPO 2503.20783);
-    "token_mean_of_terms": w / (tokens in the mask of some term; SRPO 2604.02288). Equal weights
-    give w = 1 exactly: w is rounded to 44 bits, which takes up what the mean's last bits miss
-    (relative 2.8e-14). No informative question: all weights 0. Cast where it is used; the same
-    float64 whatever the layout is. No collective.
+    With these weights the plain sum over all ranks is the loss of the step. With w the question's
+    weight over normaliser.mean_weight, 0 for tokens outside mask_R (bool [R]), and n_i the tokens
+    of a response that take part: "sequence_mean": w / (B n_i), B all samples of the batch, samples
+    outside the mask included (released SDPO 2601.20802; SC-SDPO keeps this denominator);
+    "sequence_mean_taking_part": w / (samples with a token in the mask * n_i); "token_mean": w /
+    (tokens in the mask, over the whole batch; DAPO 2503.14476); "sequence_sum": w / (B room), room
+    a constant such as the longest response's tokens (Dr. GRPO 2503.20783); "token_mean_of_terms": w
+    / (tokens in the mask of at least one term; SRPO 2604.02288). Equal weights give w = 1 exactly:
+    w is rounded to 44 bits, which absorbs the rounding error of the mean (relative 2.8e-14). If no
+    question is informative, all weights are 0. The weights are the same float64 for every layout;
+    callers cast them where they use them. ValueError for shapes that do not fit together and for an
+    unknown aggregation. No collective.
     """
     _check(question_weight_N, mask_R, response_lens_N)
     if aggregation not in AGGREGATIONS:
@@ -215,5 +220,5 @@ def term_weights(
 
 
 def weighted(values_T: Tensor, weight_T: Tensor) -> Tensor:
-    """weight * value; exactly 0, with gradient 0, where the weight is 0, even if the value is NaN."""
+    """weight * value. Where the weight is 0: exactly 0 with gradient 0, even if the value is NaN."""
     return torch.where(weight_T != 0, values_T * weight_T, 0.0)

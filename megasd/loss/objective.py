@@ -1,9 +1,9 @@
-"""The loss of some tokens: each term of the algorithm times its weight of the token.
+"""The loss of a microbatch's tokens: the terms of the algorithm times the weights of the tokens.
 
 T response tokens; the log-probs come from ops/vocab_parallel.py. Weights already hold the global
 normaliser (loss/normalise.py), so the loss of a step is the plain sum over tokens, microbatches,
-context- and data-parallel ranks. Every tensor-parallel rank computes the same, so no function here
-takes a process group.
+context- and data-parallel ranks. Every tensor-parallel rank computes the same loss, so no function
+of this file takes a process group.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from megasd.loss.normalise import weighted
 from megasd.loss.policy_gradient import is_ratio, policy_gradient, tis
 from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec
 
-# A metric is a mean over the metric that stands here, or a plain sum for "". Metrics that are not
-# named are means over "tokens" (response tokens of samples with a weight).
+# A metric divided by the metric that this table names for it is a mean; "" stands for a plain sum.
+# Metrics that are not in the table are means over "tokens" (response tokens of samples with a
+# weight).
 METRIC_WEIGHTS = {
     "loss": "",
     "tokens": "",
@@ -40,7 +41,10 @@ METRIC_WEIGHTS = {
 
 
 def logprobs_spec(algorithm: AlgorithmConfig, *, temperature: float, vocab_size: int) -> LogProbsSpec:
-    """What the algorithm's terms need to know about the logits. temperature: the sampling temperature."""
+    """The log-probs that the algorithm's terms read, as a LogProbsSpec.
+
+    temperature: the sampling temperature.
+    """
     term, teacher = algorithm.distill, algorithm.teacher
     if term is None:
         return LogProbsSpec(
@@ -61,7 +65,7 @@ def logprobs_spec(algorithm: AlgorithmConfig, *, temperature: float, vocab_size:
 def token_divergence(logprobs: LogProbs, term: DistillTerm) -> Tensor:
     """The distillation loss [T] (nats) before any weight, differentiable in the log-probs.
 
-    With support "full" it has been made with the log-probs (ops/vocab_parallel.py).
+    With support "full" the log-probs already contain this loss (ops/vocab_parallel.py).
     """
     if logprobs.divergence_T is not None:
         return logprobs.divergence_T
@@ -71,7 +75,7 @@ def token_divergence(logprobs: LogProbs, term: DistillTerm) -> Tensor:
 
 @dataclass(frozen=True)
 class _Terms:
-    """Losses [T] of one part of the objective by term, and values [T] for metrics by name."""
+    """One part of the objective: losses [T] by term, and values [T] for metrics by name."""
 
     losses_T: dict[str, Tensor]
     metrics_T: dict[str, Tensor]
@@ -84,13 +88,16 @@ def objective(
     valid_T: Tensor,
     algorithm: AlgorithmConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss_T, sums): weighted losses, and sums over valid tokens for metrics as words of
-    loss/exact_sum.py, which add up exactly.
+    """Compute the weighted loss of each token, and the sums for the metrics.
+
+    Returns (loss_T, sums): sums are over valid tokens, as words of loss/exact_sum.py, which add up
+    exactly.
 
     `streams_T`: "rollout_logp" (engine log-prob mu of the sampled token, nats) and "advantage";
-    where the algorithm has them "old_logp" (pi_old; without it the step is on policy and pi_old the
-    detached student, so that ratios are 1 and only the correction against the engine remains, SDPO
-    2601.20802, 2.1 steps 6 and 7), and those of loss/token_weights.py. `weights_T`: one float64
+    where the algorithm has it, "old_logp" (pi_old); and the streams of loss/token_weights.py.
+    Without "old_logp" the step is on policy: pi_old is the detached student, so that ratios are 1
+    and only the correction against the engine remains (SDPO 2601.20802, 2.1 steps 6 and 7).
+    `weights_T`: one float64
     weight per term in use ("distill", "policy_gradient", "second_path", "nll"), 0 where a token
     does not take part. No collective.
     """
@@ -101,7 +108,7 @@ def objective(
     tis_T = tis(
         old_T, streams_T["rollout_logp"], algorithm.tis_clip, low=algorithm.tis_low, mode=algorithm.tis_mode
     )
-    # a row's own solution has no engine log-prob
+    # The engine has no log-prob (NaN) for a response that is the solution from the dataset.
     sampled_T = valid_T & ~streams_T["rollout_logp"].isnan()
     gap_T = (detached_T - streams_T["rollout_logp"]).abs()
     metrics_T = {
@@ -122,7 +129,8 @@ def objective(
         )
     for part in parts:
         losses_T |= part.losses_T
-        # the first part that has a metric gives it: "taught_tokens" are those of distillation
+        # If both parts have a metric, the first part gives it. So "taught_tokens" counts the tokens
+        # of the distillation term.
         metrics_T = part.metrics_T | metrics_T
     if algorithm.nll is not None:
         losses_T["nll"] = -algorithm.nll.coefficient * logp_T
@@ -139,7 +147,7 @@ def objective(
 def _distill(
     logprobs: LogProbs, old_T: Tensor, tis_T: Tensor, weights_T: Mapping[str, Tensor], term: DistillTerm
 ) -> _Terms:
-    """The divergence times its detached ratios: the student's to pi_old, and pi_old's to the engine."""
+    """The divergence times two detached ratios: student to pi_old, and pi_old to the engine."""
     assert logprobs.logp_T is not None
     ratio_T = is_ratio(logprobs.logp_T.detach(), old_T, term.is_clip)
     divergence_T = token_divergence(logprobs, term)
@@ -159,7 +167,7 @@ def _policy_gradient(
     valid_T: Tensor,
     term: PolicyGradientTerm,
 ) -> _Terms:
-    """The policy gradient on the credited advantages, and the second path of a credit that has one."""
+    """The policy gradient on the credited advantages, and the credit's second path if it has one."""
     advantages_T, credit = streams_T["advantage"], term.credit
     metrics_T: dict[str, Tensor] = {}
     if credit is not None:
@@ -181,7 +189,7 @@ def _surrogate(
 ) -> Tensor:
     sequence_log_ratio_T = None
     if SURROGATE_TRAITS[term.surrogate].reads_sequence_ratio:
-        # on policy there is no such stream, and the ratio of every sequence is 1
+        # A step that is on policy has no such stream: the ratio of every sequence is 1.
         sequence_log_ratio_T = streams_T.get("sequence_log_ratio", torch.zeros_like(old_logp_T))
         sequence_log_ratio_T = sequence_log_ratio_T.to(logp_T.dtype)
     return term.coefficient * policy_gradient(
@@ -199,11 +207,12 @@ def _surrogate(
 def credited(
     logp_T: Tensor, streams_T: Mapping[str, Tensor], valid_T: Tensor, credit: CreditConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(advantages_T, values_T for metrics): the advantage of each token in the light of the teacher.
-    A token without a teacher keeps its advantage.
+    """Change the advantage of each token by the teacher's log-probability, as the credit says.
 
-    logp_T: the student's, detached. streams_T: "advantage", "teacher_logp", "distilled" (bool), and
-    those that the credit's `prepare` has made (loss/credit.py). No collective.
+    A token without a teacher keeps its advantage. Returns (advantages_T, values_T for metrics).
+    logp_T: the student's log-probabilities, detached. streams_T: "advantage", "teacher_logp",
+    "distilled" (bool), and the streams that the credit's `prepare` has made (loss/credit.py). No
+    collective.
     """
     distilled_T = streams_T["distilled"] & valid_T
     log_ratio_T = torch.where(distilled_T, streams_T["teacher_logp"].to(logp_T.dtype) - logp_T, 0.0)
