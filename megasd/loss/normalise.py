@@ -220,5 +220,5 @@ def term_weights(
 
 
 def weighted(values_T: Tensor, weight_T: Tensor) -> Tensor:
-    """weight * value. Where the weight is 0: exactly 0 with gradient 0, even if the value is NaN."""
+    """weight * value; a weight of 0 gives exactly 0 with gradient 0, even if the value is NaN."""
     return torch.where(weight_T != 0, values_T * weight_T, 0.0)

@@ -167,7 +167,7 @@ def _policy_gradient(
     valid_T: Tensor,
     term: PolicyGradientTerm,
 ) -> _Terms:
-    """The policy gradient on the credited advantages, and the credit's second path if it has one."""
+    """The policy gradient on the credited advantages, and the credit's second path, if any."""
     advantages_T, credit = streams_T["advantage"], term.credit
     metrics_T: dict[str, Tensor] = {}
     if credit is not None:

@@ -1,18 +1,20 @@
 """Per-token importance ratios and the surrogates of the policy gradient.
 
-T response tokens. logp: student under gradient, old_logp: student before the batch's first step
-(pi_old), rollout_logp: the engine (mu); nats, all at the sampling temperature. Elementwise, no
-collective. Log-ratios are clamped to +-20 as verl does.
+T response tokens. logp: log-probabilities of the student, with gradient; old_logp: of the student
+before the batch's first step (pi_old); rollout_logp: of the engine (mu). All are in nats and at the
+sampling temperature. All functions are elementwise, without collectives. Log-ratios are clamped to
++-20 as verl does.
 
     ppo         -min(rho A, clip(rho) A), rho = pi_theta / pi_old
                 PPO 1707.06347; unequal clips: DAPO 2503.14476
-    gspo        the same on the response's ratio s = exp(mean log rho), as
+    gspo        the ppo loss on the response's ratio s = exp(mean log rho), as
                 sg(s) pi_theta / sg(pi_theta); GSPO 2507.18071
     cispo       -sg(clip(rho)) A log pi_theta: clipped tokens keep a gradient; CISPO 2506.13585
     importance  -rho A; on-policy distillation of Thinking Machines
     reinforce   -A log pi_theta; EGRSD 2605.13255
 
-`SURROGATES` names them; config/variants.py, SURROGATE_TRAITS, says what other files ask of one.
+`SURROGATES` has a row for each surrogate. SURROGATE_TRAITS in config/variants.py says what the
+other files need to know about a surrogate.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def _ratio(log_ratio_T: Tensor) -> Tensor:
 def is_ratio(logp_T: Tensor, old_logp_T: Tensor, clip: float | None) -> Tensor:
     """Detached factor min(pi_theta / pi_old, clip) of a distillation loss (SDPO 2601.20802).
 
-    Truncated from above only; exactly 1 on policy. clip None: ones.
+    The ratio is truncated from above only, and exactly 1 on policy. clip None gives ones.
     """
     return tis(logp_T, old_logp_T, clip)
 
@@ -48,9 +50,10 @@ def tis(
     mode: str = "truncate",
 ) -> Tensor:
     """Detached correction pi_old / mu for an engine whose probabilities differ from the trainer's.
-    clip None: ones.
 
-    "truncate": brought into [low, clip] (TIS; low 0: from above only); "mask": 0 outside of it (IcePop).
+    Mode "truncate" brings the ratio into [low, clip] (TIS; with low 0 from above only). Mode "mask"
+    gives 0 where the ratio lies outside [low, clip] (IcePop). clip None gives ones. ValueError for
+    an unknown mode.
     """
     if mode not in TIS_MODES:
         raise ValueError(f"mode must be one of {', '.join(TIS_MODES)}, got {mode!r}")
@@ -64,23 +67,23 @@ def tis(
 
 @dataclass(frozen=True)
 class SurrogateTokens:
-    """T tokens with their ratio: what a surrogate reads."""
+    """The input of a surrogate: log-probabilities, advantages and clips of T tokens."""
 
-    # under gradient
+    # The student's log-probabilities, with gradient.
     logp_T: Tensor
-    # constants
+    # The log-probabilities under pi_old and the advantages, without gradient.
     old_logp_T: Tensor
     advantages_T: Tensor
-    # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    # The ratio is clipped to [1 - clip_low, 1 + clip_high].
     clip_low: float
     clip_high: float
-    # c: where A < 0, the loss is at most -c A; None: no bound
+    # With a dual clip c, the loss is at most -c A where A < 0. None: no bound.
     dual_clip: float | None
-    # mean log-ratio of each token's response, for gspo
+    # The mean log-ratio of each token's response, which only gspo reads.
     sequence_log_ratio_T: Tensor | None
 
     def ratio(self) -> Tensor:
-        """[T]: pi_theta / pi_old, under gradient."""
+        """The ratio pi_theta / pi_old of each token, [T], with gradient."""
         return _ratio(self.logp_T - self.old_logp_T)
 
 
@@ -140,13 +143,13 @@ def policy_gradient(
     dual_clip: float | None = None,
     sequence_log_ratio_T: Tensor | None = None,
 ) -> Tensor:
-    """loss_T of a surrogate by its name in `SURROGATES`; only logp_T gets a gradient.
+    """Compute loss_T of a surrogate by its name in `SURROGATES`; only logp_T gets a gradient.
 
     On policy (old_logp = logp detached) ppo, gspo and importance have the value -A, and all five
-    the gradient -A grad logp. Ratios are clipped to [1 - clip_low, 1 + clip_high] (ppo, gspo,
-    cispo). dual_clip c > 1: where A < 0 the loss is at most -c A (ppo, gspo; dual-clip PPO
-    1912.09729). sequence_log_ratio_T: mean log rho of each token's response; gspo reads it, and
-    raises ValueError where it is missing. ValueError for an unknown surrogate.
+    surrogates have the gradient -A grad logp. Ratios are clipped to [1 - clip_low, 1 + clip_high]
+    (ppo, gspo, cispo). dual_clip c > 1: where A < 0 the loss is at most -c A (ppo, gspo; dual-clip
+    PPO 1912.09729). sequence_log_ratio_T: mean log rho of each token's response; gspo reads it, and
+    raises ValueError if it is missing. ValueError for an unknown surrogate.
     """
     if surrogate not in SURROGATES:
         raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)}, got {surrogate!r}")

@@ -1,12 +1,13 @@
-"""Statistics of whole responses and of the whole batch, before the student's pass: weights,
-discounts, returns and shifts of tokens.
+"""Statistics of whole responses and of the whole batch, before the student's forward.
 
-N samples of this data-parallel rank, R response tokens of all N, one response after the other.
-Everything is a constant (no gradient). `group`: the data-parallel ranks WITHOUT context parallel;
-every rank must call, one without tokens too; None or one rank: no collective. Sums over the batch
-are those of loss/exact_sum.py, so that what a token gets does not depend on which rank holds which
-sample, except for the last bit of an exp or a sigmoid, which depends on its place in a vector unit.
-Tensors live on a device that `group` can reduce.
+They are weights, discounts, returns and shifts of tokens.
+
+N samples of this data-parallel rank, R response tokens of all N, one response after another. All
+values are constants (no gradient). `group`: the data-parallel ranks WITHOUT context parallel. Every
+rank must call, also a rank without tokens. With None or one rank there is no collective. Sums over
+the batch are the exact sums of loss/exact_sum.py. So the value of a token does not depend on which
+rank holds which sample, except for the last bit of an exp or a sigmoid, which depends on the
+token's place in a vector unit. Tensors live on a device that `group` can reduce.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from megasd.loss.exact_sum import exact_value, exact_words
 
-# EGRSD: no token loses more than nine tenths
+# In EGRSD no token loses more than nine tenths of its advantage.
 _DISCOUNT_FLOOR = 0.1
-# of 32 per round of `median`: three rounds
+# `median` reads this many of the 32 bits in a round, so it takes three rounds.
 _RADIX_BITS = 11
 
 
@@ -36,7 +37,7 @@ def _all_reduce(
 
 
 def _global_sums(values: list[Tensor], group: dist.ProcessGroup | None) -> list[float]:
-    """Sums over the group of all values of each tensor. One all_reduce."""
+    """Sum all values of each tensor over the group. One all_reduce."""
     words = torch.stack([exact_words(one) for one in values])
     return [exact_value(one) for one in _all_reduce(words, group).cpu()]
 
@@ -51,10 +52,10 @@ def _join(parts: list[Tensor], like_R: Tensor) -> Tensor:
 
 @torch.no_grad()
 def confidence(entropy_R: Tensor, mask_R: Tensor, *, scale: float, group: dist.ProcessGroup | None) -> Tensor:
-    """weight_R float64 = exp(-scale H) over its mean over all tokens of the mask; 0 outside. SRPO
-    (2604.02288), H the teacher's entropy.
+    """Weight tokens by the teacher's confidence: weight_R, float64 (SRPO 2604.02288).
 
-    scale: per nat. One all_reduce of 6 int64.
+    weight = exp(-scale H) / (mean of exp(-scale H) over all tokens of the mask), H the teacher's
+    entropy; 0 outside the mask. scale: per nat. One all_reduce of 6 int64.
     """
     weight_R = torch.where(mask_R, (-scale * entropy_R.double()).exp(), 0.0)
     total, count = _global_sums([weight_R, mask_R], group)
@@ -71,12 +72,12 @@ def entropy_discount(
     window: int,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """om_R float64 = clip(1 - scale Hn, 0.1, 1), 1 outside the mask. EGRSD, and CL-EGRSD with
-    window > 0 (2605.13255).
+    """Compute the discount om_R (float64) of tokens where the teacher is unsure (EGRSD 2605.13255).
 
-    Hn = (the teacher's lowest entropy over this token and the `window` next ones of its response) /
-    max(1 nat, the highest entropy of all tokens of the mask). Tokens outside the mask count
-    nowhere. One all_reduce (max) of a float64.
+    om = clip(1 - scale Hn, 0.1, 1), and 1 outside the mask. With window > 0 it is CL-EGRSD
+    (2605.13255). Hn = (the teacher's lowest entropy over this token and the `window` next tokens of
+    its response) / max(1 nat, the highest entropy of all tokens of the mask). Tokens outside the
+    mask enter neither entropy. One all_reduce (max) of a float64.
     """
     entropy_R = torch.where(mask_R, entropy_R.double(), torch.inf)
     highest = torch.where(mask_R, entropy_R, 0.0).max() if len(mask_R) else entropy_R.new_zeros(())
@@ -91,14 +92,14 @@ def entropy_discount(
 
 @torch.no_grad()
 def median(values_R: Tensor, mask_R: Tensor, *, group: dist.ProcessGroup | None) -> float:
-    """The lower median of all tokens of the mask: the exact float32 value with at most half of them
-    below it. NaN when there are none.
+    """Compute the lower median of the values of all tokens of the mask.
 
-    Found by counting: float32 bit patterns, made ascending, in digits of 11, 11 and 10 bits; three
-    all_reduces of at most 2049 int64.
+    It is the exact float32 value with at most half of the values below it, or NaN if the mask has
+    no tokens. The median is found by counting float32 bit patterns, made ascending, in digits of
+    11, 11 and 10 bits. Three all_reduces of at most 2049 int64.
     """
     bits = values_R[mask_R].float().contiguous().view(torch.int32).long()
-    # in [0, 2^32), ascending with the value
+    # The keys lie in [0, 2^32) and ascend with the value.
     keys = torch.where(bits < 0, -1 - bits - 2**31, bits) + 2**31
     rank, prefix, shift = None, 0, 32
     while shift > 0:
@@ -120,24 +121,26 @@ def median(values_R: Tensor, mask_R: Tensor, *, group: dist.ProcessGroup | None)
 
 @dataclass
 class EntropyGate:
-    """Schmitt trigger on the teacher's median entropy (AntiSD 2605.11609): shut while it warms up
-    and while the teacher is too sure.
+    """A gate that is shut while the teacher is too sure (AntiSD 2605.11609).
 
-    The mean over the first `warmup` steps is the reference. UNSURE: the paper says neither mean nor
-    last; the mean is chosen. Afterwards open, until a median falls below ratio * reference; then
-    shut, until one is at or above the reference. ratio 0: never shuts again.
+    The gate is a Schmitt trigger on the teacher's median entropy. It is shut in the first `warmup`
+    steps; the mean of their medians is the reference. UNSURE: the paper says neither mean nor last;
+    the mean is chosen. After the warm-up the gate is open, until a median falls below ratio *
+    reference. It is then shut, until a median is at or above the reference. With ratio 0 the gate
+    never shuts after the warm-up.
     """
 
     warmup: int
     ratio: float
-    # medians of the warm-up steps (nats)
+    # The medians of the warm-up steps (nats).
     seen: list[float] = field(default_factory=list)
-    # by a low median
+    # Whether a low median has shut the gate. The warm-up does not set it.
     is_shut: bool = False
 
     def observe(self, median: float) -> bool:
-        """Take in a step's median entropy (nats); whether the gate is open in that step. NaN (no
-        token with a teacher) changes nothing.
+        """Add a step's median entropy (nats); return whether the gate is open in that step.
+
+        A median of NaN (no token has a teacher) changes nothing.
         """
         if len(self.seen) < self.warmup:
             if not math.isnan(median):
@@ -151,11 +154,11 @@ class EntropyGate:
         return not self.is_shut
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The state of the gate as a dict that JSON can hold."""
         return {"seen": list(self.seen), "is_shut": self.is_shut}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of state_dict."""
+        """Restore the gate from a dict that state_dict made."""
         self.seen, self.is_shut = list(state["seen"]), bool(state["is_shut"])
 
 
@@ -163,12 +166,13 @@ class EntropyGate:
 def returns(
     log_ratio_R: Tensor, mask_R: Tensor, lens_N: Tensor, *, clip: float, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """advantages_R float64 of MiniLLM (2306.08543): whitened returns to go, 0 outside the mask.
+    """Compute the whitened returns to go of MiniLLM (2306.08543): advantages_R, float64.
 
     log_ratio_R: log T(y) - log S(y) (nats), brought into [-clip, clip]. The return of a token is
-    the mean of that over it and the later tokens of its response; whitening over all tokens of the
-    mask (mean 0, population variance 1; the paper's factor 2 before cancels, but makes its clip of
-    100 one of 50 here). Two all_reduces of 6 and 3 int64.
+    the mean log-ratio of this token and the later tokens of its response; it is 0 outside the mask.
+    The returns are whitened over all tokens of the mask (mean 0, population variance 1). The paper
+    multiplies the log-ratio by 2. Whitening cancels this factor, but the paper's clip of 100 is a
+    clip of 50 here. Two all_reduces of 6 and 3 int64.
     """
     reward_R = torch.where(mask_R, log_ratio_R.double().clamp(-clip, clip), 0.0)
     to_go = [part.flip(0).cumsum(0).flip(0) for part in _by_response(reward_R, lens_N)]
@@ -191,14 +195,15 @@ def margin_shift(
     margin: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """advantages_R float64 of Uni-OPD (2605.03677), global scope, mean mode: log T(y) - log S(y),
-    shifted by response; 0 outside the mask.
+    """Shift log-ratios so that right and wrong responses keep a margin (Uni-OPD 2605.03677).
 
-    With s the mean log-ratio of a response's tokens in the mask: where mean s of right responses -
-    mean s of wrong ones falls short of margin (nats), half of what is missing is added to the
-    tokens of the right and taken from those of the wrong. Responses without a verdict (scored_N
-    False) or without a token in the mask do not count and are not shifted; without both classes
-    nobody is. One all_reduce of 12 int64.
+    Returns advantages_R (float64), global scope, mean mode: log T(y) - log S(y), shifted by
+    response; 0 outside the mask. s is the mean log-ratio of a response's tokens in the mask. If
+    (mean s of right responses) - (mean s of wrong responses) falls short of margin (nats), half of
+    the missing amount is added to the tokens of right responses, and half is subtracted from the
+    tokens of wrong responses. Responses without a verdict (scored_N False) or without a token in
+    the mask do not count and are not shifted. If right or wrong responses are missing, no response
+    is shifted. One all_reduce of 12 int64.
     """
     advantage_R = torch.where(mask_R, log_ratio_R.double(), 0.0)
     sums_N, counts_N = _sums(advantage_R, lens_N), _sums(mask_R.double(), lens_N)
@@ -215,12 +220,12 @@ def margin_shift(
 
 @torch.no_grad()
 def scan(divergence_R: Tensor, mask_R: Tensor, lens_N: Tensor, *, kappa: float) -> Tensor:
-    """coefficient_R float64: the derivative in each token's divergence r of the sum of DASH's scan
-    (2608.06243); 0 outside the mask.
+    """Compute the coefficients of DASH's scan (2608.06243): coefficient_R, float64.
 
-    Over the tokens of the mask of one response: A_last = r_last, A_t = r_t + lam_t A_{t+1}, lam_t =
-    sigmoid(-kappa (r_t - mean r)), detached; so c_first = 1, c_t = 1 + lam_{t-1} c_{t-1}, and sum c
-    r = sum A. kappa: per nat. No collective.
+    A coefficient is the derivative of the sum of the scan in a token's divergence r; it is 0
+    outside the mask. Over the tokens of the mask of one response: A_last = r_last, A_t = r_t +
+    lam_t A_{t+1}, lam_t = sigmoid(-kappa (r_t - mean r)), detached; so c_first = 1, c_t = 1 +
+    lam_{t-1} c_{t-1}, and sum c r = sum A. kappa: per nat. No collective.
     """
     found = []
     for values, mask in zip(
@@ -237,13 +242,14 @@ def scan(divergence_R: Tensor, mask_R: Tensor, lens_N: Tensor, *, kappa: float) 
 
 @torch.no_grad()
 def sequence_log_ratio(logp_R: Tensor, old_logp_R: Tensor, lens_N: Tensor) -> Tensor:
-    """[R] float64: the mean over each response of log pi_theta - log pi_old, at each of its tokens
-    (GSPO 2507.18071). No collective.
+    """Compute the mean of log pi_theta - log pi_old over each response (GSPO 2507.18071).
+
+    Returns [R] float64: every token has the mean of its response. No collective.
     """
     ratio_R = logp_R.double() - old_logp_R.double()
     return (_sums(ratio_R, lens_N) / lens_N.clamp(min=1)).repeat_interleave(lens_N)
 
 
 def _sums(values_R: Tensor, lens_N: Tensor) -> Tensor:
-    """[N]: the sum of each response, the same whatever stands next to it."""
+    """The sum of each response, [N]; it does not depend on the other responses."""
     return torch.stack([values_R.new_zeros(()), *(part.sum() for part in _by_response(values_R, lens_N))])[1:]

@@ -724,9 +724,9 @@ def select(logits_TV: Tensor, k: int, *, num_valid: int, temperature: float) -> 
     rest_3T = torch.empty(3, num_rows, dtype=torch.float32, device=device)
     if num_rows:
         sizes = select_sizes(k)
-        # Several waves of programs run: the registers that the compiler took decide how many programs
-        # are resident.
-        # the padding of the last tile of the count
+        # Several waves of programs run: the registers that the compiler took decide how many
+        # programs are resident. The 16 more places of `room` are the padding of the last tile of
+        # the count.
         programs, room = _num_programs(logits_TV, 12), max(k, sizes["CAP"]) + 16
         candidates = torch.empty(programs, room, dtype=torch.int64, device=device)
         lists = torch.empty(programs, sizes["CAP"], dtype=torch.int32, device=device)
