@@ -1,9 +1,10 @@
 """The weight of every response token in each term, and the streams that need whole sequences.
 
-It runs after the teacher's forward and before the student's. N samples of this data-parallel rank,
-R response tokens of all of them. Statistics go over the data-parallel group, so that nothing
-depends on which rank holds which sample. Context-parallel ranks hold the same samples and compute
-the same; tensor-parallel ranks too.
+A stream is a named tensor of one value per response token. The functions run after the teacher's
+forward and before the student's forward. N samples of this data-parallel rank, R response tokens of
+all N samples. Statistics go over the data-parallel group, so that no weight depends on which rank
+holds which sample. The context-parallel and tensor-parallel ranks of a data-parallel rank hold the
+same samples and compute the same weights.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from megasd.loss import sequence_stats
 from megasd.loss.credit import CREDITS, CreditBatch, PreparedCredit
 from megasd.loss.normalise import Normaliser, global_normalisers, term_weights
 
-# Takes the batch's median teacher entropy (nats), None on a pipeline stage that sees no logits.
-# Gives whether the entropy gate is open, and that median. Every rank must call it.
+# The function takes the batch's median teacher entropy (nats), or None on a pipeline stage that sees
+# no logits. It returns whether the entropy gate is open, and the median. Every rank must call it.
 ObserveEntropy = Callable[[float | None], tuple[bool, float]]
 
 
 @dataclass(frozen=True)
 class TokenWeights:
-    """What the loss of a minibatch reads next to the logits, by response token."""
+    """The weights and streams by response token that the loss of a minibatch reads."""
 
-    # term -> float64 [R]; a credit with a second path adds the term "second_path"
+    # Term -> weights, float64 [R]. A credit with a second path adds the term "second_path".
     weights: dict[str, Tensor]
-    # [R] each ([C, R] for contexts): all that were given, and those that the credit made
+    # The input streams and the streams that the credit made, [R] each ([C, R] for contexts).
     streams: dict[str, Tensor]
-    # for the log, the same on all ranks
+    # Metrics for the log, the same on all ranks.
     metrics: dict[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> TokenWeights:
-        """The same with all tensors on the device, so that a microbatch takes its tokens there."""
+        """A copy with all tensors on the device, where the microbatches select their tokens."""
         weights = {name: weight_R.to(device) for name, weight_R in self.weights.items()}
         streams = {name: stream.to(device) for name, stream in self.streams.items()}
         return TokenWeights(weights, streams, self.metrics)
@@ -55,12 +56,12 @@ def token_weights(
     room: int,
     dp_group: dist.ProcessGroup | None,
 ) -> TokenWeights:
-    """The weights, streams and metrics of a minibatch of this rank.
+    """Compute the weights, streams and metrics of a minibatch of this rank.
 
-    streams [R]: the batch's, and "distilled" (bool). On the last pipeline stage, where the algorithm
-    reads them, also "teacher_logp", "teacher_entropy", "contrast_logp" [C - 1, R],
-    "contrast_present" [C - 1, R], "old_logp", "divergence". normaliser, mean_weight: what question
-    weights are divided by, as `normaliser` and `dataset_mean` of loss/normalise.py. room:
+    streams [R]: the streams of the batch, and "distilled" (bool). On the last pipeline stage, if
+    the algorithm reads them, also "teacher_logp", "teacher_entropy", "contrast_logp" [C - 1, R],
+    "contrast_present" [C - 1, R], "old_logp", "divergence". normaliser, mean_weight: the divisor
+    of the question weights, as `normaliser` and `dataset_mean` of loss/normalise.py. room:
     rollout.max_response_tokens.
 
     Collectives over dp_group: one all_reduce of the normalisers, and those of
@@ -104,7 +105,10 @@ def token_weights(
 
 
 def entropy_gate(algorithm: AlgorithmConfig) -> sequence_stats.EntropyGate:
-    """The gate with the constants of the algorithm's credit; without a credit, one that nothing reads."""
+    """Make the entropy gate with the constants of the algorithm's credit.
+
+    Without a credit the gate exists, but nothing reads it.
+    """
     credit = algorithm.policy_gradient.credit if algorithm.policy_gradient is not None else None
     return sequence_stats.EntropyGate(
         warmup=credit.gate_warmup if credit else 1, ratio=credit.gate_ratio if credit else 0.0
@@ -116,14 +120,14 @@ def entropy_gate(algorithm: AlgorithmConfig) -> sequence_stats.EntropyGate:
 
 @dataclass(frozen=True)
 class FactorInput:
-    """What a factor of the distillation's token weights reads."""
+    """The input of a function in `TOKEN_FACTORS`."""
 
     streams: Mapping[str, Tensor]
-    # bool [R]: tokens of the term
+    # Bool [R]: the tokens of the distillation term.
     mask_R: Tensor
-    # int64 [N]
+    # Int64 [N]: the number of tokens of each response.
     lens_N: Tensor
-    # distill.token_weight_scale, per nat
+    # The value of distill.token_weight_scale, per nat.
     scale: float
     dp_group: dist.ProcessGroup | None
 
@@ -133,10 +137,10 @@ def _no_factor(given: FactorInput) -> Tensor | float:
 
 
 def _confidence(given: FactorInput) -> Tensor | float:
-    """exp(-scale * teacher entropy) over its mean; 1 on pipeline stages that see no logits."""
+    """exp(-scale * teacher entropy), divided by its mean; 1 on stages that see no logits."""
     if "teacher_entropy" not in given.streams:
         return 1.0
-    # samples of weight 0 had no teacher forward
+    # Samples of weight 0 had no teacher forward, so they have no teacher entropy.
     distilled_R = given.mask_R & given.streams["distilled"].cpu()
     return sequence_stats.confidence(
         given.streams["teacher_entropy"].cpu(), distilled_R, scale=given.scale, group=given.dp_group
@@ -144,7 +148,7 @@ def _confidence(given: FactorInput) -> Tensor | float:
 
 
 def _scan(given: FactorInput) -> Tensor | float:
-    """DASH's backward scan; 1 on pipeline stages that see no logits."""
+    """The coefficients of DASH's backward scan; 1 on pipeline stages that see no logits."""
     if "divergence" not in given.streams:
         return 1.0
     return sequence_stats.scan(
@@ -152,7 +156,8 @@ def _scan(given: FactorInput) -> Tensor | float:
     )
 
 
-# distill.token_weight -> the factor [R] of each token's distillation weight
+# The value of distill.token_weight -> the function that computes the factor [R] of each token's
+# distillation weight.
 TOKEN_FACTORS: dict[str, Callable[[FactorInput], Tensor | float]] = {
     "none": _no_factor,
     "confidence": _confidence,
@@ -161,7 +166,7 @@ TOKEN_FACTORS: dict[str, Callable[[FactorInput], Tensor | float]] = {
 
 
 def _term_masks(batch: Batch, algorithm: AlgorithmConfig) -> dict[str, Tensor]:
-    """Term -> bool [R]: the tokens that take part in it."""
+    """Term -> bool [R]: the tokens that take part in the term."""
     lens_N = batch.response_lens
     masks = {
         term: batch.mask(term).repeat_interleave(lens_N)
@@ -175,7 +180,7 @@ def _term_masks(batch: Batch, algorithm: AlgorithmConfig) -> dict[str, Tensor]:
 
 
 def _with_second_path(masks: dict[str, Tensor], second_path_R: Tensor | None) -> dict[str, Tensor]:
-    """The masks with the tokens of the second path moved from "policy_gradient" to a term of their own."""
+    """Move the tokens of the second path from "policy_gradient" to the term "second_path"."""
     if second_path_R is None:
         return masks
     first_R = masks["policy_gradient"]
@@ -185,14 +190,14 @@ def _with_second_path(masks: dict[str, Tensor], second_path_R: Tensor | None) ->
 def _question_weights(
     batch: Batch, algorithm: AlgorithmConfig, masks: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Term -> float64 [N]: the raw weight of each sample's question in it."""
+    """Term -> float64 [N]: the raw weight of each sample's question in the term."""
     weight_N, ones_N = batch.question_weight, torch.ones_like(batch.question_weight)
     weighs_all = algorithm.question_weight.terms == "all"
     return {term: weight_N if term == "distill" or weighs_all else ones_N for term in masks}
 
 
 def _question_metrics(normalisers: Mapping[str, Normaliser]) -> dict[str, float]:
-    """Metrics of the first term, whose questions always have their weights."""
+    """Metrics of the questions in the first term, whose question weights always apply."""
     first = normalisers["distill" if "distill" in normalisers else next(iter(normalisers))]
     return {"informative_questions": float(first.num_questions), "mean_question_weight": first.mean_weight}
 
@@ -220,7 +225,7 @@ def _prepare_credit(
 
 
 def _within(lens_N: Tensor, skip: int, limit: int | None) -> Tensor:
-    """bool [R]: tokens at places skip .. limit - 1 of their response."""
+    """Bool [R]: the tokens at places skip .. limit - 1 of their response."""
     starts_N = lens_N.cumsum(0) - lens_N
     places_R = torch.arange(int(lens_N.sum())) - starts_N.repeat_interleave(lens_N)
     return (places_R >= skip) & (places_R < (limit if limit is not None else places_R.numel() + 1))
