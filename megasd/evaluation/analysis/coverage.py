@@ -1,9 +1,10 @@
-"""Sweeps over task coverage: the same run on 1, 8, 64 ... questions (Kim et al., arXiv 2603.24472:
-|D| in {1, 8, 64, 128, 512}).
+"""Prepare a sweep over task coverage: the same run on 1, 8, 64 ... questions.
 
-The subsets are nested: the questions of a size are the first of one order, drawn from the seed.
-They are written as rows of the common form, so what a data mapping did is done. A size has an
-overlay, which changes nothing but what the size asks for:
+Kim et al. (arXiv 2603.24472) take |D| in {1, 8, 64, 128, 512}.
+
+The subsets are nested: all sizes take the first questions of the same order, drawn from the seed.
+The questions are written as rows of the common form, after any data mapping. Each size has an
+overlay, a config file that changes only the keys that depend on the size:
 
     megasd train CONFIG.yaml OUT/coverage-8.yaml
 
@@ -42,8 +43,9 @@ def parse_sizes(text: str) -> list[int]:
 def nested(
     prompts: Sequence[Prompt], sizes: Sequence[int], *, seed: int, source: str
 ) -> dict[int, list[Prompt]]:
-    """Size -> its questions, each subset the beginning of the next. UserError when `source` has
-    fewer rows than a size.
+    """Size -> the questions of that size; each subset is the beginning of the next subset.
+
+    UserError if `source` has fewer rows than a size.
     """
     if max(sizes) > len(prompts):
         raise UserError(
@@ -56,7 +58,7 @@ def nested(
 
 
 def coverage_row(prompt: Prompt) -> str:
-    """A prompt as a JSON line that data.mapping=auto reads back to an equal one."""
+    """A prompt as a JSON line, from which data.mapping=auto reads an equal prompt."""
     values: dict[str, Any] = {"id": prompt.id, "prompt": prompt.messages, "answer": prompt.answer}
     values |= {
         name: value
@@ -69,10 +71,11 @@ def coverage_row(prompt: Prompt) -> str:
 def overlay(
     config: Config, size: int, *, data: Path, run_dir: Path, row_bytes: int
 ) -> dict[str, dict[str, Any]]:
-    """The keys that a size changes: its rows, its run directory, and what divides the batch where
-    the batch shrinks.
+    """The config keys that a size changes.
 
-    `row_bytes`: of the longest row written. ConfigError where the ranks cannot share the smaller batch.
+    They are the training rows and the run directory. If the batch shrinks, the keys that divide
+    the batch change too. `row_bytes`: bytes of the longest row written. ConfigError if the smaller
+    batch cannot be divided among the ranks.
     """
     data_keys: dict[str, Any] = {"train": str(data)}
     if config.data.mapping != "auto":

@@ -1,15 +1,18 @@
-"""KL between the model that reads a solution (teacher T) and the model that does not (student S),
-token by token of the student's own unguided responses; on the tokens of epistemic markers against
-the mean (Kim et al., arXiv 2603.24472). torch only inside functions.
+"""Measure the KL between a model that reads a solution and the same model without the solution.
+
+The model with the solution is the teacher T; the model without it is the student S. The KL is
+measured at each token of the student's own unguided responses. The mean over the tokens of
+epistemic markers is compared with the mean over all tokens (Kim et al., arXiv 2603.24472). torch
+only inside functions.
 
     full     both directions over the whole vocabulary: hidden states of transformers in float32,
              logits a chunk of tokens at a time
-    top-k    from an engine's top K log-probs of either side: KL(T||S) of what both sides know, and
-             a bucket for the rest
+    top-k    from an engine's top K log-probs of either side: KL(T||S) of the tokens that both sides
+             know, and a bucket for all other tokens
 
-What both sides know is the intersection A of the two top-K sets and the sampled token. {each token
-of A, all others} is a partition of the vocabulary, so the top-k value is never above the full one
-(data processing), and is equal to it when K is the vocabulary.
+The tokens that both sides know are the intersection A of the two top-K sets, and the sampled token.
+{each token of A, all other tokens} is a partition of the vocabulary. So the top-k value is never
+above the full value (data processing), and is equal to it if K is the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,15 +25,16 @@ from typing import Any
 from megasd.evaluation.analysis.markers import MARKERS
 from megasd.evaluation.analysis.tables import TableRow, ratio
 
-# probability of a bucket that rounding has emptied
+# The probability of a bucket that rounding has emptied.
 FLOOR = 1e-9
-# response tokens whose logits exist at a time
+# So many response tokens have their logits in memory at a time.
 CHUNK = 256
 
 
 def top_k_kl(teacher: Mapping[int, float], student: Mapping[int, float]) -> float:
-    """KL(T||S) in nats over the tokens that both know and a bucket of all others; values are
-    log-probs (nats) by token id.
+    """KL(T||S) in nats over the tokens in both dicts and a bucket of all other tokens.
+
+    teacher, student: token id -> log-prob (nats).
 
     top_k_kl({1: ln .5, 2: ln .25}, {1: ln .25, 2: ln .5}) == .25 ln 2: the bucket has .25 on either
     side and adds nothing.
@@ -45,11 +49,10 @@ def top_k_kl(teacher: Mapping[int, float], student: Mapping[int, float]) -> floa
 def full_kl(
     model: Any, student_prompt: list[int], teacher_prompts: Sequence[list[int]], response: list[int]
 ) -> list[tuple[list[float], list[float]]]:
-    """For each teacher prompt (KL(T||S), KL(S||T)) in nats at every response token, over the whole
-    vocabulary, float32, temperature 1.
+    """For each teacher prompt: (KL(T||S), KL(S||T)) in nats at every response token.
 
-    `model`: a causal language model of transformers. Every prompt is followed by the same response;
-    each is one forward pass.
+    Over the whole vocabulary, float32, temperature 1. `model`: a causal language model of
+    transformers. Every prompt is followed by the same response and takes one forward pass.
     """
     import torch
 
@@ -78,8 +81,9 @@ def _both_directions(model: Any, student: Any, teacher: Any) -> tuple[list[float
 
 
 def _hidden(model: Any, prompt: list[int], response: list[int]) -> Any:
-    """Last hidden states [n, h] that predict the n response tokens: those of the positions before
-    them, counted from the end.
+    """The last hidden states [n, h] that predict the n response tokens.
+
+    Each token is predicted at the position before it. Positions are counted from the end.
     """
     import torch
 
@@ -93,8 +97,9 @@ def _hidden(model: Any, prompt: list[int], response: list[int]) -> Any:
 
 @dataclass
 class Tally:
-    """Sums of per-token KL: of all tokens, of each marker's, and of those of any marker. `add`
-    takes one response.
+    """Sums of per-token KL over all tokens, each marker's tokens, and any marker's tokens.
+
+    `add` takes the values of one response.
     """
 
     tokens: int = 0
@@ -103,8 +108,10 @@ class Tally:
     marker_total: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*MARKERS, "any"), 0.0))
 
     def add(self, values: Sequence[float], positions: Mapping[str, Iterable[int]]) -> None:
-        """`values`: KL at each response token (nats); `positions`: marker -> token positions, as
-        markers.marker_tokens gives them.
+        """Add the values of one response.
+
+        `values`: KL at each response token (nats). `positions`: marker -> token positions, from
+        markers.marker_tokens.
         """
         self.tokens += len(values)
         self.total += math.fsum(values)
@@ -114,8 +121,9 @@ class Tally:
             self.marker_total[marker] += math.fsum(values[i] for i in found)
 
     def rows(self, **head: Any) -> list[TableRow]:
-        """A row for all tokens, for those of any marker, for all others and for each marker:
-        tokens, mean KL, and its ratio to the mean.
+        """Rows for all tokens, tokens of any marker, tokens of no marker, and each marker.
+
+        A row holds the number of tokens, their mean KL, and its ratio to the mean of all tokens.
         """
         others = (self.tokens - self.marker_tokens["any"], self.total - self.marker_total["any"])
         parts = {

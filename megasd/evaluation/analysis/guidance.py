@@ -1,14 +1,15 @@
-"""The four guidance settings of Kim et al. (arXiv 2603.24472), section 3: what a model writes when
-it is shown a solution. Plain Python.
+"""The four guidance settings of Kim et al. (arXiv 2603.24472), section 3. Plain Python.
+
+A setting says which privileged text the model is shown before it writes a response:
 
     none                        the question alone
-    solution                    and a correct rollout with its thinking (the row's own solution
-                                where none was sampled)
-    solution_without_thinking   the same with the thinking taken out
-    regenerated                 and a response that the model wrote under `solution`
+    solution                    the question and a correct rollout with its thinking (if no sample
+                                is correct, the row's own solution)
+    solution_without_thinking   as `solution`, with the thinking taken out
+    regenerated                 the question and a response that the model wrote under `solution`
 
-The correct rollout is the first right sample of the question, the response shown under
-`regenerated` the first sample under `solution`, whatever its verdict (UNSURE: the paper does not
+The correct rollout is the first right sample of the question. The response shown under
+`regenerated` is the first sample under `solution`, whatever its verdict (UNSURE: the paper does not
 say which). All settings are compared on the same questions.
 """
 
@@ -34,8 +35,9 @@ GUIDED = SETTINGS[1:]
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What a question's guided prompt shows under `solution`. `index`: the sample it came from;
-    None for the row's own solution.
+    """The text that a question's guided prompt shows under `solution`.
+
+    `index`: the sample that the text came from; None for the row's own solution.
     """
 
     text: str
@@ -53,8 +55,9 @@ def within(groups: Sequence[Group], low: float, high: float) -> list[Group]:
 
 
 def demonstration(group: Group) -> Demonstration | None:
-    """The first right sample, else the row's solution, else None. UserError for a solution that is
-    nothing but thinking.
+    """The first right sample, else the row's solution, else None.
+
+    UserError if the solution is nothing but thinking.
     """
     right = next((sample for sample in group.samples if sample.verdict is Verdict.RIGHT), None)
     if right is not None:
@@ -77,8 +80,9 @@ def guided_messages(group: Group, shown: str, *, template: str) -> list[Message]
 
 
 def shown_text(setting: str, demonstrated: Demonstration, under_solution: Group | None) -> str:
-    """The privileged text of a guided setting; `under_solution`: the question's samples under
-    `solution`, read by `regenerated`.
+    """The privileged text of a guided setting.
+
+    `under_solution`: the question's samples under `solution`, which `regenerated` reads.
     """
     if setting == "solution":
         return demonstrated.text
@@ -90,7 +94,7 @@ def shown_text(setting: str, demonstrated: Demonstration, under_solution: Group 
 
 
 def measured(samples: dict[str, list[Group]]) -> dict[str, list[MeasuredResponse]]:
-    """Setting -> its responses, measured."""
+    """Setting -> the measured responses of the setting."""
     return {
         setting: [measure_response(s, source=setting) for group in groups for s in group.samples]
         for setting, groups in samples.items()
@@ -98,8 +102,9 @@ def measured(samples: dict[str, list[Group]]) -> dict[str, list[MeasuredResponse
 
 
 def guidance_table(samples: dict[str, list[Group]]) -> list[TableRow]:
-    """The paper's table: a row for each setting, with score, mean tokens, E(y), and a column for
-    each marker (substrings a response).
+    """The paper's table, with a row for each setting.
+
+    The columns are the score, the mean tokens, E(y), and each marker (substrings a response).
     """
     rows = []
     for setting, responses in measured(samples).items():
@@ -116,7 +121,7 @@ def guidance_table(samples: dict[str, list[Group]]) -> list[TableRow]:
 
 
 def guidance_by_marker(samples: dict[str, list[Group]]) -> list[TableRow]:
-    """Long form: a row for each setting and marker, substring and whole-word counts."""
+    """Substring and whole-word counts in long form: a row for each setting and marker."""
     return [
         {"setting": setting, **line}
         for setting, responses in measured(samples).items()

@@ -13,7 +13,7 @@ from megasd.evaluation.analysis.output import MARKER_NOTE, marker_table, say_whe
 if TYPE_CHECKING:
     from megasd.evaluation.analysis.study import Bounds, Study
 
-# files of an earlier analysis that a new one removes
+# A new analysis removes these files of an earlier analysis.
 GUIDANCE_FILES = (
     "analysis.json",
     "summary.md",
@@ -23,7 +23,7 @@ GUIDANCE_FILES = (
     "guidance.png",
     "kl.png",
 )
-# panels of guidance.png: label -> column
+# The panels of guidance.png: (label, column).
 PANELS = (("score", "score"), ("tokens a response", "tokens"), ("epistemic markers a response", "epistemic"))
 GUIDANCE_NOTE = (
     "Settings (arXiv 2603.24472): `none` the question alone; `solution` with a correct rollout, thinking"
@@ -51,8 +51,9 @@ def write_guidance(
 ) -> None:
     """Write guidance.csv, markers.csv, kl.csv, summary.md, the plots and analysis.json into `out`.
 
-    analysis.json is written last: where it is, the rest is whole. kl: rows of the KL table, [] if
-    none was taken. source: the model or URL that was sampled. kl_by: the value of --kl.
+    analysis.json is written last: if it is there, all other files are whole. kl: rows of the KL
+    table, [] if no KL was measured. source: the model or URL that was sampled. kl_by: the value of
+    --kl.
     """
     samples = study.samples
     table, markers = guidance.guidance_table(samples), guidance.guidance_by_marker(samples)
@@ -93,7 +94,7 @@ def _summary(
     for direction in dict.fromkeys(row["divergence"] for row in kl):
         own = [row for row in kl if row["divergence"] == direction]
         wide = tables.pivot(own, "marker", "setting", ["kl", "ratio_to_mean"])
-        # the same tokens under every setting
+        # A marker has the same tokens under every setting.
         counts = {row["marker"]: row["tokens"] for row in own}
         rows = [
             {"marker": row.pop("marker"), "tokens": counts[name], **row}
@@ -139,7 +140,7 @@ def _record(
 
 
 def plot_guidance(out: Path, table: list[tables.TableRow], kl: list[tables.TableRow]) -> None:
-    """Plot the settings side by side (guidance.png) and, if taken, the KL of markers (kl.png)."""
+    """Plot the settings side by side (guidance.png) and the KL of markers, if any (kl.png)."""
     panels = [(label, {label: [row[name] for row in table]}) for label, name in PANELS]
     tables.plot_bars(out / "guidance.png", panels, [row["setting"] for row in table])
     own = [row for row in kl if row["divergence"] == "KL(T||S)"]

@@ -1,4 +1,4 @@
-"""What the reports of `megasd analyze` share: the directory, the marker table, the last lines."""
+"""Helpers for all reports of `megasd analyze`: directory, marker table, last lines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def output_directory(path: Path) -> Path:
 
 
 def say_where(out: Path, samples: int, table: str) -> None:
-    """Print a table, and where the rest is. samples: number of responses that were measured."""
+    """Print a table and the directory of the report. samples: number of measured responses."""
     print(table, end="")
     if not tables.can_plot():
         print(tables.NO_PLOTS)

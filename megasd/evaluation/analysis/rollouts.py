@@ -1,9 +1,10 @@
-"""Score, length and epistemic markers of kept rollouts, by step and by verdict (Kim et al., arXiv
-2603.24472). Plain Python.
+"""Measure score, length and epistemic markers of kept rollouts, by step and by verdict.
 
-The files are those that a run keeps, <run.dir>/rollouts/step-*.jsonl, one a step. Score is the
-share of right answers among those that could be judged: verifier errors and timeouts are counted
-apart and leave the score, as they leave pass rates.
+After Kim et al. (arXiv 2603.24472). Plain Python.
+
+A run keeps its rollouts in <run.dir>/rollouts/step-*.jsonl, one file a step. The score is the
+fraction of right answers among the answers that could be judged. Verifier errors and timeouts are
+counted separately. They do not enter the score, as they do not enter pass rates.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ VERDICTS = (*(verdict.value for verdict in Verdict), UNSCORED)
 
 @dataclass(frozen=True, slots=True)
 class MeasuredResponse:
-    """A response, measured. `words` counts whole words, `substrings` as the paper does."""
+    """A measured response.
+
+    `words` counts markers as whole words; `substrings` counts them as the paper does.
+    """
 
     source: str
     step: int | None
@@ -43,8 +47,9 @@ class MeasuredResponse:
 
 
 def measure_response(sample: Sample, *, source: str = "", step: int | None = None) -> MeasuredResponse:
-    """Tokens are response tokens, the stop token included; markers are counted in the whole text,
-    thinking included.
+    """Measure the tokens and markers of a response.
+
+    The tokens include the stop token. Markers are counted in the whole text, thinking included.
     """
     return MeasuredResponse(
         source=source,
@@ -58,8 +63,9 @@ def measure_response(sample: Sample, *, source: str = "", step: int | None = Non
 
 
 def rollout_files(source: Path) -> list[Path]:
-    """The rollout files of a run directory (or of its rollouts/), in the order of their steps; a
-    file as it is. UserError without any.
+    """The rollout files of a run directory or of its rollouts/, in the order of their steps.
+
+    If `source` is a file, the list holds that file. UserError if there are no rollout files.
     """
     if source.is_file():
         return [source]
@@ -81,7 +87,7 @@ def rollout_files(source: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step in a file name such as step-000012.jsonl; None for names without one."""
+    """The step in a file name such as step-000012.jsonl; None for a name without a step."""
     found = STEP.search(path.name)
     return int(found[1]) if found else None
 
@@ -98,8 +104,10 @@ def read_responses(sources: Sequence[Path]) -> list[MeasuredResponse]:
 
 
 def response_metrics(rows: Sequence[MeasuredResponse]) -> TableRow:
-    """One line of a table: how many, score, mean tokens (of all, of right, of wrong), markers a
-    response and per 1000 tokens.
+    """A table row with the metrics of the given responses.
+
+    It holds the number of responses, the score, mean tokens (of all, of right, of wrong), and
+    markers a response and per 1000 tokens.
     """
     scored = [row for row in rows if row.verdict in ("right", "wrong")]
     tokens = sum(row.tokens for row in rows)
@@ -119,7 +127,7 @@ def response_metrics(rows: Sequence[MeasuredResponse]) -> TableRow:
 
 
 def by_step(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
-    """A row for each source and step, in that order."""
+    """Table rows for each source and step, ordered by source and then by step."""
     return [
         {"source": source, "step": step, **response_metrics(chosen)}
         for (source, step), chosen in _grouped(rows)
@@ -127,7 +135,7 @@ def by_step(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
 
 
 def by_verdict(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
-    """A row for each source and verdict that occurs, and one for all."""
+    """Table rows for each source and verdict that occurs, and for all verdicts of a source."""
     table = []
     for source in dict.fromkeys(row.source for row in rows):
         own = [row for row in rows if row.source == source]
@@ -144,8 +152,9 @@ def by_verdict(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
 
 
 def by_marker(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
-    """Long form, a row for each source, step, verdict and marker; step and verdict "all" are sums
-    over them.
+    """Marker counts in long form: a row for each source, step, verdict and marker.
+
+    The step "all" and the verdict "all" are sums over steps and verdicts.
     """
     table: list[TableRow] = []
     for source in dict.fromkeys(row.source for row in rows):
@@ -159,7 +168,7 @@ def by_marker(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
 
 
 def marker_rows(rows: Sequence[MeasuredResponse]) -> list[TableRow]:
-    """A row for each marker: substring and whole-word counts, in all and a response."""
+    """A row for each marker: substring and whole-word counts, in total and per response."""
     table = []
     for marker in MARKERS:
         substrings, words = (

@@ -1,4 +1,4 @@
-"""One guidance analysis on a live engine: questions, samples of every setting, KL.
+"""Run a guidance analysis on a live engine: choose questions, sample every setting, measure KL.
 
 After Kim et al. (arXiv 2603.24472). Questions whose accuracy over unguided samples lies within
 bounds are compared under the settings of guidance.py. A question that is too long under one setting
@@ -21,13 +21,16 @@ from megasd.evaluation.analysis.tables import TableRow
 from megasd.rewards.reward_pool import RewardPool
 from megasd.types import Group, Prompt, UserError
 
-# questions sampled at a time, until enough of them have an accuracy within the bounds
+# So many questions are sampled at a time, until enough questions have an accuracy within bounds.
 ROUND = 64
 DIRECTIONS = ("KL(T||S)", "KL(S||T)")
 
 
 class Bounds(NamedTuple):
-    """Which questions: an accuracy in [low, high] over unguided samples, at most `questions`."""
+    """Bounds on the questions to compare.
+
+    The accuracy over unguided samples must lie in [low, high]. At most `questions` are compared.
+    """
 
     low: float
     high: float
@@ -54,8 +57,10 @@ class Study:
         *,
         say: Callable[[str], None],
     ) -> None:
-        """`config`: its rollout, reward, run.seed and algorithm.teacher.template are read. `say` is
-        told of progress, a line a call.
+        """Prepare an analysis that has not sampled yet.
+
+        `config`: rollout, reward, run.seed and algorithm.teacher.template are read. `say` is
+        called with each line about the progress.
         """
         self.config, self.chat, self.engine, self.rewards, self.say = config, chat, engine, rewards, say
         teacher = config.algorithm.teacher
@@ -63,9 +68,9 @@ class Study:
         self.accuracy: dict[str, float | None] = {}
         self.left_out: dict[str, str] = {}
         self.demonstrations: dict[str, guidance.Demonstration] = {}
-        # number of responses whose KL was taken
+        # The number of responses whose KL was measured.
         self.kl_responses = 0
-        # setting -> question -> samples
+        # setting -> question id -> scored samples.
         self._groups: dict[str, dict[str, Group]] = {}
         self._prompt_ids: dict[str, dict[str, list[int]]] = {}
 
@@ -80,8 +85,10 @@ class Study:
     def sample(
         self, prompts: list[Prompt], bounds: Bounds, keep: Callable[[dict[str, list[Group]]], None]
     ) -> None:
-        """Choose the questions and sample every setting; `keep` is given what there is after each.
-        UserError when no question is left.
+        """Choose the questions and sample every setting.
+
+        After each setting, `keep` is called with all samples so far. UserError if no question is
+        left.
         """
         self._choose(prompts, bounds)
         keep(self.samples)
@@ -98,8 +105,10 @@ class Study:
             keep(self.samples)
 
     def _choose(self, prompts: list[Prompt], bounds: Bounds) -> None:
-        """Unguided samples, in an order drawn from the seed, until enough questions are within the
-        bounds and have a solution to show.
+        """Sample questions without guidance until enough of them can be compared.
+
+        A question can be compared if it is within the bounds and has a solution to show. The order
+        of the questions is drawn from the seed.
         """
         order, chosen = list(prompts), []
         random.Random(f"guidance/{self.config.run.seed}").shuffle(order)
@@ -141,8 +150,9 @@ class Study:
         return ids
 
     def _guided_prompts(self, setting: str) -> list[tuple[Prompt, list[int]]]:
-        """Questions with their guided prompts' ids. One that leaves no room for a response is left
-        out of every setting.
+        """(question, ids of its guided prompt) for each question to sample under a setting.
+
+        If a prompt leaves no room for a response, its question is left out of every setting.
         """
         under_solution, longest = self._groups.get("solution", {}), self.engine.max_tokens
         room, found = self.config.rollout.max_response_tokens, []
@@ -159,7 +169,7 @@ class Study:
         return found
 
     def _ask(self, asked: list[tuple[Prompt, list[int]]]) -> list[Group]:
-        """Scored samples."""
+        """Sample the given (question, prompt ids) and score the samples."""
         rollout = self.config.rollout
         groups = self.engine.generate(
             [prompt for prompt, _ in asked],
@@ -181,8 +191,9 @@ class Study:
     # ---- KL ----
 
     def _responses(self, per_question: int) -> list[tuple[str, list[int], dict[str, list[int]]]]:
-        """(question, response ids, marker positions) of unguided responses, the one that is shown
-        to the teacher left out.
+        """(question id, response ids, marker positions) of unguided responses.
+
+        The response that is shown to the teacher is left out.
         """
         found = []
         for group in self.samples["none"]:
@@ -198,8 +209,9 @@ class Study:
         return found
 
     def engine_kl(self, *, per_question: int, top_k: int) -> list[TableRow]:
-        """Rows of KL(T||S) on the engine's top K of either side and a bucket: a lower bound of the
-        whole vocabulary's.
+        """Rows of KL(T||S) on the engine's top K of either side and a bucket.
+
+        The value is a lower bound of the KL over the whole vocabulary.
         """
         tallies = {setting: Tally() for setting in guidance.GUIDED}
         for name, response, positions in self._responses(per_question):
@@ -214,8 +226,9 @@ class Study:
         return [row for setting, tally in tallies.items() for row in tally.rows(setting=setting, **head)]
 
     def full_kl(self, *, per_question: int) -> list[TableRow]:
-        """Rows of the KL in both directions over the whole vocabulary, by transformers in float32,
-        on a GPU where there is one.
+        """Rows of the KL in both directions over the whole vocabulary.
+
+        transformers computes it in float32, on a GPU if there is one.
         """
         model = load_model(self.config.model.path)
         tallies = {(setting, direction): Tally() for setting in guidance.GUIDED for direction in DIRECTIONS}

@@ -17,7 +17,7 @@ TableRow = dict[str, Any]
 NO_PLOTS = (
     "plots skipped: matplotlib is not installed; pip install 'matplotlib>=3.9,<4' draws them on the next call"
 )
-# a longer table is thinned out in markdown; the CSV holds every row
+# A longer table is thinned out in markdown. The CSV holds every row.
 MAX_MARKDOWN_ROWS = 60
 
 
@@ -37,8 +37,9 @@ def columns(rows: Sequence[TableRow]) -> list[str]:
 
 
 def pivot(rows: Sequence[TableRow], index: str, across: str, values: Sequence[str]) -> list[TableRow]:
-    """Wide from long: a row for each value of `index`, and for each value of `across` a column a
-    value, named "across value".
+    """Turn a long table into a wide table with a row for each value of `index`.
+
+    Each value of `across` gets a column for each of `values`, named "across value".
 
     pivot([{"m": "wait", "s": "none", "n": 3}], "m", "s", ["n"]) == [{"m": "wait", "none n": 3}]
     """
@@ -51,7 +52,7 @@ def pivot(rows: Sequence[TableRow], index: str, across: str, values: Sequence[st
 
 
 def write_csv(path: Path, rows: Sequence[TableRow]) -> None:
-    """Write all rows with all digits; the file gets its name when it is whole."""
+    """Write all rows with all digits; the file gets its name only when it is whole."""
     writing = path.with_name(path.name + ".writing")
     with writing.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns(rows), restval="")
@@ -79,7 +80,7 @@ def markdown(rows: Sequence[TableRow], *, limit: int | None = MAX_MARKDOWN_ROWS)
 
 
 def shown(value: object) -> str:
-    """A value for a reader: four significant digits, "-" for None."""
+    """A value as text for a reader: four significant digits, "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -98,8 +99,9 @@ def plot_lines(
     *,
     x_label: str,
 ) -> None:
-    """Panels one below the other; a panel is (y label, {line: (x values, y values)}). Points
-    without a value are left out.
+    """Plot lines in panels, one panel below the other.
+
+    A panel is (y label, {line: (x values, y values)}). Points without a value are left out.
     """
     figure, axes = _figure(len(panels), height=2.6)
     for axis, (label, lines) in zip(axes, panels, strict=True):
@@ -122,8 +124,9 @@ def plot_lines(
 def plot_bars(
     path: Path, panels: Sequence[tuple[str, dict[str, list[float | None]]]], groups: Sequence[str]
 ) -> None:
-    """Grouped bars, a panel each: (y label, {series: a value for each of `groups`}). No bar where
-    there is no value.
+    """Plot grouped bars in panels.
+
+    A panel is (y label, {series: a value for each of `groups`}). A missing value has no bar.
     """
     figure, axes = _figure(len(panels), height=2.8)
     for axis, (label, series) in zip(axes, panels, strict=True):
@@ -143,7 +146,7 @@ def plot_bars(
 def _figure(panels: int, *, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    # no pyplot: it would look for a display, and keep every plot
+    # pyplot is avoided: it would look for a display, and keep every plot in memory.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, height * panels), layout="constrained")
