@@ -32,7 +32,7 @@ WEIGHT_BITS = 44
 class Normaliser:
     """Global counts of one step for one loss term, and the mean weight of its questions."""
 
-    # Question weights are divided by this mean. It is 0.0 when no question is informative.
+    # Question weights are divided by this number. It is 0.0 when no question is informative.
     mean_weight: float
     # The number of informative questions: questions of weight > 0.
     num_questions: int

@@ -23,9 +23,8 @@ from megasd.loss.normalise import weighted
 from megasd.loss.policy_gradient import is_ratio, policy_gradient, tis
 from megasd.ops.vocab_parallel import LogProbs, LogProbsSpec
 
-# A metric divided by the metric that this table names for it is a mean; "" stands for a plain sum.
-# Metrics that are not in the table are means over "tokens" (response tokens of samples with a
-# weight).
+# Each metric maps to the metric that its sum is divided by, or to "" if it is a plain sum. Metrics
+# that are not in the table are divided by "tokens" (response tokens of samples with a weight).
 METRIC_WEIGHTS = {
     "loss": "",
     "tokens": "",

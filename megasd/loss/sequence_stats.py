@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megasd.loss.exact_sum import exact_value, exact_words
 
-# In EGRSD no token loses more than nine tenths of its advantage.
+# EGRSD's discount is at least this factor: it takes at most nine tenths of an advantage.
 _DISCOUNT_FLOOR = 0.1
 # `median` reads this many of the 32 bits in a round, so it takes three rounds.
 _RADIX_BITS = 11

@@ -1,10 +1,10 @@
 """The weight of every response token in each term, and the streams that need whole sequences.
 
-A stream is a named tensor of one value per response token. The functions run after the teacher's
-forward and before the student's forward. N samples of this data-parallel rank, R response tokens of
-all N samples. Statistics go over the data-parallel group, so that no weight depends on which rank
-holds which sample. The context-parallel and tensor-parallel ranks of a data-parallel rank hold the
-same samples and compute the same weights.
+A stream is a named tensor with one value per response token, or per context and token. The
+functions run after the teacher's forward and before the student's forward. N samples of this
+data-parallel rank, R response tokens of all N samples. Statistics go over the data-parallel group,
+so that no weight depends on which rank holds which sample. The context-parallel and tensor-parallel
+ranks of a data-parallel rank hold the same samples and compute the same weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from megasd.loss import sequence_stats
 from megasd.loss.credit import CREDITS, CreditBatch, PreparedCredit
 from megasd.loss.normalise import Normaliser, global_normalisers, term_weights
 
-# The function takes the batch's median teacher entropy (nats), or None on a pipeline stage that sees
-# no logits. It returns whether the entropy gate is open, and the median. Every rank must call it.
+# The function takes the batch's median teacher entropy (nats), or None on a pipeline stage that
+# sees no logits. It returns whether the entropy gate is open, and the median. Every rank must call
+# it.
 ObserveEntropy = Callable[[float | None], tuple[bool, float]]
 
 

@@ -237,7 +237,7 @@ def _scan_row(
     if MARKED:
         words = tl.load(marks + word, mask=group * WIDTH < num_valid, other=0)
     whole = tl.maximum(num_valid // TILE * TILE, TILE)
-    # whole tiles need no mask; the next one is under way while this one is summed
+    # Whole tiles need no mask. The next tile is loaded while the current tile is summed.
     for start in range(TILE, whole, TILE):
         ahead = tl.load(logits + start + column)
         words_ahead = words
@@ -335,7 +335,7 @@ def _select_kernel(
                 tl.where(open_, 0.0, sum_),
                 tl.where(open_, 0.0, moment),
             )
-            # the list passes between lanes through memory
+            # The list of candidates passes between lanes through memory.
             tl.debug_barrier()
             found = 0
             for start in range(0, reached * depth, LANES):
@@ -426,7 +426,7 @@ def _select_kernel(
         rest = _merge(_collapse(max_, sum_, moment), _collapse(lane_max, lane_sum, lane_moment))
         rest = _merge(rest, _collapse(left_max, left_sum, left_moment))
         _store_rest(rest_ptr, row, num_rows, rest)
-        # the next row writes where this one was read
+        # The barrier is needed because the next row writes where this row was read.
         tl.debug_barrier()
 
 
@@ -472,7 +472,7 @@ def _gather_kernel(
         max_, sum_, moment = _scan_row(logits, marks, num_valid, inverse, GROUPS, WIDTH, MARKED)
         _store_rest(rest_ptr, row, num_rows, _collapse(max_, sum_, moment))
         if MARKED:
-            # every lane has read the marks
+            # After the barrier every lane has read the marks.
             tl.debug_barrier()
             for start in range(0, num_ids, LANES):
                 chosen = tl.load(
@@ -514,7 +514,7 @@ def _gradient_kernel(
         tl.where(column < num_valid, value, 0.0).to(out_ptr.dtype.element_ty),
         mask=column < num_columns,
     )
-    # chosen columns are written over
+    # After the barrier, chosen columns get their own gradient instead.
     tl.debug_barrier()
     for start in range(0, num_ids, LANES):
         at = start + tl.arange(0, LANES)
@@ -566,7 +566,7 @@ def _full_sums_kernel(
     )
     for start in range(0, num_valid, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        # outside both are -inf, which adds nothing
+        # Outside the true columns both scores are -inf, which adds nothing.
         inside = column < num_valid
         a = _logp(student, column, inside, student_inverse, student_max, student_logsum)
         b = _logp(teacher, column, inside, teacher_inverse, teacher_max, teacher_logsum)
