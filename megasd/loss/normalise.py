@@ -95,14 +95,13 @@ def global_normalisers(
     divisor of the weights. "informative": the mean weight of the batch's questions with w > 0
     (SC-SDPO 2605.27765, eq. 16); "batch": the mean weight of all the batch's questions; "dataset":
     dataset_mean, the mean over the training rows (PACED 2603.11178 as SC-SDPO ran it); "none": 1.
-    weights: term -> [N] raw
-    weights of the samples' questions in that term, 0 or at least 2^-30. question_size_N: number of
-    the question's samples in the WHOLE batch. masks: term -> bool [R], response tokens that take
-    part in it; the same terms on every rank. dp_group: data parallel WITHOUT context parallel,
-    since context-parallel ranks hold the same samples; every rank must call, also a rank without
-    samples. One all_reduce of 5 + 8 len(masks) int64; none when dp_group is None or has one rank.
-    ValueError for names, shapes or weights that are not as described here and, on all ranks alike,
-    for question sizes that do not fit the samples.
+    weights: term -> [N] raw weights of the samples' questions in that term, 0 or at least 2^-30.
+    question_size_N: number of the question's samples in the WHOLE batch. masks: term -> bool [R],
+    response tokens that take part in it; the same terms on every rank. dp_group: data parallel
+    WITHOUT context parallel, since context-parallel ranks hold the same samples; every rank must
+    call, also a rank without samples. One all_reduce of 5 + 8 len(masks) int64; none when dp_group
+    is None or has one rank. ValueError for names, shapes or weights that are not as described here
+    and, on all ranks alike, for question sizes that do not fit the samples.
     """
     if normaliser not in NORMALISERS:
         raise ValueError(f"normaliser must be one of {', '.join(NORMALISERS)}, got {normaliser!r}")

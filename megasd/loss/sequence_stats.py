@@ -171,8 +171,8 @@ def returns(
     log_ratio_R: log T(y) - log S(y) (nats), brought into [-clip, clip]. The return of a token is
     the mean log-ratio of this token and the later tokens of its response; it is 0 outside the mask.
     The returns are whitened over all tokens of the mask (mean 0, population variance 1). The paper
-    multiplies the log-ratio by 2. Whitening cancels this factor, but the paper's clip of 100 is a
-    clip of 50 here. Two all_reduces of 6 and 3 int64.
+    has a factor of 2 before the whitening. Whitening cancels the factor, but the paper's clip of
+    100 is a clip of 50 here. Two all_reduces of 6 and 3 int64.
     """
     reward_R = torch.where(mask_R, log_ratio_R.double().clamp(-clip, clip), 0.0)
     to_go = [part.flip(0).cumsum(0).flip(0) for part in _by_response(reward_R, lens_N)]

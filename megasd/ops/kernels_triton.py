@@ -69,8 +69,9 @@ def _packed(key, column):
 
 @triton.jit
 def _exp(x):
-    """exp(x) to about 2 ulp + |x| / 2 ulp, flushed to 0 below -87.3; tl.exp spends three more
-    instructions on subnormal results.
+    """exp(x) to about 2 ulp + |x| / 2 ulp, flushed to 0 below -87.3.
+
+    tl.exp spends three more instructions on subnormal results.
     """
     return tl.exp2(x * 1.4426950408889634)
 
@@ -656,14 +657,15 @@ def gather_sizes() -> dict[str, int]:
 
 
 def gradient_sizes(itemsize: int) -> dict[str, int]:
-    """A block of 16 kB per program: no loop, so latency is hidden by the many programs of a
-    multiprocessor.
+    """Compile-time sizes of the gradient kernel: a block of 16 kB per program.
+
+    A program has no loop, so the many programs of a multiprocessor hide the latency.
     """
     return {"BLOCK": 16384 // itemsize, "LANES": 256, "num_warps": 8}
 
 
 def full_sizes() -> dict[str, int]:
-    """8 columns per thread: two rows and the divergence's temporaries fit its registers."""
+    """8 columns per thread, so that two rows and the divergence's temporaries fit its registers."""
     return {"BLOCK": 2048, "num_warps": 8}
 
 
