@@ -1,4 +1,4 @@
-"""What SGLang's /generate answers, checked and read: versions, tokens, log-probs (nats)."""
+"""Check and read the answers of SGLang's /generate: versions, tokens, log-probs (nats)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from megasd.engine.target_weights import stamped_version
 
 
 def versions_of(output: dict[str, Any]) -> list[int]:
-    """The weight versions that an output's tokens were sampled with; FOREIGN for a stamp that is no number.
+    """The weight versions that an output's tokens were sampled with.
 
-    A push passes through a stamp under which nothing is sampled: spans without a token say nothing.
+    FOREIGN stands for a stamp that is no number. During a push an engine has a stamp under which
+    it samples nothing, so spans without a token are ignored.
     """
     meta = output["meta_info"]
     spans = [span for span in meta.get("weight_versions") or [] if span["end"] > span["start"]]
@@ -21,7 +22,7 @@ def versions_of(output: dict[str, Any]) -> list[int]:
 
 
 def response_of(name: str, output: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """(token ids, log-probs) of the response, one log-prob a token, else EngineError."""
+    """(token ids, log-probs) of the response; EngineError unless each token has a log-prob."""
     ids = output["output_ids"]
     logprobs = output["meta_info"]["output_token_logprobs"]
     if [token for _, token, *_ in logprobs] != ids:
@@ -35,7 +36,10 @@ def response_of(name: str, output: dict[str, Any]) -> tuple[list[int], list[floa
 
 
 def scores_of(output: dict[str, Any], ids: list[int]) -> list[float]:
-    """Log-probs of ids[1:], each given its prefix; EngineError when the answer is about other tokens."""
+    """Log-probs of ids[1:], each given its prefix.
+
+    EngineError if the answer is about other tokens.
+    """
     logprobs = output["meta_info"]["input_token_logprobs"]
     if len(logprobs) != len(ids) or not _names_tokens(logprobs, ids):
         raise EngineError(f"score: sent {len(ids)} tokens, got log-probs of {len(logprobs)} or of others")
@@ -48,7 +52,7 @@ def top_of(output: dict[str, Any], response: list[int]) -> list[dict[int, float]
     Infinite log-probs are left out. EngineError when the answer is about other tokens.
     """
     meta = output["meta_info"]
-    # the first position asked for is answered with null
+    # SGLang answers the first requested position with null.
     sampled, top = meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:]
     if len(top) != len(response) or not _names_tokens(sampled, response):
         raise EngineError(

@@ -10,34 +10,40 @@ from typing import Any, Protocol
 
 from megasd.engine.errors import EngineError, Refused
 
-# seconds an engine may take to read pushed weights; a silent one must not hold all ranks for ever
+# Seconds an engine may take to read pushed weights. A silent engine must not block all ranks for
+# ever.
 LOAD_TIMEOUT = 1800.0
 # Seconds in which aborted requests must have left the engine's scheduler.
 FLUSH_TIMEOUT = 120.0
-# SGLang's words when they have not.
+# SGLang's words if aborted requests have not left the scheduler.
 NOT_FLUSHED = "the cache was not flushed"
 # Stamp of an engine in the middle of a live update. Samples with it do not count.
 PARTIAL = "partial-"
 
 
 class Server(Protocol):
-    """The engine, as far as it is needed here."""
+    """The part of an engine client that AppliedWeights needs."""
 
     url: str
 
     async def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
     ) -> Any:
-        """The parsed JSON answer. Refused on HTTP 4xx; Unreachable on 5xx, a broken connection, a timeout."""
+        """Send a request and return the parsed JSON answer.
+
+        Refused on HTTP 4xx; Unreachable on 5xx, a broken connection, a timeout.
+        """
 
 
 class AppliedWeights:
-    """What is known of an engine's weights; its coroutines belong to the engine's event loop.
+    """The known state of an engine's weights, and the requests that change them.
 
-    version: the weight version that the engine holds whole; None = it must not be asked for
-    samples. distrusted: it was found to hold something else than was sent. released: tags of memory
-    that it has given back. paused, updating: in a live update, generation is stopped, and SGLang's
-    update session is open.
+    All coroutines belong to the engine's event loop.
+
+    version: the weight version that the engine holds whole; None: the engine must not be asked for
+    samples. distrusted: the engine was found to hold other weights than were sent. released: tags
+    of memory that the engine has given back. paused: a live update has stopped generation.
+    updating: SGLang's update session is open.
     """
 
     def __init__(self, server: Server) -> None:
@@ -48,7 +54,7 @@ class AppliedWeights:
         self.paused = self.updating = False
 
     def forget_update(self) -> None:
-        """A new process knows nothing of the old one's pause, update session or released memory."""
+        """Reset pause, update session and released memory, for a new process of the engine."""
         self.paused = self.updating = False
         self.released = set()
 
@@ -63,9 +69,9 @@ class AppliedWeights:
         await self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     async def holds(self, version: int) -> bool:
-        """Whether the engine holds this version, by what is known here and by its own word.
+        """Whether the engine holds this version, by the state here and by the engine's stamp.
 
-        A server may have been restarted behind its URL.
+        The stamp is read because a server may have been restarted behind its URL.
         """
         return self.version == version and await self.read_stamp() == str(version)
 
@@ -90,7 +96,7 @@ class AppliedWeights:
             "model_path": os.path.abspath(directory),
             "weight_version": str(version),
             "flush_cache": True,
-            # whatever still runs belongs to a request that was given up
+            # A request that still runs was given up by its caller.
             "abort_all_requests": True,
         }
         deadline = time.monotonic() + FLUSH_TIMEOUT
@@ -115,8 +121,8 @@ class AppliedWeights:
 
         EngineError when the session of another trainer is open.
 
-        From here on the engine holds no version. It is stamped "partial-<version>", so that others
-        who ask it know.
+        From here on the engine holds no version. It is stamped "partial-<version>", so that every
+        reader of the stamp knows.
         """
         if not self.paused:
             served = await self.read_stamp()
@@ -125,7 +131,7 @@ class AppliedWeights:
                     f"{self.server.url}: another push is under way (weight version {served}); one trainer at"
                     " a time, or restart it"
                 )
-            # before the answer, so that a request that waits meanwhile does not count as hung
+            # Set before the answer, so that a request that waits meanwhile does not count as hung.
             self.paused = True
             await self._post("/pause_generation", {"mode": mode})
         await self._resume("weights")
@@ -142,9 +148,9 @@ class AppliedWeights:
         await self.stamp(f"{PARTIAL}{version}")
 
     async def update(self, path: str, body: dict[str, Any]) -> None:
-        """One request of a live update.
+        """Send one request of a live update.
 
-        EngineError with the engine's words if it refuses, Unreachable if it died.
+        EngineError with the engine's words if the engine refuses, Unreachable if it died.
         """
         answer = await self._post(path, body)
         if not answer.get("success"):
@@ -153,7 +159,7 @@ class AppliedWeights:
     async def leave_update(self, version: int | None = None) -> None:
         """Close the session, stamp `version` (if given) and let generation go on.
 
-        Does nothing where no update is open.
+        Does nothing if no update is open.
         """
         await self._end_session(broken_off=version is None)
         if version is not None:
@@ -167,8 +173,8 @@ class AppliedWeights:
     async def _end_session(self, *, broken_off: bool) -> None:
         """Close the update session if it is open.
 
-        After an update that broke off, a refusal is no error: the server may have closed the session,
-        and its answer was lost.
+        After an update that broke off, a refusal is no error: the server may have closed the
+        session while its answer was lost.
         """
         if not self.updating:
             return
@@ -193,7 +199,7 @@ class AppliedWeights:
             self.released.update(tags)
 
     async def _resume(self, tag: str) -> None:
-        # a second resume would kill the engine
+        # A second resume of the same memory would kill the engine.
         if tag in self.released:
             await self._post("/resume_memory_occupation", {"tags": [tag]})
             self.released.remove(tag)
@@ -201,11 +207,9 @@ class AppliedWeights:
     # ---- proof -----------------------------------------------------------------------------------
 
     async def checksums(self, skip: Sequence[str] = ()) -> list[dict[str, str]]:
-        """Per tensor-parallel rank: engine parameter -> checksum of what it holds now.
+        """For each tensor-parallel rank: engine parameter -> checksum of its present values.
 
-        Synchronises the engine's devices.
-
-        `skip`: names that contain one of these are left out.
+        Synchronises the engine's devices. Names that contain an entry of `skip` are left out.
         """
         answer = await self._post("/weights_checker", {"action": "checksum", "skip_tensor_list": list(skip)})
         ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])

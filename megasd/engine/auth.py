@@ -20,14 +20,14 @@ SHORTEST = 16
 
 
 class Secret(str):
-    """A string that does not show itself in a repr: SGLang logs all of its arguments, as a dict."""
+    """A string whose repr hides it, since SGLang logs a dict of all its arguments."""
 
     def __repr__(self) -> str:
         return "'***'"
 
 
 def engine_key() -> Secret | None:
-    """The key; None where the variable is not set, or empty.
+    """The key of the engines; None if the variable is not set, or empty.
 
     UserError for a key that HTTP cannot carry; the message does not quote it.
     """

@@ -1,4 +1,4 @@
-"""One SGLang server over HTTP: whether it is alive, requests for samples, and its weights.
+"""The client of one SGLang server over HTTP: health, requests for samples, and weights.
 
     engine = EngineClient(config, model_path="runs/q/model", device="cpu", dtype="float32", ...)
     engine.launch()                                   # a process on loopback; output in log_path
@@ -31,50 +31,51 @@ from megasd.engine.errors import Refused, StartError, Unreachable
 from megasd.engine.process import EngineProcess
 from megasd.types import UserError
 
-# seconds; SGLang closes an idle connection after 5, and a request that meets the closing is lost
+# Seconds an idle connection is kept. SGLang closes it after 5, and a request that is sent in that
+# moment is lost.
 KEEP_ALIVE = 2.0
-# connections refused in a row that make an engine dead
+# After so many refused connections in a row an engine counts as dead.
 PROBES = 4
 
 
 class EngineClient(EngineProcess):
-    """A server, its weights (`applied`), and what is known of its health.
+    """A server, its weights (`applied`), and its known health.
 
     Every coroutine and `launch` belong to one event loop, in a thread that lives as long as the
-    engine: the server dies with that thread. `restartable`: it can come back as a new process, by
-    `launch` and `wait_ready`.
+    engine: the server dies with that thread. `restartable`: the engine can come back as a new
+    process, by `launch` and `wait_ready`.
     """
 
     def __init__(self, config: EngineConfig, **kwargs: Any) -> None:
-        """`kwargs`: those of EngineProcess."""
+        """Make a client that is not started; `kwargs` go to EngineProcess."""
         super().__init__(config, **kwargs)
         self.applied = AppliedWeights(self)
-        # whether it answers, as far as is known
+        # Whether the engine answers, as far as is known.
         self.alive = False
-        # why it is not alive, once it was found dead
+        # Why the engine is not alive, once it was found dead.
         self.reason = "not started"
         self.restartable, self.restarts = self.owned, 0
-        # it is dead and its restarts are used up: the others go on without it
+        # The engine is dead and its restarts are used up. The other engines go on without it.
         self.lost = False
-        # only one caller at a time revives it
+        # Only one caller at a time revives the engine.
         self.lock = asyncio.Lock()
         self.tp_size = config.tensor_parallel_size
-        # the name that it was started under (served_model_name)
+        # The name that the engine was started under (served_model_name).
         self.answers_as: str | None = None
-        # prompt + response tokens that a request may have; None before it has said
+        # The prompt + response tokens that a request may have; None before the engine has said.
         self.max_tokens: int | None = None
-        # generate requests, and the prompt and response tokens that they ask for
+        # The running generate requests, and the prompt and response tokens that they ask for.
         self.in_flight = self.busy = 0
-        # requests wait in it, and it makes no progress
+        # Requests wait in the engine, and it makes no progress.
         self.hung = False
-        # load of the scheduler when it was last asked, and the time of the last answer
+        # The load of the scheduler when it was last asked, and the time of the last answer.
         self._load: list[list[Any]] | None = None
         self._last_progress = 0.0
         self._session: aiohttp.ClientSession | None = None
 
     @property
     def up(self) -> bool:
-        """Whether it may be asked for samples."""
+        """Whether the engine may be asked for samples."""
         return self.alive and self.applied.version is not None
 
     def launch(self) -> None:
@@ -113,7 +114,7 @@ class EngineClient(EngineProcess):
     async def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
     ) -> Any:
-        """The parsed JSON answer.
+        """Send a request and return the parsed JSON answer.
 
         Refused on 4xx; Unreachable on 5xx, on a broken connection and after `timeout` seconds.
         """
@@ -143,9 +144,9 @@ class EngineClient(EngineProcess):
             ) from error
 
     async def generate(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """POST /generate for a batch of `input_ids`; one output each, in order.
+        """POST /generate for a batch of `input_ids`; one output for each prompt, in order.
 
-        Unreachable when the engine makes no progress.
+        Unreachable if the engine makes no progress.
         """
         if self.in_flight == 0:
             self._last_progress = time.monotonic()
@@ -163,7 +164,7 @@ class EngineClient(EngineProcess):
                     self._last_progress = time.monotonic()
                     return outputs
                 if time.monotonic() >= self._last_progress + self.config.progress_timeout:
-                    # a push is under way, or answers are long: none is finished, and all grow
+                    # A push may be under way. Or answers are long: none is finished, and all grow.
                     if self.applied.paused or await self.is_progressing():
                         self._last_progress = time.monotonic()
                         continue
@@ -211,7 +212,7 @@ class EngineClient(EngineProcess):
                 raise StartError(
                     f"the engine gave no token within {limit}: {self.last_error()} (log: {self.log_path})"
                 )
-            # whatever answers at this port is another program
+            # Another program answers at this port.
             if self.port_was_taken():
                 self.kill()
                 self.launch()
@@ -251,7 +252,7 @@ class EngineClient(EngineProcess):
     async def _read_limits(self) -> None:
         info = await self.request("GET", "/server_info", timeout=30)
         # SGLang silently shortens max_new_tokens so that prompt + response <= min(context, KV pool)
-        # - 2; max_req_input_len is that - 4.
+        # - 2. max_req_input_len is this limit - 4.
         limit = info.get("max_req_input_len")
         self.max_tokens = None if limit is None else int(limit) + 4
         self.answers_as = info.get("served_model_name")
@@ -284,7 +285,7 @@ class EngineClient(EngineProcess):
 
 
 def _message(text: str) -> str:
-    """The server's own words, on one line."""
+    """The error message of the server, on one line."""
     try:
         parsed = json.loads(text)
         error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed

@@ -1,4 +1,4 @@
-"""What can go wrong with an engine."""
+"""The errors that an engine can cause."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megasd.types import UserError
 
 
 class EngineError(RuntimeError):
-    """An engine did not do what it was told, and would not if it were told again."""
+    """An engine did not do what it was told; telling it again would not help."""
 
 
 class StartError(EngineError, UserError):
@@ -21,7 +21,7 @@ class Refused(EngineError):
 
 
 class Unreachable(Exception):
-    """A request failed that is worth another try, perhaps with another engine.
+    """A request failed and is worth another try, perhaps with another engine.
 
     The connection was refused, reset or closed, the answer was HTTP 5xx, or there was no progress.
     """

@@ -19,7 +19,7 @@ class _Running(NamedTuple):
 
 
 class EventLoopThread:
-    """One event loop from `start` to `stop`, so that connections outlive a call."""
+    """An event loop that runs from `start` to `stop`, so that connections outlive a call."""
 
     def __init__(self, name: str) -> None:
         self.name = name

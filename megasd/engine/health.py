@@ -1,6 +1,6 @@
-"""Which engines are alive, how a dead one is brought back, and which engine gets the next request.
+"""Watch the engines of a pool, bring dead engines back, and choose the engine of a request.
 
-While one engine is brought back, the others go on: its requests are sent to them.
+While an engine is brought back, its requests are sent to the other engines.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class EngineHealth:
         self.config, self.engines, self.router, self.target = config, engines, router, target
         self.updating: list[EngineClient] = []
         self.accepts_requests = True
-        # of all engines, since the start of the run
+        # The restarts of all engines since the start of the run.
         self.num_restarts = 0
-        # engines that are being brought back
+        # The engines that are being brought back, each with its task.
         self._revivals: dict[EngineClient, asyncio.Task[None]] = {}
 
     # ---- which engine is asked -------------------------------------------------------------------
 
     def living(self) -> list[EngineClient]:
         """Engines that may be asked for samples now."""
-        # an engine whose lock is taken is being looked after, and may be dead
+        # If the lock of an engine is taken, the engine is being revived and may be dead.
         return [
             engine
             for engine in self.engines
@@ -54,8 +54,8 @@ class EngineHealth:
     async def available(self) -> EngineClient:
         """The living engine with the fewest tokens in flight, or the router in its place.
 
-        Waits while there is none but one will come. UserError when all are lost; EngineError when a
-        failed push left all of them without weights.
+        Waits if no engine is available now but one is being brought back. UserError if all engines
+        are lost; EngineError if a failed push left all engines without weights.
         """
         while True:
             living = self.living()
@@ -77,7 +77,7 @@ class EngineHealth:
             await asyncio.sleep(0.05)
 
     def no_engine(self, when: str) -> UserError:
-        """The error to raise when every engine is lost; it says why each of them is."""
+        """The error to raise if every engine is lost; it says why each engine is lost."""
         lost = "; ".join(f"{engine.url} ({engine.reason})" for engine in self.engines)
         if self.engines[0].restartable:
             return UserError(f"rollout.engine: no engine is left {when}: {lost}")
@@ -89,14 +89,14 @@ class EngineHealth:
     # ---- bringing engines back -------------------------------------------------------------------
 
     async def recover_any(self, engine: EngineClient, incarnation: int) -> None:
-        """After a failed request: revive an engine in the background; return when any engine can be asked.
+        """After a failed request: revive the engine in the background.
 
-        EngineError when none can.
+        Returns when any engine can be asked. EngineError if no engine can.
         """
         task = self._revivals.get(engine)
         if task is None or task.done():
             task = self._revivals[engine] = asyncio.ensure_future(self.revive(engine, incarnation))
-            # Read the exception, or asyncio logs that nobody did.
+            # Read the exception; otherwise asyncio logs that nobody read it.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         while not task.done() and not set(self.living()) - {engine}:
             await asyncio.wait({task}, timeout=0.05)
@@ -109,14 +109,14 @@ class EngineHealth:
             task.result()
 
     async def revive(self, engine: EngineClient, incarnation: int) -> None:
-        """After a failed request to this incarnation of an engine: see to the engine.
+        """After a failed request to this incarnation of an engine: repair the engine.
 
-        A dead engine is restarted, or set aside if it is not ours. A living engine that names
-        another version gets the target weights. EngineError when it is dead for good.
+        A dead engine is restarted, or set aside if the run does not own it. A living engine that
+        names another version gets the target weights. EngineError if the engine is dead for good.
         """
         async with engine.lock:
             if engine.incarnation != incarnation:
-                # another request has seen to it
+                # Another request has repaired the engine.
                 return
             # Another server may answer at the URL of a remote engine: it must announce itself first.
             gone = isinstance(engine, RemoteEngine) and not engine.alive
@@ -136,7 +136,10 @@ class EngineHealth:
                 engine.incarnation += 1
 
     async def _restart(self, engine: EngineClient, reason: str) -> None:
-        """Start an engine until it answers and holds the target weights, max_restarts times in its life."""
+        """Start an engine again until it answers and holds the target weights.
+
+        An engine is restarted at most max_restarts times in its life.
+        """
         while True:
             if engine.restarts >= self.config.max_restarts:
                 engine.lost = True
@@ -151,7 +154,7 @@ class EngineHealth:
                 engine.launch()
                 await engine.wait_ready()
                 if not (engine.owned and self.target.is_start_model):
-                    # it is asked for samples only when it has the weights
+                    # The engine is asked for samples only when it has the weights.
                     engine.applied.version = None
                     await self.target.apply(engine)
                 if self.router is not None:
@@ -161,14 +164,16 @@ class EngineHealth:
                 reason = str(error)
                 engine.kill()
             except asyncio.CancelledError:
-                # `settle` gave it up because nobody announced it. The next call looks for it again.
+                # `settle` gave the engine up because nobody announced it. The next call looks for
+                # the engine again.
                 engine.restarts -= 1
                 raise
 
     async def settle(self) -> None:
-        """Before a push: wait for the engines that are being brought back, so that they take part in it.
+        """Before a push: wait for the engines that are being brought back, so that they get it too.
 
-        Engines on other machines are skipped until they announce themselves again, if others live.
+        If some engine lives, engines on other machines are skipped until they announce themselves
+        again.
         """
         for engine, task in self._revivals.items():
             if (
@@ -184,10 +189,10 @@ class EngineHealth:
             await asyncio.wait(pending)
 
     async def attend(self) -> None:
-        """Before a call: bring back the engines that an earlier call left without weights, or dead."""
+        """Before a call: bring back engines that an earlier call left dead or without weights."""
         for engine in self.engines:
             if engine.alive:
-                # such an engine gets its weights with the next push
+                # Such an engine gets its weights with the next push.
                 waits = (
                     engine.applied.distrusted
                     or engine.applied.released
@@ -195,29 +200,32 @@ class EngineHealth:
                     or engine in self.updating
                 )
                 if engine.applied.version is None and not waits and not engine.lock.locked():
-                    # it came back when no thread could give it weights
+                    # The engine came back when no thread could give it weights.
                     async with engine.lock:
                         await self.target.apply(engine)
             elif engine.restartable:
                 if not engine.lost or not self.living():
                     await self.recover_any(engine, engine.incarnation)
             else:
-                # if it is still away, the others go on
+                # If the engine is still away, the other engines go on.
                 with contextlib.suppress(UserError, Unreachable):
                     await engine.wait_ready()
                     await self.target.apply(engine)
 
     async def correct_versions(self) -> None:
-        """After a stale sample: give the target weights to engines that somebody restarted or rewrote."""
+        """After a stale sample: give the target weights to every engine that lacks them.
+
+        Somebody may have restarted an engine, or written other weights into it.
+        """
         for engine in self.engines:
             async with engine.lock:
                 if engine.up and await self.target.read_version(engine) not in (None, self.target.version):
-                    # if it is dead, the next request finds out
+                    # If the engine is dead, the next request finds out.
                     with contextlib.suppress(Unreachable):
                         await self.target.apply(engine)
 
     async def stop(self) -> None:
-        """Give up engines that are being brought back, so that none is started from here on."""
+        """Give up engines that are being brought back, so that no engine is started from now on."""
         tasks: Sequence[asyncio.Task[None]] = list(self._revivals.values())
         for task in tasks:
             task.cancel()
