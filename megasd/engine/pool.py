@@ -1,4 +1,4 @@
-"""The engines of a run: started, found dead, brought back, and closed.
+"""The pool of a run's engines: it starts, watches, revives and closes them.
 
 Synchronous outside (rank 0 calls it), asyncio inside: one event loop in one thread for the whole
 run, so that connections and engines outlive a call.
@@ -53,7 +53,7 @@ class EnginePool:
         self.push_requests = target.push_requests
         self.health = EngineHealth(config.engine, self.engines, self.router, target)
         self._loop = EventLoopThread("engines")
-        # of its own: the global one is not to be disturbed
+        # The pool has its own generator, so that the global generator is not disturbed.
         self._random = random.Random(seed)
         self._runs: set[concurrent.futures.Future[Any]] = set()
 
@@ -96,10 +96,10 @@ class EnginePool:
                 self.registry.open()
             for engine in self.engines:
                 if engine.restartable:
-                    # in the loop's thread: an engine dies with the thread that started it
+                    # Start it in the loop's thread: an engine dies with the thread that started it.
                     engine.launch()
                 else:
-                    # the user hears of a wrong URL before a model is built
+                    # Check now, so that the user hears of a wrong URL before a model is built.
                     await engine.wait_ready()
 
         try:
@@ -112,7 +112,7 @@ class EnginePool:
         config = self.config.engine
         if self.device != "cuda" or not self.engines[0].owned:
             return
-        # imported here: a process that only talks to engines needs no torch
+        # Imported here, since a process that only talks to engines needs no torch.
         import torch
 
         wanted, found = config.num_engines * config.tensor_parallel_size, torch.cuda.device_count()
@@ -146,21 +146,21 @@ class EnginePool:
             await self.target.greet(engine)
 
     def start(self) -> None:
-        """`launch` and `wait_ready`: afterwards every engine serves the target weights."""
+        """Call `launch` and `wait_ready`; afterwards every engine serves the target weights."""
         self.launch()
         self.wait_ready()
 
     def close(self) -> None:
         """Kill the owned engines, tell `megasd serve` that the run has ended, and stop the loop.
 
-        May be called twice.
+        It may be called twice.
         """
         atexit.unregister(self.close)
         self._loop.stop(self._close)
 
     async def _close(self) -> None:
         self.cancel()
-        # first, since it might start an engine again
+        # Stop this first, since it might start an engine again.
         await self.health.stop()
         for engine in [*([self.router] if self.router is not None else []), *self.engines]:
             await engine.close()
@@ -185,9 +185,10 @@ class EnginePool:
         return self._loop.call(coroutine)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """As `call`, for requests: an engine that is restarted meanwhile may need a push of weights.
+        """Run a coroutine as `call` does, and serve requests for a push of weights meanwhile.
 
-        If this thread may push, it does so here (see PushRequests). `cancel` ends the wait.
+        An engine that is restarted meanwhile may need a push. If this thread may push, it pushes
+        here (see PushRequests). `cancel` ends the wait.
         """
         future = self.submit(coroutine)
         self._runs.add(future)
@@ -205,5 +206,8 @@ class EnginePool:
             future.cancel()
 
     async def back_off(self, attempt: int) -> None:
-        """Wait before a request is sent again: 0.1 s, doubled with each attempt up to 5 s, with jitter."""
+        """Wait before a request is sent again.
+
+        The wait is 0.1 s, doubled with each attempt up to 5 s, with jitter.
+        """
         await asyncio.sleep(min(0.1 * 2**attempt, 5.0) * self._random.uniform(0.5, 1.0))

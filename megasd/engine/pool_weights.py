@@ -1,7 +1,7 @@
-"""Which weights the engines of a run hold, and how all of them get new ones.
+"""Push new weights into the engines of a run, and know which weights the engines hold.
 
 An engine is asked for samples only while it holds the target version whole. It is paused before the
-first byte of a live update and goes on after the last. An engine whose update broke off stays
+first byte of a live update and goes on after the last byte. An engine whose update broke off stays
 paused, stamped "partial-<version>", until the next push.
 """
 
@@ -36,23 +36,23 @@ class PoolWeights:
         self.shapes = tensor_shapes(self.model_path)
         hf_config = json.loads((Path(self.model_path) / "config.json").read_text())
         self._tied = bool(hf_config.get("tie_word_embeddings", False))
-        # requests of a live update
+        # The running requests of a live update.
         self._sending: list[asyncio.Task[None]] = []
 
     @property
     def version(self) -> int:
-        """The version that samples must be of; 0 is the start model."""
+        """The version of the weights that samples must come from; 0 is the start model."""
         return self.target.version
 
     @property
     def model_path(self) -> str:
-        """Hugging Face directory of the start model."""
+        """The Hugging Face directory of the start model."""
         return self.target.model_path
 
     # ---- weights from a directory ----------------------------------------------------------------
 
     def push(self, directory: str, version: int) -> None:
-        """Have every engine load `directory` and stamp `version`; checked in /model_info.
+        """Have every engine load `directory` and stamp `version`; /model_info must confirm it.
 
         The directory holds safetensors, and must stay until the next push.
 
@@ -90,7 +90,7 @@ class PoolWeights:
                     raise EngineError(
                         f"push of version {version} failed {attempt + 1} times: {error}"
                     ) from error
-                # a restarted engine has loaded the weights already; once more does no harm
+                # A restarted engine has loaded the weights already. A second load does no harm.
                 await self.pool.health.revive(engine, incarnation)
                 await self.pool.back_off(attempt)
 
@@ -101,10 +101,10 @@ class PoolWeights:
 
         Returns the engines that take part, in the order of `update`'s bodies.
 
-        in_flight says what becomes of running requests: "retract" takes them back, and they go on
-        afterwards with their context computed again; "abort" gives them up, and they are asked
-        again; "drain" waits for them. `lacking`: only engines that do not hold `version`.
-        EngineError when another push is open.
+        in_flight says what happens to running requests. "retract" takes them back, and they go on
+        afterwards with their context computed again. "abort" gives them up, and they are sent
+        again. "drain" waits for them. `lacking`: only engines that do not hold `version` take part.
+        EngineError if another push is open.
         """
         health = self.pool.health
         if not lacking:
@@ -131,10 +131,8 @@ class PoolWeights:
     def update(self, path: str, bodies: Sequence[dict[str, Any]]) -> concurrent.futures.Future[None]:
         """POST one body to each engine of the open update.
 
-        The future fails with EngineError (refused) or Unreachable.
-
-        It fails with the first failure: in a broadcast the other engines wait for the one that
-        failed.
+        The future fails with EngineError (refused) or Unreachable. It fails as soon as one engine
+        fails, since in a broadcast the other engines wait for the failed engine.
         """
         engines = self.pool.health.updating
 
@@ -155,7 +153,7 @@ class PoolWeights:
         """
 
         async def close() -> None:
-            # first, since an engine that goes on early samples with this version
+            # Set the target first, since an engine that goes on early samples with this version.
             self._set_live_target(version)
             await finish_all(engine.applied.leave_update(version) for engine in self.pool.health.updating)
 
@@ -165,14 +163,14 @@ class PoolWeights:
     def abandon_update(self) -> None:
         """Give up a live update that failed for good.
 
-        Engines that it began to write stay paused until the next push.
+        Engines that the update began to write stay paused until the next push.
         """
         self._end_update()
 
     def heal(self) -> None:
-        """After a failed live update: restart dead engines of ours, set dead URLs aside.
+        """After a failed live update: restart the run's dead engines, set dead URLs aside.
 
-        They hold no whole version until the next push.
+        These engines hold no whole version until the next push.
         """
 
         async def heal() -> None:
@@ -186,7 +184,7 @@ class PoolWeights:
         self.pool.call(heal())
 
     def leave_group(self, name: str) -> None:
-        """The living engines drop a process group; they have 10 s for it."""
+        """Have the living engines leave a process group, within 10 s."""
         body = {"group_name": name}
         leaving = [
             engine.applied.update("/destroy_weights_update_group", body)
@@ -196,7 +194,7 @@ class PoolWeights:
         self.pool.call(asyncio.wait_for(finish_all(leaving), timeout=10))
 
     def restamp(self, version: int) -> None:
-        """Give another version to the weights that the engines hold already: only the stamp is sent."""
+        """Give another version to the weights that the engines hold; only the stamp is sent."""
 
         async def stamp() -> None:
             for engine in self.pool.engines:
@@ -208,7 +206,7 @@ class PoolWeights:
         self._set_live_target(version)
 
     def _set_live_target(self, version: int) -> None:
-        """Weights that were sent live: only the actor has them."""
+        """Set the target to weights that were sent live and that only the actor has."""
         self.target.directory, self.target.version = None, version
 
     def _end_update(self) -> None:
@@ -217,7 +215,10 @@ class PoolWeights:
     # ---- what the engines hold -------------------------------------------------------------------
 
     def hold(self, version: int) -> bool:
-        """Whether every living engine holds this version whole, and says so itself. One request an engine."""
+        """Whether every living engine holds this version whole and confirms it by its stamp.
+
+        It takes one request per engine.
+        """
 
         async def ask() -> list[bool]:
             living = [engine for engine in self.pool.engines if engine.alive]
@@ -229,7 +230,7 @@ class PoolWeights:
             return False
 
     def checksums(self, skip: Sequence[str] = ()) -> dict[str, list[dict[str, str]]]:
-        """Per engine (URL), per tensor-parallel rank: engine parameter -> checksum.
+        """Engine (URL) -> for each tensor-parallel rank: engine parameter -> checksum.
 
         Names that contain an entry of `skip` are left out.
         """
@@ -242,12 +243,12 @@ class PoolWeights:
         return self.pool.call(ask())
 
     def distrust(self) -> None:
-        """Ask no engine for samples before the next push: they hold something else than was sent."""
+        """Ask no engine for samples before the next push: all hold other weights than were sent."""
         for engine in self.pool.engines:
             engine.applied.version, engine.applied.distrusted = None, True
 
     def release(self) -> None:
-        """Idle engines free the memory of weights and KV cache (colocation on a GPU).
+        """Have idle engines free the memory of weights and KV cache (colocation on a GPU).
 
         Servers given by URL are left alone. The engines sample again after a push.
         """

@@ -38,7 +38,8 @@ if os.getppid() == int(sys.argv[1]):
 TORCHRUN_VARIABLES = re.compile(
     r"(TORCHELASTIC_|TORCH_NCCL_|GROUP_|ROLE_|LOCAL_|MASTER_)|(RANK|WORLD_SIZE|OMP_NUM_THREADS)$"
 )
-# environment variable: the python of SGLang's own environment, where that is not the trainer's
+# This environment variable names the python of SGLang's own environment, if that is not the
+# trainer's environment.
 ENGINE_PYTHON = "MEGASD_ENGINE_PYTHON"
 SEED_STRIDE = 1_000_003
 # Flags that the run sets itself, or refuses for safety.
@@ -52,13 +53,15 @@ OURS = (
     "--served-model-name",
 )
 ENGINE_TP, ENGINES = "rollout.engine.tensor_parallel_size", "rollout.engine.num_engines (several engines)"
-# Flags whose engines could not be given weights, with the setting to use instead.
+# With these flags an engine could not be given weights. Each value names the setting to use
+# instead.
 NOT_HERE = {
     "--tp": ENGINE_TP, "--tp-size": ENGINE_TP, "--tensor-parallel-size": ENGINE_TP,
     "--dp": ENGINES, "--dp-size": ENGINES, "--data-parallel-size": ENGINES,
     "--pp-size": ENGINE_TP, "--pipeline-parallel-size": ENGINE_TP, "--nnodes": ENGINES,
 }  # fmt: skip
-# free ports are chosen here: Linux gives 32768 and above to any program that asks for any port
+# Free ports are chosen from this range. Linux gives ports from 32768 on to any program that asks
+# for any port.
 OWN_PORTS = 20000, 32768
 
 
@@ -66,7 +69,7 @@ class EngineProcess:
     """A server that this run starts and kills (`url=None`, `owned`), or a server at `url`.
 
     A server at a URL ("": not known yet) belongs to somebody else: it is never started or killed
-    from here. incarnation: starts so far, so that a failed request tells which start it met.
+    from here. incarnation: the number of starts so far. It tells which start a failed request met.
     """
 
     def __init__(
@@ -82,25 +85,25 @@ class EngineProcess:
         url: str | None = None,
         index: int = 0,
     ) -> None:
-        """index: which of config.num_engines it is.
+        """Describe the index-th of config.num_engines engines, without starting it.
 
-        It takes the index-th tensor_parallel_size GPUs and, if config.port is given, the port
-        `index` above it.
+        The engine takes the index-th tensor_parallel_size GPUs and, if config.port is given, the
+        port config.port + index.
         """
         self.config, self.model_path, self.device, self.need_text = config, model_path, device, need_text
-        # engines with the same seed would give equal samples of a prompt
+        # Engines with the same seed would give equal samples of a prompt.
         self.index, self.seed = index, (seed + SEED_STRIDE * index) % 2**31
         self.dtype = dtype if config.dtype == "auto" else config.dtype
         self.log_path = log_path
         self.owned = url is None
-        # the name that the process is started under; /server_info tells it
+        # The name that the process is started under; /server_info returns it.
         self.name: str | None = None
         if url and not re.fullmatch(r"https?://[^\s/?#]+/*", url):
             raise UserError(f"rollout.engine.urls: {url!r} is not of the form http://host:port")
         self.url = (url or "").rstrip("/")
         self.process: subprocess.Popen[bytes] | None = None
         self.incarnation = 0
-        # size of the log when this start began
+        # The size of the log when this start began.
         self._log_start = 0
 
     def command(self) -> list[str]:
@@ -142,21 +145,21 @@ class EngineProcess:
             "--weight-version",
             "0",
         ]
-        # an idle engine leaves its core to the trainer
+        # With this flag an idle engine leaves its core to the trainer.
         command += ["--sleep-on-idle", "--log-level-http", "warning"]
         if self.device == "cuda":
-            # Every engine sees all GPUs and starts at its own first one. An engine that saw only
-            # its own could not map the trainer's buffer.
+            # Every engine sees all GPUs and starts at its own first GPU. An engine that saw only
+            # its own GPUs could not map the trainer's buffer.
             command += ["--base-gpu-id", str(self.index * self.config.tensor_parallel_size)]
         if self.config.mem_fraction_static is not None:
             command += ["--mem-fraction-static", str(self.config.mem_fraction_static)]
-        # torch_memory_saver has no CPU build
+        # torch_memory_saver has no CPU build.
         if self.config.release_memory and self.device == "cuda":
             command.append("--enable-memory-saver")
         if self.name is not None:
             command += ["--served-model-name", self.name]
         if not self.need_text:
-            # responses are read as token ids; only stop strings need text
+            # Responses are read as token ids; only stop strings need text.
             command += ["--skip-tokenizer-init"]
         return command + list(self.config.extra_args)
 
@@ -169,7 +172,7 @@ class EngineProcess:
         no_proxy = ",".join(
             filter(None, [environment.get("NO_PROXY") or environment.get("no_proxy"), self.config.host])
         )
-        # SGLang's warm-up asks itself over HTTP
+        # In its warm-up, SGLang sends requests to itself over HTTP.
         environment |= {"NO_PROXY": no_proxy, "no_proxy": no_proxy}
         if self.device == "cpu":
             # Huge pages: the buffers that receive an update are fresh memory, and page faults were half
@@ -180,7 +183,8 @@ class EngineProcess:
                 "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
             }
             if self.config.tensor_parallel_size > 1:
-                # one core a rank; SGLang needs it where there are fewer NUMA nodes than ranks
+                # Bind one core to each rank. SGLang needs that if there are fewer NUMA nodes than
+                # ranks.
                 cores, size = sorted(os.sched_getaffinity(0)), self.config.tensor_parallel_size
                 ranks = range(self.index * size, (self.index + 1) * size)
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
@@ -233,9 +237,10 @@ class EngineProcess:
         self.incarnation += 1
 
     def _choose_port(self) -> int:
-        """config.port, or a free port; UserError if config.port is taken.
+        """The engine's configured port, or a free port; UserError if the configured port is taken.
 
-        A free one is below the range that the kernel gives out: an engine binds it seconds later.
+        A free port is chosen below the range that the kernel gives out, since the engine binds the
+        port only seconds later.
         """
         if self.config.port == 0:
             for _ in range(100):
@@ -272,13 +277,13 @@ class EngineProcess:
         self.process = None
 
     def exit_code(self) -> int | None:
-        """Exit status of an owned engine's process; None while it runs, and always for a URL."""
+        """The exit status of an owned engine's process; None while it runs, and for a URL."""
         return self.process.poll() if self.process is not None else None
 
     def port_was_taken(self) -> bool:
-        """Whether another process took the port after it was chosen, so that the server could not bind it.
+        """Whether another process took the port before the server could bind it.
 
-        The server does not exit then.
+        The server does not exit in that case.
         """
         return self.owned and self.config.port == 0 and "address already in use" in self.last_error()
 

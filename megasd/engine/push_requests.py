@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PushRequest:
-    """One request: `is_needed` is asked right before the push, since an earlier push may have served it."""
+    """A request for a push.
+
+    `is_needed` is called right before the push, since an earlier push may have served the request.
+    """
 
     is_needed: Callable[[], bool]
     done: concurrent.futures.Future[None] = field(default_factory=concurrent.futures.Future)
@@ -36,7 +39,7 @@ class PushRequest:
 
 @dataclass(frozen=True)
 class _Server:
-    """The thread that may push, and its push."""
+    """The thread that may push, and the function that pushes."""
 
     thread: threading.Thread
     push: Callable[[], None]
@@ -50,20 +53,21 @@ class PushRequests:
         self._queue: queue.SimpleQueue[PushRequest | concurrent.futures.Future[Any]] = queue.SimpleQueue()
         self._server: _Server | None = None
         self._is_open = False
-        # makes `submit` and `close` exclude each other
+        # The lock makes `submit` and `close` exclude each other.
         self._lock = threading.Lock()
 
     # ---- any thread ------------------------------------------------------------------------------
 
     @property
     def is_open(self) -> bool:
-        """Whether somebody waits for requests, or will."""
+        """Whether a thread waits for requests, or will wait."""
         return self._is_open
 
     def submit(self, is_needed: Callable[[], bool]) -> concurrent.futures.Future[None]:
-        """Ask for a push; returns at once. The future is done when the push is, and raises what it raised.
+        """Request a push and return at once.
 
-        It is cancelled when nobody waits for requests, or when the wait ends first.
+        The future is done when the push is done, and raises the error of a failed push. It is
+        cancelled if no thread waits for requests, or if the wait ends first.
         """
         request = PushRequest(is_needed)
         with self._lock:
@@ -89,7 +93,7 @@ class PushRequests:
         self._is_open = True
 
     def close(self) -> None:
-        """Refuse requests from here on, and cancel those that were not served."""
+        """Refuse requests from here on, and cancel the requests that were not served."""
         with self._lock:
             self._is_open = False
         with contextlib.suppress(queue.Empty):
@@ -99,7 +103,7 @@ class PushRequests:
                     item.done.cancel()
 
     def wait(self, future: concurrent.futures.Future[T], *, raise_failed_push: bool = False) -> T:
-        """The result of `future`. In a block of `served_by` its thread serves requests until then.
+        """Wait for the result of `future`; in a block of `served_by`, serve requests meanwhile.
 
         A failed push fails the future of its request; with `raise_failed_push` it also raises here.
         """

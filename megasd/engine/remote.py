@@ -29,9 +29,9 @@ from megasd.engine.client import EngineClient
 from megasd.engine.errors import Refused, StartError, Unreachable
 from megasd.types import UserError
 
-# seconds between two signs of life of the run
+# Seconds between two signs of life of the run.
 BEAT = 5.0
-# seconds between two looks at the directory
+# Seconds between two reads of the directory.
 POLL = 0.5
 TRAINER, CLOSED = "trainer.json", "closed"
 
@@ -46,9 +46,9 @@ class Announcement:
 
 
 def job_token() -> str:
-    """A text that tells this start of a job from an earlier one.
+    """A text that distinguishes this start of a job from an earlier start.
 
-    It is MEGASD_JOB, or Slurm's job and restart; "" elsewhere.
+    It is MEGASD_JOB, or Slurm's job and restart; "" without both.
     """
     job = os.environ.get("SLURM_HET_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     return os.environ.get("MEGASD_JOB") or (
@@ -69,7 +69,7 @@ def write_announcement(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_announcement(path: Path) -> dict[str, Any] | None:
-    """The content of such a file; None if it is not there, or holds no JSON object."""
+    """The content of a JSON file; None if it is not there, or holds no JSON object."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -105,7 +105,7 @@ class EngineRegistry:
     async def _sign_again(self) -> None:
         while True:
             await asyncio.sleep(BEAT)
-            # the file system may be away for a moment
+            # The file system may be away for a moment.
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(self._sign)
 
@@ -119,7 +119,7 @@ class EngineRegistry:
             write_announcement(self.directory / CLOSED, {"token": self.token, "beat": self._beat})
 
     def announced(self) -> list[Announcement]:
-        """Engines announced for this start of the job, in the order of their files' names."""
+        """The engines announced for this start of the job, in the order of their files' names."""
         found = [
             read_announcement(path) for path in sorted(self.directory.glob("*.json")) if path.name != TRAINER
         ]
@@ -163,11 +163,11 @@ class RemoteEngine(EngineClient):
             self.registry.condemn(self.answers_as, self.reason)
 
     def last_error(self) -> str:
-        """Where its log is: on the other machine."""
+        """A text which says that the engine's log is on the other machine."""
         return f"see the logs of megasd serve in {self.registry.directory}"
 
     async def wait_ready(self) -> None:
-        """Take an announced engine that answers. StartError when none came within start_timeout."""
+        """Take an announced engine that answers; StartError if none came within start_timeout."""
         deadline, said = time.monotonic() + self.config.start_timeout, "no further engine was announced"
         while True:
             for found in self.registry.announced():

@@ -1,4 +1,4 @@
-"""Requests to the engines of a pool: sent again, to another engine if need be, until one answers."""
+"""Send requests to the engines of a pool, again if need be, until an engine answers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megasd.engine.pool import EnginePool
 from megasd.types import UserError
 
 Params = dict[str, Any]
-# The sampling_params of a batch of prompts: one dict for all of them, or one a prompt. It gets the
-# prompts' token ids and the dict for all.
+# (the prompts' token ids, the parameters of the call) -> the sampling_params of the batch: a single
+# dict for all prompts, or a dict for each prompt.
 ParamsOf = Callable[[list[list[int]], Params], Params | list[Params]]
 
 
@@ -33,7 +33,7 @@ class Requester:
         self.pool, self.vocab_size, self.params_of = pool, vocab_size, params_of
         self.num_retries = 0
         self._serial = itertools.count()
-        # tells the ids of this run's requests from those of another run on a shared server
+        # Distinguishes the ids of this run's requests from another run's ids on a shared server.
         self._run = os.urandom(4).hex()
 
     @property
@@ -45,10 +45,10 @@ class Requester:
     async def send(
         self, name: str, batch_ids: list[list[int]], params: Params, **fields: Any
     ) -> list[dict[str, Any]]:
-        """The outputs for a batch of prompts, in order. `fields` go into the request's body.
+        """Return the outputs for a batch of prompts, in order.
 
-        name: of the batch, for errors. Refused (HTTP 4xx) is passed on; EngineError when
-        config.max_retries are used up.
+        `fields` go into the request's body. name: a name of the batch, for error messages. Refused
+        (HTTP 4xx) is passed on; EngineError if config.max_retries are used up.
         """
         max_retries = self.pool.config.max_retries
         attempt = 0
@@ -74,7 +74,7 @@ class Requester:
             return outputs
 
     def _body(self, batch_ids: list[list[int]], params: Params, fields: dict[str, Any]) -> dict[str, Any]:
-        """The request of one attempt, with ids of its own."""
+        """The request body of one attempt, with new request ids."""
         return {
             "rid": [f"{self._run}-{next(self._serial)}" for _ in batch_ids],
             "input_ids": batch_ids,
@@ -84,7 +84,7 @@ class Requester:
         }
 
     def check_prompt(self, name: str, ids: list[int], max_response_tokens: int) -> None:
-        """UserError for a prompt that no engine can take.
+        """Raise UserError for a prompt that no engine can take.
 
         SGLang would crash at a token id outside the vocabulary, and silently shorten a response for
         which there is no room.

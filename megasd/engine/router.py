@@ -1,6 +1,7 @@
-"""An sglang-router in front of the engines: requests for samples go to it.
+"""The client of an sglang-router in front of the engines.
 
-All other requests (weights, versions, health) go to the engines themselves.
+Requests for samples go to the router. All other requests (weights, versions, health) go to the
+engines themselves.
 
 sglang-router 0.3.2 behaves so. /generate takes one request at a time with one rid (it answers 422 to
 a list of rids), and passes rid, log-probs, weight versions and the Authorization header through. The
@@ -33,13 +34,14 @@ class Router(EngineClient):
     def __init__(self, config: EngineConfig, engines: list[EngineClient], **kwargs: Any) -> None:
         super().__init__(config, url=config.router, log_path=Path("engine.log"), **kwargs)
         self.engines = engines
-        # the URL under which each engine was made a worker
+        # The URL under which each engine was made a worker.
         self._listed: dict[EngineClient, str] = {}
 
     async def wait_ready(self) -> None:
-        """Make the run's engines its workers, and take out dead workers of an earlier run.
+        """Make the run's engines workers of the router, and remove dead workers of an earlier run.
 
-        UserError when it does not answer, or has a living worker that is no engine of this run.
+        UserError if the router does not answer, or has a living worker that is no engine of this
+        run.
         """
         ours = {engine.url for engine in self.engines}
         for url in sorted(set(await self._workers()) - ours):
@@ -67,7 +69,7 @@ class Router(EngineClient):
             await asyncio.sleep(0.2)
 
     async def enlist(self, engine: EngineClient) -> None:
-        """Make a worker of an engine, which may have come back under another URL."""
+        """Make an engine a worker; the engine may have come back under another URL."""
         before = self._listed.get(engine, engine.url)
         if before != engine.url:
             await self._remove(before)
@@ -76,8 +78,8 @@ class Router(EngineClient):
         self._listed[engine] = engine.url
 
     async def close(self) -> None:
-        """Take the run's engines out, and close the connections."""
-        # the router may be gone
+        """Remove the run's engines from the router, and close the connections."""
+        # The router may be gone.
         with contextlib.suppress(UserError):
             for url in self._listed.values():
                 await self._remove(url)
@@ -89,7 +91,7 @@ class Router(EngineClient):
         return [worker | {"url": worker["url"].rstrip("/")} for worker in answer["workers"]]
 
     async def _workers(self) -> dict[str, bool]:
-        """URL -> whether the router counts it as healthy."""
+        """URL of a worker -> whether the router counts the worker as healthy."""
         return {worker["url"]: bool(worker["is_healthy"]) for worker in await self._list()}
 
     async def _remove(self, url: str) -> None:
@@ -109,7 +111,7 @@ class Router(EngineClient):
     async def request(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float | None = None
     ) -> Any:
-        """The parsed JSON answer. /generate takes a batch of one, as the router does."""
+        """Send a request and return the parsed JSON answer; /generate takes a batch of one."""
         if path != "/generate" or body is None:
             return await super().request(method, path, body, timeout=timeout)
         single = body | {"rid": body["rid"][0], "input_ids": body["input_ids"][0]}
@@ -122,9 +124,10 @@ class Router(EngineClient):
 
 
 async def _answers(url: str) -> bool:
-    """Whether a server answers: the router may count a dead one as healthy until it looks again.
+    """Whether a server answers.
 
-    The request goes without this run's key, since the server may be somebody else's.
+    The router may count a dead server as healthy until its next check. The request goes without
+    this run's key, since the server may belong to somebody else.
     """
     try:
         async with (
