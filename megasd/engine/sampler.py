@@ -1,6 +1,6 @@
-"""P prompts x G samples from SGLang engines, each sample exactly once.
+"""Sample P prompts x G responses from SGLang engines, each sample exactly once.
 
-A sample is of the weights that the engines hold when the call begins, or of newer ones.
+A sample comes from the weights that the engines hold when the call begins, or from newer weights.
 
     with make_sampler(config.rollout, model_path=..., device="cpu", dtype="float32", ...) as sampler:
         groups = sampler.generate(prompts, prompt_ids, chat.decode, num_samples=8, ...)
@@ -34,18 +34,18 @@ from megasd.engine.requester import Params, ParamsOf, Requester, same_params
 from megasd.engine.target_weights import FOREIGN, TargetWeights
 from megasd.types import Group, Prompt, Sample
 
-# Samples of one HTTP request. Short answers go many to a request (measured on 2 cores, 256 samples
-# x 6 tokens: 0.56 s in requests of 128, 1.1 s one by one); long ones one to a request, so that a
-# lost request loses little.
+# Response tokens of one HTTP request. Many short answers share a request (measured on 2 cores, 256
+# samples x 6 tokens: 0.56 s in requests of 128, 1.1 s one by one). A long answer has a request of
+# its own, so that a lost request loses little.
 BATCH_TOKENS = 4096
 MAX_BATCH = 128
-# requests for top log-probs in flight: an answer holds top_k numbers a token
+# So many requests for top log-probs are in flight at most: an answer holds top_k numbers a token.
 TOP_LOGPROBS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One sample to be had: the index-th of a prompt, at `position` of the flat [P*G] result."""
+    """A requested sample: the index-th of a prompt, at `position` of the flat [P*G] result."""
 
     position: int
     prompt: Prompt
@@ -55,12 +55,12 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class _Call:
-    """What all requests of one `generate` share."""
+    """The state that all requests of one `generate` call use."""
 
     params: Params
-    # the target version when the call began
+    # The target version when the call began.
     oldest: int
-    # one a request that may be in flight
+    # A slot for each request that may be in flight.
     slots: asyncio.Semaphore
 
 
@@ -113,18 +113,18 @@ class Sampler:
         max_response_tokens: int,
         top_k: int | None = None,
     ) -> list[Group]:
-        """P groups of G = num_samples samples in the prompts' order, each sample exactly once.
+        """Return P groups of G = num_samples samples in the prompts' order, each exactly once.
 
-        All samples are of the version that the engines hold when the call begins, or of a version
-        that is pushed meanwhile. top_k: -1 = off; None = config.top_k.
+        All samples come from the version that the engines hold when the call begins, or from a
+        version that is pushed meanwhile. top_k: -1 = off; None = config.top_k.
 
-        Samples that an engine lost, aborted, or sampled with other weights are asked again
-        (config.max_retries times; with config.allow_stale those of other weights are kept and say
-        their version). `stats` then holds: samples, response_tokens, seconds, restarts, and how
-        many samples were asked again or kept: retries (lost), aborted, stale.
+        If an engine lost or aborted a sample, or sampled it with other weights, it is requested
+        again (config.max_retries times). With config.allow_stale, samples of other weights are kept
+        and carry their version. `stats` then holds: samples, response_tokens, seconds, restarts,
+        and how many samples were requested again or kept: retries (lost), aborted, stale.
 
         Raises UserError for a prompt that no engine can take. Raises EngineError naming the prompt
-        for a refusal (HTTP 4xx, never asked again) and when retries or restarts are used up.
+        for a refusal (HTTP 4xx, never sent again) and if retries or restarts are used up.
         """
         if len(prompts) != len(prompt_ids):
             raise ValueError(f"{len(prompts)} prompts but {len(prompt_ids)} lists of prompt ids")
@@ -168,7 +168,7 @@ class Sampler:
         return params | {"stop": self.config.stop} if self.config.stop else params
 
     async def _generate(self, asks: list[SampleRequest], params: Params, oldest: int) -> list[dict[str, Any]]:
-        """The raw output of every ask, in order."""
+        """The raw output of every requested sample, in order."""
         await self.pool.health.attend()
         size = self._batch_size(len(asks), params["max_new_tokens"])
         slots = asyncio.Semaphore(max(1, self.config.max_concurrency // size))
@@ -180,7 +180,7 @@ class Sampler:
         return [outputs[ask.position] for ask in asks]
 
     def _batch_size(self, num_samples: int, max_response_tokens: int) -> int:
-        """Samples of one request: never more than an engine's share, so that several engines work.
+        """The number of samples of one request, small enough that all engines get work.
 
         A router takes one sample at a time.
         """
@@ -190,7 +190,10 @@ class Sampler:
         return max(1, min(MAX_BATCH, BATCH_TOKENS // max_response_tokens, share))
 
     async def _complete(self, batch: list[SampleRequest], call: _Call) -> dict[int, dict[str, Any]]:
-        """Ask until each sample of the batch has an accepted output; position -> output."""
+        """Send requests until each sample of the batch has an accepted output.
+
+        Returns position -> output.
+        """
         accepted: dict[int, dict[str, Any]] = {}
         attempt = 0
         while True:
@@ -202,7 +205,7 @@ class Sampler:
             except Refused as error:
                 if len(batch) == 1:
                     raise EngineError(f"{name}: {error}") from error
-                # one by one, to know which prompt is refused
+                # Send the samples one by one, to know which prompt is refused.
                 for part in await cancel_on_error(self._complete([ask], call) for ask in batch):
                     accepted |= part
                 return accepted
@@ -227,15 +230,16 @@ class Sampler:
             attempt += 1
 
     def _why_rejected(self, output: dict[str, Any], oldest: int) -> str | None:
-        """The counter under which a sample is asked again ("aborted", "stale"); None if it is accepted.
+        """Why a sample must be requested again ("aborted", "stale"); None if it is accepted.
 
-        A sample is stale if a token is of a version below `oldest` or above the current one.
+        The reason is the name of a counter in `stats`. A sample is stale if a token comes from a
+        version below `oldest` or above the current version.
         """
         if output["meta_info"]["finish_reason"]["type"] == "abort":
             return "aborted"
         versions = versions_of(output)
         if any(not oldest <= version <= self.weights.version for version in versions):
-            # a foreign stamp is not an older version
+            # A foreign stamp is not an older version.
             if not self.config.allow_stale or FOREIGN in versions:
                 return "stale"
             self._counts["stale"] += 1
@@ -246,7 +250,7 @@ class Sampler:
     ) -> Sample:
         ids, logps = response_of(f"prompt {ask.prompt.id}", output)
         text = decode(ids)
-        # the response ids keep a stop string, the text does not
+        # The response ids keep a stop string. The text does not.
         for stop in self.config.stop:
             text = text.split(stop, 1)[0]
         return Sample(
@@ -295,10 +299,10 @@ class Sampler:
     def top_logprobs(
         self, sequences: list[tuple[list[int], list[int]]], k: int
     ) -> list[list[dict[int, float]]]:
-        """For each (prompt, response): at every response token, id -> log-prob (nats, temperature 1).
+        """For each (prompt, response), at every response token: id -> log-prob.
 
-        The ids are the engine's k most probable and the response's own. k is clipped to the
-        vocabulary: SGLang dies of a larger one.
+        Log-probs are in nats at temperature 1. The ids are the engine's k most probable ids and the
+        response's own id. k is clipped to the vocabulary, since SGLang dies of a larger k.
         """
         for prompt, response in sequences:
             self.requester.check_prompt("top log-probs", prompt + response, 0)
@@ -338,7 +342,7 @@ def make_sampler(
     make_target: Callable[[str, PushRequests], TargetWeights] = TargetWeights,
     params_of: ParamsOf = same_params,
 ) -> Sampler:
-    """A sampler with its pool of engines, not started: `with` or `sampler.pool.launch` starts them.
+    """Make a sampler with its pool of engines; `with` or `sampler.pool.launch` starts the engines.
 
     model_path: Hugging Face directory of the start model. device ("cpu", "cuda"), dtype and seed
     are those of the engines; their logs go to run_dir.

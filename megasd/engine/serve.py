@@ -1,6 +1,7 @@
-"""What `megasd serve` does: engines on this machine for a run on others (rollout.engine.served).
+"""Run engines on this machine for a run on other machines, for `megasd serve`.
 
-engine/remote.py says how run and engines find each other.
+The run has the setting rollout.engine.served. engine/remote.py says how run and engines find each
+other.
 
 The command starts as many engines as fit, announces each when it answers, and restarts an engine
 that died or hangs. It closes all engines and ends when the run ends, when the run has given no sign
@@ -37,7 +38,8 @@ from megasd.engine.remote import (
 )
 from megasd.types import UserError
 
-# seconds; a shared file system may show a new file a minute late
+# Seconds without a sign of life after which the run counts as gone. A shared file system may show a
+# new file a minute late.
 PATIENCE = 180.0
 WILDCARDS = ("0.0.0.0", "::")
 
@@ -63,7 +65,7 @@ def make_engines(config: Config, *, host: str, count: int | None) -> list[Engine
             f" {gpus} GPUs; lower one"
         )
     node, logs = socket.gethostname(), Path(config.run.dir) / "engines"
-    # engines of different machines must not draw the same samples
+    # Engines of different machines must not draw the same samples.
     seed = config.run.seed + zlib.crc32(node.encode())
     return [
         EngineClient(
@@ -99,7 +101,7 @@ async def serve(engines: list[EngineClient], directory: Path) -> int:
             for task in [task for task in tasks if task.done() and task not in lost]:
                 lost.add(task)
                 if tasks[task].answers_as is None or watch.heard is None or len(lost) == len(tasks):
-                    # raises what the task failed with
+                    # Raise the error that the task failed with.
                     await task
                 print(f"megasd: {task.exception()}; the others go on", flush=True)
             with contextlib.suppress(TimeoutError):
@@ -148,7 +150,10 @@ async def keep(engine: EngineClient, directory: Path, say: Callable[..., None]) 
 
 
 def died(engine: EngineClient, condemned: Path) -> str | None:
-    """Why an engine must be restarted; None while it lives. `condemned`: file by which the run says so."""
+    """Why an engine must be restarted; None while it lives.
+
+    `condemned`: the file by which the run says that the engine hangs.
+    """
     if engine.exit_code() is not None:
         return f"exit status {engine.exit_code()}"
     found = read_announcement(condemned)
@@ -158,7 +163,8 @@ def died(engine: EngineClient, condemned: Path) -> str | None:
 class Watch:
     """Watches the run's files to see whether the run is still there.
 
-    heard: when its sign of life last changed; None before the run has begun. silent: it stopped.
+    heard: when the run's sign of life last changed; None before the run has begun. silent: the sign
+    of life stopped.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -169,7 +175,7 @@ class Watch:
         self.heard: float | None = None
 
     def ended(self) -> str | None:
-        """Why the engines are to be closed; None while the run is there, or has not begun."""
+        """Why the engines must be closed; None while the run is there, or has not begun."""
         closed = read_announcement(self.directory / CLOSED)
         trainer = read_announcement(self.directory / TRAINER)
         if (
@@ -179,7 +185,7 @@ class Watch:
         ):
             return "the run has ended"
         if trainer is not None and trainer.get("token") == self.token and trainer.get("beat") != self.beat:
-            # without a token, a file that lay there at the start may be an earlier run's
+            # Without a token, a file that lay there at the start may belong to an earlier run.
             if self.beat is not None or self.token:
                 self.heard = time.monotonic()
             self.beat = trainer.get("beat")

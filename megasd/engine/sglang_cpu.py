@@ -84,7 +84,7 @@ def leave_out_megatron() -> None:
 
     The dumper would import it, which takes 1.5 s in each of three processes.
     """
-    # None makes the import raise ImportError, which the dumper expects
+    # None makes the import raise ImportError, which the dumper expects.
     modules: dict[str, Any] = sys.modules
     modules["megatron.core"] = None
 
@@ -105,7 +105,7 @@ def leave_out_other_models(model_path: Path) -> None:
         os.environ.setdefault("SGLANG_DISABLED_MODEL_ARCHS", ",".join(sorted(names - {model_type})))
 
 
-# SGLang's children inherit the environment
+# SGLang's children inherit the environment.
 if "--model-path" in sys.argv:
     leave_out_other_models(Path(sys.argv[sys.argv.index("--model-path") + 1]))
 leave_out_megatron()
@@ -115,7 +115,7 @@ importlib.import_module("megasd.engine.sglang_cpu_attention")
 
 
 def fork_instead_of_spawn() -> None:
-    """Child processes are forked; later calls of set_start_method, such as SGLang's, change nothing."""
+    """Fork child processes; later calls of set_start_method, such as SGLang's, change nothing."""
     multiprocessing.set_start_method("fork")
     vars(multiprocessing)["set_start_method"] = lambda method, force=False: None
 

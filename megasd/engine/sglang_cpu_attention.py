@@ -22,7 +22,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# elements of [B, H, Q, K]; 128 MB in float32
+# The largest number of elements of [B, H, Q, K]; 128 MB in float32.
 MAX_SCORES = 2**25
 
 
@@ -44,7 +44,7 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         encoder_lens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """One new token a sequence (T = B), counted in `seq_lens` [B]; writes `output`."""
+        """Attend with one new token a sequence (T = B), counted in `seq_lens` [B]; write `output`."""
         if encoder_lens is None and self._plain(query, k_cache, kwargs):
             new_lens = torch.ones_like(seq_lens)
             return self._attend(

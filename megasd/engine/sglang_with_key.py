@@ -30,6 +30,6 @@ def main(argv: list[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-# without this condition SGLang's children, which import this file again, would serve too
+# Without this condition SGLang's children, which import this file again, would serve too.
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -9,7 +9,7 @@ from megasd.engine.errors import EngineError, Unreachable
 from megasd.engine.push_requests import PushRequests
 from megasd.types import UserError
 
-# version of an engine whose stamp is no number: it holds the weights of somebody else
+# The version of an engine whose stamp is no number. It holds the weights of somebody else.
 FOREIGN = -1
 
 
@@ -28,7 +28,7 @@ class TargetWeights:
 
     @property
     def is_start_model(self) -> bool:
-        """Whether a process that was started on model_path holds these weights already."""
+        """Whether a process started on model_path holds these weights without a load or a push."""
         return self.version == 0 and self.directory == self.model_path
 
     async def greet(self, engine: EngineClient) -> None:
@@ -48,7 +48,7 @@ class TargetWeights:
         """Bring an engine to `version`, from the directory or by a push from the actor.
 
         If a push is needed and no thread waits to do it, the engine stays without weights. Raises
-        Unreachable if the engine dies meanwhile, and what the push raises.
+        Unreachable if the engine dies meanwhile, and the errors of the push.
         """
         engine.applied.version = None
         if self.directory is not None:
@@ -67,7 +67,10 @@ class TargetWeights:
                 raise
 
     async def read_version(self, engine: EngineClient) -> int | None:
-        """The version that an engine itself names, FOREIGN for another stamp; None if it does not answer."""
+        """The version that an engine names; FOREIGN for a stamp that is no number.
+
+        None if the engine does not answer.
+        """
         try:
             return stamped_version(await engine.applied.read_stamp())
         except Unreachable:
