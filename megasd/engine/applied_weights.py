@@ -1,4 +1,4 @@
-"""The weights that one engine holds, and the requests that change them: SGLang's control endpoints."""
+"""Know and change the weights that an engine holds, by SGLang's control endpoints."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class EngineClient(EngineProcess):
         self.in_flight = self.busy = 0
         # Requests wait in the engine, and it makes no progress.
         self.hung = False
-        # The load of the scheduler when it was last asked, and the time of the last answer.
+        # The load of the scheduler when it was last asked, and the time of the last progress.
         self._load: list[list[Any]] | None = None
         self._last_progress = 0.0
         self._session: aiohttp.ClientSession | None = None

@@ -37,7 +37,7 @@ class EventLoopThread:
         self._running.thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run a coroutine in the loop and return at once. RuntimeError when the loop does not run."""
+        """Run a coroutine in the loop and return at once; RuntimeError if the loop is stopped."""
         if self._running is None:
             coroutine.close()
             raise RuntimeError("the engine pool has not been started, or is closed")

@@ -164,7 +164,7 @@ class EngineProcess:
         return command + list(self.config.extra_args)
 
     def environment(self) -> dict[str, str]:
-        """The trainer's environment without torchrun's variables; nothing is loaded from the hub."""
+        """The trainer's environment without torchrun's variables, and without hub access."""
         environment = {
             name: value for name, value in os.environ.items() if not TORCHRUN_VARIABLES.match(name)
         }

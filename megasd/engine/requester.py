@@ -38,7 +38,7 @@ class Requester:
 
     @property
     def max_tokens(self) -> int | None:
-        """Prompt and response tokens that every engine takes in one request; None before any has said."""
+        """Prompt + response tokens that every engine takes in a request; None if none has said."""
         limits = [engine.max_tokens for engine in self.pool.engines if engine.max_tokens is not None]
         return min(limits, default=None)
 

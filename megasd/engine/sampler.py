@@ -95,7 +95,7 @@ class Sampler:
 
     @property
     def max_tokens(self) -> int | None:
-        """Prompt and response tokens that every engine takes in one request; None before any has said."""
+        """Prompt + response tokens that every engine takes in a request; None if none has said."""
         return self.requester.max_tokens
 
     # ---- generate --------------------------------------------------------------------------------

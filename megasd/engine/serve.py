@@ -45,7 +45,10 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 def make_engines(config: Config, *, host: str, count: int | None) -> list[EngineClient]:
-    """This machine's engines, not started. count None: as many as its GPUs hold, or 1 without GPUs."""
+    """Make this machine's engines, not started.
+
+    count None: as many as the machine's GPUs hold, or 1 without GPUs.
+    """
     if host not in LOOPBACK and engine_key() is None:
         raise UserError(
             f"--host {host}: SGLang lets in whoever reaches it; set {VARIABLE} here and where the run starts"
@@ -83,7 +86,9 @@ def make_engines(config: Config, *, host: str, count: int | None) -> list[Engine
 
 
 async def serve(engines: list[EngineClient], directory: Path) -> int:
-    """Keep the engines up until the run ends, goes silent, or a signal comes. Returns the exit code.
+    """Keep the engines up until the run ends, goes silent, or a signal comes.
+
+    Returns the exit code.
 
     EngineError (StartError) when all engines are lost, when an engine has never answered, or when
     an engine is lost before the run is there.

@@ -44,7 +44,7 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         encoder_lens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend with one new token a sequence (T = B), counted in `seq_lens` [B]; write `output`."""
+        """Attend with one new token a sequence (T = B), in `seq_lens` [B]; writes `output`."""
         if encoder_lens is None and self._plain(query, k_cache, kwargs):
             new_lens = torch.ones_like(seq_lens)
             return self._attend(
@@ -75,7 +75,10 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         encoder_lens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`extend_seq_lens` [B] new tokens after `extend_prefix_lens` [B] cached ones; writes `output`."""
+        """Attend with several new tokens a sequence; writes `output`.
+
+        `extend_seq_lens` [B] new tokens follow `extend_prefix_lens` [B] cached tokens.
+        """
         padded = len(seq_lens) * int(extend_seq_lens.max()) * int(seq_lens.max())
         small = padded <= 2 * int((seq_lens**2).sum()) and padded * query.shape[1] <= MAX_SCORES
         if small and encoder_lens is None and kwargs.get("causal") and self._plain(query, k_cache, kwargs):

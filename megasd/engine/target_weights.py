@@ -78,5 +78,5 @@ class TargetWeights:
 
 
 def stamped_version(stamp: str) -> int:
-    """The version of a stamp (/model_info's weight_version); FOREIGN for a stamp that is no number."""
+    """The version of a stamp (/model_info's weight_version); FOREIGN if it is no number."""
     return int(stamp) if stamp.isdecimal() else FOREIGN
