@@ -135,9 +135,9 @@ def group_mean(rewards_G: Rewards) -> list[float]:
 
 
 def group_std(rewards_G: Rewards) -> list[float]:
-    """(R - mean) / (std + 1e-6) with the sample standard deviation, n - 1 (GRPO 2402.03300 as in verl).
+    """(R - mean) / (std + 1e-6) with the sample standard deviation, n - 1.
 
-    A lone scored sample: mean 0, std 1.
+    GRPO 2402.03300 as in verl. A lone scored sample: mean 0, std 1.
     """
     centred_G, deviation = _centred(rewards_G)
     return [c / (deviation + _EPSILON) for c in centred_G]

@@ -106,7 +106,8 @@ GSPO = Recipe(
     ),
 )
 
-# CISPO (2506.13585): the clipped, detached ratio is the weight of log pi; no token loses its gradient.
+# CISPO (2506.13585): the clipped, detached ratio is the weight of log pi; no token loses its
+# gradient.
 CISPO = Recipe(
     paper="2506.13585",
     about="clipped, detached ratio times log-likelihood",
@@ -264,8 +265,8 @@ CL_EGRSD = Recipe(
     ),
 )
 
-# SRPO (2604.02288): wrong samples with a teacher are distilled, the weight of a token is exp(-teacher
-# entropy). All other samples get GRPO. Both over one denominator.
+# SRPO (2604.02288): wrong samples with a teacher are distilled, the weight of a token is
+# exp(-teacher entropy). All other samples get GRPO. Both terms have the same denominator.
 SRPO = Recipe(
     paper="2604.02288",
     about="wrong samples distilled, the others rewarded",
@@ -351,8 +352,8 @@ GKD = Recipe(
     ),
 )
 
-# AKL (2404.02657): forward and reverse KL, each weighted by the gaps at the teacher's head and tail, on
-# the rows' solutions.
+# AKL (2404.02657): forward and reverse KL, each weighted by the gaps at the teacher's head and
+# tail, on the rows' solutions.
 AKL = Recipe(
     paper="2404.02657",
     about="forward and reverse KL, weighed by their gaps",

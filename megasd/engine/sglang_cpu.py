@@ -56,7 +56,7 @@ def stand_in_for_sgl_kernel() -> None:
 
 
 def stand_in_for_torchvision() -> None:
-    """Empty modules in the place of torchvision, whose image transforms SGLang's image models import.
+    """Put empty modules in the place of torchvision, which SGLang's image models import.
 
     PyPI's wheel is linked against CUDA and breaks a CPU torch. transformers must believe that
     torchvision is absent. It caches its answer, so it is asked before the stand-in appears.
