@@ -689,7 +689,7 @@ def _check(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(
-                f"the Triton passes read bfloat16, float16 and float32; {name} is {tensor.dtype}"
+                f"the Triton kernels read bfloat16, float16 and float32; {name} is {tensor.dtype}"
             )
         if tensor.dim() != 2 or (tensor.stride(1) != 1 and tensor.shape[1] > 1):
             raise ValueError(
