@@ -1,4 +1,4 @@
-"""The Triton passes, executed by Triton's interpreter on a CPU (triton_cases.py, one subprocess:
+"""The Triton kernels, executed by Triton's interpreter on a CPU (triton_cases.py, one subprocess:
 the variable must be set before import).
 
 Proves: select, gather, gradient_, full_sums and full_gradient_ equal float64 twins written from the

@@ -1,4 +1,4 @@
-"""Cases of test_triton_passes.py: the Triton passes in Triton's interpreter against float64 twins
+"""Cases of test_kernels_triton.py: the Triton kernels in Triton's interpreter against float64 twins
 written from the definitions, and against kernels_torch. TRITON_INTERPRET=1 must be set before this
 file is run.
 """
@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_passes.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_kernels_triton.py"
 
 import torch
 import triton
