@@ -70,5 +70,5 @@ class Fingerprints:
         self._applied = self._taken
 
     def forget(self) -> None:
-        """After a failed push: the next one sends everything."""
+        """Forget what the engines hold, after a failed push: the next push sends every parameter."""
         self._applied = {}

@@ -65,7 +65,7 @@ class BucketSender(Protocol):
         """End the attempt: the engines go on with `version`."""
 
     def restamp(self, version: int) -> None:
-        """Nothing has changed: the engines give another version to what they hold."""
+        """Give the engines' weights a new version, when no parameter has changed since the last push."""
 
     def heal(self) -> None:
         """After a failed attempt that is tried again: restart dead engines."""
