@@ -87,6 +87,8 @@ class DivergenceTwin:
     # constants with which it is compared; and the value on five buckets that test_divergence.py
     # names STUDENT and TEACHER, from an independent script (None: unknown)
     cases: tuple[tuple[DistillTerm, float | None], ...]
+    # The rounding error (nats) that value and gradient may have where the teacher is the student.
+    rounding: float = 1e-15
 
 
 def _mixture(student_logq_TB: Tensor, teacher_logq_TB: Tensor, term: DistillTerm) -> Tensor:
